@@ -1,0 +1,5 @@
+"""python -m amphista: the command line."""
+
+from amphista.cli.app import main
+
+main()

@@ -1,0 +1,105 @@
+"""Contiguous KV storage for one sequence: rows are appended, an accepted path is kept, the tail is cut.
+
+Law: after `commit(path)` the cache equals the cache of a plain prefill of the committed tokens. Storage grows
+geometrically with the rows really written; it is never sized by the model's maximum.
+
+Shapes: H key-value heads, T new rows, S rows so far, E head size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from amphista.errors import CapacityError
+
+FIRST_CAPACITY = 128
+GROWTH = 1.5
+
+
+class LayerRows:
+    """Keys and values of one layer. Views returned by `append` are valid until the next `append`."""
+
+    def __init__(self) -> None:
+        self.num_rows = 0
+        self.keys: Tensor | None = None
+        self.values: Tensor | None = None
+
+    @property
+    def capacity(self) -> int:
+        """Rows that fit before the next growth."""
+        return 0 if self.keys is None else self.keys.shape[2]
+
+    def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Write rows [1, H, T, E] behind the last one; return views of all rows [1, H, S + T, E]."""
+        start, end = self.num_rows, self.num_rows + keys.shape[2]
+        if end > self.capacity:
+            self.keys = self._grown(self.keys, keys, end)
+            self.values = self._grown(self.values, values, end)
+        assert self.keys is not None and self.values is not None
+        self.keys[:, :, start:end] = keys
+        self.values[:, :, start:end] = values
+        self.num_rows = end
+        return self.keys[:, :, :end], self.values[:, :, :end]
+
+    def _grown(self, old: Tensor | None, like: Tensor, num_rows: int) -> Tensor:
+        capacity = max(FIRST_CAPACITY, num_rows, int(self.capacity * GROWTH))
+        grown = like.new_empty(like.shape[0], like.shape[1], capacity, like.shape[3])
+        if old is not None:
+            grown[:, :, : self.num_rows] = old[:, :, : self.num_rows]
+        return grown
+
+    def keep(self, base: int, rows: Sequence[int]) -> None:
+        """Keep the first `base` rows and, behind them, the rows `base + r` for r in `rows` (ascending); drop the rest."""
+        assert self.keys is not None and self.values is not None
+        fixed = next((i for i, row in enumerate(rows) if row != i), len(rows))
+        if fixed < len(rows):  # rows before `fixed` already lie where they belong
+            source = [base + row for row in rows[fixed:]]
+            self.keys[:, :, base + fixed : base + len(rows)] = self.keys[:, :, source]
+            self.values[:, :, base + fixed : base + len(rows)] = self.values[:, :, source]
+        self.num_rows = base + len(rows)
+
+
+class KVCache:
+    """The target's cache for one sequence: committed rows, then the rows of the tree under verification."""
+
+    def __init__(self, num_layers: int) -> None:
+        self.layers = [LayerRows() for _ in range(num_layers)]
+        self.num_committed = 0
+
+    @property
+    def num_rows(self) -> int:
+        """All rows written, those of an uncommitted tree included."""
+        return self.layers[0].num_rows
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes allocated for keys and values."""
+        tensors = [t for layer in self.layers for t in (layer.keys, layer.values) if t is not None]
+        return sum(t.numel() * t.element_size() for t in tensors)
+
+    @torch.inference_mode()
+    def commit(self, path: Sequence[int]) -> None:
+        """Keep the tree rows named by `path` (node indices, ascending) and drop all others."""
+        tree_rows = self.num_rows - self.num_committed
+        if list(path) != sorted(set(path)) or any(not 0 <= node < tree_rows for node in path):
+            raise CapacityError(f"cannot commit path {list(path)}: the tree has {tree_rows} rows, ascending and distinct")
+        for layer in self.layers:
+            layer.keep(self.num_committed, path)
+        self.num_committed += len(path)
+
+    def trim(self, num_rows: int) -> None:
+        """Keep the first `num_rows` committed rows; also drops the rows of an uncommitted tree."""
+        if not 0 <= num_rows <= self.num_committed:
+            raise CapacityError(f"cannot trim to {num_rows} rows: {self.num_committed} are committed")
+        for layer in self.layers:
+            layer.num_rows = num_rows
+        self.num_committed = num_rows
+
+    def check_integrity(self) -> None:
+        """Every layer holds the same number of rows, and the committed ones are among them."""
+        counts = {layer.num_rows for layer in self.layers}
+        if len(counts) != 1 or self.num_committed > self.num_rows:
+            raise CapacityError(f"cache layers disagree: {sorted(counts)} rows, {self.num_committed} committed")

@@ -1,0 +1,175 @@
+"""Run prompts through one or two methods and print or write what came out: text for people, JSON lines for programs."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, TextIO
+
+from amphista.engine.stats import DecodeStats
+from amphista.errors import ConfigError, RequestError
+from amphista.evaluation.lossless import first_divergence
+from amphista.llm import LLM, Answer, finish
+from amphista.prompts import PromptRecord
+
+WARM_UP_TOKENS = 8
+
+
+@dataclass(frozen=True)
+class Job:
+    """What to answer, how, and where the records go."""
+
+    llm: LLM
+    prompts: list[PromptRecord]
+    params: Any
+    system: str | None
+    raw: bool
+    compare: bool
+    output: Path | None
+    json_lines: bool
+
+
+def run_job(job: Job) -> None:
+    """Check every prompt, warm up, then answer one by one; each record is written as soon as it exists."""
+    first_ids = [_prompt_ids(job, prompt, _first_messages(prompt)) for prompt in job.prompts]
+    for prompt, ids in zip(job.prompts, first_ids, strict=True):
+        _check_length(job, prompt, ids)
+    sink = _open(job.output)
+    try:
+        for llm in (job.llm, job.llm.baseline) if job.compare else (job.llm,):
+            finish(llm.stream_ids(first_ids[0], replace(job.params, max_new_tokens=WARM_UP_TOKENS, stop=())))
+        for prompt in job.prompts:
+            for record in _answer(job, prompt):
+                line = json.dumps(record, ensure_ascii=False)
+                if job.json_lines:
+                    print(line, flush=True)
+                if sink is not None:
+                    sink.write(line + "\n")
+                    sink.flush()
+    finally:
+        if sink is not None:
+            sink.close()
+
+
+def _open(path: Path | None) -> TextIO | None:
+    try:
+        return None if path is None else path.open("w", encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"cannot write {path}: {error.strerror}") from error
+
+
+def _first_messages(prompt: PromptRecord) -> list[dict[str, str]]:
+    return prompt.messages or [{"role": "user", "content": prompt.turns[0]}]
+
+
+def _prompt_ids(job: Job, prompt: PromptRecord, messages: list[dict[str, str]]) -> list[int]:
+    if job.raw:
+        if prompt.messages or len(prompt.turns) > 1:
+            raise RequestError(f"prompt {prompt.id} is a conversation, which needs the chat template: leave out --raw")
+        return job.llm.prompt_ids(prompt.turns[0], system=job.system, raw=True)
+    text = job.llm.target.text
+    if text is not None and not text.has_chat_template and len(messages) == 1:
+        return job.llm.prompt_ids(messages[0]["content"], system=job.system)
+    return job.llm.prompt_ids(messages, system=job.system)
+
+
+def _check_length(job: Job, prompt: PromptRecord, ids: list[int]) -> None:
+    limit = job.llm.target.spec.max_positions
+    if len(ids) > limit:
+        raise RequestError(f"prompt {prompt.id} has {len(ids)} tokens, but the target's context holds {limit}: shorten it")
+    if not ids:
+        raise RequestError(f"prompt {prompt.id} is empty: give some text")
+
+
+def _answer(job: Job, prompt: PromptRecord) -> Iterator[dict[str, Any]]:
+    """One record per turn; each method keeps its own caches between turns."""
+    messages = _first_messages(prompt)
+    methods = [job.llm, *([job.llm.baseline] if job.compare else [])]
+    contexts = [llm.engine.new_context() for llm in methods]
+    num_turns = max(1, len(prompt.turns))
+    for turn in range(num_turns):
+        ids = _prompt_ids(job, prompt, messages)
+        stream = job.llm.stream_ids(ids, job.params, contexts[0])
+        for piece in stream:
+            if not job.json_lines:
+                print(piece, end="", flush=True)
+        answer = stream.answer
+        record = describe(job.llm, prompt.id, turn, answer)
+        if job.compare:
+            record |= compare(job.llm, answer, finish(methods[1].stream_ids(ids, job.params, contexts[1])))
+        if not job.json_lines:
+            print()
+            print(summary(record), file=sys.stderr, flush=True)
+        yield record
+        if turn + 1 < num_turns:
+            messages = [
+                *messages,
+                {"role": "assistant", "content": answer.text},
+                {"role": "user", "content": prompt.turns[turn + 1]},
+            ]
+
+
+def describe(llm: LLM, name: str | int, turn: int, answer: Answer) -> dict[str, Any]:
+    """The record of one answer."""
+    return {"id": name, "turn": turn, "target": llm.target.name, "drafter": llm.drafter.name, **_measures(answer)}
+
+
+def _measures(answer: Answer) -> dict[str, Any]:
+    stats: DecodeStats = answer.stats
+    return {
+        "prompt_tokens": stats.num_prompt_tokens,
+        "token_ids": answer.token_ids,
+        "text": answer.text,
+        "num_tokens": stats.num_tokens,
+        "num_steps": stats.num_steps,
+        "tau": stats.tau,
+        "seconds": stats.seconds,
+        "prefill_seconds": stats.prefill_seconds,
+        "tokens_per_second": stats.tokens_per_second,
+        "finish_reason": str(answer.finish_reason),
+        "seed": answer.params.seed,
+    }
+
+
+def compare(llm: LLM, ours: Answer, plain: Answer) -> dict[str, Any]:
+    """Ours against the autoregressive answer to the same prompt, on the same engine and counter."""
+    divergence = first_divergence(llm.target, ours.prompt_ids, ours.params, ours.token_ids, plain.token_ids)
+    return {
+        "baseline": {"target": llm.target.name, "drafter": "none", **_measures(plain)},
+        "identical": divergence is None,
+        "speedup": _ratio(ours.stats.tokens_per_second, plain.stats.tokens_per_second),
+        "decode_speedup": _ratio(ours.stats.decode_tokens_per_second, plain.stats.decode_tokens_per_second),
+        "divergence": None if divergence is None else {"position": divergence.position, "margin": divergence.margin},
+    }
+
+
+def _ratio(ours: float | None, theirs: float | None) -> float | None:
+    return ours / theirs if ours and theirs else None
+
+
+def summary(record: dict[str, Any]) -> str:
+    """One or three lines for people."""
+    lines = [_line(record)]
+    if "baseline" in record:
+        lines.append(_line(record["baseline"]))
+        if record["identical"]:
+            same = "the same tokens"
+        else:
+            at = record["divergence"]
+            same = f"DIFFERENT tokens from position {at['position']} on (the target's margin there: {at['margin']:.2g})"
+        faster = "" if record["speedup"] is None else f", {record['speedup']:.2f}x the speed"
+        decode = "" if record["decode_speedup"] is None else f" ({record['decode_speedup']:.2f}x without the prompt)"
+        lines.append(f"  {'=>':>10} {same}{faster}{decode}")
+    return "\n".join(lines)
+
+
+def _line(measures: dict[str, Any]) -> str:
+    tau = "" if measures["tau"] is None else f", {measures['tau']:.2f} tokens per target forward"
+    speed = measures["tokens_per_second"]
+    return (
+        f"  {measures['drafter']:>10} {measures['num_tokens']} tokens in {measures['seconds']:.2f} s, "
+        f"{speed:.1f} tokens/s{tau} ({measures['finish_reason']})"
+    )

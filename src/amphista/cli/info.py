@@ -1,0 +1,109 @@
+"""amphista info: versions, machine, targets, drafters, and a self-check.
+
+    amphista info
+    amphista info --check
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any
+
+import typer
+
+from amphista.cli import options
+from amphista.target import DEFAULT_TARGET
+
+CHECK_PROMPT = "Write one sentence about the sea."
+CHECK_TOKENS = 32
+
+
+def info(
+    target: options.Target = DEFAULT_TARGET,
+    drafter: options.Drafter = None,
+    allow_other_target: options.AllowOtherTarget = False,
+    check: Annotated[
+        bool, typer.Option("--check", help="Load target and drafter, decode a little, compare with plain decoding.")
+    ] = False,
+    device: options.Device = None,
+    dtype: options.Dtype = None,
+    json_lines: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Show what is installed and where it stands; --check decodes and compares."""
+    from amphista import provenance
+    from amphista.drafter.checkpoint import shipped_checkpoints
+    from amphista.target.gguf import cache_folder, is_whole, packaged_folder
+    from amphista.target.loading import NAMED_TARGETS
+    from amphista.tree.grow import DEFAULT_NUM_NODES
+
+    report: dict[str, Any] = {
+        "versions": provenance.versions(),
+        "machine": provenance.machine(),
+        "cache_folder": str(cache_folder()),
+        "default_tree_nodes": DEFAULT_NUM_NODES,
+        "targets": {name: is_whole(packaged_folder(packaged)) for name, packaged in NAMED_TARGETS.items()},
+        "drafters": [_describe(c) for found in shipped_checkpoints().values() for c in found],
+    }
+    if check:
+        report["check"] = _check(target, drafter, device, dtype, allow_other_target)
+    print(json.dumps(report) if json_lines else _text(report))
+    if check and not report["check"]["identical"]:
+        raise typer.Exit(1)
+
+
+def _describe(checkpoint: Any) -> dict[str, Any]:
+    weights = checkpoint.folder / "model.safetensors"
+    return {
+        "name": checkpoint.kind,
+        "folder": checkpoint.folder.name,
+        "target_family": checkpoint.fingerprint.family,
+        "hidden_size": checkpoint.fingerprint.hidden_size,
+        "num_heads": checkpoint.config.num_heads,
+        "draft_vocab": checkpoint.config.draft_vocab,
+        "megabytes": round(weights.stat().st_size / 1e6, 1),
+    }
+
+
+def _check(
+    target: str, drafter: str | None, device: str | None, dtype: str | None, allow_other_target: bool
+) -> dict[str, Any]:
+    from dataclasses import asdict
+
+    from amphista.cli.answers import compare
+    from amphista.llm import load
+
+    llm = load(target, drafter, device=device, dtype=dtype, allow_other_target=allow_other_target)
+    raw = llm.target.text is not None and not llm.target.text.has_chat_template
+    ours = llm.generate(CHECK_PROMPT, max_new_tokens=CHECK_TOKENS, raw=raw)
+    compared = compare(llm, ours, llm.baseline.generate(CHECK_PROMPT, max_new_tokens=CHECK_TOKENS, raw=raw))
+    return {
+        "target": asdict(llm.target.spec),
+        "drafter": llm.drafter.name,
+        "tau": ours.stats.tau,
+        "identical": compared["identical"],
+        "divergence": compared["divergence"],
+    }
+
+
+def _text(report: dict[str, Any]) -> str:
+    lines = ["versions    " + ", ".join(f"{name} {version}" for name, version in report["versions"].items())]
+    machine = report["machine"]
+    lines.append(f"machine     {machine['processor']} ({machine['instruction_set']}), {machine['torch_threads']} threads")
+    if "accelerator" in machine:
+        lines.append(f"            {machine['accelerator']}")
+    lines.append(f"cache       {report['cache_folder']}")
+    for name, ready in report["targets"].items():
+        lines.append(f"target      {name}: {'ready' if ready else 'fetched and converted at first use'}")
+    for drafter in report["drafters"]:
+        lines.append(
+            f"drafter     {drafter['name']} ({drafter['folder']}): {drafter['num_heads']} heads, draft vocabulary "
+            f"{drafter['draft_vocab'] or 'full'}, {drafter['megabytes']} MB"
+        )
+    if not report["drafters"]:
+        lines.append("drafter     none shipped")
+    lines.append(f"tree        dynamic, {report['default_tree_nodes']} nodes by default")
+    if "check" in report:
+        check = report["check"]
+        verdict = "the same tokens as plain decoding" if check["identical"] else f"DIFFERENT: {check['divergence']}"
+        lines.append(f"check       {check['drafter']}: {verdict}, {check['tau']:.2f} tokens per target forward")
+    return "\n".join(lines)

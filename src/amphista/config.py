@@ -1,0 +1,93 @@
+"""Settings: TOML recipes into frozen dataclasses, overrides, and back to what ran.
+
+Flat sections are dataclass fields; only differences from the defaults are written. An unknown key is an error that
+names the nearest known one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import tomllib
+import types
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from amphista.errors import ConfigError
+
+T = TypeVar("T")
+
+
+def read_recipe(path: Path) -> dict[str, Any]:
+    """A TOML file as nested dicts."""
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"cannot read recipe {path}: {error.strerror}") from error
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"recipe {path} is not TOML: {error}") from error
+
+
+def apply_overrides(values: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """Apply `section.key=value` strings; values are TOML, bare words are strings."""
+    merged = {key: dict(value) if isinstance(value, dict) else value for key, value in values.items()}
+    for override in overrides:
+        name, found, text = override.partition("=")
+        if not found or not name:
+            raise ConfigError(f"--set {override!r}: expected key=value, for example optimizer.learning_rate=5e-4")
+        try:
+            value = tomllib.loads(f"value = {text}")["value"]
+        except tomllib.TOMLDecodeError:
+            value = text
+        place = merged
+        *sections, key = name.strip().split(".")
+        for section in sections:
+            place = place.setdefault(section, {})
+        place[key] = value
+    return merged
+
+
+def build(kind: type[T], values: Mapping[str, Any], where: str = "") -> T:
+    """A frozen dataclass from nested mappings; raises ConfigError on unknown keys and wrong types."""
+    fields = {field.name: field for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    hints = get_type_hints(kind)
+    arguments = {}
+    for key, value in values.items():
+        name = f"{where}.{key}" if where else key
+        if key not in fields:
+            near = difflib.get_close_matches(key, fields, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(fields)}"
+            raise ConfigError(f"unknown setting {name!r}: {hint}")
+        arguments[key] = _convert(value, hints[key], name)
+    try:
+        return kind(**arguments)
+    except TypeError as error:
+        raise ConfigError(f"{where or kind.__name__}: {error}") from error
+
+
+def _convert(value: Any, hint: Any, name: str) -> Any:
+    if dataclasses.is_dataclass(hint) and isinstance(value, Mapping):
+        return build(hint, value, name)  # type: ignore[arg-type]
+    origin = get_origin(hint)
+    if origin in (Union, types.UnionType):
+        options = get_args(hint)
+        if value is None and type(None) in options:
+            return None
+        return _convert(value, next(option for option in options if option is not type(None)), name)
+    if origin is Literal:
+        if value not in get_args(hint):
+            raise ConfigError(f"{name} is {value!r}: expected one of {', '.join(map(repr, get_args(hint)))}")
+        return value
+    if origin in (list, tuple, dict) or hint is Any:
+        return tuple(value) if origin is tuple and isinstance(value, list) else value
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if isinstance(hint, type) and (not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool)):
+        raise ConfigError(f"{name} is {value!r}: expected {hint.__name__}")
+    return value
+
+
+def as_dict(config: Any) -> dict[str, Any]:
+    """A dataclass as plain nested dicts, for JSON."""
+    return dataclasses.asdict(config)

@@ -1,0 +1,181 @@
+"""Amphista (arXiv 2406.13170): staged adaptation layers, drafting heads, bi-directional auto-embedding block.
+
+    stage 1   a1_t = SA_1(W1 [n_h(h_t) ; n_E(E(x_{t+1}))])     causal layer, own cache over the context
+    stage 2   a2_t = SA_2(W2 [n_1(a1_t) ; n_E(E(x_{t+1}))])
+    heads     e_k  = MLP_k(a1_t) for k <= stage_split, MLP_k(a2_t) above
+    block     o    = Encoder([e_1 .. e_K] + PE)                 no causal mask: every head sees every head
+    logits    z_k  = LM(n_o(o_k))                               the target's own frozen LM head
+
+No code was ever published. The structure is certain, the norms, the stage split and K = 5 are reconstructions
+(ALGORITHM section 2 marks each). Every ablation of the paper is a switch of `AmphistaConfig`, on this one code path.
+
+Shapes: B sequences, T rows, P selected rows, K heads, D hidden size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from amphista.drafter.base import DrafterConfig, DrafterState, ParallelHeads
+from amphista.drafter.layers import LayerCache, LayerSizes, ResidualBlock, RMSNorm, TransformerLayer
+from amphista.errors import ConfigError
+from amphista.target.spec import SharedWeights, TargetSpec
+
+POSITION_START_STD = 0.02  # small against the unit rms of the slots: every head starts close to LM(h_t)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AmphistaConfig(DrafterConfig):
+    """The paper's model and its ablations.
+
+    `stages` 0, 1 or 2 staged adaptation layers; heads k <= `stage_split` read stage 1 (default floor(K/2)).
+    `intermediate_size` and `encoder_intermediate_size` default to the target's.
+    """
+
+    stages: int = 2
+    stage_split: int | None = None
+    auto_embedding: bool = True
+    slot_mask: Literal["bidirectional", "causal"] = "bidirectional"
+    position_encoding: bool = True
+    num_encoder_layers: int = 1
+    intermediate_size: int | None = None
+    encoder_intermediate_size: int | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.stages not in (0, 1, 2):
+            raise ConfigError(f"stages is {self.stages}: expected 0, 1 or 2")
+        if self.stage_split is not None and not 0 <= self.stage_split <= self.num_heads:
+            raise ConfigError(f"stage_split is {self.stage_split}: expected 0..{self.num_heads}")
+        if self.slot_mask not in ("bidirectional", "causal"):
+            raise ConfigError(f"slot_mask is {self.slot_mask!r}: expected 'bidirectional' or 'causal'")
+        if self.num_encoder_layers < 1:
+            raise ConfigError(f"num_encoder_layers is {self.num_encoder_layers}: switch auto_embedding off instead")
+
+
+class StagedAdaptation(nn.Module):
+    """One stage: fuse a state with the next token's embedding, then one causal layer."""
+
+    def __init__(self, sizes: LayerSizes, embedding_size: int) -> None:
+        super().__init__()
+        self.state_norm = RMSNorm(sizes.hidden_size, sizes.norm_eps)
+        self.fuse = nn.Linear(sizes.hidden_size + embedding_size, sizes.hidden_size, bias=False)
+        self.layer = TransformerLayer(sizes)
+        with torch.no_grad():  # W = [I 0]: the stage starts as the identity on the normed state
+            self.fuse.weight.zero_()
+            self.fuse.weight[:, : sizes.hidden_size].copy_(torch.eye(sizes.hidden_size))
+
+    def forward(self, x: Tensor, embedded: Tensor, positions: Tensor, cache: LayerCache | None = None) -> Tensor:
+        """x [B, T, D], normed embeddings [B, T, embedding size], positions [1, T] -> [B, T, D]."""
+        x = self.fuse(torch.cat([self.state_norm(x), embedded], dim=-1))
+        mask = None
+        if cache is not None and cache.num_rows > 0:
+            keys = torch.arange(cache.num_rows + x.shape[1], device=x.device)
+            mask = (keys[None, :] <= positions[0][:, None])[None, None]
+        return self.layer(x, positions=positions, mask=mask, is_causal=mask is None, cache=cache)
+
+
+class AutoEmbedding(nn.Module):
+    """The bi-directional block over the K head slots."""
+
+    def __init__(self, config: AmphistaConfig, sizes: LayerSizes) -> None:
+        super().__init__()
+        self.position = (
+            nn.Parameter(torch.randn(config.num_heads, sizes.hidden_size) * POSITION_START_STD)
+            if config.position_encoding
+            else None
+        )
+        self.layers = nn.ModuleList(TransformerLayer(sizes) for _ in range(config.num_encoder_layers))
+        self.is_causal = config.slot_mask == "causal"
+
+    def forward(self, slots: Tensor) -> Tensor:
+        """Slots [P, K, D] -> [P, K, D]."""
+        if self.position is not None:
+            slots = slots + self.position
+        for layer in self.layers:
+            slots = layer(slots, is_causal=self.is_causal)
+        return slots
+
+
+class Amphista(ParallelHeads):
+    """The full drafter; see the module's equations."""
+
+    name = "amphista"
+    config: AmphistaConfig
+
+    def __init__(self, config: AmphistaConfig, spec: TargetSpec, shared: SharedWeights) -> None:
+        super().__init__(config, spec, shared)
+        self.split = config.num_heads // 2 if config.stage_split is None else config.stage_split
+        sizes = _sizes(spec, config.intermediate_size)
+        self.embedding_norm = RMSNorm(spec.embedding_size, spec.norm_eps)
+        self.stages = nn.ModuleList(StagedAdaptation(sizes, spec.embedding_size) for _ in range(config.stages))
+        self.hidden_norm = RMSNorm(spec.hidden_size, spec.norm_eps) if config.stages == 0 else None
+        self.heads = nn.ModuleList(ResidualBlock(spec.hidden_size) for _ in range(config.num_heads))
+        encoder_sizes = _sizes(spec, config.encoder_intermediate_size)
+        self.auto_embedding = AutoEmbedding(config, encoder_sizes) if config.auto_embedding else None
+        self.output_norm = RMSNorm(spec.hidden_size, spec.norm_eps)
+
+    def match_scale(self, hidden_rms: float) -> None:
+        """The LM head expects post-norm states of a certain size: give the output norm the measured rms of h."""
+        nn.init.constant_(self.output_norm.weight, hidden_rms)
+
+    def head_states(self, hidden: Tensor, next_ids: Tensor, select: Tensor) -> Tensor:
+        positions = torch.arange(hidden.shape[1], device=hidden.device)[None]
+        stages = self._adapt(hidden, next_ids, positions, None)
+        return self._heads([stage.flatten(0, 1)[select] for stage in stages])
+
+    def _adapt(
+        self, hidden: Tensor, next_ids: Tensor, positions: Tensor, caches: list[LayerCache] | None
+    ) -> list[Tensor]:
+        """What the heads below and above the split read, each [B, T, D]."""
+        if self.hidden_norm is not None:
+            return [self.hidden_norm(hidden)] * 2
+        embedded = self.embedding_norm(self._shared.embed(next_ids).to(hidden.dtype))
+        outputs = []
+        x = hidden
+        for index, stage in enumerate(self.stages):
+            x = stage(x, embedded, positions, None if caches is None else caches[index])
+            outputs.append(x)
+        return [outputs[0], outputs[-1]]
+
+    def _heads(self, stages: list[Tensor]) -> Tensor:
+        slots = [head(stages[k >= self.split]) for k, head in enumerate(self.heads)]
+        states = torch.stack(slots, dim=-2)
+        if self.auto_embedding is not None:
+            states = self.auto_embedding(states)
+        return self.output_norm(states)
+
+    def start(self) -> DrafterState:
+        return DrafterState(caches=[LayerCache() for _ in self.stages])
+
+    @torch.inference_mode()
+    def commit(self, state: DrafterState, hidden: Tensor, next_ids: Tensor) -> None:
+        positions = torch.arange(state.num_rows, state.num_rows + hidden.shape[0], device=hidden.device)[None]
+        hidden = hidden[None].to(self.output_norm.weight.dtype)
+        stages = self._adapt(hidden, next_ids[None], positions, state.caches)
+        state.features = [stage[:, -1] for stage in stages]
+        state.num_rows += hidden.shape[1]
+
+    def draft_states(self, state: DrafterState) -> Tensor:
+        return self._heads(state.features)[0]
+
+    def trim(self, state: DrafterState, num_rows: int) -> None:
+        state.num_rows = min(state.num_rows, num_rows)
+        for cache in state.caches:
+            cache.trim(num_rows)
+
+
+def _sizes(spec: TargetSpec, intermediate_size: int | None) -> LayerSizes:
+    return LayerSizes(
+        hidden_size=spec.hidden_size,
+        num_attention_heads=spec.num_attention_heads,
+        num_key_value_heads=spec.num_key_value_heads,
+        head_size=spec.head_size,
+        intermediate_size=intermediate_size or spec.intermediate_size,
+        rope_theta=spec.rope_theta,
+        norm_eps=spec.norm_eps,
+    )

@@ -1,0 +1,174 @@
+"""Blocks used by more than one drafter: norm, rotary positions, attention with a cache, SwiGLU, residual block.
+
+One pre-norm layer serves as staged adaptation layer (causal, rotary, cached) and as encoder over the head slots
+(no rotary, no cache): our own, with the target's sizes, whatever the target's family (ALGORITHM section 2).
+
+Shapes: B sequences, T rows, S keys, D hidden size, H heads, E head size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerSizes:
+    """Sizes of one drafter layer."""
+
+    hidden_size: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_size: int
+    intermediate_size: int
+    rope_theta: float
+    norm_eps: float
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm in the input's dtype (arXiv 1910.07467)."""
+
+    def __init__(self, size: int, eps: float, scale: float = 1.0) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.full((size,), scale))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, (x.shape[-1],), self.weight, self.eps)
+
+
+class ResidualBlock(nn.Module):
+    """z + SiLU(A z + b), A and b start at 0: the identity at step 0 (arXiv 2401.10774, section 2.1.1)."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(size, size)
+        nn.init.zeros_(self.linear.weight)
+        nn.init.zeros_(self.linear.bias)
+
+    def forward(self, z: Tensor) -> Tensor:
+        return z + F.silu(self.linear(z))
+
+
+class LayerCache:
+    """Keys and values of one staged adaptation layer for one sequence: rows are appended, or cut off the end."""
+
+    def __init__(self) -> None:
+        self.num_rows = 0
+        self._kv: Tensor | None = None
+
+    def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Write rows [1, H, T, E] behind the last one and return all rows; storage doubles when full."""
+        end = self.num_rows + keys.shape[2]
+        if self._kv is None or end > self._kv.shape[3]:
+            grown = keys.new_empty(2, *keys.shape[:2], max(64, 2 * end), keys.shape[3])
+            if self._kv is not None:
+                grown[..., : self.num_rows, :] = self._kv[..., : self.num_rows, :]
+            self._kv = grown
+        self._kv[0, :, :, self.num_rows : end] = keys
+        self._kv[1, :, :, self.num_rows : end] = values
+        self.num_rows = end
+        return self._kv[0, :, :, :end], self._kv[1, :, :, :end]
+
+    def trim(self, num_rows: int) -> None:
+        """Keep the first `num_rows` rows."""
+        self.num_rows = min(self.num_rows, num_rows)
+
+
+def rotary_tables(positions: Tensor, head_size: int, theta: float) -> tuple[Tensor, Tensor]:
+    """Cosine and sine [..., T, E] for integer positions [..., T] (arXiv 2104.09864), in float32."""
+    exponents = torch.arange(0, head_size, 2, device=positions.device, dtype=torch.float32) / head_size
+    angles = positions.float()[..., None] * theta**-exponents
+    angles = torch.cat([angles, angles], dim=-1)
+    return angles.cos(), angles.sin()
+
+
+def _rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
+    first, second = x.chunk(2, dim=-1)
+    return x * cosine + torch.cat([-second, first], dim=-1) * sine
+
+
+class Attention(nn.Module):
+    """Grouped-query attention; rotary positions and a cache are the caller's choice."""
+
+    def __init__(self, sizes: LayerSizes) -> None:
+        super().__init__()
+        self.num_heads, self.num_kv_heads = sizes.num_attention_heads, sizes.num_key_value_heads
+        self.head_size = sizes.head_size
+        self.query = nn.Linear(sizes.hidden_size, self.num_heads * self.head_size, bias=False)
+        self.key = nn.Linear(sizes.hidden_size, self.num_kv_heads * self.head_size, bias=False)
+        self.value = nn.Linear(sizes.hidden_size, self.num_kv_heads * self.head_size, bias=False)
+        self.output = nn.Linear(self.num_heads * self.head_size, sizes.hidden_size, bias=False)
+
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        rotary: tuple[Tensor, Tensor] | None = None,
+        mask: Tensor | None = None,
+        is_causal: bool = False,
+        cache: LayerCache | None = None,
+    ) -> Tensor:
+        """x [B, T, D] -> [B, T, D]; mask [B or 1, 1, T, S] is True where a key may be seen."""
+        batch, length, _ = x.shape
+        query = self.query(x).view(batch, length, self.num_heads, self.head_size).transpose(1, 2)
+        key = self.key(x).view(batch, length, self.num_kv_heads, self.head_size).transpose(1, 2)
+        value = self.value(x).view(batch, length, self.num_kv_heads, self.head_size).transpose(1, 2)
+        if rotary is not None:
+            cosine, sine = (table.to(x.dtype).unsqueeze(-3) for table in rotary)
+            query, key = _rotate(query, cosine, sine), _rotate(key, cosine, sine)
+        if cache is not None:
+            key, value = cache.append(key, value)
+        grouped = self.num_heads != self.num_kv_heads
+        mixed = F.scaled_dot_product_attention(
+            query, key, value, attn_mask=mask, is_causal=is_causal and mask is None, enable_gqa=grouped
+        )
+        return self.output(mixed.transpose(1, 2).reshape(batch, length, -1))
+
+
+class SwiGLU(nn.Module):
+    """down(SiLU(gate x) * up x) (arXiv 2002.05202)."""
+
+    def __init__(self, hidden_size: int, intermediate_size: int) -> None:
+        super().__init__()
+        self.gate = nn.Linear(hidden_size, intermediate_size, bias=False)
+        self.up = nn.Linear(hidden_size, intermediate_size, bias=False)
+        self.down = nn.Linear(intermediate_size, hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(F.silu(self.gate(x)) * self.up(x))
+
+
+class TransformerLayer(nn.Module):
+    """Pre-norm layer whose two output projections start at 0, so that it starts as the identity."""
+
+    def __init__(self, sizes: LayerSizes) -> None:
+        super().__init__()
+        self.sizes = sizes
+        self.attention_norm = RMSNorm(sizes.hidden_size, sizes.norm_eps)
+        self.attention = Attention(sizes)
+        self.mlp_norm = RMSNorm(sizes.hidden_size, sizes.norm_eps)
+        self.mlp = SwiGLU(sizes.hidden_size, sizes.intermediate_size)
+        nn.init.zeros_(self.attention.output.weight)
+        nn.init.zeros_(self.mlp.down.weight)
+
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        positions: Tensor | None = None,
+        mask: Tensor | None = None,
+        is_causal: bool = False,
+        cache: LayerCache | None = None,
+    ) -> Tensor:
+        """x [B, T, D] -> [B, T, D]; rotary positions [B or 1, T] when given."""
+        rotary = None
+        if positions is not None:
+            rotary = rotary_tables(positions, self.sizes.head_size, self.sizes.rope_theta)
+        x = x + self.attention(
+            self.attention_norm(x), rotary=rotary, mask=mask, is_causal=is_causal, cache=cache
+        )
+        return x + self.mlp(self.mlp_norm(x))

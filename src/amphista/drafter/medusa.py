@@ -1,0 +1,64 @@
+"""Medusa-1 heads, the baseline (arXiv 2401.10774, section 2.1.1): z_k = LM_k(h_t + SiLU(A_k h_t + b_k)).
+
+K heads, no interaction between them, no context beyond h_t. `lm_head="own"` is the published form; `"shared"` reads
+the target's own head, which is what ships for small targets. Unlike the published code, `num_layers` stacks distinct
+blocks. The pending token is not an input: `next_ids` is ignored.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from amphista.drafter.base import DrafterConfig, DrafterState, ParallelHeads
+from amphista.drafter.layers import ResidualBlock
+from amphista.errors import ConfigError
+from amphista.target.spec import SharedWeights, TargetSpec
+
+
+@dataclass(frozen=True, kw_only=True)
+class MedusaConfig(DrafterConfig):
+    """`num_layers` residual blocks per head."""
+
+    num_layers: int = 1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.num_layers < 1:
+            raise ConfigError(f"num_layers is {self.num_layers}: a Medusa head needs at least one residual block")
+
+
+class Medusa(ParallelHeads):
+    """Independent residual heads over h_t."""
+
+    name = "medusa"
+    config: MedusaConfig
+
+    def __init__(self, config: MedusaConfig, spec: TargetSpec, shared: SharedWeights) -> None:
+        super().__init__(config, spec, shared)
+        self.heads = nn.ModuleList(
+            nn.Sequential(*(ResidualBlock(spec.hidden_size) for _ in range(config.num_layers)))
+            for _ in range(config.num_heads)
+        )
+
+    def match_scale(self, hidden_rms: float) -> None:
+        """Nothing to do: zero-started residual heads already give LM(h_t)."""
+
+    def head_states(self, hidden: Tensor, next_ids: Tensor, select: Tensor) -> Tensor:
+        return self._heads(hidden.flatten(0, 1)[select])
+
+    def _heads(self, hidden: Tensor) -> Tensor:
+        return torch.stack([head(hidden) for head in self.heads], dim=-2)
+
+    @torch.inference_mode()
+    def commit(self, state: DrafterState, hidden: Tensor, next_ids: Tensor) -> None:
+        state.features = hidden[-1].to(self.heads[0][0].linear.weight.dtype)  # type: ignore[index]
+        state.num_rows += hidden.shape[0]
+
+    def draft_states(self, state: DrafterState) -> Tensor:
+        return self._heads(state.features)
+
+    def trim(self, state: DrafterState, num_rows: int) -> None:
+        state.num_rows = min(state.num_rows, num_rows)

@@ -1,0 +1,33 @@
+"""What a request may say: how to choose tokens, and when to stop."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+from amphista.accept.sampling import Sampling
+from amphista.errors import RequestError
+
+
+class FinishReason(StrEnum):
+    """Why an answer ended."""
+
+    STOP = "stop"  # an end token or a stop string
+    LENGTH = "length"  # the token limit or the end of the context
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingParams(Sampling):
+    """Sampling settings plus limits. `stop` strings end an answer; the text excludes them."""
+
+    max_new_tokens: int = 256
+    stop: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.max_new_tokens < 1:
+            raise RequestError(f"max_new_tokens is {self.max_new_tokens}: expected at least 1")
+        if isinstance(self.stop, str):
+            raise RequestError(f"stop is the string {self.stop!r}: expected a tuple of strings")
+        if any(not stop for stop in self.stop):
+            raise RequestError("an empty stop string would end every answer at once")

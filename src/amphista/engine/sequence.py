@@ -1,0 +1,102 @@
+"""Sequence: one request's tokens, caches and counters; Context: what survives it into the next chat turn.
+
+Invariant between steps: the caches hold every token but the last. The last one is the pending token.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from amphista.accept.sampling import Chooser
+from amphista.cache.static import KVCache
+from amphista.drafter.base import Drafter, DrafterState
+from amphista.engine.params import FinishReason, SamplingParams
+from amphista.engine.stats import DecodeStats
+from amphista.target.text import IncrementalText
+
+
+@dataclass
+class Context:
+    """Cached rows and the token ids they were made from."""
+
+    cache: KVCache
+    draft_state: DrafterState
+    token_ids: list[int] = field(default_factory=list)
+
+    def rewind(self, prompt_ids: list[int], drafter: Drafter) -> int:
+        """Keep what a new prompt shares with the cached rows; returns how many rows that is.
+
+        With a common prefix of P tokens, P - 1 rows stay: the drafter's row P was made with a next token that may now
+        be another. The last prompt token is always read again, because its logits are needed.
+        """
+        cached = self.token_ids[: self.cache.num_committed]
+        common = 0
+        for old, new in zip(cached, prompt_ids, strict=False):
+            if old != new:
+                break
+            common += 1
+        keep = max(0, min(common, len(prompt_ids)) - 1)
+        self.cache.trim(keep)
+        drafter.trim(self.draft_state, keep)
+        self.token_ids = list(prompt_ids)
+        return keep
+
+
+@dataclass
+class Sequence:
+    """One request. `context.token_ids` are prompt and output; the last one is pending."""
+
+    context: Context
+    params: SamplingParams
+    chooser: Chooser
+    num_prompt: int
+    eos_ids: frozenset[int]
+    max_positions: int
+    text: IncrementalText | None = None
+    stats: DecodeStats = field(default_factory=DecodeStats)
+    finish_reason: FinishReason | None = None
+
+    @property
+    def pending(self) -> int:
+        """Chosen by the target, not yet in any cache: the root of the next tree."""
+        return self.context.token_ids[-1]
+
+    @property
+    def output_ids(self) -> list[int]:
+        """Everything emitted, the end token included."""
+        return self.context.token_ids[self.num_prompt :]
+
+    @property
+    def root_position(self) -> int:
+        """Absolute position of the pending token."""
+        return len(self.context.token_ids) - 1
+
+    @property
+    def max_depth(self) -> int:
+        """How deep a tree may be: a step emits one token more than it accepts, and positions end with the context."""
+        remaining = self.params.max_new_tokens - self.stats.num_tokens
+        return max(0, min(remaining - 1, self.max_positions - 1 - self.root_position))
+
+    def take(self, tokens: list[int]) -> tuple[int, str]:
+        """Add chosen tokens up to the first that ends the answer: (how many were taken, text that may be shown)."""
+        pieces = []
+        taken = 0
+        for token in tokens:
+            taken += 1
+            self.context.token_ids.append(token)
+            self.stats.num_tokens += 1
+            if token in self.eos_ids:
+                self.finish_reason = FinishReason.STOP
+            elif self.text is not None:
+                pieces.append(self.text.push(token))
+                if self.text.stopped:
+                    self.finish_reason = FinishReason.STOP
+            full = self.stats.num_tokens >= self.params.max_new_tokens or self.root_position >= self.max_positions
+            if self.finish_reason is None and full:
+                self.finish_reason = FinishReason.LENGTH
+            if self.finish_reason is not None:
+                break
+        if self.finish_reason is not None and self.text is not None:
+            pieces.append(self.text.finish())
+        self.chooser.extend(tokens[:taken])
+        return taken, "".join(pieces)

@@ -1,0 +1,80 @@
+"""The one place that counts tokens and time (ALGORITHM section 8).
+
+tau = tokens committed per target decode forward = (num_tokens - 1) / num_steps: the prefill and the token it gives are
+not counted. Tokens are counted when they are committed, never by tokenising text again.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+
+PHASES = ("prefill", "draft", "verify", "accept", "commit")
+
+
+@dataclass
+class DecodeStats:
+    """Counters of one answer. Seconds are wall time; `phase_seconds` sums to a little less than `seconds`."""
+
+    num_prompt_tokens: int = 0
+    num_cached_tokens: int = 0
+    num_tokens: int = 0
+    accepted: list[int] = field(default_factory=list)
+    tree_nodes: list[int] = field(default_factory=list)
+    prefill_seconds: float = 0.0
+    decode_seconds: float = 0.0
+    phase_seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))
+
+    @property
+    def num_steps(self) -> int:
+        """Target decode forwards."""
+        return len(self.accepted)
+
+    @property
+    def tau(self) -> float | None:
+        """Mean tokens committed per target decode forward; None without a step."""
+        return (self.num_tokens - 1) / self.num_steps if self.num_steps else None
+
+    @property
+    def seconds(self) -> float:
+        """Prefill plus decode, without loading and tokenising."""
+        return self.prefill_seconds + self.decode_seconds
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        return self.num_tokens / self.seconds if self.seconds else None
+
+    @property
+    def decode_tokens_per_second(self) -> float | None:
+        """Tokens after the first per second of decoding; None without a step."""
+        return (self.num_tokens - 1) / self.decode_seconds if self.num_steps and self.decode_seconds else None
+
+    @property
+    def accepted_by_depth(self) -> list[float]:
+        """Share of steps that accepted at least 1, 2, ... draft tokens."""
+        deepest = max(self.accepted, default=0)
+        return [sum(n >= depth for n in self.accepted) / self.num_steps for depth in range(1, deepest + 1)]
+
+
+class Clock:
+    """Times phases into stats; waits for the device first where work is queued."""
+
+    def __init__(self, stats: DecodeStats, device: torch.device) -> None:
+        self._stats, self._device = stats, device
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Add the wall time of a block to one phase."""
+        started = self.now()
+        yield
+        self._stats.phase_seconds[name] += self.now() - started
+
+    def now(self) -> float:
+        """Seconds, after all queued device work is done."""
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        return time.perf_counter()

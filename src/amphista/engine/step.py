@@ -1,0 +1,108 @@
+"""The speculative step: draft, grow, verify, accept, commit. Plain decoding is the same step with the root alone.
+
+This is the only place where target, drafter, acceptance and cache meet.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from amphista.accept.sampling import Chooser
+from amphista.accept.walk import walk
+from amphista.drafter.base import Drafter
+from amphista.engine.params import SamplingParams
+from amphista.engine.sequence import Context, Sequence
+from amphista.engine.stats import Clock
+from amphista.errors import RequestError
+from amphista.target.target import Target
+from amphista.target.text import IncrementalText
+from amphista.tree.grow import Grower
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one step (or the prefill) added: token ids, text that may now be shown, accepted draft tokens."""
+
+    token_ids: list[int]
+    text: str
+    num_accepted: int
+
+
+class Engine:
+    """Decodes sequences with one target, drafter and grower; keeps no state of its own."""
+
+    def __init__(self, target: Target, drafter: Drafter, grower: Grower) -> None:
+        self.target, self.drafter, self.grower = target, drafter, grower
+
+    def new_context(self) -> Context:
+        """Empty caches for one conversation."""
+        return Context(self.target.new_cache(), self.drafter.start())
+
+    def start(
+        self, prompt_ids: list[int], params: SamplingParams, context: Context | None = None
+    ) -> tuple[Sequence, StepResult]:
+        """Prefill a prompt, reusing what `context` already holds of it, and choose the first token."""
+        self._check(prompt_ids)
+        context = context or self.new_context()
+        sequence = Sequence(
+            context=context,
+            params=params,
+            chooser=Chooser(params, prompt_ids),
+            num_prompt=len(prompt_ids),
+            eos_ids=self.target.eos_ids,
+            max_positions=self.target.spec.max_positions,
+            text=None if self.target.text is None else IncrementalText(self.target.text, params.stop),
+        )
+        if self.target.text is None and params.stop:
+            raise RequestError("stop strings need a tokenizer, and this target was loaded without one")
+        clock = Clock(sequence.stats, self.target.device)
+        started = clock.now()
+        with clock.phase("prefill"):
+            keep = context.rewind(prompt_ids, self.drafter)
+            output = self.target.prefill(prompt_ids[keep:], context.cache)
+            pending = sequence.chooser.choose(output.logits[-1], len(prompt_ids))
+            self._commit_draft(sequence, output.hidden, [*prompt_ids[keep + 1 :], pending])
+        _, text = sequence.take([pending])
+        sequence.stats.num_prompt_tokens, sequence.stats.num_cached_tokens = len(prompt_ids), keep
+        sequence.stats.prefill_seconds = clock.now() - started
+        return sequence, StepResult([pending], text, 0)
+
+    def step(self, sequence: Sequence) -> StepResult:
+        """One target forward: between 1 and depth + 1 tokens."""
+        clock = Clock(sequence.stats, self.target.device)
+        started = clock.now()
+        context, root_position = sequence.context, sequence.root_position
+        with clock.phase("draft"):
+            ranks = self.grower.num_ranks if sequence.max_depth else 0
+            candidates = self.drafter.draft(context.draft_state, ranks, sequence.params.temperature)
+            tree = self.grower.grow(sequence.pending, candidates, sequence.max_depth)
+        with clock.phase("verify"):
+            output = self.target.verify(tree, context.cache)
+        with clock.phase("accept"):
+            acceptance = walk(tree, output.logits, sequence.chooser, root_position)
+            taken, text = sequence.take(acceptance.tokens)
+            acceptance = acceptance.cut(taken)
+        with clock.phase("commit"):
+            context.cache.commit(acceptance.path)
+            self._commit_draft(sequence, output.hidden[acceptance.path], acceptance.tokens)
+        sequence.stats.accepted.append(acceptance.num_accepted)
+        sequence.stats.tree_nodes.append(tree.num_nodes)
+        sequence.stats.decode_seconds += clock.now() - started
+        return StepResult(acceptance.tokens, text, acceptance.num_accepted)
+
+    def _commit_draft(self, sequence: Sequence, hidden: torch.Tensor, next_ids: list[int]) -> None:
+        """Drafter row j is made of h_j and x_{j+1}: written once x_{j+1} is chosen, never rolled back."""
+        ids = torch.tensor(next_ids, device=hidden.device)
+        self.drafter.commit(sequence.context.draft_state, hidden, ids)
+
+    def _check(self, prompt_ids: list[int]) -> None:
+        if not prompt_ids:
+            raise RequestError("the prompt is empty: give at least one token")
+        limit = self.target.spec.max_positions
+        if len(prompt_ids) > limit:
+            raise RequestError(f"the prompt has {len(prompt_ids)} tokens, but the target's context holds {limit}: shorten it")
+        worst = max(prompt_ids)
+        if worst >= self.target.spec.vocab_size or min(prompt_ids) < 0:
+            raise RequestError(f"the prompt holds token id {worst}; the target has {self.target.spec.vocab_size} tokens")

@@ -1,0 +1,42 @@
+"""The exception tree: every message says what was given, what was expected and what to do.
+
+    AmphistaError
+    |-- ConfigError      a setting that cannot be (unknown key, value out of range, unreadable recipe)
+    |-- TargetError      a target that cannot be found, loaded or verified as a tree
+    |-- DrafterError     a drafter that cannot be found, is damaged, or belongs to another target
+    |-- DataError        a prompt or training file with an unusable line, named by its number
+    |-- CapacityError    a cache or a context window that is full
+    `-- RequestError     a request that cannot be served (empty prompt, prompt longer than the context)
+
+The command line turns each of them into one sentence on standard error and exit code 2 (`cli/app.py`).
+"""
+
+from __future__ import annotations
+
+
+class AmphistaError(Exception):
+    """Base of every error that a user can cause or cure."""
+
+
+class ConfigError(AmphistaError):
+    """A setting is unknown, out of range or contradicts another one."""
+
+
+class TargetError(AmphistaError):
+    """The target cannot be found or loaded, or cannot be verified losslessly."""
+
+
+class DrafterError(AmphistaError):
+    """The drafter cannot be found, is damaged, or was made for another target."""
+
+
+class DataError(AmphistaError):
+    """A data file has a line that cannot be used."""
+
+
+class CapacityError(AmphistaError):
+    """A cache or context window has no room left."""
+
+
+class RequestError(AmphistaError):
+    """A request cannot be served as given."""

@@ -1,0 +1,64 @@
+"""Prompts as users bring them: arguments, standard input, JSONL files. A file is checked whole before any decoding."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+from amphista.errors import DataError, RequestError
+from amphista.jsonl import read_lines
+
+
+@dataclass(frozen=True)
+class PromptRecord:
+    """One conversation to hold: user turns one after the other, or messages to answer once."""
+
+    id: str | int
+    turns: list[str]
+    messages: list[dict[str, str]] | None = None
+
+
+def from_arguments(prompts: Sequence[str], stdin: TextIO) -> list[PromptRecord]:
+    """Command-line prompts; '-' is all of standard input."""
+    records = []
+    for index, prompt in enumerate(prompts):
+        text = stdin.read() if prompt == "-" else prompt
+        if not text.strip():
+            raise RequestError(f"prompt {index + 1} is empty: give some text")
+        records.append(PromptRecord(index, [text]))
+    return records
+
+
+def read_prompts(path: Path) -> list[PromptRecord]:
+    """A JSONL file with `turns`, `messages` or `prompt` per line; raises DataError naming the first bad line."""
+    records = [_record(line, f"{path} line {number}", number) for number, line in read_lines(path)]
+    if not records:
+        raise DataError(f"{path} holds no prompts")
+    return records
+
+
+def _record(line: dict[str, Any], where: str, number: int) -> PromptRecord:
+    name = line.get("id", line.get("question_id", number))
+    if not isinstance(name, str | int):
+        raise DataError(f"{where}: id is {name!r}, expected a string or a number")
+    if "turns" in line:
+        turns = line["turns"]
+        if not isinstance(turns, list) or not turns or not all(isinstance(t, str) and t.strip() for t in turns):
+            raise DataError(f"{where}: 'turns' must be a list of one or more texts that are not empty")
+        return PromptRecord(name, turns)
+    if "messages" in line:
+        messages = line["messages"]
+        if not isinstance(messages, list) or not messages or not all(_is_message(m) for m in messages):
+            raise DataError(f"{where}: 'messages' must be a list of objects with texts 'role' and 'content'")
+        return PromptRecord(name, [], messages)
+    if "prompt" in line:
+        if not isinstance(line["prompt"], str) or not line["prompt"].strip():
+            raise DataError(f"{where}: 'prompt' must be a text that is not empty")
+        return PromptRecord(name, [line["prompt"]])
+    raise DataError(f"{where} has none of 'turns', 'messages', 'prompt' (its keys: {', '.join(line) or 'none'})")
+
+
+def _is_message(message: Any) -> bool:
+    return isinstance(message, dict) and all(isinstance(message.get(key), str) for key in ("role", "content"))

@@ -1,0 +1,108 @@
+"""Find and load a target: a named default, a folder, a GGUF file, or a hub id."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from amphista.errors import TargetError
+from amphista.target import DEFAULT_TARGET
+from amphista.target.attention import preferred_attention, refuse_unsupported
+from amphista.target.gguf import SMOLLM2_135M, PackagedTarget, Progress, gguf_target_folder, packaged_target_folder
+from amphista.target.probe import probe
+from amphista.target.target import Target
+from amphista.target.text import Text
+
+
+NAMED_TARGETS: dict[str, PackagedTarget] = {DEFAULT_TARGET: SMOLLM2_135M}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def say(line: str) -> None:
+    """Progress for people, on standard error."""
+    sys.stderr.write(f"amphista: {line}\n")
+    sys.stderr.flush()
+
+
+def load_target(
+    name: str = DEFAULT_TARGET, *, device: str | None = None, dtype: str | None = None, progress: Progress = say
+) -> Target:
+    """Load a target and check that it verifies trees.
+
+    name: a key of NAMED_TARGETS, a folder, a .gguf file or a hub id. device: 'cpu', 'cuda', ...; default CUDA where
+    there is one. dtype: a key of DTYPES; default float32 on CPU, the model's own elsewhere.
+    """
+    place = _device(device)
+    folder = locate(name, progress)
+    model = _load_model(name, folder, place, _dtype(dtype, place))
+    target = Target(model, _load_text(name, folder), name=name)
+    probe(target)
+    return target
+
+
+def locate(name: str, progress: Progress = say) -> str:
+    """Where `transformers` should load a target from: a folder, or the hub id itself."""
+    if name in NAMED_TARGETS:
+        return str(packaged_target_folder(NAMED_TARGETS[name], progress))
+    path = Path(name).expanduser()
+    if path.suffix == ".gguf":
+        return str(gguf_target_folder(path, progress))
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise TargetError(f"the folder {path} holds no config.json: expected a saved transformers model")
+        return str(path)
+    if path.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1:
+        known = ", ".join(NAMED_TARGETS)
+        raise TargetError(f"unknown target {name!r}: expected {known}, a folder, a .gguf file or a hub id (owner/name)")
+    return name
+
+
+def _device(device: str | None) -> torch.device:
+    try:
+        place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError as error:
+        raise TargetError(f"unknown device {device!r}: expected cpu, cuda or cuda:N") from error
+    if place.type == "cuda" and not torch.cuda.is_available():
+        raise TargetError(f"device {device!r} was asked for, but this torch sees no CUDA device: use --device cpu")
+    return place
+
+
+def _dtype(dtype: str | None, place: torch.device) -> Any:
+    if dtype is None:
+        return torch.float32 if place.type == "cpu" else "auto"
+    if dtype not in DTYPES:
+        raise TargetError(f"unknown dtype {dtype!r}: expected one of {', '.join(DTYPES)}")
+    return DTYPES[dtype]
+
+
+def _load_model(name: str, folder: str, place: torch.device, dtype: Any) -> Any:
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    try:
+        config = AutoConfig.from_pretrained(folder)
+        refuse_unsupported(config)
+        return AutoModelForCausalLM.from_pretrained(
+            folder, config=config, dtype=dtype, attn_implementation=preferred_attention(config)
+        ).to(place)
+    except TargetError:
+        raise
+    except Exception as error:  # the loader raises a dozen kinds, from OSError to safetensors' own
+        raise TargetError(f"cannot load target {name!r}: {_first_line(error)}") from error
+
+
+def _load_text(name: str, folder: str) -> Text:
+    from transformers import AutoTokenizer
+
+    try:
+        return Text(AutoTokenizer.from_pretrained(folder))
+    except Exception as error:
+        raise TargetError(f"cannot load the tokenizer of target {name!r}: {_first_line(error)}") from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,162 @@
+"""What a drafter may know of its target: dimensions, two frozen matrices, and a fingerprint.
+
+`TargetSpec` is plain data. `SharedWeights` hands out the target's own embedding and language-model head, so
+that no drafter stores a copy. `Fingerprint` says which target a drafter was trained for (hidden states of a
+fine-tune or of another quantisation have another distribution, so acceptance would silently collapse).
+
+Shapes: B sequences, T tokens, D hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from amphista.errors import TargetError
+
+NUM_FINGERPRINT_ROWS = 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class TargetSpec:
+    """The dimensions a drafter may depend on."""
+
+    family: str
+    hidden_size: int
+    embedding_size: int
+    vocab_size: int
+    num_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_size: int
+    intermediate_size: int
+    rope_theta: float
+    norm_eps: float
+    max_positions: int
+
+    @classmethod
+    def from_config(cls, config: Any, *, embedding_size: int, vocab_size: int) -> TargetSpec:
+        """Read the dimensions of a `transformers` configuration, whatever its family calls them."""
+        heads = _first(config, "num_attention_heads", "n_head")
+        hidden = _first(config, "hidden_size", "n_embd")
+        rope = getattr(config, "rope_parameters", None) or {}
+        rope = rope.get("full_attention", rope)
+        return cls(
+            family=config.model_type,
+            hidden_size=hidden,
+            embedding_size=embedding_size,
+            vocab_size=vocab_size,
+            num_layers=_first(config, "num_hidden_layers", "n_layer"),
+            num_attention_heads=heads,
+            num_key_value_heads=getattr(config, "num_key_value_heads", None) or heads,
+            head_size=getattr(config, "head_dim", None) or hidden // heads,
+            intermediate_size=_first(config, "intermediate_size", "n_inner", "ffn_dim", default=4 * hidden),
+            rope_theta=float(rope.get("rope_theta") or 10000.0),
+            norm_eps=float(_first(config, "rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", default=1e-5)),
+            max_positions=_first(config, "max_position_embeddings", "n_positions", default=1 << 30),
+        )
+
+
+def _first(config: Any, *names: str, default: int | float | None = None) -> Any:
+    for name in names:
+        value = getattr(config, name, None)
+        if value is not None:
+            return value
+    if default is None:
+        raise TargetError(f"a {config.model_type} configuration has none of {', '.join(names)}: cannot size a drafter")
+    return default
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogitTransform:
+    """What a family does between its bare LM head and its logits (Cohere multiplies, Granite divides, Gemma2 caps)."""
+
+    multiply: float = 1.0
+    divide: float = 1.0
+    softcap: float | None = None
+
+    @classmethod
+    def from_config(cls, config: Any) -> LogitTransform:
+        return cls(
+            multiply=float(getattr(config, "logit_scale", None) or 1.0),
+            divide=float(getattr(config, "logits_scaling", None) or 1.0),
+            softcap=getattr(config, "final_logit_softcapping", None),
+        )
+
+    def __call__(self, logits: Tensor) -> Tensor:
+        scale = self.multiply / self.divide
+        logits = logits if scale == 1.0 else logits * scale
+        return logits if self.softcap is None else torch.tanh(logits / self.softcap) * self.softcap
+
+
+class SharedWeights:
+    """The target's frozen embedding and LM head, lent to drafters."""
+
+    def __init__(self, embedding: nn.Module, lm_head: nn.Module, transform: LogitTransform) -> None:
+        self._embedding, self._lm_head, self._transform = embedding, lm_head, transform
+
+    @torch.no_grad()
+    def embed(self, token_ids: Tensor) -> Tensor:
+        """Token embeddings: ids [...] -> [..., embedding size]."""
+        return self._embedding(token_ids)
+
+    def project(self, states: Tensor) -> Tensor:
+        """Hidden states [..., D] -> the target's logits [..., V], scaling and soft-capping included.
+
+        Gradients flow to `states`, never to the head.
+        """
+        return self.transform(self._lm_head(states.to(self.head_weight.dtype)))
+
+    def transform(self, logits: Tensor) -> Tensor:
+        """The family's own scaling and soft-capping, for logits made with `head_rows`."""
+        return self._transform(logits)
+
+    @property
+    def head_weight(self) -> Tensor:
+        """The LM head [V, D]."""
+        return self._lm_head.weight  # type: ignore[return-value]
+
+    @torch.no_grad()
+    def head_rows(self, token_ids: Tensor) -> tuple[Tensor, Tensor | None]:
+        """A gathered copy of some LM-head rows: ids [N] -> weight [N, D] and bias [N] or None."""
+        bias = getattr(self._lm_head, "bias", None)
+        return self.head_weight[token_ids].clone(), None if bias is None else bias[token_ids].clone()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fingerprint:
+    """Which target a drafter was trained for."""
+
+    family: str
+    hidden_size: int
+    embedding_size: int
+    vocab_size: int
+    tokenizer_sha256: str
+    lm_head_sha256: str
+
+    @classmethod
+    def of(cls, spec: TargetSpec, shared: SharedWeights, vocabulary: Mapping[str, int]) -> Fingerprint:
+        """Hash the tokenizer's vocabulary and 64 evenly spaced LM-head rows, rounded to bf16."""
+        rows = torch.linspace(0, spec.vocab_size - 1, NUM_FINGERPRINT_ROWS, dtype=torch.float64).long()
+        weight, _ = shared.head_rows(rows.to(shared.head_weight.device))
+        head_bytes = weight.to("cpu", torch.bfloat16).contiguous().view(torch.uint8).numpy().tobytes()
+        tokens = json.dumps(sorted(vocabulary.items(), key=lambda item: (item[1], item[0])), ensure_ascii=True)
+        return cls(
+            family=spec.family,
+            hidden_size=spec.hidden_size,
+            embedding_size=spec.embedding_size,
+            vocab_size=spec.vocab_size,
+            tokenizer_sha256=hashlib.sha256(tokens.encode()).hexdigest(),
+            lm_head_sha256=hashlib.sha256(head_bytes).hexdigest(),
+        )
+
+    def differences(self, other: Fingerprint) -> list[str]:
+        """Names of the fields in which two fingerprints differ."""
+        mine, theirs = asdict(self), asdict(other)
+        return [name for name in mine if mine[name] != theirs[name]]

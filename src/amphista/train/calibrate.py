@@ -1,0 +1,84 @@
+"""Calibration on held-out answers: what the trees need to know about the heads.
+
+One temperature per head makes its probabilities honest: the value that minimises the negative log-likelihood of the
+text tokens inside the draft vocabulary (temperature scaling, arXiv 1706.04599), separately on greedy and on sampled
+answers. Accuracies by (depth, rank) build the static tree; coverage discounts what the draft vocabulary cannot say.
+
+Shapes: K heads, R ranks, M rows, N draft vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from amphista.drafter.base import Calibration, ParallelHeads
+from amphista.train.dataset import HiddenStates, batches_of, coverage
+from amphista.train.losses import LossConfig, draft_labels
+from amphista.train.prompts import TokenRow
+from amphista.train.validation import Validation, validate
+
+GRID = torch.arange(0.6, 3.01, 0.05)
+SAMPLED_AT = 0.7  # the temperature of the sampled answers, when rows do not say
+
+
+def calibrate(
+    drafter: ParallelHeads, rows: Sequence[TokenRow], hidden: HiddenStates, loss_config: LossConfig
+) -> tuple[Calibration, dict[str, Any]]:
+    """(calibration, what was measured with it), for a drafter on held-out rows."""
+    was_training = drafter.training
+    drafter.eval()
+    greedy_rows = [row for row in rows if row.temperature == 0] or list(rows)
+    sampled_rows = [row for row in rows if row.temperature] or list(rows)
+    at = next((row.temperature for row in sampled_rows if row.temperature), SAMPLED_AT)
+    greedy = head_temperatures(drafter, greedy_rows, hidden)
+    sampled = [t / at for t in head_temperatures(drafter, sampled_rows, hidden)]
+    drafter.calibration = Calibration(greedy=greedy, sampled=sampled)
+    measured: dict[str, Validation] = {
+        "greedy": validate(drafter, greedy_rows, hidden, loss_config),
+        "sampled": validate(drafter, sampled_rows, hidden, loss_config),
+    }
+    accuracy = _rank_accuracy(measured["greedy"], measured["sampled"])
+    calibration = Calibration(
+        greedy=greedy, sampled=sampled, coverage=coverage(rows, drafter.draft_ids), accuracy=accuracy
+    )
+    drafter.train(was_training)
+    record = {name: {"tau": v.tau, "top": v.top, "positions": v.num_positions} for name, v in measured.items()}
+    return calibration, record
+
+
+def _rank_accuracy(*parts: Validation) -> list[list[float]]:
+    """Accuracy of each (depth, rank) alone, over all rows: differences of the cumulative top-r accuracies."""
+    total = sum(part.num_positions for part in parts)
+    top = sum(torch.tensor(part.top) * (part.num_positions / total) for part in parts)
+    assert isinstance(top, Tensor)
+    alone = torch.diff(top, dim=1, prepend=torch.zeros(top.shape[0], 1))
+    return [[round(value, 6) for value in ranks] for ranks in alone.clamp_min(0).tolist()]
+
+
+@torch.inference_mode()
+def head_temperatures(drafter: ParallelHeads, rows: Sequence[TokenRow], hidden: HiddenStates) -> list[float]:
+    """The best divisor of each head's logits on a grid of step 0.05."""
+    device = next(drafter.parameters()).device
+    losses = torch.zeros(drafter.num_heads, len(GRID), dtype=torch.float64)
+    for _, on_cpu in batches_of(rows, hidden, 8):
+        batch = on_cpu.to(device)
+        states = drafter(batch.hidden, batch.next_ids, batch.answer_rows.rows)
+        labels = draft_labels(drafter, batch.answer_rows.next_ids)
+        for k in range(drafter.num_heads):
+            index = batch.answer_rows.aims(k)
+            wanted = labels[index + k + 1]
+            index, wanted = index[wanted >= 0], wanted[wanted >= 0]
+            if index.numel():
+                losses[k] += _losses_on_grid(drafter.head_logits(states[index, k], k).float(), wanted)
+    return [round(float(GRID[i]), 2) for i in losses.argmin(1)]
+
+
+def _losses_on_grid(logits: Tensor, wanted: Tensor) -> Tensor:
+    picked = logits.gather(-1, wanted[:, None]).squeeze(-1)
+    return torch.stack(
+        [(torch.logsumexp(logits / t, -1) - picked / t).sum().double().cpu() for t in GRID.tolist()]
+    )

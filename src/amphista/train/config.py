@@ -1,0 +1,57 @@
+"""TrainConfig and its parts; a recipe file writes only what differs from these defaults."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from amphista.errors import ConfigError
+from amphista.train.losses import LossConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """`files`: distilled answers or conversations (train/prompts.py). `store`: keep hidden states on disk."""
+
+    files: tuple[str, ...] = ()
+    validation_share: float = 0.03
+    max_len: int = 2048
+    store: bool = False
+    seed: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """AdamW with linear warm-up and a cosine to `final_ratio` of the peak over all steps.
+
+    `max_steps` ends a run before its epochs do; the cosine ends there too.
+    """
+
+    learning_rate: float = 1e-3
+    weight_decay: float = 0.01
+    beta2: float = 0.95
+    clip: float = 1.0
+    warmup_steps: int = 100
+    final_ratio: float = 0.05
+    epochs: int = 1
+    max_steps: int | None = None
+    batch_size: int = 4
+
+    def __post_init__(self) -> None:
+        if self.learning_rate <= 0 or self.epochs < 1 or self.batch_size < 1 or (self.max_steps or 1) < 1:
+            raise ConfigError("learning_rate must be above 0, epochs, batch_size and max_steps at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """One training run. `model` holds the drafter's own settings (AmphistaConfig or MedusaConfig)."""
+
+    drafter: str = "amphista"
+    model: dict[str, Any] = field(default_factory=dict)
+    data: DataConfig = field(default_factory=DataConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    seed: int = 0
+    save_every: int = 500
+    validate_every: int = 0
+    log_every: int = 20

@@ -1,0 +1,161 @@
+"""How good are the heads, and what tau would they give: measured on recorded answers, before any decoding.
+
+A recorded answer is a walk the target really takes, so replaying it against the trees the heads would have grown gives
+the tau of decoding that answer (exactly, up to rounding). Tau counts the tokens committed per target forward.
+
+Shapes: Q answer rows, K heads, R ranks, N draft vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from amphista.drafter.base import ParallelHeads
+from amphista.train.dataset import Batch, HiddenStates, batches_of
+from amphista.train.losses import HeadLoss, LossConfig
+from amphista.train.prompts import TokenRow
+from amphista.tree.candidates import Candidates
+from amphista.tree.dynamic import best_first
+
+NUM_RANKS = 10
+TREE_SIZES = (4, 8, 16, 32, 64)
+
+
+@dataclass(frozen=True)
+class Validation:
+    """Per-head accuracy at ranks 1..10 (cumulative), the loss, and tau by number of tree nodes."""
+
+    loss: float
+    head_loss: list[float]
+    top: list[list[float]]
+    tau: dict[int, float]
+    num_positions: int
+
+    def line(self) -> str:
+        """One line for people."""
+        first = " ".join(f"{ranks[0]:.3f}" for ranks in self.top)
+        taus = " ".join(f"{size}:{value:.2f}" for size, value in self.tau.items())
+        return f"loss {self.loss:.4f}  top-1 {first}  tau {taus}"
+
+
+@torch.inference_mode()
+def validate(
+    drafter: ParallelHeads,
+    rows: Sequence[TokenRow],
+    hidden: HiddenStates,
+    loss_config: LossConfig,
+    *,
+    batch_size: int = 8,
+    tree_sizes: Sequence[int] = TREE_SIZES,
+) -> Validation:
+    """Measure a drafter on held-out rows; `num_positions` is the number of answer positions seen."""
+    loss_of = HeadLoss(drafter, loss_config)
+    device = next(drafter.parameters()).device
+    hits = torch.zeros(drafter.num_heads, NUM_RANKS)
+    counts = torch.zeros(drafter.num_heads)
+    losses = torch.zeros(drafter.num_heads)
+    walked, steps = dict.fromkeys(tree_sizes, 0), dict.fromkeys(tree_sizes, 0)
+    for some, on_cpu in batches_of(rows, hidden, batch_size):
+        batch = on_cpu.to(device)
+        per_head = loss_of(batch.hidden, batch.next_ids, batch.answer_rows)[1].cpu()
+        ranked = ranked_heads(drafter, batch, max(NUM_RANKS, max(tree_sizes) - 1))
+        count_hits(ranked, batch, hits, counts)
+        losses += per_head * len(some)
+        for answer in replay_answers(ranked, batch):
+            for size in tree_sizes:
+                num_tokens, num_steps = answer.walk(size)
+                walked[size] += num_tokens
+                steps[size] += num_steps
+    mean = losses / len(rows)
+    weights = torch.tensor([loss_config.depth_decay**k for k in range(drafter.num_heads)])
+    return Validation(
+        loss=float((mean * weights).sum() / weights.sum()),
+        head_loss=mean.tolist(),
+        top=(hits / counts[:, None].clamp_min(1)).cumsum(1).tolist(),
+        tau={size: walked[size] / max(steps[size], 1) for size in tree_sizes},
+        num_positions=int(counts[0]),
+    )
+
+
+@dataclass(frozen=True)
+class RankedHeads:
+    """Top ranks of every head at every answer row: token ids and log-probabilities [Q, K, R], on CPU."""
+
+    tokens: Tensor
+    log_probs: Tensor
+
+
+def ranked_heads(drafter: ParallelHeads, batch: Batch, num_ranks: int, temperature: float = 0.0) -> RankedHeads:
+    """All heads of all answer rows, one head at a time so that Q x K x N never exists at once."""
+    states = drafter(batch.hidden, batch.next_ids, batch.answer_rows.rows)
+    divisors = drafter.head_temperatures(temperature)
+    tokens, log_probs = [], []
+    for k in range(drafter.num_heads):
+        logits = drafter.head_logits(states[:, k], k).float() / float(divisors[k])
+        best = torch.log_softmax(logits, dim=-1).topk(min(num_ranks, logits.shape[-1]), dim=-1)
+        ids = best.indices if drafter.draft_ids is None else drafter.draft_ids[best.indices]
+        tokens.append(ids.cpu())
+        log_probs.append(best.values.cpu())
+    return RankedHeads(torch.stack(tokens, 1), torch.stack(log_probs, 1))
+
+
+def count_hits(ranked: RankedHeads, batch: Batch, hits: Tensor, counts: Tensor) -> None:
+    """Add, per head and rank, how often that rank held the text's token."""
+    next_ids = batch.answer_rows.next_ids.cpu()
+    for k in range(ranked.tokens.shape[1]):
+        index = batch.answer_rows.aims(k).cpu()
+        wanted = next_ids[index + k + 1]
+        hits[k] += (ranked.tokens[index, k, :NUM_RANKS] == wanted[:, None]).float().sum(0)
+        counts[k] += index.numel()
+
+
+class AnswerReplay:
+    """One recorded answer and, at each of its rows, the nodes the heads would have grown."""
+
+    def __init__(self, next_ids: list[int], tokens: list[list[list[int]]], log_probs: list[list[list[float]]]) -> None:
+        self._next_ids, self._tokens, self._log_probs = next_ids, tokens, log_probs
+        self._reached: dict[int, list[int]] = {}  # row -> for each depth, the tree size that first reaches it
+
+    def walk(self, num_nodes: int) -> tuple[int, int]:
+        """Decode the answer with trees of `num_nodes`: (tokens committed after the first, target forwards)."""
+        row, steps = 0, 0
+        last = len(self._next_ids) - 1
+        while row < last:
+            reached = self._sizes_needed(row)
+            accepted = sum(size <= num_nodes for size in reached)
+            row += min(accepted, last - row - 1) + 1
+            steps += 1
+        return last, steps
+
+    def _sizes_needed(self, row: int) -> list[int]:
+        """Best-first growth is nested: the smallest tree that holds the text's path to depth 1, 2, ..."""
+        if row not in self._reached:
+            candidates = Candidates(self._tokens[row], self._log_probs[row])
+            largest = len(self._tokens[row][0]) + 1
+            grown = best_first(self._next_ids[row], candidates, largest, len(self._next_ids) - 1 - row)
+            at, sizes = 0, []
+            for node in range(1, len(grown.tokens)):
+                ahead = row + len(sizes) + 1
+                if ahead < len(self._next_ids) and grown.parents[node] == at:
+                    if grown.tokens[node] == self._next_ids[ahead]:
+                        at = node
+                        sizes.append(node + 1)
+            self._reached[row] = sizes
+        return self._reached[row]
+
+
+def replay_answers(ranked: RankedHeads, batch: Batch) -> list[AnswerReplay]:
+    """Split the rows of a batch into its answers."""
+    answers = batch.answer_rows.answers.cpu()
+    next_ids = batch.answer_rows.next_ids.tolist()
+    bounds = [0, *((answers[1:] != answers[:-1]).nonzero().squeeze(-1) + 1).tolist(), len(next_ids)]
+    replays = []
+    for start, end in zip(bounds, bounds[1:], strict=False):
+        if end - start > 1:
+            tokens, log_probs = ranked.tokens[start:end].tolist(), ranked.log_probs[start:end].tolist()
+            replays.append(AnswerReplay(next_ids[start:end], tokens, log_probs))
+    return replays
