@@ -1,0 +1,38 @@
+"""Shared fixtures; the tiny world itself is in tests/tiny.py."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that reaches for the hub is a mistake
+
+import pytest
+import torch
+
+from tests.tiny import byte_tokenizer, tiny_model, tiny_target
+
+
+@pytest.fixture(autouse=True)
+def _fixed_seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def target():
+    """A tiny Llama on bare token ids."""
+    return tiny_target()
+
+
+@pytest.fixture(scope="session")
+def text_target():
+    """A tiny Llama with a byte tokenizer and a chat template."""
+    return tiny_target(with_text=True)
+
+
+@pytest.fixture(scope="session")
+def target_folder(tmp_path_factory):
+    """A saved tiny Llama, for everything that loads a target by folder."""
+    folder = tmp_path_factory.mktemp("tiny-target")
+    tiny_model().save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return folder

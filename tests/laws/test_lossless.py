@@ -1,0 +1,181 @@
+"""Law 1: whatever drafter, tree and sampling, the tokens are those of plain autoregressive decoding.
+
+The oracle decodes without cache or tree on the stock model. Accepted lengths are asserted too, so that no case passes
+by never accepting anything.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from amphista.engine.decoder import decode
+from amphista.engine.params import FinishReason, SamplingParams
+from amphista.engine.step import Engine
+from amphista.tree.grow import StaticGrower, parse_tree
+from amphista.tree.template import TreeTemplate
+from tests.oracle.decode import decode_plainly
+from tests.tiny import EOS, HOSTILE, REAL_DRAFTERS, real_drafters
+
+PROMPT = [5, 17, 230, 44, 9]
+TREES = {
+    "chain": parse_tree("chain"),
+    "1": parse_tree(1),
+    "2": parse_tree(2),
+    "7": parse_tree(7),
+    "24": parse_tree(24),
+    "static": StaticGrower(TreeTemplate.from_paths([[0], [1], [2], [0, 0], [0, 1], [1, 0], [0, 0, 0], [0, 0, 0, 0]])),
+}
+SAMPLINGS = {
+    "greedy": SamplingParams(max_new_tokens=24),
+    "sampled": SamplingParams(max_new_tokens=24, temperature=0.7, seed=3),
+    "filtered": SamplingParams(max_new_tokens=24, temperature=1.2, top_k=40, top_p=0.9, min_p=0.01, seed=4),
+    "penalised": SamplingParams(max_new_tokens=24, repetition_penalty=1.5),
+    "penalised-sampled": SamplingParams(max_new_tokens=24, temperature=0.9, repetition_penalty=1.3, seed=2**63),
+}
+
+
+@pytest.fixture(scope="module")
+def expected(target):
+    return {name: decode_plainly(target.model, PROMPT, params, {EOS}) for name, params in SAMPLINGS.items()}
+
+
+@pytest.fixture(scope="module")
+def drafters(target):
+    return real_drafters(target)
+
+
+def first_difference(ours, theirs):
+    return next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), min(len(ours), len(theirs)))
+
+
+def check(target, drafter, tree, sampling, expected):
+    sequence = decode(Engine(target, drafter, TREES[tree]), PROMPT, SAMPLINGS[sampling])
+    at = first_difference(sequence.output_ids, expected[sampling])
+    assert sequence.output_ids == expected[sampling], f"first divergent position {at}"
+    stats = sequence.stats
+    assert stats.num_tokens == len(sequence.output_ids) == 1 + sum(n + 1 for n in stats.accepted)
+    sequence.context.cache.check_integrity()
+    assert sequence.context.cache.num_committed == len(PROMPT) + stats.num_tokens - 1
+    return sequence
+
+
+@pytest.mark.parametrize("sampling", SAMPLINGS)
+@pytest.mark.parametrize("tree", TREES)
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_drafters(target, expected, name, tree, sampling):
+    drafter = HOSTILE[name](PROMPT + expected[sampling])
+    sequence = check(target, drafter, tree, sampling, expected)
+    accepted = sequence.stats.accepted
+    if name == "always-right" and tree == "chain":
+        assert set(accepted[:-1]) == {drafter.num_heads}, "the always-right drafter must reach its full depth"
+    if name == "always-wrong":
+        assert set(accepted) == {0}, "the always-wrong drafter must never be accepted"
+
+
+@pytest.mark.parametrize("sampling", ["greedy", "sampled", "penalised-sampled"])
+@pytest.mark.parametrize("tree", ["chain", "7", "24"])
+@pytest.mark.parametrize("name", REAL_DRAFTERS)
+def test_real_drafters(target, drafters, expected, name, tree, sampling):
+    check(target, drafters[name], tree, sampling, expected)
+
+
+def test_real_drafters_are_accepted_somewhere(target, drafters, expected):
+    """With a wide tree even random weights hit now and then; otherwise the cases above would prove nothing."""
+    steps = [
+        n
+        for name in REAL_DRAFTERS
+        if name != "none"
+        for n in decode(Engine(target, drafters[name], parse_tree(200)), PROMPT, SAMPLINGS["greedy"]).stats.accepted
+    ]
+    assert sum(n > 0 for n in steps) >= 10
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_many_seeds(target, seed):
+    params = SamplingParams(max_new_tokens=20, temperature=1.0, seed=seed)
+    expected = decode_plainly(target.model, PROMPT, params, {EOS})
+    for name in ("always-right", "random", "ends-early"):
+        drafter = HOSTILE[name](PROMPT + expected)
+        assert decode(Engine(target, drafter, parse_tree(9)), PROMPT, params).output_ids == expected
+
+
+def test_seeds_differ(target):
+    outputs = {
+        tuple(decode_plainly(target.model, PROMPT, SamplingParams(max_new_tokens=8, temperature=1.0, seed=seed)))
+        for seed in range(6)
+    }
+    assert len(outputs) > 1
+
+
+def test_equals_transformers_generate(target, expected):
+    ids = torch.tensor([PROMPT])
+    theirs = target.model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=24, do_sample=False)
+    assert theirs[0, len(PROMPT) :].tolist() == expected["greedy"]
+
+
+# -- the end of an answer, inside an accepted path --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("limit", range(1, 12))
+def test_limit_inside_an_accepted_path(target, expected, limit):
+    drafter = HOSTILE["always-right"](PROMPT + expected["greedy"])
+    params = SamplingParams(max_new_tokens=limit)
+    sequence = decode(Engine(target, drafter, parse_tree("chain")), PROMPT, params)
+    assert sequence.output_ids == expected["greedy"][:limit]
+    assert sequence.finish_reason is FinishReason.LENGTH
+
+
+@pytest.mark.parametrize("index", [0, 1, 2, 3, 4, 5, 9])
+def test_end_token_inside_an_accepted_path(target, expected, index):
+    """Declare the token at `index` an end token: nothing behind it is emitted, counted or cached."""
+    answer = expected["greedy"]
+    end = answer[index]
+    drafter = HOSTILE["always-right"](PROMPT + answer)
+    engine = Engine(target, drafter, parse_tree("chain"))
+    sequence, _ = engine.start(PROMPT, SAMPLINGS["greedy"])
+    sequence.eos_ids = frozenset([end])
+    if sequence.output_ids[0] == end:
+        return
+    while sequence.finish_reason is None:
+        engine.step(sequence)
+    assert sequence.output_ids == answer[: answer.index(end) + 1]
+    assert sequence.finish_reason is FinishReason.STOP
+    assert sequence.context.cache.num_committed == len(PROMPT) + len(sequence.output_ids) - 1
+
+
+@pytest.mark.parametrize("name", ["always-right", "random", "always-wrong"])
+def test_context_end_is_a_length_finish(name):
+    """Reaching the context's end finishes with `length` at the same token with and without drafts."""
+    from tests.tiny import tiny_target
+
+    small = tiny_target(max_position_embeddings=20)
+    params = SamplingParams(max_new_tokens=100)
+    expected = decode_plainly(small.model, PROMPT, params)
+    drafter = HOSTILE[name](PROMPT + expected)
+    small.__dict__["eos_ids"] = frozenset()
+    sequence = decode(Engine(small, drafter, parse_tree(12)), PROMPT, params)
+    assert sequence.output_ids == expected and len(PROMPT) + len(expected) == 21
+    assert sequence.finish_reason is FinishReason.LENGTH
+
+
+# -- two generations at once ------------------------------------------------------------------------------------------
+
+
+def test_interleaved_generations_do_not_disturb_each_other(target, drafters, expected):
+    engine = Engine(target, drafters["amphista-full"], parse_tree(7))
+    sequences = [engine.start(PROMPT, SAMPLINGS[name])[0] for name in SAMPLINGS]
+    while any(sequence.finish_reason is None for sequence in sequences):
+        for sequence in sequences:
+            if sequence.finish_reason is None:
+                engine.step(sequence)
+    assert [sequence.output_ids for sequence in sequences] == list(expected.values())
+
+
+def test_threads_do_not_disturb_each_other(target, drafters, expected):
+    from concurrent.futures import ThreadPoolExecutor
+
+    engine = Engine(target, drafters["amphista-full"], parse_tree(7))
+    with ThreadPoolExecutor(4) as pool:
+        outputs = list(pool.map(lambda name: decode(engine, PROMPT, SAMPLINGS[name]).output_ids, list(SAMPLINGS) * 4))
+    assert outputs == list(expected.values()) * 4

@@ -1,0 +1,251 @@
+"""Tiny random targets of every tested family, a byte tokenizer, and hostile drafters. Nothing is downloaded."""
+
+from __future__ import annotations
+
+import random
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    Gemma2Config,
+    Gemma3TextConfig,
+    GPT2Config,
+    GPTNeoXConfig,
+    LlamaConfig,
+    MistralConfig,
+    OPTConfig,
+    Phi3Config,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+from amphista.drafter.amphista import Amphista, AmphistaConfig
+from amphista.drafter.base import Drafter, ParallelHeads
+from amphista.drafter.medusa import Medusa, MedusaConfig
+from amphista.drafter.none import NoDrafter
+from amphista.target.attention import preferred_attention
+from amphista.target.target import Target
+from amphista.target.text import Text
+from amphista.tree.candidates import Candidates
+
+VOCAB = 300
+EOS = 257
+WINDOW = 8
+TEMPLATE = (
+    "{% for m in messages %}{{ '<s>' + m['role'] + '\n' + m['content'] + '</s>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<s>assistant\n' }}{% endif %}"
+)
+
+SIZES = dict(
+    vocab_size=VOCAB,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=512,
+    bos_token_id=256,
+    eos_token_id=EOS,
+    pad_token_id=EOS,
+)
+WITHOUT_KV_HEADS = {key: value for key, value in SIZES.items() if key != "num_key_value_heads"}
+
+FAMILIES = {
+    "llama": lambda: LlamaConfig(**SIZES),
+    "qwen2": lambda: Qwen2Config(**SIZES),
+    "qwen2-windowed": lambda: Qwen2Config(
+        **SIZES, use_sliding_window=True, sliding_window=WINDOW, max_window_layers=1
+    ),
+    "qwen3": lambda: Qwen3Config(**SIZES, head_dim=8),
+    "mistral": lambda: MistralConfig(**SIZES, sliding_window=None),
+    "mistral-windowed": lambda: MistralConfig(**SIZES, sliding_window=WINDOW),
+    "gemma2": lambda: Gemma2Config(**SIZES, head_dim=8, sliding_window=WINDOW, query_pre_attn_scalar=8),
+    "gemma3": lambda: Gemma3TextConfig(**SIZES, head_dim=8, sliding_window=WINDOW, query_pre_attn_scalar=8),
+    "phi3": lambda: Phi3Config(**SIZES, sliding_window=None),
+    "phi3-windowed": lambda: Phi3Config(**SIZES, sliding_window=WINDOW),
+    "gpt_neox": lambda: GPTNeoXConfig(**WITHOUT_KV_HEADS),
+    "gpt2": lambda: GPT2Config(
+        vocab_size=VOCAB, n_embd=32, n_layer=2, n_head=4, n_positions=512, bos_token_id=256, eos_token_id=EOS
+    ),
+    "opt": lambda: OPTConfig(
+        vocab_size=VOCAB,
+        hidden_size=32,
+        ffn_dim=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=512,
+        word_embed_proj_dim=32,
+        bos_token_id=256,
+        eos_token_id=EOS,
+        pad_token_id=EOS,
+    ),
+}
+
+
+def tiny_model(family: str = "llama", *, seed: int = 0, dtype: torch.dtype = torch.float32, **changes):
+    """A random model; weights are spread out so that choices vary and near-ties are rare."""
+    torch.manual_seed(seed)
+    config = FAMILIES[family]()
+    for name, value in changes.items():
+        setattr(config, name, value)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=preferred_attention(config))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(0, 0.35 if "embed" not in name and "wte" not in name else 1.0)
+    model.generation_config.eos_token_id = EOS
+    return model.to(dtype).eval()
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """Every byte is a token; ids 256.. are special. Multi-byte characters therefore take several tokens."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={char: i for i, char in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
+    fast.chat_template = TEMPLATE
+    return fast
+
+
+def tiny_target(family: str = "llama", *, with_text: bool = False, **changes) -> Target:
+    text = Text(byte_tokenizer()) if with_text else None
+    return Target(tiny_model(family, **changes), text, name=f"tiny-{family}")
+
+
+# -- drafters ---------------------------------------------------------------------------------------------------------
+
+
+class Scripted(Drafter):
+    """Offers whatever a function says for the next `depth` positions; knows positions from the rows it was given."""
+
+    name = "scripted"
+
+    def __init__(self, depth: int, offer) -> None:
+        super().__init__()
+        self._depth, self._offer = depth, offer
+
+    @property
+    def num_heads(self) -> int:
+        return self._depth
+
+    def commit(self, state, hidden, next_ids) -> None:
+        state.num_rows += hidden.shape[0]
+        state.features = [*(state.features or [])[: state.num_rows - hidden.shape[0]], *next_ids.tolist()]
+
+    def trim(self, state, num_rows) -> None:
+        state.num_rows = min(state.num_rows, num_rows)
+
+    def draft(self, state, num_ranks, temperature=0.0) -> Candidates:
+        offered = [self._offer(state, depth, num_ranks) for depth in range(1, self._depth + 1)]
+        return Candidates(offered, [[-0.1 * (rank + 1) for rank in range(len(ranks))] for ranks in offered])
+
+
+def _distinct(tokens, num_ranks):
+    return list(dict.fromkeys(token % VOCAB for token in tokens))[:num_ranks]
+
+
+def always_right(tokens: list[int]) -> Scripted:
+    """Knows the whole sequence (prompt and answer); the pending token sits at index num_rows."""
+
+    def offer(state, depth, num_ranks):
+        at = state.num_rows + depth
+        token = tokens[at] if at < len(tokens) else 0
+        return _distinct([token, *(token + 1 + i for i in range(num_ranks))], num_ranks)
+
+    return Scripted(4, offer)
+
+
+def always_wrong(tokens: list[int]) -> Scripted:
+    """Offers every rank but the right one."""
+
+    def offer(state, depth, num_ranks):
+        at = state.num_rows + depth
+        token = tokens[at] if at < len(tokens) else 0
+        return _distinct((token + 1 + i for i in range(min(num_ranks, VOCAB - 1))), num_ranks)
+
+    return Scripted(4, offer)
+
+
+def randomly(tokens: list[int]) -> Scripted:
+    """Other tokens in every call."""
+    source = random.Random(1)
+    return Scripted(5, lambda state, depth, num_ranks: source.sample(range(VOCAB), min(num_ranks, VOCAB)))
+
+
+def repeating(tokens: list[int]) -> Scripted:
+    """Offers the pending token again and again, then its neighbours."""
+
+    def offer(state, depth, num_ranks):
+        return _distinct((state.features[-1] + i for i in range(num_ranks)), num_ranks)
+
+    return Scripted(3, offer)
+
+
+def ends_early(tokens: list[int]) -> Scripted:
+    """Puts the end token into every path, first among the right tokens, then before them."""
+
+    def offer(state, depth, num_ranks):
+        at = state.num_rows + depth
+        token = tokens[at] if at < len(tokens) else EOS
+        order = [EOS, token] if depth % 2 else [token, EOS]
+        return _distinct([*order, *range(num_ranks)], num_ranks)
+
+    return Scripted(4, offer)
+
+
+HOSTILE = {
+    "always-right": always_right,
+    "always-wrong": always_wrong,
+    "random": randomly,
+    "repeating": repeating,
+    "ends-early": ends_early,
+}
+
+
+def shaken(drafter: ParallelHeads, seed: int = 0, scale: float = 0.3) -> ParallelHeads:
+    """Random weights everywhere: zero-started projections would hide whole branches from a test."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in drafter.parameters():
+            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float32)
+            parameter.add_((noise * scale).to(parameter.dtype))
+    return drafter.eval()
+
+
+AMPHISTA_SWITCHES = {
+    "full": {},
+    "one-stage": {"stages": 1},
+    "no-stages": {"stages": 0},
+    "no-auto-embedding": {"auto_embedding": False},
+    "causal-slots": {"slot_mask": "causal"},
+    "no-position-encoding": {"position_encoding": False},
+    "own-head": {"lm_head": "own"},
+    "draft-vocabulary": {"draft_vocab": 100},
+    "own-draft-vocabulary": {"draft_vocab": 100, "lm_head": "own"},
+    "two-encoders": {"num_encoder_layers": 2, "encoder_intermediate_size": 16, "num_heads": 3},
+    "split-first": {"stage_split": 0},
+}
+MEDUSA_SWITCHES = {
+    "shared": {},
+    "own": {"lm_head": "own", "draft_vocab": 100},
+    "two-layers": {"num_layers": 2, "num_heads": 3},
+}
+
+
+def real_drafters(target: Target) -> dict[str, Drafter]:
+    """Every real drafter with every switch, on random weights."""
+    found: dict[str, Drafter] = {"none": NoDrafter()}
+    for name, switches in AMPHISTA_SWITCHES.items():
+        found[f"amphista-{name}"] = shaken(Amphista(AmphistaConfig(**switches), target.spec, target.shared))
+    for name, switches in MEDUSA_SWITCHES.items():
+        found[f"medusa-{name}"] = shaken(Medusa(MedusaConfig(**switches), target.spec, target.shared))
+    return {name: drafter.to(target.dtype) for name, drafter in found.items()}
+
+
+REAL_DRAFTERS = [
+    "none",
+    *(f"amphista-{name}" for name in AMPHISTA_SWITCHES),
+    *(f"medusa-{name}" for name in MEDUSA_SWITCHES),
+]
