@@ -54,9 +54,7 @@ WITHOUT_KV_HEADS = {key: value for key, value in SIZES.items() if key != "num_ke
 FAMILIES = {
     "llama": lambda: LlamaConfig(**SIZES),
     "qwen2": lambda: Qwen2Config(**SIZES),
-    "qwen2-windowed": lambda: Qwen2Config(
-        **SIZES, use_sliding_window=True, sliding_window=WINDOW, max_window_layers=1
-    ),
+    "qwen2-windowed": lambda: Qwen2Config(**SIZES, use_sliding_window=True, sliding_window=WINDOW, max_window_layers=1),
     "qwen3": lambda: Qwen3Config(**SIZES, head_dim=8),
     "mistral": lambda: MistralConfig(**SIZES, sliding_window=None),
     "mistral-windowed": lambda: MistralConfig(**SIZES, sliding_window=WINDOW),

@@ -1,10 +1,10 @@
 """The user's door: load a target and a drafter once; generate, stream, chat.
 
-    import amphista
-    llm = amphista.load()
-    answer = llm.generate("Why is the sky blue?")     # answer.text, answer.token_ids, answer.stats
-    for piece in llm.stream("Why is the sky blue?"):
-        print(piece, end="")
+import amphista
+llm = amphista.load()
+answer = llm.generate("Why is the sky blue?")     # answer.text, answer.token_ids, answer.stats
+for piece in llm.stream("Why is the sky blue?"):
+    print(piece, end="")
 """
 
 from __future__ import annotations
@@ -119,7 +119,13 @@ class LLM:
         return self.target.text.render(messages)
 
     def stream(
-        self, prompt: Prompt, *, system: str | None = None, raw: bool = False, params: SamplingParams | None = None, **settings: Any
+        self,
+        prompt: Prompt,
+        *,
+        system: str | None = None,
+        raw: bool = False,
+        params: SamplingParams | None = None,
+        **settings: Any,
     ) -> Stream:
         """Decode piece by piece. Settings are those of SamplingParams, or a whole `params`."""
         return self.stream_ids(self.prompt_ids(prompt, system=system, raw=raw), _params(params, settings))
@@ -129,7 +135,13 @@ class LLM:
         return Stream(Decoding(self.engine, prompt_ids, params, context))
 
     def generate(
-        self, prompt: Prompt, *, system: str | None = None, raw: bool = False, params: SamplingParams | None = None, **settings: Any
+        self,
+        prompt: Prompt,
+        *,
+        system: str | None = None,
+        raw: bool = False,
+        params: SamplingParams | None = None,
+        **settings: Any,
     ) -> Answer:
         """Decode a prompt (or a list of messages) to its end."""
         return finish(self.stream(prompt, system=system, raw=raw, params=params, **settings))
@@ -223,6 +235,4 @@ def choose_drafter(target: Target, name: str | None, *, allow_other_target: bool
             say(f"no drafter is shipped for {target.name}: decoding autoregressively (see `amphista train`)")
         name = PREFERRED_DRAFTER if shipped is not None else "none"
     assert PREFERRED_DRAFTER in DRAFTERS
-    return load_drafter(
-        name, target.spec, target.shared, target.fingerprint, allow_other_target=allow_other_target
-    )
+    return load_drafter(name, target.spec, target.shared, target.fingerprint, allow_other_target=allow_other_target)

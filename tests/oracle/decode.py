@@ -28,7 +28,11 @@ def choose_plainly(logits, ids, params):
     scores = list(logits)
     if params.repetition_penalty != 1:
         for token in set(ids):
-            scores[token] = scores[token] * params.repetition_penalty if scores[token] < 0 else scores[token] / params.repetition_penalty
+            scores[token] = (
+                scores[token] * params.repetition_penalty
+                if scores[token] < 0
+                else scores[token] / params.repetition_penalty
+            )
     if params.temperature == 0:
         return max(range(len(scores)), key=lambda token: scores[token])
     scores = [score / params.temperature for score in scores]

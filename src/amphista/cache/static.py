@@ -85,7 +85,9 @@ class KVCache:
         """Keep the tree rows named by `path` (node indices, ascending) and drop all others."""
         tree_rows = self.num_rows - self.num_committed
         if list(path) != sorted(set(path)) or any(not 0 <= node < tree_rows for node in path):
-            raise CapacityError(f"cannot commit path {list(path)}: the tree has {tree_rows} rows, ascending and distinct")
+            raise CapacityError(
+                f"cannot commit path {list(path)}: the tree has {tree_rows} rows, ascending and distinct"
+            )
         for layer in self.layers:
             layer.keep(self.num_committed, path)
         self.num_committed += len(path)

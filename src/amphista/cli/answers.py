@@ -79,7 +79,9 @@ def _prompt_ids(job: Job, prompt: PromptRecord, messages: list[dict[str, str]]) 
 def _check_length(job: Job, prompt: PromptRecord, ids: list[int]) -> None:
     limit = job.llm.target.spec.max_positions
     if len(ids) > limit:
-        raise RequestError(f"prompt {prompt.id} has {len(ids)} tokens, but the target's context holds {limit}: shorten it")
+        raise RequestError(
+            f"prompt {prompt.id} has {len(ids)} tokens, but the target's context holds {limit}: shorten it"
+        )
     if not ids:
         raise RequestError(f"prompt {prompt.id} is empty: give some text")
 

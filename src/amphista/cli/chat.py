@@ -1,7 +1,7 @@
 """amphista chat: a conversation on kept caches, streamed; Ctrl-C ends the answer, not the chat.
 
-    amphista chat
-    amphista chat --temperature 0.7 --system "You answer in one sentence."
+amphista chat
+amphista chat --temperature 0.7 --system "You answer in one sentence."
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """amphista generate: prompts in, the target's own answers out; --compare proves and times it.
 
-    amphista generate "Why is the sky blue?"
-    amphista generate --prompts questions.jsonl --drafter medusa --tree 16 --json > answers.jsonl
+amphista generate "Why is the sky blue?"
+amphista generate --prompts questions.jsonl --drafter medusa --tree 16 --json > answers.jsonl
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """amphista info: versions, machine, targets, drafters, and a self-check.
 
-    amphista info
-    amphista info --check
+amphista info
+amphista info --check
 """
 
 from __future__ import annotations
@@ -88,7 +88,9 @@ def _check(
 def _text(report: dict[str, Any]) -> str:
     lines = ["versions    " + ", ".join(f"{name} {version}" for name, version in report["versions"].items())]
     machine = report["machine"]
-    lines.append(f"machine     {machine['processor']} ({machine['instruction_set']}), {machine['torch_threads']} threads")
+    lines.append(
+        f"machine     {machine['processor']} ({machine['instruction_set']}), {machine['torch_threads']} threads"
+    )
     if "accelerator" in machine:
         lines.append(f"            {machine['accelerator']}")
     lines.append(f"cache       {report['cache_folder']}")

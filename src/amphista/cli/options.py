@@ -33,10 +33,14 @@ AllowOtherTarget = Annotated[
         rich_help_panel=MODEL,
     ),
 ]
-Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:N. Default: cuda if there is one.", rich_help_panel=MODEL)]
+Device = Annotated[
+    str | None, typer.Option(help="cpu, cuda, cuda:N. Default: cuda if there is one.", rich_help_panel=MODEL)
+]
 Dtype = Annotated[
     str | None,
-    typer.Option(help="float32, bfloat16 or float16. Default: float32 on CPU, else the model's.", rich_help_panel=MODEL),
+    typer.Option(
+        help="float32, bfloat16 or float16. Default: float32 on CPU, else the model's.", rich_help_panel=MODEL
+    ),
 ]
 Tree = Annotated[
     str | None,
@@ -49,9 +53,14 @@ Tree = Annotated[
 MaxNewTokens = Annotated[int, typer.Option(help="At most this many tokens an answer.", rich_help_panel=SAMPLING)]
 Temperature = Annotated[float, typer.Option(help="0 is greedy.", rich_help_panel=SAMPLING)]
 TopK = Annotated[int, typer.Option(help="Keep the k best tokens; 0 is off.", rich_help_panel=SAMPLING)]
-TopP = Annotated[float, typer.Option(help="Keep the best tokens holding this probability; 1 is off.", rich_help_panel=SAMPLING)]
+TopP = Annotated[
+    float, typer.Option(help="Keep the best tokens holding this probability; 1 is off.", rich_help_panel=SAMPLING)
+]
 MinP = Annotated[
-    float, typer.Option(help="Drop tokens below this share of the best one's probability; 0 is off.", rich_help_panel=SAMPLING)
+    float,
+    typer.Option(
+        help="Drop tokens below this share of the best one's probability; 0 is off.", rich_help_panel=SAMPLING
+    ),
 ]
 RepetitionPenalty = Annotated[
     float, typer.Option(help="Above 1 makes tokens already there less likely; 1 is off.", rich_help_panel=SAMPLING)

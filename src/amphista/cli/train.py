@@ -1,8 +1,8 @@
 """amphista train: a drafter for a frozen target, from its own answers.
 
-    amphista train --data answers.jsonl.gz --out runs/amphista
-    amphista train --recipe recipes/smollm2-amphista.toml --data answers.jsonl.gz --out runs/amphista
-    amphista train --drafter medusa --set optimizer.epochs=3 --data answers.jsonl.gz --out runs/medusa
+amphista train --data answers.jsonl.gz --out runs/amphista
+amphista train --recipe recipes/smollm2-amphista.toml --data answers.jsonl.gz --out runs/amphista
+amphista train --drafter medusa --set optimizer.epochs=3 --data answers.jsonl.gz --out runs/medusa
 """
 
 from __future__ import annotations
@@ -22,13 +22,18 @@ def train(
     out: Annotated[Path, typer.Option(help="Folder for log, state and drafters; a killed run goes on from here.")],
     data: Annotated[
         list[Path] | None,
-        typer.Option(help="JSONL (.gz): distilled rows (prompt_ids, answer_ids) or conversations (messages); repeatable."),
+        typer.Option(
+            help="JSONL (.gz): distilled rows (prompt_ids, answer_ids) or conversations (messages); repeatable."
+        ),
     ] = None,
     target: options.Target = DEFAULT_TARGET,
-    drafter: Annotated[str | None, typer.Option(help="amphista or medusa. Default: the recipe's, else amphista.")] = None,
+    drafter: Annotated[
+        str | None, typer.Option(help="amphista or medusa. Default: the recipe's, else amphista.")
+    ] = None,
     recipe: Annotated[Path | None, typer.Option(help="TOML file with what differs from the defaults.")] = None,
     settings: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="One setting, e.g. optimizer.epochs=3; repeatable.")
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="One setting, e.g. optimizer.epochs=3; repeatable."),
     ] = None,
     device: options.Device = None,
     json_lines: Annotated[bool, typer.Option("--json", help="Print the result as one JSON object at the end.")] = False,
@@ -51,7 +56,9 @@ def train(
         raise ConfigError(f"training needs the package {error.name}: pip install 'amphista[train]'") from error
     from amphista.target.loading import load_target
 
-    trainer = Trainer(load_target(target, device=device), config, out, lambda line: print(line, file=sys.stderr, flush=True))
+    trainer = Trainer(
+        load_target(target, device=device), config, out, lambda line: print(line, file=sys.stderr, flush=True)
+    )
     folder = trainer.run()
     print(f"amphista: the drafter is in {folder}; the best validated one in {out / 'best'}", file=sys.stderr)
     if json_lines:

@@ -81,7 +81,9 @@ def locate_checkpoint(name: str, fingerprint: Fingerprint) -> Checkpoint:
         return read_checkpoint(path)
     if path.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1:
         known = ", ".join(["none", *DRAFTERS])
-        raise DrafterError(f"unknown drafter {name!r}: expected {known}, a folder with config.json, or a hub id (owner/name)")
+        raise DrafterError(
+            f"unknown drafter {name!r}: expected {known}, a folder with config.json, or a hub id (owner/name)"
+        )
     return read_checkpoint(_from_hub(name))
 
 

@@ -168,7 +168,5 @@ class TransformerLayer(nn.Module):
         rotary = None
         if positions is not None:
             rotary = rotary_tables(positions, self.sizes.head_size, self.sizes.rope_theta)
-        x = x + self.attention(
-            self.attention_norm(x), rotary=rotary, mask=mask, is_causal=is_causal, cache=cache
-        )
+        x = x + self.attention(self.attention_norm(x), rotary=rotary, mask=mask, is_causal=is_causal, cache=cache)
         return x + self.mlp(self.mlp_norm(x))

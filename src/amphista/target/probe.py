@@ -12,7 +12,12 @@ from amphista.errors import TargetError
 from amphista.target.target import Target
 from amphista.tree.token_tree import TokenTree
 
-TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6, torch.float16: 3e-2, torch.bfloat16: 1.5e-1}  # of the logits' scale
+TOLERANCE = {
+    torch.float32: 1e-3,
+    torch.float64: 1e-6,
+    torch.float16: 3e-2,
+    torch.bfloat16: 1.5e-1,
+}  # of the logits' scale
 PROBE_PROMPT = 5
 PARENTS = [-1, 0, 0, 1]
 

@@ -79,6 +79,4 @@ def head_temperatures(drafter: ParallelHeads, rows: Sequence[TokenRow], hidden: 
 
 def _losses_on_grid(logits: Tensor, wanted: Tensor) -> Tensor:
     picked = logits.gather(-1, wanted[:, None]).squeeze(-1)
-    return torch.stack(
-        [(torch.logsumexp(logits / t, -1) - picked / t).sum().double().cpu() for t in GRID.tolist()]
-    )
+    return torch.stack([(torch.logsumexp(logits / t, -1) - picked / t).sum().double().cpu() for t in GRID.tolist()])

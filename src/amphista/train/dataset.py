@@ -170,7 +170,9 @@ def _pad(ids: Sequence[Sequence[int]]) -> Tensor:
     return torch.tensor([list(row) + [row[-1]] * (longest - len(row)) for row in ids])
 
 
-def batches_of(rows: Sequence[TokenRow], hidden: HiddenStates, batch_size: int) -> Iterator[tuple[list[TokenRow], Batch]]:
+def batches_of(
+    rows: Sequence[TokenRow], hidden: HiddenStates, batch_size: int
+) -> Iterator[tuple[list[TokenRow], Batch]]:
     """Batches in length order, for validation."""
     by_length = sorted(rows, key=lambda row: len(row.token_ids))
     for start in range(0, len(by_length), batch_size):

@@ -53,7 +53,9 @@ def read_rows(
                 if cut.num_answer_tokens:
                     rows.append(cut)
     if not rows:
-        raise DataError(f"no answer tokens in {', '.join(map(str, paths))} within the first {max_len} tokens of any row")
+        raise DataError(
+            f"no answer tokens in {', '.join(map(str, paths))} within the first {max_len} tokens of any row"
+        )
     return rows
 
 
@@ -88,7 +90,9 @@ def mark_answers(
         prompt = text.render(messages[:index])
         whole = text.render(messages[: index + 1], add_generation_prompt=False)
         if whole[: len(prompt)] != prompt:
-            raise DataError("the chat template does not start an answer with its generation prompt: cannot mark answers")
+            raise DataError(
+                "the chat template does not start an answer with its generation prompt: cannot mark answers"
+            )
         answer = whole[len(prompt) :]
         end = next((i + 1 for i, token in enumerate(answer) if token in eos_ids), len(answer))
         if prompt[: len(ids)] != ids and ids:  # the template rewrote what came before: start a row of its own
@@ -107,7 +111,9 @@ def _check_row(row: TokenRow, where: str, vocab_size: int) -> None:
         raise DataError(f"{where} has no answer tokens: give it an assistant turn, or leave the line out")
     worst = max(row.token_ids)
     if worst >= vocab_size or min(row.token_ids) < 0:
-        raise DataError(f"{where} holds token id {worst}, but the target has {vocab_size} tokens: made for another target?")
+        raise DataError(
+            f"{where} holds token id {worst}, but the target has {vocab_size} tokens: made for another target?"
+        )
 
 
 def _cut(row: TokenRow, max_len: int) -> TokenRow:

@@ -113,7 +113,9 @@ class Trainer:
         for batch in self._batches():
             loss, per_head = self.model(batch.hidden, batch.next_ids, batch.answer_rows)
             if not torch.isfinite(loss):
-                raise DataError(f"the loss is {float(loss)} at step {self.progress.step}: lower optimizer.learning_rate")
+                raise DataError(
+                    f"the loss is {float(loss)} at step {self.progress.step}: lower optimizer.learning_rate"
+                )
             self.accelerator.backward(loss)
             self.accelerator.clip_grad_norm_(self.model.parameters(), self.config.optimizer.clip)
             self.optimizer.step()
