@@ -26,7 +26,7 @@ _HOMES = {
     "TargetError": "errors",
     "load": "llm",
 }
-__all__ = [  # noqa: PLE0604
+__all__ = [
     "LLM",
     "AmphistaError",
     "Answer",

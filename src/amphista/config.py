@@ -12,11 +12,14 @@ import tomllib
 import types
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from amphista.errors import ConfigError
 
-T = TypeVar("T")
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+T = TypeVar("T", bound="DataclassInstance")
 
 
 def read_recipe(path: Path) -> dict[str, Any]:
@@ -50,7 +53,7 @@ def apply_overrides(values: dict[str, Any], overrides: Sequence[str]) -> dict[st
 
 def build(kind: type[T], values: Mapping[str, Any], where: str = "") -> T:
     """A frozen dataclass from nested mappings; raises ConfigError on unknown keys and wrong types."""
-    fields = {field.name: field for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    fields = {field.name: field for field in dataclasses.fields(kind)}
     hints = get_type_hints(kind)
     arguments = {}
     for key, value in values.items():
@@ -67,8 +70,8 @@ def build(kind: type[T], values: Mapping[str, Any], where: str = "") -> T:
 
 
 def _convert(value: Any, hint: Any, name: str) -> Any:
-    if dataclasses.is_dataclass(hint) and isinstance(value, Mapping):
-        return build(hint, value, name)  # type: ignore[arg-type]
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint) and isinstance(value, Mapping):
+        return build(hint, value, name)
     origin = get_origin(hint)
     if origin in (Union, types.UnionType):
         options = get_args(hint)

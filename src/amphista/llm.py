@@ -23,7 +23,8 @@ from amphista.engine.sequence import Context
 from amphista.engine.stats import DecodeStats
 from amphista.engine.step import Engine, StepResult
 from amphista.errors import RequestError
-from amphista.target.loading import DEFAULT_TARGET, load_target, say
+from amphista.target import DEFAULT_TARGET
+from amphista.target.loading import load_target, say
 from amphista.target.target import Target
 from amphista.target.text import Message
 from amphista.tree.grow import parse_tree

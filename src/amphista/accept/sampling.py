@@ -66,7 +66,8 @@ def gumbel_noise(seed: int, position: int, vocab_size: int) -> Floats:
     """
     bits = np.random.Philox(key=seed, counter=[0, position, 0, 0]).random_raw(vocab_size)
     uniforms = ((bits >> np.uint64(12)).astype(np.float64) + 0.5) * 2.0**-52
-    return -np.log(-np.log(uniforms))  # type: ignore[no-any-return]
+    noise: Floats = -np.log(-np.log(uniforms))
+    return noise
 
 
 def filtered_log_probs(logits: Floats, sampling: Sampling) -> Floats:

@@ -48,7 +48,8 @@ def walk(tree: TokenTree, logits: Tensor, chooser: Chooser, root_position: int) 
     logits: [N, V]. root_position: absolute position of the pending token; the token chosen at a node of depth d sits
     at root_position + d + 1.
     """
-    node, path, accepted = 0, [0], []  # type: ignore[var-annotated]
+    node, path = 0, [0]
+    accepted: list[int] = []
     while True:
         token = chooser.choose(logits[node], root_position + len(path), accepted)
         child = tree.child(node, token)

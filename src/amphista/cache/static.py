@@ -52,7 +52,7 @@ class LayerRows:
         return grown
 
     def keep(self, base: int, rows: Sequence[int]) -> None:
-        """Keep the first `base` rows and, behind them, the rows `base + r` for r in `rows` (ascending); drop the rest."""
+        """Keep the first `base` rows and, behind them, rows `base + r` for r in `rows` (ascending); drop the rest."""
         assert self.keys is not None and self.values is not None
         fixed = next((i for i, row in enumerate(rows) if row != i), len(rows))
         if fixed < len(rows):  # rows before `fixed` already lie where they belong

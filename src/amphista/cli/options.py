@@ -46,7 +46,8 @@ Tree = Annotated[
     str | None,
     typer.Option(
         metavar="chain|N|FILE",
-        help="chain; N nodes chosen anew in each step (root included, 1 is plain decoding); or a template file. Default 8.",
+        help="chain; N nodes chosen anew in each step (root included, 1 is plain decoding); or a template file. "
+        "Default 8.",
         rich_help_panel=TREE,
     ),
 ]

@@ -76,7 +76,8 @@ class StagedAdaptation(nn.Module):
         if cache is not None and cache.num_rows > 0:
             keys = torch.arange(cache.num_rows + x.shape[1], device=x.device)
             mask = (keys[None, :] <= positions[0][:, None])[None, None]
-        return self.layer(x, positions=positions, mask=mask, is_causal=mask is None, cache=cache)
+        output: Tensor = self.layer(x, positions=positions, mask=mask, is_causal=mask is None, cache=cache)
+        return output
 
 
 class AutoEmbedding(nn.Module):
@@ -147,7 +148,8 @@ class Amphista(ParallelHeads):
         states = torch.stack(slots, dim=-2)
         if self.auto_embedding is not None:
             states = self.auto_embedding(states)
-        return self.output_norm(states)
+        normed: Tensor = self.output_norm(states)
+        return normed
 
     def start(self) -> DrafterState:
         return DrafterState(caches=[LayerCache() for _ in self.stages])
@@ -160,6 +162,7 @@ class Amphista(ParallelHeads):
         state.features = [stage[:, -1] for stage in stages]
         state.num_rows += hidden.shape[1]
 
+    @torch.inference_mode()
     def draft_states(self, state: DrafterState) -> Tensor:
         return self._heads(state.features)[0]
 

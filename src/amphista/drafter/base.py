@@ -95,6 +95,8 @@ class Drafter(nn.Module):
 class ParallelHeads(Drafter):
     """K heads over the target's (or their own) LM head, full or over a draft vocabulary."""
 
+    draft_ids: Tensor | None
+
     def __init__(self, config: DrafterConfig, spec: TargetSpec, shared: SharedWeights) -> None:
         super().__init__()
         self.config, self.spec = config, spec
@@ -137,7 +139,8 @@ class ParallelHeads(Drafter):
 
     def _apply(self, *args: Any, **kwargs: Any) -> ParallelHeads:
         self.forget_gathered_head()
-        return super()._apply(*args, **kwargs)  # type: ignore[no-any-return]
+        super()._apply(*args, **kwargs)
+        return self
 
     def _gather_head(self) -> tuple[Tensor, Tensor | None]:
         device = self._shared.head_weight.device
@@ -166,7 +169,7 @@ class ParallelHeads(Drafter):
 
     @abstractmethod
     def head_states(self, hidden: Tensor, next_ids: Tensor, select: Tensor) -> Tensor:
-        """Training form, all positions at once: hidden [B, T, D], next ids [B, T], flat row indices [P] -> [P, K, D]."""
+        """Training form, all positions at once: hidden [B, T, D], next ids [B, T], flat rows [P] -> [P, K, D]."""
 
     @abstractmethod
     def draft_states(self, state: DrafterState) -> Tensor:

@@ -126,7 +126,8 @@ class Attention(nn.Module):
         mixed = F.scaled_dot_product_attention(
             query, key, value, attn_mask=mask, is_causal=is_causal and mask is None, enable_gqa=grouped
         )
-        return self.output(mixed.transpose(1, 2).reshape(batch, length, -1))
+        output: Tensor = self.output(mixed.transpose(1, 2).reshape(batch, length, -1))
+        return output
 
 
 class SwiGLU(nn.Module):
@@ -139,7 +140,8 @@ class SwiGLU(nn.Module):
         self.down = nn.Linear(intermediate_size, hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down(F.silu(self.gate(x)) * self.up(x))
+        output: Tensor = self.down(F.silu(self.gate(x)) * self.up(x))
+        return output
 
 
 class TransformerLayer(nn.Module):
@@ -169,4 +171,5 @@ class TransformerLayer(nn.Module):
         if positions is not None:
             rotary = rotary_tables(positions, self.sizes.head_size, self.sizes.rope_theta)
         x = x + self.attention(self.attention_norm(x), rotary=rotary, mask=mask, is_causal=is_causal, cache=cache)
-        return x + self.mlp(self.mlp_norm(x))
+        output: Tensor = x + self.mlp(self.mlp_norm(x))
+        return output

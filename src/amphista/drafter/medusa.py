@@ -54,9 +54,10 @@ class Medusa(ParallelHeads):
 
     @torch.inference_mode()
     def commit(self, state: DrafterState, hidden: Tensor, next_ids: Tensor) -> None:
-        state.features = hidden[-1].to(self.heads[0][0].linear.weight.dtype)  # type: ignore[index]
+        state.features = hidden[-1].to(next(self.heads.parameters()).dtype)
         state.num_rows += hidden.shape[0]
 
+    @torch.inference_mode()
     def draft_states(self, state: DrafterState) -> Tensor:
         return self._heads(state.features)
 

@@ -73,7 +73,7 @@ class MaskPlan:
             form = MaskForm.BY_LAYER_TYPE if layered else MaskForm.WINDOWED if window else MaskForm.FULL
         if form is MaskForm.FULL:
             window = None
-        implementation = getattr(config, "_attn_implementation", "sdpa")
+        implementation = getattr(config, "_attn_implementation", None) or "sdpa"
         if implementation not in ("sdpa", "eager"):
             raise TargetError(
                 f"the target uses {implementation!r} attention, which takes no tree mask: load it with "

@@ -16,7 +16,6 @@ from amphista.target.probe import probe
 from amphista.target.target import Target
 from amphista.target.text import Text
 
-
 NAMED_TARGETS: dict[str, PackagedTarget] = {DEFAULT_TARGET: SMOLLM2_135M}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

@@ -98,13 +98,14 @@ class LogitTransform:
 class SharedWeights:
     """The target's frozen embedding and LM head, lent to drafters."""
 
-    def __init__(self, embedding: nn.Module, lm_head: nn.Module, transform: LogitTransform) -> None:
+    def __init__(self, embedding: nn.Module, lm_head: nn.Linear, transform: LogitTransform) -> None:
         self._embedding, self._lm_head, self._transform = embedding, lm_head, transform
 
     @torch.no_grad()
     def embed(self, token_ids: Tensor) -> Tensor:
         """Token embeddings: ids [...] -> [..., embedding size]."""
-        return self._embedding(token_ids)
+        embedded: Tensor = self._embedding(token_ids)
+        return embedded
 
     def project(self, states: Tensor) -> Tensor:
         """Hidden states [..., D] -> the target's logits [..., V], scaling and soft-capping included.
@@ -120,7 +121,7 @@ class SharedWeights:
     @property
     def head_weight(self) -> Tensor:
         """The LM head [V, D]."""
-        return self._lm_head.weight  # type: ignore[return-value]
+        return self._lm_head.weight
 
     @torch.no_grad()
     def head_rows(self, token_ids: Tensor) -> tuple[Tensor, Tensor | None]:

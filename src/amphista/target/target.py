@@ -2,7 +2,7 @@
 
 Prefill is verification of a chain, so there is one path into the model. Logits always come from the model's own
 forward, its scaling and soft-capping included; hidden states are what its LM head reads (after the final norm), taken
-by a hook on the base model's output (asking for all hidden states would keep every layer; a hook on the LM head would
+by a hook on the decoder's output (asking for all hidden states would keep every layer; a hook on the LM head would
 be cut by `logits_to_keep`).
 
 Shapes: T prompt tokens, N tree nodes, D hidden size, V vocabulary.
@@ -55,7 +55,8 @@ class Target:
             model.config, embedding_size=embedding.weight.shape[1], vocab_size=lm_head.weight.shape[0]
         )
         self._local = threading.local()  # two threads may decode at once
-        model.base_model.register_forward_hook(self._keep_hidden)
+        self._decoder = model.get_decoder()
+        self._decoder.register_forward_hook(self._keep_hidden)
 
     def _keep_hidden(self, module: Any, args: Any, output: Any) -> None:
         self._local.hidden = output[0] if isinstance(output, tuple) else output.last_hidden_state
@@ -138,9 +139,10 @@ class Target:
 
         Padding needs no mask: causal rows never look to the right.
         """
-        output = self.model.base_model(input_ids=token_ids, use_cache=False)
+        output = self._decoder(input_ids=token_ids, use_cache=False)
         self._local.hidden = None
-        return output.last_hidden_state  # type: ignore[no-any-return]
+        hidden: Tensor = output.last_hidden_state
+        return hidden
 
 
 def _causal(length: int, device: torch.device) -> Tensor:

@@ -30,7 +30,8 @@ class Text:
     @property
     def eos_id(self) -> int | None:
         """The tokenizer's own end token."""
-        return self.tokenizer.eos_token_id  # type: ignore[no-any-return]
+        eos_id: int | None = self.tokenizer.eos_token_id
+        return eos_id
 
     @property
     def has_chat_template(self) -> bool:
@@ -54,9 +55,8 @@ class Text:
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Text of token ids, special tokens left out."""
-        return self.tokenizer.decode(  # type: ignore[no-any-return]
-            list(token_ids), skip_special_tokens=True, clean_up_tokenization_spaces=False
-        )
+        text: str = self.tokenizer.decode(list(token_ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return text
 
 
 class IncrementalText:

@@ -8,9 +8,9 @@ from amphista.drafter.base import ParallelHeads
 
 OPEN_NOTE = {
     "amphista": (
-        "The structure follows arXiv 2406.13170, of which no code was published. Certain: the auto-embedding block, the "
-        "two causal staged adaptation layers, the shared frozen LM head. Open in the paper as known to us, and chosen "
-        "here: the number of heads, the norms, the stage split, the loss weights."
+        "The structure follows arXiv 2406.13170, of which no code was published. Certain: the auto-embedding block, "
+        "the two causal staged adaptation layers, the shared frozen LM head. Open in the paper as known to us, and "
+        "chosen here: the number of heads, the norms, the stage split, the loss weights."
     ),
     "medusa": "Medusa-1 heads (arXiv 2401.10774), the baseline: trained on the same rows and steps as `amphista`.",
 }
@@ -30,21 +30,21 @@ def write_card(drafter: ParallelHeads, target_name: str, training: dict[str, Any
         f"# {drafter.name} drafter for {target_name}",
         "",
         f"{weights:.1f} M weights (stored in bfloat16), {drafter.num_heads} heads, draft vocabulary of "
-        f"{drafter.draft_vocab} tokens covering {data['validation_coverage']:.1%} of held-out answer tokens. The target is "
-        "frozen and decides every token: the drafter changes speed, never output.",
+        f"{drafter.draft_vocab} tokens covering {data['validation_coverage']:.1%} of held-out answer tokens. The "
+        "target is frozen and decides every token: the drafter changes speed, never output.",
         "",
         OPEN_NOTE.get(drafter.name, ""),
         "",
         "## Training",
         "",
         f"{data['rows']} answers of the target itself, {data['answer_tokens']} answer tokens, seen as "
-        f"{progress['positions']} positions in {progress['step']} steps ({progress['seconds'] / 60:.0f} minutes). This is "
-        "very little data: published drafters see hundreds of times as much, and the curves were still rising.",
+        f"{progress['positions']} positions in {progress['step']} steps ({progress['seconds'] / 60:.0f} minutes). This "
+        "is very little data: published drafters see hundreds of times as much, and the curves were still rising.",
         "",
         "## Measured on held-out answers",
         "",
-        f"{data['validation_rows']} answers, {data['validation_answer_tokens']} tokens, replayed against the dynamic tree. "
-        "tau = tokens committed per target forward.",
+        f"{data['validation_rows']} answers, {data['validation_answer_tokens']} tokens, replayed against the dynamic "
+        "tree. tau = tokens committed per target forward.",
         "",
     ]
     lines += _table(training["validation"])

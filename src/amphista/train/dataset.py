@@ -43,7 +43,7 @@ class Batch:
 
 
 def split_rows(rows: Sequence[TokenRow], share: float, seed: int) -> tuple[list[TokenRow], list[TokenRow]]:
-    """(training, validation) rows; answers to one prompt stay together. Decided per group by hash: stable as data grows."""
+    """(training, validation) rows; answers to one prompt stay together, by hash of their group: stable as data grow."""
 
     def is_validation(row: TokenRow) -> bool:
         digest = hashlib.sha256(f"{seed}/{row.group}".encode()).digest()

@@ -1,6 +1,7 @@
 """The training loss, one head at a time (ALGORITHM section 3).
 
-    L = lambda_1 * sum_k w_k CE(p_target(. | x_<=t+k), softmax(z_k))  +  lambda_2 * sum_k w_k CE(x_{t+1+k}, softmax(z_k))
+    L = lambda_1 * sum_k w_k CE(p_target(. | x_<=t+k), softmax(z_k))
+      + lambda_2 * sum_k w_k CE(x_{t+1+k}, softmax(z_k))
 
 The first term aligns with the target's distribution at the position the head predicts (arXiv 2406.13170 names the
 term; its weight is open), the second with the text. Both run over the draft vocabulary: the target's distribution is

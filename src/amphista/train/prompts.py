@@ -1,8 +1,8 @@
 """Training text: conversation files and distilled answers -> token rows with their answers marked.
 
 A line is one of
-    {"id"?, "prompt_ids": [...], "answer_ids": [...], "temperature"?}     a distilled answer, already token ids
-    {"id"?, "messages": [{"role", "content"}, ...]}                       a conversation; its assistant turns are answers
+    {"id"?, "prompt_ids": [...], "answer_ids": [...], "temperature"?}    a distilled answer, already token ids
+    {"id"?, "messages": [{"role", "content"}, ...]}                      a conversation; its assistant turns are answers
 
 Conversations are rendered message by message with a prefix check: most templates mark no answer spans themselves, and
 `return_assistant_tokens_mask` then gives all zeros with only a warning. A template that rewrites history makes one row

@@ -109,8 +109,7 @@ class Trainer:
         self._resume()
         self.report(self._summary())
         started, spent = time.perf_counter(), self.progress.seconds
-        taken = 0
-        for batch in self._batches():
+        for taken, batch in enumerate(self._batches(), start=1):
             loss, per_head = self.model(batch.hidden, batch.next_ids, batch.answer_rows)
             if not torch.isfinite(loss):
                 raise DataError(
@@ -125,7 +124,6 @@ class Trainer:
             self.progress.positions += batch.answer_rows.rows.numel()
             self.progress.seconds = spent + time.perf_counter() - started
             self._after_step(float(loss.detach()), per_head)
-            taken += 1
             if taken == stop_after:
                 return self.out / "state"
             if self.progress.step == self.num_steps:
@@ -248,8 +246,8 @@ class Trainer:
         weights = sum(p.numel() for p in self.drafter.parameters()) / 1e6
         record = self._data_record()
         return (
-            f"{self.drafter.name} with {weights:.1f} M weights: {record['rows']} rows, {record['answer_tokens']} answer "
-            f"tokens, {self.num_steps} steps; {record['validation_rows']} validation rows, "
+            f"{self.drafter.name} with {weights:.1f} M weights: {record['rows']} rows, {record['answer_tokens']} "
+            f"answer tokens, {self.num_steps} steps; {record['validation_rows']} validation rows, "
             f"draft vocabulary covers {record['validation_coverage']:.1%} of their tokens"
         )
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -137,13 +138,14 @@ class AnswerReplay:
             candidates = Candidates(self._tokens[row], self._log_probs[row])
             largest = len(self._tokens[row][0]) + 1
             grown = best_first(self._next_ids[row], candidates, largest, len(self._next_ids) - 1 - row)
-            at, sizes = 0, []
+            at = 0
+            sizes: list[int] = []
             for node in range(1, len(grown.tokens)):
                 ahead = row + len(sizes) + 1
-                if ahead < len(self._next_ids) and grown.parents[node] == at:
-                    if grown.tokens[node] == self._next_ids[ahead]:
-                        at = node
-                        sizes.append(node + 1)
+                is_next = ahead < len(self._next_ids) and grown.parents[node] == at
+                if is_next and grown.tokens[node] == self._next_ids[ahead]:
+                    at = node
+                    sizes.append(node + 1)
             self._reached[row] = sizes
         return self._reached[row]
 
@@ -154,7 +156,7 @@ def replay_answers(ranked: RankedHeads, batch: Batch) -> list[AnswerReplay]:
     next_ids = batch.answer_rows.next_ids.tolist()
     bounds = [0, *((answers[1:] != answers[:-1]).nonzero().squeeze(-1) + 1).tolist(), len(next_ids)]
     replays = []
-    for start, end in zip(bounds, bounds[1:], strict=False):
+    for start, end in pairwise(bounds):
         if end - start > 1:
             tokens, log_probs = ranked.tokens[start:end].tolist(), ranked.log_probs[start:end].tolist()
             replays.append(AnswerReplay(next_ids[start:end], tokens, log_probs))

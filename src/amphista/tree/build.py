@@ -19,7 +19,7 @@ def build_template(accuracy: Sequence[Sequence[float]], num_nodes: int) -> TreeT
     """The template of at most `num_nodes` nodes, root included, with the highest expected number of accepted tokens."""
     if num_nodes < 1:
         raise ConfigError(f"a tree of {num_nodes} nodes was asked for: expected at least 1, the root")
-    by_rank = [sorted(range(len(ranks)), key=lambda r, ranks=ranks: (-ranks[r], r)) for ranks in accuracy]  # type: ignore[misc]
+    by_rank = [_best_ranks(ranks) for ranks in accuracy]
     log_values = [[_log(ranks[r]) for r in order] for ranks, order in zip(accuracy, by_rank, strict=True)]
     grown = best_first(-1, Candidates(by_rank, log_values), num_nodes, len(accuracy))
     paths: list[list[int]] = [[]]
@@ -35,6 +35,10 @@ def expected_tau(accuracy: Sequence[Sequence[float]], template: TreeTemplate) ->
         depth = template.depths[node]
         values.append(values[template.parents[node]] * accuracy[depth - 1][template.ranks[node]])
     return sum(values)
+
+
+def _best_ranks(values: Sequence[float]) -> list[int]:
+    return sorted(range(len(values)), key=lambda rank: (-values[rank], rank))
 
 
 def _log(value: float) -> float:
