@@ -1,0 +1,102 @@
+"""Law 9: a next chat turn on the kept caches equals a fresh prefill, also with templates that rewrite history."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from amphista.engine.decoder import decode
+from amphista.engine.params import SamplingParams
+from amphista.engine.step import Engine
+from amphista.llm import LLM
+from amphista.tree.grow import parse_tree
+from tests.tiny import TEMPLATE, real_drafters, tiny_target
+
+FORGETFUL = (  # drops the text of all earlier answers, as templates of reasoning models do with their thinking
+    "{% for m in messages %}{{ '<s>' + m['role'] + '\n' + (m['content'] if m['role'] == 'user' or loop.last else '-')"
+    " + '</s>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<s>assistant\n' }}{% endif %}"
+)
+PARAMS = SamplingParams(max_new_tokens=12, temperature=0.8, seed=5)
+NAMES = ["none", "amphista-full", "amphista-one-stage", "medusa-shared"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("template", [TEMPLATE, FORGETFUL], ids=["plain", "forgetful"])
+def test_next_turn_equals_fresh_prefill(name, template):
+    target = tiny_target(with_text=True)
+    target.text.tokenizer.chat_template = template
+    drafter = real_drafters(target)[name]
+    llm = LLM(target, drafter, tree=7)
+    kept = llm.conversation()
+    reused = 0
+    for message in ("Hello there", "And then?", "Über\u00e4ll 日本"):
+        prompt = llm.prompt_ids([*kept.messages, {"role": "user", "content": message}])
+        fresh = decode(llm.engine, prompt, PARAMS)
+        answer = kept.send(message, params=PARAMS)
+        assert answer.token_ids == fresh.output_ids
+        assert answer.stats.accepted == fresh.stats.accepted, "the drafter's caches differ from fresh ones"
+        reused += answer.stats.num_cached_tokens
+    assert reused > 20, "nothing was reused: the law would be vacuous"
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("shared", [0, 1, 3, 5])
+def test_rewound_caches_equal_fresh_ones(target, name, shared):
+    """Continue with a prompt that shares only its first tokens with what is cached."""
+    drafter = real_drafters(target)[name]
+    engine = Engine(target, drafter, parse_tree(7))
+    context = engine.new_context()
+    first = [5, 17, 230, 44, 9, 61]
+    decode(engine, first, PARAMS, context)
+    second = first[:shared] + [77, 78, 79]
+    fresh = engine.new_context()
+    expected = decode(engine, second, PARAMS, fresh)
+    sequence = decode(engine, second, PARAMS, context)
+    assert sequence.output_ids == expected.output_ids
+    assert sequence.stats.num_cached_tokens == max(0, shared - 1)
+    assert context.draft_state.num_rows == context.cache.num_committed
+    for ours, theirs in zip(context.cache.layers, fresh.cache.layers, strict=True):
+        rows = theirs.num_rows
+        torch.testing.assert_close(ours.keys[:, :, :rows], theirs.keys[:, :, :rows], atol=1e-4, rtol=1e-4)
+
+
+def test_same_prompt_again_reads_only_its_last_token(target):
+    engine = Engine(target, real_drafters(target)["amphista-full"], parse_tree(7))
+    context = engine.new_context()
+    prompt = [5, 17, 230, 44, 9, 61]
+    first = decode(engine, prompt, PARAMS, context)
+    output = first.output_ids
+    second = decode(engine, prompt, PARAMS, context)
+    assert second.output_ids == output and second.stats.num_cached_tokens == len(prompt) - 1
+
+
+def test_answer_broken_off_leaves_usable_caches(target):
+    """Stop reading a stream in mid-answer, then ask something else on the same context."""
+    engine = Engine(target, real_drafters(target)["amphista-full"], parse_tree(7))
+    context = engine.new_context()
+    sequence, _ = engine.start([5, 17, 230], PARAMS, context)
+    engine.step(sequence)
+    follow_up = [*context.token_ids, 42, 43]
+    expected = decode(engine, follow_up, PARAMS).output_ids
+    assert decode(engine, follow_up, PARAMS, context).output_ids == expected
+
+
+def test_failed_forward_leaves_usable_caches(target, monkeypatch):
+    """An interrupt inside the target's forward drops the half-written rows."""
+    engine = Engine(target, real_drafters(target)["amphista-full"], parse_tree(7))
+    sequence, _ = engine.start([5, 17, 230], PARAMS)
+    rows = sequence.context.cache.num_committed
+    layer = target.model.model.layers[1]
+
+    def interrupt(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(layer, "forward", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            engine.step(sequence)
+    sequence.context.cache.check_integrity()
+    assert sequence.context.cache.num_rows == rows
+    while sequence.finish_reason is None:
+        engine.step(sequence)
+    assert sequence.output_ids == decode(engine, [5, 17, 230], PARAMS).output_ids
