@@ -11,6 +11,8 @@ import torch
 
 from tests.tiny import byte_tokenizer, tiny_model, tiny_target
 
+torch.set_num_threads(1)  # tiny tensors: more threads only wait for each other, two times slower
+
 
 @pytest.fixture(autouse=True)
 def _fixed_seed():
