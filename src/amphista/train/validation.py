@@ -137,7 +137,7 @@ class AnswerReplay:
         if row not in self._reached:
             candidates = Candidates(self._tokens[row], self._log_probs[row])
             largest = len(self._tokens[row][0]) + 1
-            grown = best_first(self._next_ids[row], candidates, largest, len(self._next_ids) - 1 - row)
+            grown = best_first(self._next_ids[row], candidates, largest, candidates.num_heads)
             at = 0
             sizes: list[int] = []
             for node in range(1, len(grown.tokens)):

@@ -1,0 +1,290 @@
+"""Law 7: the loss of one head is the cross-entropy written out by hand, gradients reach the drafter only, a resumed run
+equals the uninterrupted one bit for bit; and the tau a trainer simulates is the tau that decoding realises.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+
+import pytest
+import torch
+
+from amphista.drafter.amphista import Amphista, AmphistaConfig
+from amphista.drafter.checkpoint import load_drafter
+from amphista.engine.decoder import decode
+from amphista.engine.params import SamplingParams
+from amphista.engine.step import Engine
+from amphista.errors import ConfigError, DataError
+from amphista.train.config import DataConfig, OptimizerConfig, TrainConfig
+from amphista.train.dataset import HiddenStates, collate, frequent_tokens
+from amphista.train.losses import HeadLoss, LossConfig
+from amphista.train.prompts import TokenRow, mark_answers, read_rows
+from amphista.train.trainer import Trainer
+from amphista.train.validation import validate
+from amphista.tree.grow import parse_tree
+from tests.tiny import EOS, shaken, tiny_target
+
+PROMPT, ANSWER = [5, 17, 230, 44], [9, 61, 9, 63, 250, 100, 7, EOS]
+ROW = TokenRow("a", "a", PROMPT + ANSWER, [0] * 4 + [1] * 8)
+TWO_TURNS = TokenRow("b", "b", [1, 2, 3, 4, 5, 6, 7, 8, 9, 10], [0, 0, 1, 1, 1, 0, 0, 2, 2, 2])
+
+
+def drafter_for(target, **switches):
+    return shaken(Amphista(AmphistaConfig(num_heads=3, **switches), target.spec, target.shared), scale=0.2)
+
+
+def batch_for(target, rows):
+    return collate(rows, HiddenStates(target, rows, None).get(rows))
+
+
+def logits_of_row(target, drafter, row):
+    """Head logits at every position of one row, straight from the drafter."""
+    ids = torch.tensor([row.token_ids])
+    hidden = target.hidden_states(ids).clone()
+    next_ids = torch.tensor([row.token_ids[1:] + [0]])
+    with torch.no_grad():
+        return drafter.head_logits(drafter.head_states(hidden, next_ids, torch.arange(ids.shape[1]))), hidden[0]
+
+
+@pytest.mark.parametrize("draft_vocab", [None, 120])
+def test_loss_equals_cross_entropy_written_out(target, draft_vocab):
+    """Position t counts for head k iff x_{t+1} and x_{t+1+k} lie in the same answer (1-based k)."""
+    drafter = drafter_for(target, draft_vocab=draft_vocab)
+    if draft_vocab:
+        drafter.set_draft_ids(frequent_tokens([ROW, TWO_TURNS], draft_vocab, [EOS]))
+    vocabulary = list(range(300)) if draft_vocab is None else drafter.draft_ids.tolist()
+    config = LossConfig(soft_weight=1.0, text_weight=0.3, depth_decay=0.5)
+    rows = [ROW, TWO_TURNS]
+    sums, counts = [0.0] * 3, [0] * 3
+    for row in rows:
+        logits, hidden = logits_of_row(target, drafter, row)
+        for t in range(len(row.token_ids)):
+            for k in (1, 2, 3):
+                if t + 1 + k >= len(row.token_ids):
+                    continue
+                if not row.answers[t + 1] or row.answers[t + 1] != row.answers[t + 1 + k]:
+                    continue
+                z = logits[t, k - 1].double()
+                log_probs = (z - z.exp().sum().log()).tolist()
+                aim = target.shared.project(hidden[t + k]).double()[vocabulary]
+                probs = (aim.exp() / aim.exp().sum()).tolist()
+                soft = -sum(p * lp for p, lp in zip(probs, log_probs, strict=True))
+                token = row.token_ids[t + 1 + k]
+                text = -log_probs[vocabulary.index(token)] if token in vocabulary else 0.0
+                sums[k - 1] += 1.0 * soft + 0.3 * text
+                counts[k - 1] += 1
+    assert counts == [7 + 4, 6 + 2, 5], "which positions count"
+    by_hand = [s / c for s, c in zip(sums, counts, strict=True)]
+    batch = batch_for(target, rows)
+    loss, per_head = HeadLoss(drafter, config)(batch.hidden, batch.next_ids, batch.answer_rows)
+    assert per_head.tolist() == pytest.approx(by_hand, rel=1e-4)
+    weights = [1, 0.5, 0.25]
+    assert float(loss.detach()) == pytest.approx(
+        sum(w * v for w, v in zip(weights, by_hand, strict=True)) / sum(weights), rel=1e-4
+    )
+
+
+def test_gradient_reaches_the_drafter_only(target):
+    drafter = drafter_for(target)
+    batch = batch_for(target, [ROW])
+    HeadLoss(drafter, LossConfig())(batch.hidden, batch.next_ids, batch.answer_rows)[0].backward()
+    missing = [name for name, p in drafter.named_parameters() if p.grad is None or float(p.grad.abs().sum()) == 0]
+    assert missing == []
+    assert all(p.grad is None and not p.requires_grad for p in target.model.parameters())
+    assert not any(p is q for p in drafter.parameters() for q in target.model.parameters())
+
+
+def test_padding_changes_nothing(target):
+    """A row alone and the same row beside a longer one give the same losses."""
+    drafter = drafter_for(target)
+    longer = TokenRow("c", "c", PROMPT * 4, [0] * 16)
+    alone, padded = (batch_for(target, rows) for rows in ([ROW], [ROW, longer]))
+    loss = HeadLoss(drafter, LossConfig())
+    one = loss(alone.hidden, alone.next_ids, alone.answer_rows)[1]
+    other = loss(padded.hidden, padded.next_ids, padded.answer_rows)[1]
+    torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
+
+
+def test_conversation_masks_are_the_answers(text_target):
+    """Prefix check: marked tokens are exactly the assistant's texts and their end tokens."""
+    text = text_target.text
+    messages = [
+        {"role": "user", "content": "Hi"},
+        {"role": "assistant", "content": "Grüße"},
+        {"role": "user", "content": "Bye"},
+        {"role": "assistant", "content": "Ciao"},
+    ]
+    ((ids, marks),) = mark_answers(messages, text, {EOS})
+    for number, answer in ((1, "Grüße"), (2, "Ciao")):
+        marked = [token for token, mark in zip(ids, marks, strict=True) if mark == number]
+        assert text.decode(marked) == answer and marked[-1] == EOS
+    assert ids == text.render(messages, add_generation_prompt=False)[: len(ids)]
+
+
+def test_rewritten_history_makes_rows_of_their_own(text_target):
+    from tests.laws.test_next_turn import FORGETFUL
+
+    target = tiny_target(with_text=True)
+    target.text.tokenizer.chat_template = FORGETFUL
+    messages = [
+        {"role": "user", "content": "Hi"},
+        {"role": "assistant", "content": "One"},
+        {"role": "user", "content": "Bye"},
+        {"role": "assistant", "content": "Two"},
+    ]
+    rows = mark_answers(messages, target.text, {EOS})
+    answers = [target.text.decode([t for t, m in zip(*row, strict=True) if m]) for row in rows]
+    assert answers == ["One", "Two"]
+
+
+# -- simulated tau == realised tau ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("num_nodes", [2, 8, 24])
+def test_simulated_tau_equals_decoded_tau(target, num_nodes):
+    """Decode, record, replay the record against the heads: the same tau, step for step.
+
+    Records end with a step, well before the token limit, so that no tree was cut short by it.
+    """
+    drafter = shaken(Amphista(AmphistaConfig(num_heads=3), target.spec, target.shared), scale=0.05)
+    drafter.match_scale(5.0)
+    engine = Engine(target, drafter, parse_tree(num_nodes))
+    rows, tokens, steps = [], 0, 0
+    for i in range(12):
+        prompt = [(31 * i + j) % 250 for j in range(4)]
+        sequence, _ = engine.start(prompt, SamplingParams(max_new_tokens=60))
+        while sequence.stats.num_steps < 16 and sequence.finish_reason is None:
+            engine.step(sequence)
+        answer = sequence.output_ids
+        rows.append(TokenRow(str(i), str(i), prompt + answer, [0] * 4 + [1] * len(answer)))
+        tokens += len(answer) - 1
+        steps += sequence.stats.num_steps
+    result = validate(drafter, rows, HiddenStates(target, rows, None), LossConfig(), tree_sizes=[num_nodes])
+    assert tokens / steps > 1, "nothing was accepted: the law would be vacuous"
+    assert result.tau[num_nodes] == pytest.approx(tokens / steps, abs=1e-9)
+
+
+# -- the trainer ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def data_file(tmp_path, target):
+    """Answers the tiny target really gives."""
+    lines = []
+    for i in range(40):
+        prompt = [(31 * i + j) % 250 for j in range(4)]
+        sequence = decode(Engine(target, _none(), parse_tree(1)), prompt, SamplingParams(max_new_tokens=10 + i % 7))
+        lines.append({"id": f"p{i}", "prompt_ids": prompt, "answer_ids": sequence.output_ids, "temperature": 0.0})
+    path = tmp_path / "answers.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def _none():
+    from amphista.drafter.none import NoDrafter
+
+    return NoDrafter()
+
+
+def config_for(data_file, **changes):
+    values = dict(
+        drafter="amphista",
+        model={"num_heads": 3, "draft_vocab": 150},
+        data=DataConfig(files=(str(data_file),), validation_share=0.2),
+        optimizer=OptimizerConfig(learning_rate=3e-3, batch_size=4, epochs=3, warmup_steps=2),
+        log_every=1,
+        save_every=5,
+    )
+    return TrainConfig(**{**values, **changes})
+
+
+def weights_of(folder):
+    from safetensors.torch import load_file
+
+    return load_file(folder / "model.safetensors")
+
+
+def losses_of(run):
+    records = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    return [record["loss"] for record in records if "loss" in record]
+
+
+@pytest.mark.parametrize("kind", ["amphista", "medusa"])
+@pytest.mark.parametrize("store", [False, True])
+def test_resumed_run_equals_uninterrupted_run(target, data_file, tmp_path, kind, store):
+    config = config_for(
+        data_file, drafter=kind, data=DataConfig(files=(str(data_file),), validation_share=0.2, store=store)
+    )
+    whole = Trainer(target, config, tmp_path / "whole" / "run", lambda line: None)
+    whole.run()
+    cut = tmp_path / "cut" / "run"
+    Trainer(target, config, cut, lambda line: None).run(stop_after=8)  # killed three steps after a save
+    resumed = Trainer(target, config, cut, lambda line: None)
+    resumed.run()
+    for name, tensor in weights_of(tmp_path / "whole" / "run" / "last").items():
+        assert torch.equal(tensor, weights_of(cut / "last")[name]), name
+    for name, parameter in whole.drafter.state_dict().items():
+        assert torch.equal(parameter, resumed.drafter.state_dict()[name]), name
+    assert losses_of(tmp_path / "whole" / "run") == losses_of(cut) and len(losses_of(cut)) == whole.num_steps
+
+
+def test_training_lowers_the_loss_and_ships_a_working_drafter(target, data_file, tmp_path):
+    config = config_for(
+        data_file, optimizer=OptimizerConfig(learning_rate=3e-3, batch_size=4, epochs=12, warmup_steps=2)
+    )
+    folder = Trainer(target, config, tmp_path / "run", lambda line: None).run()
+    losses = losses_of(tmp_path / "run")
+    assert sum(losses[-5:]) < 0.8 * sum(losses[:5])
+    for where in (folder, tmp_path / "run" / "best"):
+        drafter = load_drafter(str(where), target.spec, target.shared, target.fingerprint)
+        prompt = [31, 32, 33, 34]
+        params = SamplingParams(max_new_tokens=12)
+        expected = decode(Engine(target, _none(), parse_tree(1)), prompt, params).output_ids
+        assert decode(Engine(target, drafter, parse_tree(12)), prompt, params).output_ids == expected
+    card = (folder / "README.md").read_text()
+    assert "base_model" in card and "tau" in card
+
+
+def test_calibration_is_honest(target, data_file, tmp_path):
+    """Accuracies are probabilities, coverage is a share, temperatures are positive."""
+    folder = Trainer(target, config_for(data_file), tmp_path / "run", lambda line: None).run()
+    calibration = json.loads((folder / "config.json").read_text())["calibration"]
+    assert all(0 <= sum(ranks) <= 1 + 1e-6 and min(ranks) >= 0 for ranks in calibration["accuracy"])
+    assert 0 < calibration["coverage"] <= 1
+    assert all(math.isfinite(t) and t > 0 for t in calibration["greedy"] + calibration["sampled"])
+
+
+def test_other_settings_in_the_same_folder_are_refused(target, data_file, tmp_path):
+    Trainer(target, config_for(data_file), tmp_path / "run", lambda line: None).run(stop_after=5)
+    other = config_for(data_file, seed=1)
+    with pytest.raises(ConfigError, match="other settings"):
+        Trainer(target, other, tmp_path / "run", lambda line: None).run()
+
+
+def test_kill_between_old_and_new_state_is_survived(target, data_file, tmp_path):
+    """Only state.old is left when a kill hits between the two renames: the run goes on from there."""
+    config, run = config_for(data_file), tmp_path / "run"
+    Trainer(target, config, run, lambda line: None).run(stop_after=5)
+    shutil.move(run / "state", run / "state.old")
+    lines = []
+    Trainer(target, config, run, lines.append).run()
+    assert any("resuming at step 5" in line for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"id": "x", "prompt_ids": [1], "answer_ids": []}', "line 2 has no answer tokens"),
+        ('{"id": "x", "prompt_ids": [1], "answer_ids": [300]}', "line 2 holds token id 300"),
+        ('{"id": "x", "text": "hello"}', "line 2 has neither"),
+        ("{broken", "line 2 is not JSON"),
+        ("[1, 2]", "line 2 is a JSON list"),
+    ],
+)
+def test_bad_rows_are_named(tmp_path, line, message):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"id": "a", "prompt_ids": [1], "answer_ids": [2, 3]}\n' + line + "\n")
+    with pytest.raises(DataError, match=message):
+        read_rows([path], None, [EOS], vocab_size=300, max_len=100)
