@@ -47,6 +47,8 @@ def apply_overrides(values: dict[str, Any], overrides: Sequence[str]) -> dict[st
         *sections, key = name.strip().split(".")
         for section in sections:
             place = place.setdefault(section, {})
+            if not isinstance(place, dict):
+                raise ConfigError(f"--set {override!r}: {section!r} is the value {place!r}, not a section")
         place[key] = value
     return merged
 
@@ -82,8 +84,14 @@ def _convert(value: Any, hint: Any, name: str) -> Any:
         if value not in get_args(hint):
             raise ConfigError(f"{name} is {value!r}: expected one of {', '.join(map(repr, get_args(hint)))}")
         return value
-    if origin in (list, tuple, dict) or hint is Any:
-        return tuple(value) if origin is tuple and isinstance(value, list) else value
+    if hint is Any:
+        return value
+    if origin in (list, tuple, dict):
+        value = tuple(value) if origin is tuple and isinstance(value, list) else value
+        if not isinstance(value, origin):
+            expected = "a section" if origin is dict else "a list"
+            raise ConfigError(f"{name} is {value!r}: expected {expected}")
+        return value
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if isinstance(hint, type) and (not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool)):

@@ -56,17 +56,23 @@ def git_state() -> str | None:
         return subprocess.run(["git", *arguments], cwd=here, capture_output=True, text=True, check=True).stdout.strip()
 
     try:
+        git("ls-files", "--error-unmatch", Path(__file__).name)  # installed inside somebody's checkout: not that one
         return git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
     except (OSError, subprocess.CalledProcessError):
         return None
 
 
+def _shortened(word: str) -> str:
+    """`/a/b/c` -> `c`, `--data=/a/b/c` -> `--data=c`."""
+    name, equals, value = word.rpartition("=")
+    return name + equals + Path(value).name if value.startswith("/") else word
+
+
 def record() -> dict[str, Any]:
     """All of it, as one JSON object. Arguments that are absolute paths are shortened to their last part."""
-    arguments = [Path(word).name if word.startswith("/") else word for word in sys.argv]
     return {
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
-        "command": " ".join(arguments),
+        "command": " ".join(_shortened(word) for word in sys.argv),
         "git": git_state(),
         "versions": versions(),
         "machine": machine(),

@@ -36,16 +36,16 @@ class LayerRows:
         """Write rows [1, H, T, E] behind the last one; return views of all rows [1, H, S + T, E]."""
         start, end = self.num_rows, self.num_rows + keys.shape[2]
         if end > self.capacity:
-            self.keys = self._grown(self.keys, keys, end)
-            self.values = self._grown(self.values, values, end)
+            capacity = max(FIRST_CAPACITY, end, int(self.capacity * GROWTH))
+            self.keys = self._grown(self.keys, keys, capacity)
+            self.values = self._grown(self.values, values, capacity)
         assert self.keys is not None and self.values is not None
         self.keys[:, :, start:end] = keys
         self.values[:, :, start:end] = values
         self.num_rows = end
         return self.keys[:, :, :end], self.values[:, :, :end]
 
-    def _grown(self, old: Tensor | None, like: Tensor, num_rows: int) -> Tensor:
-        capacity = max(FIRST_CAPACITY, num_rows, int(self.capacity * GROWTH))
+    def _grown(self, old: Tensor | None, like: Tensor, capacity: int) -> Tensor:
         grown = like.new_empty(like.shape[0], like.shape[1], capacity, like.shape[3])
         if old is not None:
             grown[:, :, : self.num_rows] = old[:, :, : self.num_rows]

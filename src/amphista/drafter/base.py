@@ -125,8 +125,11 @@ class ParallelHeads(Drafter):
         self.draft_ids.copy_(token_ids.sort().values)
         self.forget_gathered_head()
         if self.config.lm_head == "own":
+            weight, bias = self._gather_head()
             with torch.no_grad():
-                self.own_head.copy_(self._gather_head()[0].float().expand_as(self.own_head))
+                self.own_head.copy_(weight.float().expand_as(self.own_head))
+                if self.own_bias is not None and bias is not None:
+                    self.own_bias.copy_(bias.float().expand_as(self.own_bias))
 
     @property
     def draft_vocab(self) -> int:

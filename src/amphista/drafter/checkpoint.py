@@ -118,7 +118,7 @@ def read_checkpoint(folder: Path) -> Checkpoint:
             calibration=None if calibration is None else build(Calibration, calibration),
             training=values.get("training", {}),
         )
-    except (ValueError, KeyError, AttributeError, ConfigError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, ConfigError) as error:
         raise DrafterError(f"{path} is damaged or not ours: {error}") from error
 
 

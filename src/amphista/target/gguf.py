@@ -88,7 +88,7 @@ def is_whole(folder: Path) -> bool:
     try:
         files = json.loads(manifest.read_text())["files"]
         return all(file_sha256(folder / name) == digest for name, digest in files.items())
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # no manifest of ours
         return False
 
 

@@ -115,8 +115,9 @@ class Target:
     ) -> TargetOutput:
         past = cache.num_committed
         positions = torch.tensor(depths, device=self.device) + past
-        if int(depths[-1]) + past >= self.spec.max_positions:
-            raise CapacityError(f"position {depths[-1] + past} is beyond the context of {self.spec.max_positions}")
+        deepest = past + max(depths)
+        if deepest >= self.spec.max_positions:
+            raise CapacityError(f"position {deepest} is beyond the context of {self.spec.max_positions}")
         try:
             output = self.model(
                 input_ids=torch.tensor([token_ids], device=self.device),
