@@ -1,0 +1,139 @@
+from __future__ import annotations
+
+import itertools
+import random
+
+import pytest
+import torch
+
+from amphista.cache.static import FIRST_CAPACITY, KVCache, LayerRows
+from amphista.errors import CapacityError
+
+HEADS, SIZE = 2, 3
+
+
+def rows(numbers):
+    """Keys that carry their number, values that carry its negative, different per head."""
+    keys = torch.tensor(numbers, dtype=torch.float32)[None, None, :, None].expand(1, HEADS, len(numbers), SIZE)
+    keys = keys + torch.arange(HEADS)[None, :, None, None] * 0.5
+    return keys, -keys
+
+
+def append(cache, numbers):
+    for layer in cache.layers:
+        seen = layer.append(*rows(numbers))
+    return seen
+
+
+def held(cache):
+    """The numbers in each layer, keys and values checked against each other."""
+    found = []
+    for layer in cache.layers:
+        keys, values = layer.keys[:, :, : layer.num_rows], layer.values[:, :, : layer.num_rows]
+        assert torch.equal(keys, -values)
+        assert torch.equal(keys[:, 1], keys[:, 0] + 0.5)
+        found.append(keys[0, 0, :, 0].tolist())
+    assert all(numbers == found[0] for numbers in found)
+    return found[0]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_random_steps_equal_a_plain_list(seed):
+    source = random.Random(seed)
+    cache, expected, number = KVCache(3), [], 0
+    for _ in range(60):
+        tree = list(range(number, number + source.randrange(1, 20)))
+        number += len(tree)
+        append(cache, tree)
+        assert held(cache) == expected + tree
+        path = sorted(source.sample(range(len(tree)), source.randrange(1, len(tree) + 1)))
+        cache.commit(path)
+        expected += [tree[node] for node in path]
+        if source.random() < 0.1:
+            keep = source.randrange(len(expected) + 1)
+            cache.trim(keep)
+            expected = expected[:keep]
+        assert held(cache) == expected and cache.num_committed == cache.num_rows == len(expected)
+        cache.check_integrity()
+
+
+def test_append_returns_all_rows():
+    cache = KVCache(1)
+    append(cache, [1, 2])
+    cache.commit([0, 1])
+    keys, values = append(cache, [3])
+    assert keys[0, 0, :, 0].tolist() == [1, 2, 3] and torch.equal(values, -keys)
+
+
+def test_growth_is_geometric_and_the_same_for_keys_and_values():
+    layer, capacities = LayerRows(), []
+    assert layer.capacity == 0
+    for number in range(2000):
+        layer.append(*rows([number]))
+        assert layer.keys.shape == layer.values.shape
+        if layer.capacity not in capacities:
+            capacities.append(layer.capacity)
+    assert capacities[0] == FIRST_CAPACITY
+    assert all(new == int(old * 1.5) for old, new in itertools.pairwise(capacities))
+    assert layer.keys[0, 0, :2000, 0].tolist() == list(range(2000))
+
+
+def test_one_large_append_takes_no_more_than_it_needs():
+    layer = LayerRows()
+    layer.append(*rows(range(1000)))
+    assert layer.capacity == 1000
+
+
+def test_bytes():
+    cache = KVCache(2)
+    assert cache.num_bytes == 0
+    append(cache, [1])
+    assert cache.num_bytes == 2 * 2 * FIRST_CAPACITY * HEADS * SIZE * 4
+
+
+@pytest.mark.parametrize("path", [[1, 0], [0, 0], [3], [-1], [0, 1, 2, 3]])
+def test_a_path_that_is_not_in_the_tree_is_refused_and_changes_nothing(path):
+    cache = KVCache(2)
+    append(cache, [8, 9])
+    cache.commit([0, 1])
+    append(cache, [1, 2, 3])
+    with pytest.raises(CapacityError, match="cannot commit path"):
+        cache.commit(path)
+    assert held(cache) == [8, 9, 1, 2, 3] and cache.num_committed == 2
+
+
+def test_trim_drops_an_uncommitted_tree():
+    cache = KVCache(2)
+    append(cache, [8, 9])
+    cache.commit([0, 1])
+    append(cache, [1, 2, 3])
+    cache.trim(2)
+    assert held(cache) == [8, 9]
+    cache.trim(0)
+    assert held(cache) == [] and cache.num_committed == 0
+
+
+@pytest.mark.parametrize("num_rows", [-1, 3])
+def test_trim_beyond_the_committed_rows_is_refused(num_rows):
+    cache = KVCache(2)
+    append(cache, [8, 9, 7])
+    cache.commit([0, 1])
+    with pytest.raises(CapacityError, match="cannot trim"):
+        cache.trim(num_rows)
+
+
+def test_integrity_notices_layers_that_disagree():
+    cache = KVCache(2)
+    append(cache, [8, 9])
+    cache.check_integrity()
+    cache.layers[1].num_rows = 1
+    with pytest.raises(CapacityError, match="disagree"):
+        cache.check_integrity()
+
+
+def test_integrity_notices_committed_rows_that_are_not_there():
+    cache = KVCache(2)
+    append(cache, [8, 9])
+    cache.num_committed = 3
+    with pytest.raises(CapacityError, match="3 committed"):
+        cache.check_integrity()

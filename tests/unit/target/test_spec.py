@@ -1,0 +1,120 @@
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+from amphista.errors import TargetError
+from amphista.target.spec import Fingerprint, LogitTransform, SharedWeights, TargetSpec
+from amphista.target.target import Target
+from tests.tiny import FAMILIES, tiny_model, tiny_target
+
+VOCABULARY = {"a": 0, "b": 1, "\u00e9": 2}
+
+
+def shared_of(weight, bias=None, transform=None):
+    head = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, dtype=weight.dtype)
+    head.weight.data = weight
+    if bias is not None:
+        head.bias.data = bias
+    return SharedWeights(nn.Embedding(weight.shape[0], 4), head, transform or LogitTransform())
+
+
+def fingerprint(target, vocabulary=VOCABULARY):
+    return Fingerprint.of(target.spec, target.shared, vocabulary)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_dimensions_of_every_family(family):
+    spec = tiny_target(family).spec
+    assert (spec.hidden_size, spec.embedding_size, spec.vocab_size, spec.num_layers) == (32, 32, 300, 2)
+    assert (spec.num_attention_heads, spec.head_size, spec.max_positions) == (4, 8, 512)
+    assert spec.num_key_value_heads == (4 if family in ("gpt2", "gpt_neox", "opt") else 2)
+    assert spec.intermediate_size == (128 if family == "gpt2" else 48)
+    assert spec.rope_theta > 0 and 0 < spec.norm_eps < 1e-3
+
+
+def test_a_configuration_without_sizes_is_refused():
+    with pytest.raises(TargetError, match="num_attention_heads, n_head"):
+        TargetSpec.from_config(SimpleNamespace(model_type="new"), embedding_size=8, vocab_size=9)
+
+
+# -- logits -----------------------------------------------------------------------------------------------------------
+
+
+def test_logit_transform_multiplies_divides_then_caps():
+    logits = torch.tensor([-30.0, 0.0, 2.0, 30.0])
+    assert torch.equal(LogitTransform()(logits), logits)
+    found = LogitTransform(multiply=3.0, divide=2.0, softcap=10.0)(logits)
+    torch.testing.assert_close(found, torch.tanh(logits * 1.5 / 10.0) * 10.0)
+
+
+def test_logit_transform_reads_each_familys_own_names():
+    read = LogitTransform.from_config
+    assert read(SimpleNamespace()) == LogitTransform()
+    assert read(SimpleNamespace(logit_scale=0.25)) == LogitTransform(multiply=0.25)
+    assert read(SimpleNamespace(logits_scaling=8.0)) == LogitTransform(divide=8.0)
+    assert read(SimpleNamespace(final_logit_softcapping=30.0)) == LogitTransform(softcap=30.0)
+    assert read(SimpleNamespace(logit_scale=None, final_logit_softcapping=None)) == LogitTransform()
+
+
+def test_project_reproduces_a_capped_familys_logits():
+    target = tiny_target("gemma2")
+    output = target.prefill([1, 2, 3], target.new_cache())
+    torch.testing.assert_close(target.shared.project(output.hidden[-1:]), output.logits)
+    assert target.shared.transform(torch.tensor([1e6])) == pytest.approx(30.0)
+
+
+def test_head_rows_are_copies_with_their_bias():
+    weight, bias = torch.randn(9, 4), torch.randn(9)
+    rows, row_bias = shared_of(weight.clone(), bias.clone()).head_rows(torch.tensor([3, 0]))
+    assert torch.equal(rows, weight[[3, 0]]) and torch.equal(row_bias, bias[[3, 0]])
+    shared = shared_of(weight.clone())
+    rows, row_bias = shared.head_rows(torch.tensor([3]))
+    rows.zero_()
+    assert row_bias is None and torch.equal(shared.head_weight[3], weight[3])
+
+
+def test_gradients_reach_the_states_never_the_target(target):
+    states = torch.randn(2, 32, requires_grad=True)
+    target.shared.project(states).sum().backward()
+    assert states.grad is not None and target.shared.head_weight.grad is None
+    assert not target.shared.embed(torch.tensor([1])).requires_grad
+
+
+# -- fingerprint ------------------------------------------------------------------------------------------------------
+
+
+def test_the_same_weights_in_another_dtype_are_the_same_target():
+    """What a bf16 file holds gives one fingerprint, loaded in bf16 or in float32."""
+    model = tiny_model().to(torch.bfloat16)
+    in_bf16 = fingerprint(Target(model))
+    in_float32 = fingerprint(Target(tiny_model().to(torch.bfloat16).to(torch.float32)))
+    assert in_bf16 == in_float32 and in_bf16.differences(in_float32) == []
+
+
+def test_other_weights_differ_in_the_lm_head_alone(target):
+    assert fingerprint(target).differences(fingerprint(tiny_target(seed=1))) == ["lm_head_sha256"]
+
+
+def test_one_changed_row_among_the_hashed_ones_is_noticed():
+    target, before = tiny_target(), fingerprint(tiny_target())
+    with torch.no_grad():
+        target.shared.head_weight[299, 3] += 0.5  # the last row is always hashed
+    assert fingerprint(target).differences(before) == ["lm_head_sha256"]
+
+
+@pytest.mark.parametrize("other", [{"a": 0, "b": 1}, {"a": 0, "b": 2, "\u00e9": 1}, {"a": 0, "b": 1, "e": 2}])
+def test_another_vocabulary_differs(target, other):
+    assert fingerprint(target).differences(fingerprint(target, other)) == ["tokenizer_sha256"]
+
+
+def test_the_order_of_a_vocabulary_does_not_matter(target):
+    assert fingerprint(target) == fingerprint(target, dict(reversed(VOCABULARY.items())))
+
+
+def test_other_dimensions_are_named(target):
+    differences = fingerprint(target).differences(fingerprint(tiny_target("qwen2", hidden_size=16)))
+    assert differences == ["family", "hidden_size", "embedding_size", "lm_head_sha256"]

@@ -1,0 +1,157 @@
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from amphista.errors import RequestError, TargetError
+from amphista.target.text import REPLACEMENT, IncrementalText, Text
+from tests.tiny import EOS, byte_tokenizer
+
+CHARACTERS = "az \n\u00e9\u00df\u20ac\u4e16\u754c\U0001f600\U0001f1e9\U0001f1eae\u0301\ufffd"
+
+
+@pytest.fixture(scope="module")
+def text():
+    return Text(byte_tokenizer())
+
+
+def pushed(text, ids, stops=()):
+    incremental = IncrementalText(text, stops)
+    pieces = []
+    for token in ids:
+        pieces.append(incremental.push(token))
+        if incremental.stopped:
+            break
+    return incremental, pieces, incremental.finish()
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_pieces_joined_equal_the_whole_text(text, seed):
+    """Whole characters, broken ones, single bytes and special tokens in any order."""
+    source = random.Random(seed)
+    ids = []
+    for _ in range(source.randrange(1, 60)):
+        encoded = text.encode(source.choice(CHARACTERS))
+        kind = source.random()
+        if kind < 0.6:
+            ids += encoded
+        elif kind < 0.75:
+            ids += encoded[: source.randrange(len(encoded) + 1)]
+        elif kind < 0.95:
+            ids.append(source.randrange(256))
+        else:
+            ids.append(source.choice([256, EOS]))
+    incremental, pieces, rest = pushed(text, ids)
+    assert "".join(pieces) + rest == text.decode(ids) == incremental.value
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_random_bytes(text, seed):
+    ids = random.Random(seed).choices(range(256), k=80)
+    _, pieces, rest = pushed(text, ids)
+    assert "".join(pieces) + rest == text.decode(ids)
+
+
+def test_no_piece_ends_inside_a_character(text):
+    whole = "na\u00efve \u4e16\u754c \U0001f600!"
+    _, pieces, rest = pushed(text, text.encode(whole))
+    assert "".join(pieces) == whole and rest == ""
+    assert not any(REPLACEMENT in piece for piece in pieces)
+    assert [piece for piece in pieces if piece] == list(whole), "every character comes out with its last byte"
+
+
+def test_a_character_that_never_completes_comes_out_at_the_end(text):
+    ids = text.encode("a\u4e16")[:-1]
+    _, pieces, rest = pushed(text, ids)
+    assert "".join(pieces) == "a" and rest == text.decode(ids)[1:] != ""
+
+
+def test_finish_may_be_called_twice(text):
+    incremental, _, _ = pushed(text, text.encode("ab\u4e16")[:-1])
+    assert incremental.finish() == ""
+
+
+# -- stop strings -----------------------------------------------------------------------------------------------------
+
+
+def test_a_stop_string_across_tokens_is_never_shown(text):
+    incremental, pieces, rest = pushed(text, text.encode("one STOP two"), ["STOP"])
+    assert incremental.stopped and incremental.value == "one " and "".join(pieces) + rest == "one "
+    assert len(pieces) == len("one STOP"), "the token that completes it ends the answer"
+
+
+def test_a_prefix_of_a_stop_string_is_held_back_until_it_is_certain(text):
+    incremental = IncrementalText(text, ["STOP"])
+    shown = [incremental.push(token) for token in text.encode("aSTSTOx")]
+    assert shown == ["a", "", "", "ST", "", "", "STOx"]
+    assert not incremental.stopped
+
+
+def test_a_prefix_that_never_completes_comes_out_at_the_end(text):
+    incremental, pieces, rest = pushed(text, text.encode("aSTO"), ["STOP"])
+    assert "".join(pieces) == "a" and rest == "STO" and not incremental.stopped
+
+
+def test_one_token_may_hold_text_around_the_stop_string():
+    class Words:
+        def decode(self, ids):
+            return "".join({0: "ab", 1: "cXYd", 2: "e"}[i] for i in ids)
+
+    incremental, pieces, rest = pushed(Words(), [0, 1, 2], ["XY"])
+    assert incremental.stopped and "".join(pieces) + rest == "abc" and len(pieces) == 2
+
+
+def test_the_earliest_of_several_stops_counts():
+    class Words:
+        def decode(self, ids):
+            return "".join({0: "ab", 1: "c--d##"}[i] for i in ids)
+
+    incremental, _, _ = pushed(Words(), [0, 1], ["##", "--"])
+    assert incremental.value == "abc"
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_stops_equal_a_search_in_the_whole_text(text, seed):
+    source = random.Random(seed)
+    whole = "".join(source.choices("ab\u00e9", k=40))
+    stops = ["".join(source.choices("ab\u00e9", k=source.randrange(2, 6))) for _ in range(2)]
+    ends = [at + len(stop) for stop in stops if (at := whole.find(stop)) >= 0]
+    incremental, pieces, rest = pushed(text, text.encode(whole), stops)
+    shown = "".join(pieces) + rest
+    assert shown == incremental.value and incremental.stopped == bool(ends)
+    if not ends:
+        assert shown == whole
+    else:
+        read = whole[: min(ends)]
+        assert shown == read[: min(read.find(stop) for stop in stops if stop in read)]
+
+
+# -- prompts ----------------------------------------------------------------------------------------------------------
+
+
+def test_render_uses_the_chat_template(text):
+    ids = text.render([{"role": "user", "content": "hi"}])
+    assert text.tokenizer.decode(ids) == "<s>user\nhi</s>\n<s>assistant\n"
+    whole = text.render([{"role": "user", "content": "hi"}], add_generation_prompt=False)
+    assert text.tokenizer.decode(whole) == "<s>user\nhi</s>\n"
+
+
+def test_special_tokens_are_no_text(text):
+    assert text.decode([*text.encode("a"), EOS, *text.encode("b")]) == "ab"
+    assert text.eos_id == EOS and text.vocabulary["</s>"] == EOS
+
+
+def test_without_a_chat_template_messages_are_refused():
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = None
+    assert not Text(tokenizer).has_chat_template
+    with pytest.raises(TargetError, match="no chat template"):
+        Text(tokenizer).render([{"role": "user", "content": "hi"}])
+
+
+def test_a_templates_own_refusal_is_passed_on():
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
+    with pytest.raises(RequestError, match="roles must alternate"):
+        Text(tokenizer).render([{"role": "user", "content": "hi"}])
