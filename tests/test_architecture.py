@@ -1,4 +1,4 @@
-"""The house stands: imports point down, third parties stay behind their fences, sizes hold, public names are complete."""
+"""The house stands: imports point down, third parties stay fenced in, sizes hold, public names are complete."""
 
 from __future__ import annotations
 

@@ -122,6 +122,8 @@ class ParallelHeads(Drafter):
             raise DrafterError(f"{token_ids.numel()} draft tokens were given to a drafter sized for {self.draft_vocab}")
         if token_ids.unique().numel() != token_ids.numel():
             raise DrafterError("the draft vocabulary names a token twice")
+        if int(token_ids.min()) < 0 or int(token_ids.max()) >= self.spec.vocab_size:
+            raise DrafterError(f"the draft vocabulary names a token beyond the target's {self.spec.vocab_size}")
         self.draft_ids.copy_(token_ids.sort().values)
         self.forget_gathered_head()
         if self.config.lm_head == "own":

@@ -1,0 +1,272 @@
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from amphista.drafter import checkpoint
+from amphista.drafter.amphista import AmphistaConfig
+from amphista.drafter.base import Calibration
+from amphista.drafter.checkpoint import load_drafter, make_drafter, read_checkpoint, save_drafter
+from amphista.drafter.medusa import MedusaConfig
+from amphista.drafter.none import NoDrafter
+from amphista.errors import ConfigError, DrafterError
+from tests.tiny import shaken, tiny_target
+
+CALIBRATION = Calibration(greedy=[1.0, 1.5], sampled=[1.25, 2.0], coverage=0.9, accuracy=[[0.5, 0.25], [0.5, 0.0]])
+CONFIGS = {
+    "amphista": AmphistaConfig(num_heads=2, draft_vocab=50, stage_split=0, intermediate_size=24),
+    "medusa": MedusaConfig(num_heads=2, lm_head="own", draft_vocab=50, num_layers=2),
+}
+
+
+def drafter_of(target, kind="amphista"):
+    drafter = make_drafter(kind, CONFIGS[kind], target.spec, target.shared)
+    drafter.set_draft_ids(torch.arange(1, 300, 6))
+    drafter.calibration = CALIBRATION
+    return shaken(drafter)
+
+
+def save(drafter, folder, target, **settings):
+    save_drafter(drafter, folder, target.fingerprint, card="# card\n", training={"step": 3}, **settings)
+
+
+def load(folder, target, **settings):
+    return load_drafter(str(folder), target.spec, target.shared, target.fingerprint, **settings)
+
+
+@pytest.fixture
+def folder(tmp_path, target):
+    save(drafter_of(target), tmp_path / "here", target)
+    return tmp_path / "here"
+
+
+def edit(folder, change):
+    path = folder / "config.json"
+    values = json.loads(path.read_text())
+    change(values)
+    path.write_text(json.dumps(values))
+
+
+# -- round trip -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_what_is_saved_comes_back(tmp_path, target, kind):
+    drafter = drafter_of(target, kind)
+    save(drafter, tmp_path / "deep" / "here", target)
+    loaded = load(tmp_path / "deep" / "here", target)
+    assert type(loaded) is type(drafter) and loaded.config == drafter.config
+    assert loaded.calibration == CALIBRATION
+    for name, tensor in drafter.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], tensor), name
+    assert not loaded.training and not any(p.requires_grad for p in loaded.parameters())
+    hidden, ids = torch.randn(4, 32), torch.tensor([1, 2, 3, 4])
+    drafts = []
+    for one in (drafter, loaded):
+        state = one.start()
+        one.commit(state, hidden, ids)
+        drafts.append(one.draft(state, 5))
+    assert drafts[0] == drafts[1]
+
+
+def test_a_checkpoint_is_three_readable_files(folder):
+    assert sorted(path.name for path in folder.iterdir()) == ["README.md", "config.json", "model.safetensors"]
+    assert folder.stat().st_mode & 0o777 == 0o755
+    found = read_checkpoint(folder)
+    assert found.training == {"step": 3} and found.kind == "amphista" and found.config == CONFIGS["amphista"]
+
+
+def test_the_targets_own_weights_are_not_stored(folder, target):
+    assert target.shared.head_weight.shape not in {
+        tensor.shape for tensor in load_file(folder / "model.safetensors").values()
+    }
+
+
+def test_rounding_on_disk_leaves_the_drafter_as_it_is(tmp_path, target):
+    drafter = drafter_of(target)
+    before = {name: tensor.clone() for name, tensor in drafter.state_dict().items()}
+    save(drafter, tmp_path / "here", target, dtype=torch.bfloat16)
+    stored, loaded = load_file(tmp_path / "here" / "model.safetensors"), load(tmp_path / "here", target).state_dict()
+    for name, tensor in before.items():
+        assert torch.equal(drafter.state_dict()[name], tensor)
+        if tensor.is_floating_point():
+            assert stored[name].dtype == torch.bfloat16 and loaded[name].dtype == torch.float32
+            assert torch.equal(loaded[name], tensor.to(torch.bfloat16).float())
+        else:
+            assert torch.equal(stored[name], tensor) and torch.equal(loaded[name], tensor)
+
+
+def test_a_drafter_takes_its_targets_dtype(folder):
+    target = tiny_target(dtype=torch.bfloat16)
+    loaded = load(folder, target, allow_other_target=True)
+    assert all(p.dtype == torch.bfloat16 for p in loaded.parameters()) and loaded.draft_ids.dtype == torch.int64
+
+
+# -- damage -----------------------------------------------------------------------------------------------------------
+
+
+def refused(folder, target, message):
+    with pytest.raises(DrafterError, match=message):
+        load(folder, target)
+
+
+@pytest.mark.parametrize("size", [0, 7, 100, -1])
+def test_truncated_weights_are_refused(folder, target, size):
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:size])
+    refused(folder, target, "missing or damaged")
+
+
+def test_missing_weights_are_refused(folder, target):
+    (folder / "model.safetensors").unlink()
+    refused(folder, target, "missing or damaged")
+
+
+@pytest.mark.parametrize("change", ["missing", "extra", "shape"])
+def test_weights_that_do_not_fit_are_refused(folder, target, change):
+    tensors = load_file(folder / "model.safetensors")
+    name = next(name for name in tensors if name.endswith("weight"))
+    if change == "missing":
+        del tensors[name]
+    elif change == "extra":
+        tensors["surplus.weight"] = torch.zeros(2)
+    else:
+        tensors[name] = torch.zeros(3)
+    save_file(tensors, folder / "model.safetensors")
+    refused(folder, target, "does not fit its config.json.*" + ("surplus" if change == "extra" else name))
+
+
+@pytest.mark.parametrize("key", ["drafter", "config", "target"])
+def test_a_missing_key_is_refused(folder, target, key):
+    edit(folder, lambda values: values.pop(key))
+    refused(folder, target, f"config.json is damaged or not ours.*{key}")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda v: v.update(format=2), "has format 2; this version reads format 1"),
+        (lambda v: v.pop("format"), "has format None"),
+        (lambda v: v.update(drafter="eagle"), "names the drafter 'eagle'"),
+        (lambda v: v.update(drafter=["amphista"]), "damaged or not ours"),
+        (lambda v: v["config"].update(num_head=2), "did you mean 'num_heads'"),
+        (lambda v: v["config"].update(num_heads=0), "num_heads is 0"),
+        (lambda v: v.update(config=[1]), "damaged or not ours"),
+        (lambda v: v["target"].pop("lm_head_sha256"), "lm_head_sha256"),
+        (lambda v: v["calibration"].update(greedy="1"), "greedy is '1'"),
+    ],
+)
+def test_a_damaged_config_is_refused_by_name(folder, target, change, message):
+    edit(folder, change)
+    refused(folder, target, message)
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "3"])
+def test_a_config_that_is_no_object_is_refused(folder, target, content):
+    (folder / "config.json").write_text(content)
+    refused(folder, target, "config.json is damaged or not ours")
+
+
+# -- the right target -------------------------------------------------------------------------------------------------
+
+
+def test_another_targets_dimensions_are_refused_always(folder):
+    other = tiny_target("qwen2", hidden_size=16)
+    for allowed in (False, True):
+        with pytest.raises(DrafterError, match=r"trained for another target.*hidden_size"):
+            load(folder, other, allow_other_target=allowed)
+
+
+def test_another_vocabulary_is_refused_always(folder, text_target):
+    for allowed in (False, True):
+        with pytest.raises(DrafterError, match="tokenizer_sha256 differ"):
+            load(folder, text_target, allow_other_target=allowed)
+
+
+def test_other_weights_of_the_same_shape_are_refused_unless_allowed(folder):
+    other = tiny_target(seed=1)
+    with pytest.raises(DrafterError, match="--allow-other-target"):
+        load(folder, other)
+    assert load(folder, other, allow_other_target=True).name == "amphista"
+
+
+# -- saving over an old one -------------------------------------------------------------------------------------------
+
+
+def test_saving_again_replaces_the_old_one(folder, target):
+    other = shaken(drafter_of(target), seed=9)
+    save(other, folder, target)
+    assert torch.equal(load(folder, target).heads[0].linear.weight, other.heads[0].linear.weight)
+    assert [path.name for path in folder.parent.iterdir()] == [folder.name]
+
+
+@pytest.mark.parametrize("failing", ["save_file", "asdict"])
+def test_a_failed_save_leaves_the_old_one_whole(folder, target, monkeypatch, failing):
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+
+    def fail(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(checkpoint, failing, fail)
+    with pytest.raises(KeyboardInterrupt):
+        save(shaken(drafter_of(target), seed=9), folder, target)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    assert [path.name for path in folder.parent.iterdir()] == [folder.name]
+
+
+# -- where checkpoints are found --------------------------------------------------------------------------------------
+
+
+def test_none_is_plain_decoding(target):
+    assert isinstance(load("none", target), NoDrafter)
+
+
+@pytest.mark.parametrize("name", ["./nowhere", "/nowhere", "~/nowhere", "nowhere", "a/b/c"])
+def test_unknown_names_are_refused_without_asking_the_hub(target, name, monkeypatch):
+    monkeypatch.setattr(checkpoint, "_from_hub", None)
+    with pytest.raises(DrafterError, match="unknown drafter"):
+        load(name, target)
+
+
+def test_a_folder_without_a_checkpoint_is_refused(target, tmp_path):
+    refused(tmp_path, target, "holds no config.json")
+
+
+def test_the_hub_is_asked_for_owner_and_name(target, folder, monkeypatch):
+    asked = []
+    monkeypatch.setattr(checkpoint, "_from_hub", lambda name: asked.append(name) or folder)
+    assert load("owner/name", target).name == "amphista" and asked == ["owner/name"]
+
+
+def test_a_hub_that_cannot_be_reached_is_one_sentence(target):
+    with pytest.raises(DrafterError, match="cannot fetch drafter 'owner/name' from the hub") as caught:
+        load("owner/name", target)
+    assert "\n" not in str(caught.value)
+
+
+def test_shipped_drafters_are_chosen_by_kind_and_target(target, tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "shipped_folder", lambda: tmp_path)
+    with pytest.raises(DrafterError, match="no medusa drafter is shipped"):
+        load("medusa", target)
+    save(drafter_of(target, "medusa"), tmp_path / "tiny-medusa", target)
+    other = tiny_target(seed=1)
+    save(drafter_of(other), tmp_path / "other-amphista", other)
+    assert load("medusa", target).name == "medusa"
+    with pytest.raises(DrafterError, match="no amphista drafter is shipped"):
+        load("amphista", target)
+    assert checkpoint.shipped_for("amphista", other.fingerprint).folder == tmp_path / "other-amphista"
+
+
+def test_no_shipped_folder_is_no_error(target, tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "shipped_folder", lambda: tmp_path / "none")
+    assert checkpoint.shipped_checkpoints() == {}
+
+
+def test_fresh_drafters_are_made_by_name(target):
+    with pytest.raises(ConfigError, match="unknown drafter 'eagle'"):
+        make_drafter("eagle", CONFIGS["medusa"], target.spec, target.shared)
+    assert dataclasses.asdict(make_drafter("medusa", CONFIGS["medusa"], target.spec, target.shared).config)
