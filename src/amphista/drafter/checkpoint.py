@@ -171,7 +171,11 @@ def _replace(new: Path, folder: Path) -> None:
     old = folder.with_name(f".old-{folder.name}")
     shutil.rmtree(old, ignore_errors=True)
     folder.rename(old)
-    new.rename(folder)
+    try:
+        new.rename(folder)
+    except BaseException:
+        old.rename(folder)
+        raise
     shutil.rmtree(old)
 
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -213,6 +214,22 @@ def test_a_failed_save_leaves_the_old_one_whole(folder, target, monkeypatch, fai
 
     monkeypatch.setattr(checkpoint, failing, fail)
     with pytest.raises(KeyboardInterrupt):
+        save(shaken(drafter_of(target), seed=9), folder, target)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    assert [path.name for path in folder.parent.iterdir()] == [folder.name]
+
+
+def test_a_save_that_fails_at_its_very_end_leaves_the_old_one_whole(folder, target, monkeypatch):
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    rename = Path.rename
+
+    def fail(self, to):
+        if self.name.startswith(".saving-"):
+            raise OSError("no space")
+        return rename(self, to)
+
+    monkeypatch.setattr(Path, "rename", fail)
+    with pytest.raises(OSError, match="no space"):
         save(shaken(drafter_of(target), seed=9), folder, target)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
     assert [path.name for path in folder.parent.iterdir()] == [folder.name]

@@ -53,11 +53,12 @@ def test_sampled_margin_is_that_of_the_noised_scores(target, answer):
 
 
 def test_penalties_look_at_prompt_and_output(target, answer):
-    params = SamplingParams(repetition_penalty=1.7)
+    params = SamplingParams(repetition_penalty=0.1)  # below 1, so that a token of the output leads
     before = PROMPT + answer[:4]
     scores = logits_after(target, before)
     for token in set(before):
-        scores[token] = scores[token] * 1.7 if scores[token] < 0 else scores[token] / 1.7
+        scores[token] = scores[token] * 0.1 if scores[token] < 0 else scores[token] / 0.1
     best = scores.topk(2).values
+    assert int(scores.argmax()) in answer[:4] and int(scores.argmax()) not in PROMPT
     found = first_divergence(target, PROMPT, params, answer, [*answer[:4], -1])
     assert found.margin == pytest.approx(float(best[0] - best[1]), abs=1e-3)

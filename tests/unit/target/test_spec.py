@@ -93,6 +93,7 @@ def test_the_same_weights_in_another_dtype_are_the_same_target():
     in_bf16 = fingerprint(Target(model))
     in_float32 = fingerprint(Target(tiny_model().to(torch.bfloat16).to(torch.float32)))
     assert in_bf16 == in_float32 and in_bf16.differences(in_float32) == []
+    assert in_bf16 == fingerprint(Target(tiny_model())), "and so does a float32 file, rounded or not"
 
 
 def test_other_weights_differ_in_the_lm_head_alone(target):

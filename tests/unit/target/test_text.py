@@ -72,6 +72,17 @@ def test_finish_may_be_called_twice(text):
     assert incremental.finish() == ""
 
 
+def test_a_decoder_that_drops_the_first_space_loses_none():
+    """Sentence-piece decoders do: a window that began at each new token would swallow every space."""
+
+    class Pieces:
+        def decode(self, ids):
+            return "".join([" one", " two", "s", " three"][i] for i in ids).removeprefix(" ")
+
+    _, pieces, rest = pushed(Pieces(), [0, 1, 2, 3])
+    assert "".join(pieces) + rest == "one twos three"
+
+
 # -- stop strings -----------------------------------------------------------------------------------------------------
 
 
