@@ -21,14 +21,14 @@ test: $(READY)
 	@$(BIN)/python -m pytest
 
 check: $(READY)
-	@$(BIN)/ruff format --check src tests
-	@$(BIN)/ruff check src tests
+	@$(BIN)/ruff format --check src tests benchmarks
+	@$(BIN)/ruff check src tests benchmarks
 	@$(BIN)/mypy
 	@$(BIN)/python -m pytest tests/test_architecture.py
 
 format: $(READY)
-	@$(BIN)/ruff format src tests
-	@$(BIN)/ruff check --fix src tests
+	@$(BIN)/ruff format src tests benchmarks
+	@$(BIN)/ruff check --fix src tests benchmarks
 
 # torch comes first, alone and by its exact version: together with the rest pip may settle on another build of it.
 $(READY): pyproject.toml constraints.txt

@@ -14,8 +14,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from amphista.drafter.base import Drafter
-from amphista.drafter.checkpoint import DRAFTERS, load_drafter, shipped_for
+from amphista.drafter.base import Drafter, ParallelHeads
+from amphista.drafter.checkpoint import load_drafter, shipped_for
 from amphista.drafter.none import NoDrafter
 from amphista.engine.decoder import Decoding
 from amphista.engine.params import FinishReason, SamplingParams
@@ -27,7 +27,7 @@ from amphista.target import DEFAULT_TARGET
 from amphista.target.loading import load_target, say
 from amphista.target.target import Target
 from amphista.target.text import Message
-from amphista.tree.grow import parse_tree
+from amphista.tree.grow import check_tree, parse_tree
 
 Prompt = str | Sequence[Message]
 PREFERRED_DRAFTER = "amphista"
@@ -88,7 +88,7 @@ class LLM:
     def __init__(self, target: Target, drafter: Drafter | None = None, *, tree: str | int | None = None) -> None:
         self.target = target
         self.drafter = drafter or NoDrafter()
-        self.engine = Engine(target, self.drafter, parse_tree(tree))
+        self.engine = Engine(target, self.drafter, parse_tree(tree, calibrated_accuracy(self.drafter)))
 
     def with_drafter(self, drafter: Drafter, *, tree: str | int | None = None) -> LLM:
         """The same target with another drafter."""
@@ -222,10 +222,15 @@ def load(
     drafter: 'none', a name shipped for this target ('amphista', 'medusa'), a folder or a hub id. By default Amphista
     where one is shipped for the target, else none, said on standard error.
     """
-    grower_check = parse_tree(tree)  # before minutes of loading
-    del grower_check
+    check_tree(tree)
     loaded = load_target(target, device=device, dtype=dtype)
     return LLM(loaded, choose_drafter(loaded, drafter, allow_other_target=allow_other_target), tree=tree)
+
+
+def calibrated_accuracy(drafter: Drafter) -> list[list[float]] | None:
+    """What a static tree is built from, where the drafter has it."""
+    calibration = drafter.calibration if isinstance(drafter, ParallelHeads) else None
+    return None if calibration is None else calibration.accuracy
 
 
 def choose_drafter(target: Target, name: str | None, *, allow_other_target: bool = False) -> Drafter:
@@ -235,5 +240,4 @@ def choose_drafter(target: Target, name: str | None, *, allow_other_target: bool
         if shipped is None:
             say(f"no drafter is shipped for {target.name}: decoding autoregressively (see `amphista train`)")
         name = PREFERRED_DRAFTER if shipped is not None else "none"
-    assert PREFERRED_DRAFTER in DRAFTERS
     return load_drafter(name, target.spec, target.shared, target.fingerprint, allow_other_target=allow_other_target)

@@ -82,7 +82,7 @@ def test_medusa_sees_nothing_but_its_own_row(target, drafters):
 
 @pytest.mark.parametrize(("name", "sees_later"), [("amphista-full", True), ("amphista-causal-slots", False)])
 def test_slots_see_each_other_as_the_mask_says(target, drafters, name, sees_later):
-    """Change only the last head's MLP: with a bi-directional block the first head's logits move, with a causal one not."""
+    """Change only the last head's MLP: a bi-directional block moves the first head's logits, a causal one does not."""
     drafter = drafters[name]
     _, _, before = training_logits(target, drafter)
     bias = drafter.heads[-1].linear.bias

@@ -50,7 +50,7 @@ def generate(
     from amphista.cli.answers import Job, run_job
     from amphista.llm import load
     from amphista.prompts import from_arguments, read_prompts
-    from amphista.tree.grow import parse_tree
+    from amphista.tree.grow import check_tree
 
     params = options.sampling_params(
         max_new_tokens=max_new_tokens,
@@ -62,7 +62,7 @@ def generate(
         seed=seed,
         stop=stop,
     )
-    parse_tree(tree)
+    check_tree(tree)
     asked = from_arguments(prompts or [], sys.stdin) + (read_prompts(prompts_file) if prompts_file else [])
     if not asked:
         raise typer.BadParameter("give at least one PROMPT, or --prompts FILE.jsonl")

@@ -45,9 +45,9 @@ Dtype = Annotated[
 Tree = Annotated[
     str | None,
     typer.Option(
-        metavar="chain|N|FILE",
-        help="chain; N nodes chosen anew in each step (root included, 1 is plain decoding); or a template file. "
-        "Default 8.",
+        metavar="chain|N|static:N|FILE",
+        help="chain; N nodes chosen anew in each step (root included, 1 is plain decoding); static:N from "
+        "the drafter's calibration; or a template file. Default 8.",
         rich_help_panel=TREE,
     ),
 ]

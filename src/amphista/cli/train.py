@@ -54,12 +54,12 @@ def train(
         from amphista.errors import ConfigError
 
         raise ConfigError(f"training needs the package {error.name}: pip install 'amphista[train]'") from error
+    from amphista.cli.progress import StepProgress
     from amphista.target.loading import load_target
 
-    trainer = Trainer(
-        load_target(target, device=device), config, out, lambda line: print(line, file=sys.stderr, flush=True)
-    )
-    folder = trainer.run()
+    with StepProgress() as progress:
+        trainer = Trainer(load_target(target, device=device), config, out, progress.line, progress.step)
+        folder = trainer.run()
     print(f"amphista: the drafter is in {folder}; the best validated one in {out / 'best'}", file=sys.stderr)
     if json_lines:
         print(json.dumps({"out": str(folder), "best": str(out / "best"), "step": trainer.progress.step}))

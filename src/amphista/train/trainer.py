@@ -40,6 +40,7 @@ from amphista.train.validation import Validation, validate
 
 BEST_BY_NODES = 16
 Report = Callable[[str], None]
+OnStep = Callable[[int, int, str], None]
 
 
 @dataclass
@@ -55,8 +56,10 @@ class Progress:
 class Trainer:
     """One run: made from a target and a config, writes into a folder."""
 
-    def __init__(self, target: Target, config: TrainConfig, out: Path, report: Report) -> None:
-        self.target, self.config, self.out, self.report = target, config, out, report
+    def __init__(
+        self, target: Target, config: TrainConfig, out: Path, report: Report, on_step: OnStep | None = None
+    ) -> None:
+        self.target, self.config, self.out, self.report, self.on_step = target, config, out, report, on_step
         set_seed(config.seed)
         self.accelerator = Accelerator()
         self.rows, self.validation_rows = self._read_rows()
@@ -78,11 +81,10 @@ class Trainer:
         data = self.config.data
         if not data.files:
             raise ConfigError("no training data: give --data FILE (or data.files in the recipe)")
-        if self.target.text is not None and data.max_len > self.target.spec.max_positions:
-            raise ConfigError(f"data.max_len is {data.max_len}, but the target reads {self.target.spec.max_positions}")
+        max_len = min(data.max_len, self.target.spec.max_positions)
         paths = [Path(name).expanduser() for name in data.files]
         rows = read_rows(
-            paths, self.target.text, self.target.eos_ids, vocab_size=self.target.spec.vocab_size, max_len=data.max_len
+            paths, self.target.text, self.target.eos_ids, vocab_size=self.target.spec.vocab_size, max_len=max_len
         )
         return split_rows(rows, data.validation_share, data.seed)
 
@@ -144,7 +146,8 @@ class Trainer:
         if step % config.log_every == 0:
             record = {"step": step, "loss": loss, "head_loss": per_head.tolist(), **self._pace()}
             self._log(record)
-            self.report(f"step {step}/{self.num_steps}  loss {loss:.4f}  {self._time_left()}")
+            if self.on_step is not None:
+                self.on_step(step, self.num_steps, f"loss {loss:.4f}  {self._time_left()}")
         if config.validate_every and step % config.validate_every == 0:
             self._validate()
         if step % config.save_every == 0:

@@ -1,12 +1,14 @@
-"""From what a user says about trees (`chain`, a number of nodes, a template file) to what grows one in each step."""
+"""From what a user says about trees (`chain`, a number of nodes, `static:N`, a file) to what grows one in each step."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 from amphista.errors import ConfigError
+from amphista.tree.build import build_template
 from amphista.tree.candidates import Candidates
 from amphista.tree.dynamic import dynamic_tree
 from amphista.tree.template import TreeTemplate
@@ -68,17 +70,29 @@ class StaticGrower:
         return self.template.fill(pending, candidates, max_depth)
 
 
-def parse_tree(text: str | int | None) -> Grower:
-    """`chain`, a number of nodes (root included) or a template file; None is the default number."""
+def parse_tree(text: str | int | None, accuracy: Sequence[Sequence[float]] | None = None) -> Grower:
+    """`chain`, a number of nodes (root included), `static:N` or a template file; None is the default number.
+
+    `static:N` is the best template of N nodes for the drafter's calibrated `accuracy` by depth and rank.
+    """
     if text is None:
         return DynamicGrower(DEFAULT_NUM_NODES)
-    if text == "chain":
+    name = str(text)
+    if name == "chain":
         return ChainGrower()
-    try:
-        return DynamicGrower(int(text))
-    except ValueError:
-        pass
-    path = Path(str(text)).expanduser()
+    if name.lstrip("+-").isdecimal():
+        return DynamicGrower(int(name))
+    if name.startswith("static:") and name[7:].isdecimal():
+        if not accuracy:
+            raise ConfigError(f"--tree {name} needs a drafter with calibrated accuracies: this one has none")
+        return StaticGrower(build_template(accuracy, int(name[7:])))
+    path = Path(name).expanduser()
     if not path.is_file():
-        raise ConfigError(f"--tree {text!r} is neither 'chain', a number of nodes, nor a template file")
+        raise ConfigError(f"--tree {name!r} is neither 'chain', a number of nodes, 'static:N', nor a template file")
     return StaticGrower(TreeTemplate.read(path))
+
+
+def check_tree(text: str | int | None) -> None:
+    """Raise ConfigError for what no drafter could make a tree of, before minutes of loading."""
+    if not str(text).startswith("static:"):
+        parse_tree(text)

@@ -1,0 +1,46 @@
+"""Progress of long commands: a bar with the time left on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import sys
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+
+class StepProgress:
+    """Reports lines and steps; use as a context manager."""
+
+    def __init__(self) -> None:
+        console = Console(stderr=True)
+        self._bar = Progress(
+            BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}"), console=console
+        )
+        self._is_terminal = console.is_terminal
+        self._task = self._bar.add_task("", total=None)
+
+    def __enter__(self) -> StepProgress:
+        if self._is_terminal:
+            self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._is_terminal:
+            self._bar.stop()
+
+    def line(self, text: str) -> None:
+        """Something worth keeping on the screen."""
+        if self._is_terminal:
+            self._bar.console.print(text, markup=False, highlight=False)
+        else:
+            print(text, file=sys.stderr, flush=True)
+
+    def step(self, done: int, total: int, text: str) -> None:
+        """Where the run stands."""
+        if self._is_terminal:
+            self._bar.update(self._task, completed=done, total=total, description=text)
+        else:
+            print(f"step {done}/{total}  {text}", file=sys.stderr, flush=True)

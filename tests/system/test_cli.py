@@ -1,0 +1,329 @@
+"""The command line as users meet it, on a tiny saved target: the contract of `generate`, chat, train, info, errors."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import dataclass
+from unittest import mock
+
+import pytest
+
+from amphista.cli.app import main
+
+FIELDS = {
+    "id",
+    "turn",
+    "target",
+    "drafter",
+    "prompt_tokens",
+    "token_ids",
+    "text",
+    "num_tokens",
+    "num_steps",
+    "tau",
+    "seconds",
+    "prefill_seconds",
+    "tokens_per_second",
+    "finish_reason",
+    "seed",
+}
+
+
+@dataclass
+class Result:
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+def amphista(*arguments, stdin=""):
+    """Run the program's own `main` in this process (importing torch anew for each case would take minutes)."""
+    out, err = io.StringIO(), io.StringIO()
+    with (
+        mock.patch.object(sys, "argv", ["amphista", *map(str, arguments)]),
+        mock.patch.object(sys, "stdin", io.StringIO(stdin)),
+        redirect_stdout(out),
+        redirect_stderr(err),
+    ):
+        try:
+            main()
+            code = 0
+        except SystemExit as leaving:
+            code = leaving.code or 0
+    return Result(code, out.getvalue(), err.getvalue())
+
+
+def records(*arguments, **options):
+    result = amphista("generate", *arguments, "--json", **options)
+    assert result.returncode == 0, result.stderr
+    return [json.loads(line) for line in result.stdout.splitlines()]
+
+
+@pytest.fixture(scope="module")
+def trained(target_folder, tmp_path_factory):
+    """Amphista and Medusa, trained for a few steps through the command line."""
+    folder = tmp_path_factory.mktemp("trained")
+    rows = folder / "rows.jsonl"
+    conversations = [
+        {
+            "messages": [
+                {"role": "user", "content": f"Question {i}?"},
+                {"role": "assistant", "content": f"Answer number {i} is good."},
+            ]
+        }
+        for i in range(24)
+    ]
+    rows.write_text("".join(json.dumps(c) + "\n" for c in conversations))
+    for kind in ("amphista", "medusa"):
+        result = amphista(
+            "train", "--target", target_folder, "--drafter", kind, "--data", rows, "--out", folder / kind,
+            "--set", "optimizer.epochs=2", "--set", "data.validation_share=0.3", "--set", "model.num_heads=3", "--json",
+        )  # fmt: skip
+        assert result.returncode == 0, result.stderr
+        assert json.loads(result.stdout)["out"] == str(folder / kind / "last")
+    return folder
+
+
+def test_json_contract(target_folder, trained):
+    one, two = records("Hi", "Ho", "--target", target_folder, "--drafter", trained / "amphista" / "last",
+                       "--max-new-tokens", 9, "--seed", 7)  # fmt: skip
+    assert set(one) == FIELDS
+    assert (one["id"], two["id"], one["turn"]) == (0, 1, 0)
+    assert one["drafter"] == "amphista" and one["seed"] == 7
+    assert one["num_tokens"] == len(one["token_ids"]) <= 9
+    assert one["tau"] == pytest.approx((one["num_tokens"] - 1) / one["num_steps"])
+    assert 0 < one["prefill_seconds"] < one["seconds"]
+    assert one["tokens_per_second"] == pytest.approx(one["num_tokens"] / one["seconds"])
+    assert one["finish_reason"] in ("stop", "length")
+
+
+@pytest.mark.parametrize("drafter", ["amphista", "medusa", "none"])
+@pytest.mark.parametrize("temperature", [0, 0.7])
+def test_compare_says_identical(target_folder, trained, drafter, temperature):
+    path = drafter if drafter == "none" else trained / drafter / "best"
+    settings = ["--compare", "--temperature", temperature, "--max-new-tokens", 24, "--tree", 6]
+    (record,) = records("Hello", "--target", target_folder, "--drafter", path, *settings)
+    assert set(record) == FIELDS | {"baseline", "identical", "speedup", "decode_speedup", "divergence"}
+    assert record["identical"] is True and record["divergence"] is None
+    assert record["baseline"]["token_ids"] == record["token_ids"] and record["baseline"]["drafter"] == "none"
+    ratio = record["tokens_per_second"] / record["baseline"]["tokens_per_second"]
+    assert record["speedup"] == pytest.approx(ratio)
+
+
+def test_one_token_has_no_tau(target_folder):
+    (record,) = records("Hello", "--target", target_folder, "--drafter", "none", "--max-new-tokens", 1)
+    assert record["num_steps"] == 0 and record["tau"] is None and record["num_tokens"] == 1
+
+
+def test_standard_input_and_turns_and_output(target_folder, tmp_path):
+    questions = tmp_path / "questions.jsonl"
+    lines = [
+        {"question_id": 81, "category": "x", "turns": ["First?", "Second?"]},
+        {"id": "m", "messages": [{"role": "user", "content": "Hey"}]},
+        {"prompt": "Plain"},
+    ]
+    questions.write_text("\n".join(map(json.dumps, lines)) + "\n\n")
+    out = tmp_path / "out.jsonl"
+    got = records("-", "--prompts", questions, "--target", target_folder, "--max-new-tokens", 5, "--output", out,
+                  stdin="From standard input")  # fmt: skip
+    assert [(r["id"], r["turn"]) for r in got] == [(0, 0), (81, 0), (81, 1), ("m", 0), (3, 0)]
+    assert [json.loads(line) for line in out.read_text().splitlines()] == got
+    assert got[2]["prompt_tokens"] > got[1]["prompt_tokens"] + 5
+
+
+def test_stop_string_ends_the_text_before_and_the_tokens_behind_it(target_folder):
+    settings = ["Hello", "--target", target_folder, "--max-new-tokens", 60, "--temperature", 1, "--seed", 3]
+    (free,) = records(*settings)
+    stop = next(char for char in free["text"][4:] if char.isascii() and char not in free["text"][:4])
+    (stopped,) = records(*settings, "--stop", stop, "--stop", "never appears")
+    assert stopped["text"] == free["text"][: free["text"].index(stop)]
+    assert stopped["finish_reason"] == "stop"
+    assert stopped["token_ids"] == free["token_ids"][: stopped["num_tokens"]]
+    assert stopped["num_tokens"] < free["num_tokens"]
+
+
+def test_trees_give_the_same_tokens(target_folder, trained, tmp_path):
+    template = tmp_path / "tree.json"
+    template.write_text('{"paths": [[0], [1], [0, 0], [0, 0, 0]]}')
+    outputs = [
+        records("Hello", "--target", target_folder, "--drafter", trained / "amphista" / "best", "--tree", tree,
+                "--max-new-tokens", 16)[0]["token_ids"]
+        for tree in ("chain", "1", "12", "static:9", template)
+    ]  # fmt: skip
+    assert outputs == [outputs[0]] * 5
+
+
+def test_human_output_has_text_on_stdout_and_numbers_on_stderr(target_folder):
+    result = amphista("generate", "Hello", "--target", target_folder, "--max-new-tokens", 6, "--compare")
+    assert result.returncode == 0
+    assert "tokens/s" in result.stderr and "the same tokens" in result.stderr
+    assert "tokens/s" not in result.stdout
+
+
+def test_missing_drafter_is_said(target_folder):
+    result = amphista("generate", "Hello", "--target", target_folder, "--max-new-tokens", 2, "--json")
+    assert "no drafter is shipped" in result.stderr
+    assert json.loads(result.stdout)["drafter"] == "none"
+
+
+BAD = {
+    "empty prompt": (["generate", ""], "prompt 1 is empty"),
+    "blank prompt": (["generate", "ok", "  "], "prompt 2 is empty"),
+    "unknown target": (["generate", "x", "--target", "no-such-model"], "unknown target 'no-such-model'"),
+    "unknown folder": (["generate", "x", "--target", "./nowhere"], "unknown target"),
+    "unknown drafter": (["generate", "x", "--target", "FOLDER", "--drafter", "nothing"], "unknown drafter 'nothing'"),
+    "not shipped": (["generate", "x", "--target", "FOLDER", "--drafter", "amphista"], "no amphista drafter is shipped"),
+    "tree of none": (["generate", "x", "--tree", "0"], "a tree of 0 nodes"),
+    "tree of words": (["generate", "x", "--tree", "big"], "neither 'chain'"),
+    "uncalibrated static tree": (
+        ["generate", "x", "--target", "FOLDER", "--tree", "static:8"],
+        "calibrated accuracies",
+    ),
+    "no tokens": (["generate", "x", "--max-new-tokens", "0"], "max_new_tokens is 0"),
+    "top-p above 1": (["generate", "x", "--top-p", "1.5"], "top_p is 1.5"),
+    "top-p of 0": (["generate", "x", "--top-p", "0"], "top_p is 0"),
+    "min-p below 0": (["generate", "x", "--min-p", "-1"], "min_p is -1"),
+    "top-k below 0": (["generate", "x", "--top-k", "-1"], "top_k is -1"),
+    "negative temperature": (["generate", "x", "--temperature", "-1"], "temperature is -1"),
+    "penalty of 0": (["generate", "x", "--repetition-penalty", "0"], "repetition_penalty is 0"),
+    "negative seed": (["generate", "x", "--seed", "-1"], "seed is -1"),
+    "empty stop": (["generate", "x", "--stop", ""], "empty stop string"),
+    "unknown device": (["generate", "x", "--target", "FOLDER", "--device", "gpu9"], "unknown device"),
+    "unknown dtype": (["generate", "x", "--target", "FOLDER", "--dtype", "int3"], "unknown dtype"),
+    "no such file": (["generate", "--prompts", "nowhere.jsonl"], "there is no file"),
+    "long prompt": (["generate", "word " * 200, "--target", "FOLDER"], "the target's context holds 512"),
+    "raw with system": (["generate", "x", "--target", "FOLDER", "--raw", "--system", "s"], "leave out --raw"),
+    "train without data": (["train", "--out", "OUT", "--target", "FOLDER"], "no training data"),
+    "unknown setting": (["train", "--out", "OUT", "--set", "optimizer.learningrate=1"], "did you mean 'learning_rate'"),
+    "no recipe": (["train", "--out", "OUT", "--recipe", "nowhere.toml"], "cannot read recipe"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_is_one_sentence_and_exit_code_2(name, target_folder, tmp_path):
+    arguments, message = BAD[name]
+    places = {"FOLDER": str(target_folder), "OUT": str(tmp_path / "out")}
+    result = amphista(*[places.get(word, word) for word in arguments])
+    last = result.stderr.strip().splitlines()[-1]
+    assert result.returncode == 2, result.stderr
+    assert message in last and last.startswith("amphista: ")
+    assert "Traceback" not in result.stderr and result.stdout == ""
+
+
+def test_nothing_to_do_is_exit_code_2():
+    result = amphista("generate")
+    assert result.returncode == 2 and "give at least one PROMPT" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"turns": ["ok"]', "line 2 is not JSON"),
+        ('{"turns": []}', "line 2: 'turns' must be"),
+        ('{"turns": ["a", ""]}', "line 2: 'turns' must be"),
+        ('{"messages": [{"role": "user"}]}', "line 2: 'messages' must be"),
+        ('{"prompt": ""}', "line 2: 'prompt' must be"),
+        ('{"question": "?"}', "line 2 has none of"),
+        ("[]", "line 2 is a JSON list"),
+    ],
+)
+def test_a_malformed_line_is_named_before_anything_is_decoded(tmp_path, line, message):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text('{"prompt": "fine"}\n' + line + "\n")
+    result = amphista("generate", "--prompts", path, "--json")
+    assert result.returncode == 2 and result.stdout == ""
+    assert message in result.stderr and "Traceback" not in result.stderr
+
+
+def test_drafters_of_other_targets_and_damaged_ones_are_refused(trained, target_folder, tmp_path):
+    import shutil
+
+    from tests.tiny import SIZES, byte_tokenizer, tiny_model
+
+    other, twin = tmp_path / "other", tmp_path / "twin"
+    for folder, model in ((other, tiny_model("qwen3")), (twin, tiny_model(seed=9))):
+        model.save_pretrained(folder)
+        byte_tokenizer().save_pretrained(folder)
+    assert SIZES["hidden_size"] == 32
+    good = trained / "amphista" / "best"
+    broken = tmp_path / "broken"
+    shutil.copytree(good, broken)
+    weights = (broken / "model.safetensors").read_bytes()
+    (broken / "model.safetensors").write_bytes(weights[: len(weights) // 2])
+    for target, drafter, message in (
+        (other, good, "trained for another target"),
+        (twin, good, "--allow-other-target"),
+        (target_folder, broken, "is missing or damaged"),
+    ):
+        result = amphista("generate", "x", "--target", target, "--drafter", drafter)
+        assert result.returncode == 2 and message in result.stderr and "Traceback" not in result.stderr
+    (record,) = records("x", "--target", twin, "--drafter", good, "--allow-other-target", "--compare",
+                        "--max-new-tokens", 8)  # fmt: skip
+    assert record["identical"] is True
+
+
+def test_refused_family_is_named(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "bloom", "architectures": ["BloomForCausalLM"]}')
+    result = amphista("generate", "x", "--target", tmp_path)
+    assert result.returncode == 2 and "bloom models cannot be verified as a tree" in result.stderr
+
+
+def test_chat_keeps_the_conversation(target_folder, trained):
+    result = amphista(
+        "chat", "--target", target_folder, "--drafter", trained / "amphista" / "best", "--max-new-tokens", 6,
+        stdin="Hello\nAgain\n/reset\n/help\n/quit\n",
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert result.stderr.count("tokens/s") == 2 and "/reset starts over" in result.stderr
+
+
+def test_chat_interrupt_ends_the_answer_not_the_chat(target_folder):
+    """Ctrl-C while an answer streams; the chat then still answers."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "amphista", "chat", "--target", str(target_folder), "--max-new-tokens", "450"],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    try:
+        process.stdin.write("Tell me a long story\n")
+        process.stdin.flush()
+        process.stdout.read(8)  # the prompt and the first characters: the answer is streaming
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.5)
+        _, err = process.communicate("/quit\n", timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 0, err
+    assert "interrupted" in err
+
+
+def test_info_shows_versions_and_checks(target_folder, trained):
+    result = amphista("info", "--json")
+    report = json.loads(result.stdout)
+    assert {"python", "torch", "transformers", "amphista"} <= set(report["versions"])
+    assert "smollm2-135m-instruct" in report["targets"] and report["default_tree_nodes"] == 8
+    checked = amphista("info", "--target", target_folder, "--drafter", trained / "medusa" / "best", "--check")
+    assert checked.returncode == 0 and "the same tokens as plain decoding" in checked.stdout
+
+
+def test_the_program_itself_starts_fast_without_torch():
+    """As a process of its own: help imports neither torch nor transformers; errors leave no trace."""
+    program = """
+import sys
+from amphista.cli.app import main
+sys.argv = ["amphista", "--help"]
+try:
+    main()
+except SystemExit:
+    assert "torch" not in sys.modules and "transformers" not in sys.modules
+"""
+    assert subprocess.run([sys.executable, "-c", program], capture_output=True).returncode == 0
+    bad = subprocess.run([sys.executable, "-m", "amphista", "generate", ""], capture_output=True, text=True)
+    assert bad.returncode == 2 and bad.stderr == "amphista: prompt 1 is empty: give some text\n"
