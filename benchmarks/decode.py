@@ -145,8 +145,8 @@ def write_report(records: list[Record], methods: list[str], arguments: argparse.
         f"{arguments.max_new_tokens} new tokens, temperature {arguments.temperature:g}, float32. "
         f"{machine['processor']}, {machine['torch_threads']} threads, {machine['instruction_set']}.",
         "",
-        "tau: tokens committed per target forward (loop-free: before an answer starts to loop). identical: answers equal "
-        "to `none`. Speedups: tokens per second over `none` in this run; decode: without the prompt.",
+        "tau: tokens committed per target forward (loop-free: before an answer starts to loop). identical: answers "
+        "equal to `none`. Speedups: tokens per second over `none` in this run; decode: without the prompt.",
         "",
         "| method | tau | tau loop-free | tokens/s | speedup | decode speedup | identical |",
         "|---|---|---|---|---|---|---|",

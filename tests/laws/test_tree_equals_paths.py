@@ -206,6 +206,13 @@ def test_unknown_position_scheme_is_refused_by_the_probe():
         probe(target)
 
 
+def test_masks_a_family_does_not_know_are_refused_by_the_probe():
+    """A family whose layers ask for another mask (chunked attention, say) ends in a sentence, not in a KeyError."""
+    target = mutated(tiny_target("llama"), form=MaskForm.BY_LAYER_TYPE)
+    with pytest.raises(TargetError, match="llama models cannot be verified as a tree"):
+        probe(target)
+
+
 def test_windowed_plan_without_a_window_is_a_full_mask():
     plan = MaskPlan.for_config(FAMILIES["mistral"]())
     mask = plan.write(torch.ones(1, 1, dtype=torch.bool), torch.tensor([99]), 99, torch.float32)

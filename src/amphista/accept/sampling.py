@@ -39,6 +39,12 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        for name in ("temperature", "top_p", "min_p", "repetition_penalty", "top_k", "seed"):
+            value = getattr(self, name)
+            kinds = int if name in ("top_k", "seed") else (int, float)
+            if isinstance(value, bool) or not isinstance(value, kinds):
+                raise RequestError(f"{name} is {value!r}: expected a{' whole' if kinds is int else ''} number")
+
         def require(holds: bool, name: str, expected: str) -> None:
             if not holds:
                 raise RequestError(f"{name} is {getattr(self, name)}: expected {expected}")

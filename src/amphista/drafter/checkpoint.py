@@ -197,9 +197,19 @@ def load_drafter(
         drafter.load_state_dict(tensors, strict=True)
     except RuntimeError as error:
         raise DrafterError(f"{path} does not fit its config.json: {' '.join(str(error).split())}") from error
+    _check_contents(drafter, checkpoint, path)
     drafter.calibration = checkpoint.calibration
     head = shared.head_weight
     return drafter.to(device=head.device, dtype=head.dtype).eval().requires_grad_(False)
+
+
+def _check_contents(drafter: ParallelHeads, checkpoint: Checkpoint, path: Path) -> None:
+    """What a strict load cannot see: token ids out of range, calibration for another number of heads."""
+    ids, calibration = drafter.draft_ids, checkpoint.calibration
+    if ids is not None and not bool(((ids >= 0) & (ids < drafter.spec.vocab_size)).all() & (ids.diff() > 0).all()):
+        raise DrafterError(f"{path} holds a draft vocabulary that is not a sorted set of the target's token ids")
+    if calibration is not None and {len(calibration.greedy), len(calibration.sampled)} != {drafter.num_heads}:
+        raise DrafterError(f"{path.parent / 'config.json'} is calibrated for another number of heads than it has")
 
 
 def refuse_other_target(checkpoint: Checkpoint, fingerprint: Fingerprint, *, allow_other_target: bool) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,12 +81,10 @@ def parse_tree(text: str | int | None, accuracy: Sequence[Sequence[float]] | Non
     name = str(text)
     if name == "chain":
         return ChainGrower()
-    if name.lstrip("+-").isdecimal():
+    if re.fullmatch(r"[+-]?\d+", name):
         return DynamicGrower(int(name))
-    if name.startswith("static:") and name[7:].isdecimal():
-        if not accuracy:
-            raise ConfigError(f"--tree {name} needs a drafter with calibrated accuracies: this one has none")
-        return StaticGrower(build_template(accuracy, int(name[7:])))
+    if name.startswith("static:"):
+        return _static(name, accuracy)
     path = Path(name).expanduser()
     if not path.is_file():
         raise ConfigError(f"--tree {name!r} is neither 'chain', a number of nodes, 'static:N', nor a template file")
@@ -94,5 +93,13 @@ def parse_tree(text: str | int | None, accuracy: Sequence[Sequence[float]] | Non
 
 def check_tree(text: str | int | None) -> None:
     """Raise ConfigError for what no drafter could make a tree of, before minutes of loading."""
-    if not str(text).startswith("static:"):
-        parse_tree(text)
+    parse_tree(text, accuracy=[[1.0]])
+
+
+def _static(name: str, accuracy: Sequence[Sequence[float]] | None) -> StaticGrower:
+    size = name.removeprefix("static:")
+    if not re.fullmatch(r"\d+", size):
+        raise ConfigError(f"--tree {name!r}: expected static:N with a number of nodes, for example static:16")
+    if not accuracy:
+        raise ConfigError(f"--tree {name} needs a drafter with calibrated accuracies: this one has none")
+    return StaticGrower(build_template(accuracy, int(size)))

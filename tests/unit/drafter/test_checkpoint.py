@@ -287,3 +287,20 @@ def test_fresh_drafters_are_made_by_name(target):
     with pytest.raises(ConfigError, match="unknown drafter 'eagle'"):
         make_drafter("eagle", CONFIGS["medusa"], target.spec, target.shared)
     assert dataclasses.asdict(make_drafter("medusa", CONFIGS["medusa"], target.spec, target.shared).config)
+
+
+# -- contents that a strict load cannot see ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ids", [torch.arange(251, 301), torch.arange(50).flip(0), torch.zeros(50, dtype=torch.long)])
+def test_a_draft_vocabulary_that_is_no_set_of_token_ids_is_refused(folder, target, ids):
+    tensors = load_file(folder / "model.safetensors")
+    save_file({**tensors, "draft_ids": ids}, folder / "model.safetensors")
+    with pytest.raises(DrafterError, match="draft vocabulary"):
+        load(folder, target)
+
+
+def test_a_calibration_for_another_number_of_heads_is_refused(folder, target):
+    edit(folder, lambda values: values["calibration"].update(greedy=[1.0, 1.0, 1.0]))
+    with pytest.raises(DrafterError, match="calibrated for another number of heads"):
+        load(folder, target)

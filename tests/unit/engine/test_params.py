@@ -29,3 +29,9 @@ def test_defaults_are_greedy():
 
 def test_finish_reasons_print_as_words():
     assert [str(reason) for reason in FinishReason] == ["stop", "length"]
+
+
+@pytest.mark.parametrize("wrong", [{"temperature": "x"}, {"top_k": 1.5}, {"seed": True}, {"top_p": None}])
+def test_values_of_another_type_are_refused_by_name(wrong):
+    with pytest.raises(RequestError, match=f"{next(iter(wrong))} is .*expected a( whole)? number"):
+        SamplingParams(**wrong)

@@ -5,7 +5,7 @@ import pytest
 from amphista.errors import ConfigError
 from amphista.tree.candidates import Candidates
 from amphista.tree.dynamic import dynamic_tree
-from amphista.tree.grow import DEFAULT_NUM_NODES, ChainGrower, DynamicGrower, StaticGrower, parse_tree
+from amphista.tree.grow import DEFAULT_NUM_NODES, ChainGrower, DynamicGrower, StaticGrower, check_tree, parse_tree
 from amphista.tree.template import TreeTemplate
 
 CANDIDATES = Candidates([[10, 11, 12], [20, 21, 22]], [[-0.1, -2.0, -3.0], [-0.2, -1.0, -4.0]])
@@ -58,3 +58,25 @@ def test_static():
 @pytest.mark.parametrize("tree", ["chain", 1, 8])
 def test_a_drafter_without_heads_leaves_the_root(tree):
     assert parse_tree(tree).grow(9, Candidates([], []), 5).tokens == [9]
+
+
+def test_static_from_calibration():
+    accuracy = [[0.5, 0.2], [0.4, 0.1]]
+    grower = parse_tree("static:4", accuracy)
+    assert grower.template.paths() == [[0], [1], [0, 0]]
+    assert grower.num_ranks == 2
+
+
+@pytest.mark.parametrize("text", ["--5", "+", "static:", "static:x", "static:-1"])
+def test_words_that_are_no_tree(text):
+    for read in (parse_tree, check_tree):
+        with pytest.raises(ConfigError):
+            read(text)
+
+
+def test_static_needs_nodes_and_accuracies():
+    with pytest.raises(ConfigError, match="0 nodes"):
+        check_tree("static:0")
+    check_tree("static:8")
+    with pytest.raises(ConfigError, match="calibrated accuracies"):
+        parse_tree("static:8")
