@@ -55,7 +55,7 @@ def read_arguments() -> argparse.Namespace:
     parser.add_argument("--questions", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--target", default="smollm2-135m-instruct")
-    parser.add_argument("--methods", default="hf,none,medusa@8,amphista@8,medusa@16,amphista@16")
+    parser.add_argument("--methods", default="none,hf,medusa@8,amphista@8,medusa@16,amphista@16")
     parser.add_argument("--limit", type=int, default=40)
     parser.add_argument("--max-new-tokens", type=int, default=64)
     parser.add_argument("--temperature", type=float, default=0.0)
@@ -103,7 +103,7 @@ def compare(
     plain: list[int] | None,
     name: str,
 ) -> Record:
-    """Against `none`, which therefore comes before all methods but `hf`; `hf` is compared when the report is made."""
+    """Against `none`, which therefore comes first."""
     if plain is None or name == "none":
         return {}
     found = first_divergence(base.target, prompt_ids, params, ours, plain)
