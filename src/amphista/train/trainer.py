@@ -181,8 +181,10 @@ class Trainer:
     def _save_drafter(self, folder: Path, measured: dict[str, Any]) -> None:
         if not self.accelerator.is_main_process:
             return
+        recipe = as_dict(self.config)
+        recipe["data"]["files"] = [Path(name).name for name in self.config.data.files]  # no one's folders
         training = {
-            "recipe": as_dict(self.config),
+            "recipe": recipe,
             "progress": asdict(self.progress),
             "data": self._data_record(),
             "validation": measured,
