@@ -33,9 +33,14 @@ Record = dict[str, Any]
 
 def main() -> None:
     arguments = read_arguments()
+    names = arguments.methods.split(",")
+    if names[0] != "none":
+        raise SystemExit("--methods must begin with none: everything is compared with it")
+    if arguments.temperature and "hf" in names:
+        raise SystemExit("hf draws its own noise: compare it greedily")
     arguments.out.mkdir(parents=True, exist_ok=True)
     base = amphista.load(arguments.target, "none")
-    methods = {name: make_method(base, name) for name in arguments.methods.split(",")}
+    methods = {name: make_method(base, name) for name in names}
     run = {"settings": {key: str(value) for key, value in vars(arguments).items() if key not in ("questions", "out")}}
     run["settings"]["questions"] = arguments.questions.name
     (arguments.out / "run.json").write_text(json.dumps(run | provenance.record(), indent=1) + "\n")
@@ -123,8 +128,6 @@ def run_ours(llm: LLM, prompt_ids: list[int], params: amphista.SamplingParams) -
 
 
 def run_hf(base: LLM, prompt_ids: list[int], params: amphista.SamplingParams) -> Record:
-    if params.temperature:
-        raise SystemExit("hf draws its own noise: compare it greedily")
     ids = torch.tensor([prompt_ids])
     started = time.perf_counter()
     out = base.target.model.generate(
@@ -167,9 +170,7 @@ def write_report(records: list[Record], methods: list[str], arguments: argparse.
 def row(name: str, by_method: dict[str, list[Record]]) -> str:
     mine, plain = by_method[name], by_method["none"]
     answers = [(r["token_ids"], r["accepted"]) for r in mine]
-    rate, plain_rate = (
-        sum(len(r["token_ids"]) for r in part) / sum(r["seconds"] for r in part) for part in (mine, plain)
-    )
+    rate, plain_rate = whole_rate(mine), whole_rate(plain)
     same = sum(a["token_ids"] == b["token_ids"] for a, b in zip(mine, plain, strict=True))
     decode = "" if name == "hf" else f"{decode_rate(mine) / decode_rate(plain):.2f}x"
     return (

@@ -50,7 +50,6 @@ class Stream:
 
     def __init__(self, decoding: Decoding) -> None:
         self._decoding = decoding
-        self._prompt_ids = decoding.sequence.context.token_ids[: decoding.sequence.num_prompt]
 
     @property
     def stats(self) -> DecodeStats:
@@ -74,8 +73,8 @@ class Stream:
             raise RequestError("the stream has not ended: read it to its end first")
         return Answer(
             text="" if sequence.text is None else sequence.text.value,
-            token_ids=sequence.output_ids,
-            prompt_ids=self._prompt_ids,
+            token_ids=list(sequence.output_ids),
+            prompt_ids=sequence.prompt_ids,
             finish_reason=sequence.finish_reason,
             stats=sequence.stats,
             params=sequence.params,
@@ -237,6 +236,8 @@ def choose_drafter(target: Target, name: str | None, *, allow_other_target: bool
     """The named drafter, or the preferred shipped one, or none."""
     if name is None:
         shipped = shipped_for(PREFERRED_DRAFTER, target.fingerprint)
+        if shipped is not None and shipped.fingerprint != target.fingerprint and not allow_other_target:
+            shipped = None
         if shipped is None:
             say(f"no drafter is shipped for {target.name}: decoding autoregressively (see `amphista train`)")
         name = PREFERRED_DRAFTER if shipped is not None else "none"

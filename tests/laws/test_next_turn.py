@@ -8,6 +8,7 @@ import torch
 from amphista.engine.decoder import decode
 from amphista.engine.params import SamplingParams
 from amphista.engine.step import Engine
+from amphista.errors import RequestError
 from amphista.llm import LLM
 from amphista.tree.grow import parse_tree
 from tests.tiny import TEMPLATE, real_drafters, tiny_target
@@ -79,6 +80,61 @@ def test_answer_broken_off_leaves_usable_caches(target):
     follow_up = [*context.token_ids, 42, 43]
     expected = decode(engine, follow_up, PARAMS).output_ids
     assert decode(engine, follow_up, PARAMS, context).output_ids == expected
+
+
+def test_prefill_broken_off_between_chunks_leaves_usable_caches(target, monkeypatch):
+    """The target has read two chunks, the drafter none: the same prompt again equals a fresh one, steps included."""
+    monkeypatch.setattr("amphista.target.target.PREFILL_CHUNK", 3)
+    engine = Engine(target, real_drafters(target)["amphista-full"], parse_tree(7))
+    prompt = [5, 17, 230, 44, 9, 61, 70, 71, 72, 73]
+    context = engine.new_context()
+    decode(engine, prompt[:4], PARAMS, context)
+    forward, calls = target._forward, []
+
+    def fails_in_the_third_chunk(*arguments, **settings):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return forward(*arguments, **settings)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(target, "_forward", fails_in_the_third_chunk)
+        with pytest.raises(KeyboardInterrupt):
+            engine.start(prompt, PARAMS, context)
+    assert context.draft_state.num_rows < context.cache.num_committed
+    again, fresh = decode(engine, prompt, PARAMS, context), decode(engine, prompt, PARAMS)
+    assert (again.output_ids, again.stats.accepted) == (fresh.output_ids, fresh.stats.accepted)
+    assert context.draft_state.num_rows == context.cache.num_committed
+
+
+def test_streams_keep_their_own_answers():
+    """An answer read after the next turn began is still its own; a stream the next turn has overtaken says so."""
+    target = tiny_target(with_text=True)
+    llm = LLM(target, real_drafters(target)["amphista-full"], tree=7)
+    conversation = llm.conversation()
+    first = conversation.stream("Hello", params=PARAMS)
+    "".join(first)
+    ids = list(first.answer.token_ids)
+    conversation.close_turn(first.answer.text)
+    second = conversation.stream("And then?", params=PARAMS)
+    assert first.answer.token_ids == ids and first.answer.prompt_ids != second._decoding.sequence.prompt_ids
+    next(iter(second))
+    conversation.stream("Something else", params=PARAMS)
+    with pytest.raises(RequestError, match="a later request has taken over"):
+        list(second)
+
+
+def test_reading_on_after_a_break_goes_on(text_target):
+    llm = LLM(text_target)
+    whole = llm.generate("Hello", params=PARAMS)
+    stream = llm.stream("Hello", params=PARAMS)
+    ids = []
+    for result in stream.steps():
+        ids += result.token_ids
+        break
+    for result in stream.steps():
+        ids += result.token_ids
+    assert ids == whole.token_ids == stream.answer.token_ids
 
 
 def test_failed_forward_leaves_usable_caches(target, monkeypatch):

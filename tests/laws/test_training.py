@@ -17,6 +17,7 @@ from amphista.engine.decoder import decode
 from amphista.engine.params import SamplingParams
 from amphista.engine.step import Engine
 from amphista.errors import ConfigError, DataError
+from amphista.train.calibrate import calibrate
 from amphista.train.config import DataConfig, OptimizerConfig, TrainConfig
 from amphista.train.dataset import HiddenStates, collate, frequent_tokens
 from amphista.train.losses import HeadLoss, LossConfig
@@ -94,6 +95,15 @@ def test_gradient_reaches_the_drafter_only(target):
     assert missing == []
     assert all(p.grad is None and not p.requires_grad for p in target.model.parameters())
     assert not any(p is q for p in drafter.parameters() for q in target.model.parameters())
+
+
+def test_a_batch_of_one_token_answers_has_a_loss_of_nothing(target):
+    """No head has anything to aim at; the step must still have a gradient, of zero."""
+    drafter = drafter_for(target)
+    batch = batch_for(target, [TokenRow("y", "y", [1, 2, 3], [0, 0, 1])])
+    loss, per_head = HeadLoss(drafter, LossConfig())(batch.hidden, batch.next_ids, batch.answer_rows)
+    loss.backward()
+    assert float(loss.detach()) == 0 and per_head.tolist() == [0, 0, 0]
 
 
 def test_padding_changes_nothing(target):
@@ -247,6 +257,52 @@ def test_training_lowers_the_loss_and_ships_a_working_drafter(target, data_file,
     assert "base_model" in card and "tau" in card
 
 
+def test_calibration_undoes_a_wrong_scale(target):
+    """Heads twice as sure get twice the temperature; sampled divisors are for a request temperature of 1."""
+    drafter = drafter_for(target)
+    drafter.match_scale(1.0)
+    rows = [TokenRow(str(i), str(i), ROW.token_ids, ROW.answers, temperature=0.5 * (i % 2)) for i in range(4)]
+    hidden = HiddenStates(target, rows, None)
+    once, _ = calibrate(drafter, rows, hidden, LossConfig())
+    drafter.calibration = None
+    project = drafter.target_logits
+    drafter.target_logits = lambda states: project(states) * 2
+    twice, measured = calibrate(drafter, rows, hidden, LossConfig())
+    inside = [k for k in range(3) if 0.6 < once.greedy[k] < 1.4]
+    assert inside, "every temperature sits at the end of the grid: nothing was tested"
+    for k in inside:
+        assert twice.greedy[k] == pytest.approx(2 * once.greedy[k], abs=0.06)
+        assert twice.sampled[k] == pytest.approx(twice.greedy[k] / 0.5, abs=1e-6)
+    assert set(measured) == {"greedy", "sampled"}
+
+
+def test_a_store_without_its_states_is_filled_again(target, tmp_path):
+    """Marks whose states are gone must not pass zeros for hidden states."""
+    first = HiddenStates(target, [ROW], tmp_path).get([ROW])[0]
+    (tmp_path / "hidden.f16").unlink()
+    again = HiddenStates(target, [ROW], tmp_path).get([ROW])[0]
+    torch.testing.assert_close(again, first.half().float(), atol=1e-3, rtol=1e-3)
+    assert float(again.abs().sum()) > 0
+
+
+def test_other_data_in_the_same_folder_is_refused(target, data_file, tmp_path):
+    Trainer(target, config_for(data_file), tmp_path / "run", lambda line: None).run(stop_after=5)
+    data_file.write_text("".join(data_file.read_text().splitlines(keepends=True)[:-3]))
+    with pytest.raises(ConfigError, match="other settings, data or target"):
+        Trainer(target, config_for(data_file), tmp_path / "run", lambda line: None).run()
+
+
+def test_a_cut_log_line_and_a_left_over_state_are_survived(target, data_file, tmp_path):
+    config, run = config_for(data_file), tmp_path / "run"
+    Trainer(target, config, run, lambda line: None).run(stop_after=5)
+    with (run / "log.jsonl").open("a") as stream:
+        stream.write('{"step": 6, "lo')
+    (run / "state.old").mkdir()
+    (run / "state.old" / "left-over").write_text("")
+    Trainer(target, config, run, lambda line: None).run()
+    assert all(json.loads(line) for line in (run / "log.jsonl").read_text().splitlines())
+
+
 def test_calibration_is_honest(target, data_file, tmp_path):
     """Accuracies are probabilities, coverage is a share, temperatures are positive."""
     folder = Trainer(target, config_for(data_file), tmp_path / "run", lambda line: None).run()
@@ -281,6 +337,8 @@ def test_kill_between_old_and_new_state_is_survived(target, data_file, tmp_path)
         ('{"id": "x", "text": "hello"}', "line 2 has neither"),
         ("{broken", "line 2 is not JSON"),
         ("[1, 2]", "line 2 is a JSON list"),
+        ('{"prompt_ids": null, "answer_ids": [1]}', "line 2: prompt_ids and answer_ids must be lists"),
+        ('{"prompt_ids": [1], "answer_ids": [1.5]}', "line 2: prompt_ids and answer_ids must be lists"),
     ],
 )
 def test_bad_rows_are_named(tmp_path, line, message):

@@ -128,6 +128,27 @@ def test_bfloat16_stays_within_rounding():
     probe(target)
 
 
+def test_longrope_stays_inside_the_context_in_which_positions_are_alone():
+    """Beyond its original context a longrope model rotates every token by the longest position in the forward."""
+    from amphista.engine.decoder import decode
+    from amphista.engine.params import SamplingParams
+    from amphista.engine.step import Engine
+    from amphista.tree.grow import parse_tree
+    from tests.oracle.decode import decode_plainly
+    from tests.tiny import HOSTILE
+
+    factors = {"short_factor": [1.0] * 4, "long_factor": [8.0] * 4, "original_max_position_embeddings": 24}
+    rope = {"rope_type": "longrope", "rope_theta": 10000.0, "partial_rotary_factor": 1.0, **factors}
+    target = tiny_target("phi3", dtype=torch.float64, rope_parameters=rope, original_max_position_embeddings=24)
+    assert target.spec.max_positions == 24
+    prompt, params = prompt_of(9), SamplingParams(max_new_tokens=40)
+    expected = decode_plainly(target.model, prompt, params)[:16]
+    target.eos_ids = frozenset()
+    for name in ("always-right", "random", "always-wrong"):
+        sequence = decode(Engine(target, HOSTILE[name](prompt + expected), parse_tree(12)), prompt, params)
+        assert sequence.output_ids == expected and sequence.finish_reason == "length"
+
+
 # -- mutations: each must be seen by the law above, or by the probe ---------------------------------------------------
 
 

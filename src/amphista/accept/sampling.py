@@ -25,6 +25,7 @@ from torch import Tensor
 from amphista.errors import RequestError
 
 Floats = NDArray[np.float64]
+TOP_P_FIRST = 1024
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,14 +91,21 @@ def filtered_log_probs(logits: Floats, sampling: Sampling) -> Floats:
 
 
 def _top_p(scores: Floats, top_p: float) -> Floats:
-    """Keep the smallest set of best tokens whose probability reaches top_p; ties in score go to the lower id."""
-    order = np.argsort(-scores, kind="stable")
-    probs = np.exp(scores[order] - scores[order[0]])
-    before = np.cumsum(probs) - probs
-    dropped = order[before >= top_p * probs.sum()]
-    kept = scores.copy()
-    kept[dropped] = -np.inf
-    return kept
+    """Keep the smallest set of best tokens whose probability reaches top_p; ties in score go to the lower id.
+
+    Sorting a whole vocabulary takes milliseconds: sort the best 1024 and fall back only if the cut is not among them.
+    """
+    probs = np.exp(scores - scores.max())
+    wanted = top_p * probs.sum()
+    for size in (min(TOP_P_FIRST, scores.size), scores.size):
+        best = np.arange(scores.size) if size == scores.size else np.argpartition(-scores, size - 1)[:size]
+        order = best[np.lexsort((best, -scores[best]))]
+        kept = order[np.cumsum(probs[order]) - probs[order] < wanted]
+        if size == scores.size or (kept.size < size and scores[kept[-1]] > scores[order[-1]]):
+            break
+    filtered = np.full_like(scores, -np.inf)
+    filtered[kept] = scores[kept]
+    return filtered
 
 
 class Chooser:

@@ -51,14 +51,17 @@ class LayerRows:
             grown[:, :, : self.num_rows] = old[:, :, : self.num_rows]
         return grown
 
-    def keep(self, base: int, rows: Sequence[int]) -> None:
-        """Keep the first `base` rows and, behind them, rows `base + r` for r in `rows` (ascending); drop the rest."""
+    def keep(self, base: int, rows: Sequence[int], index: Tensor) -> None:
+        """Keep the first `base` rows and, behind them, rows `base + r` for r in `rows` (ascending); drop the rest.
+
+        index: `base + rows` as a tensor on the cache's device, made once for all layers.
+        """
         assert self.keys is not None and self.values is not None
         fixed = next((i for i, row in enumerate(rows) if row != i), len(rows))
         if fixed < len(rows):  # rows before `fixed` already lie where they belong
-            source = [base + row for row in rows[fixed:]]
-            self.keys[:, :, base + fixed : base + len(rows)] = self.keys[:, :, source]
-            self.values[:, :, base + fixed : base + len(rows)] = self.values[:, :, source]
+            source = index[fixed:]
+            self.keys[:, :, base + fixed : base + len(rows)] = self.keys.index_select(2, source)
+            self.values[:, :, base + fixed : base + len(rows)] = self.values.index_select(2, source)
         self.num_rows = base + len(rows)
 
 
@@ -88,8 +91,10 @@ class KVCache:
             raise CapacityError(
                 f"cannot commit path {list(path)}: the tree has {tree_rows} rows, ascending and distinct"
             )
+        keys = self.layers[0].keys
+        index = torch.tensor(list(path), device=None if keys is None else keys.device) + self.num_committed
         for layer in self.layers:
-            layer.keep(self.num_committed, path)
+            layer.keep(self.num_committed, path, index)
         self.num_committed += len(path)
 
     def trim(self, num_rows: int) -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from amphista.engine.stats import DecodeStats
 from amphista.errors import ConfigError, RequestError
@@ -37,28 +39,46 @@ def run_job(job: Job) -> None:
     first_ids = [_prompt_ids(job, prompt, _first_messages(prompt)) for prompt in job.prompts]
     for prompt, ids in zip(job.prompts, first_ids, strict=True):
         _check_length(job, prompt, ids)
-    sink = _open(job.output)
-    try:
+    failed = []
+    with _sink(job.output) as write:
         for llm in (job.llm, job.llm.baseline) if job.compare else (job.llm,):
             finish(llm.stream_ids(first_ids[0], replace(job.params, max_new_tokens=WARM_UP_TOKENS, stop=())))
         for prompt in job.prompts:
-            for record in _answer(job, prompt):
-                line = json.dumps(record, ensure_ascii=False)
-                if job.json_lines:
-                    print(line, flush=True)
-                if sink is not None:
-                    sink.write(line + "\n")
-                    sink.flush()
-    finally:
-        if sink is not None:
-            sink.close()
+            try:
+                for record in _answer(job, prompt):
+                    line = json.dumps(record, ensure_ascii=False, allow_nan=False)
+                    if job.json_lines:
+                        print(line, flush=True)
+                    write(line + "\n")
+            except RequestError as error:  # a later turn that no longer fits: the other prompts are still answered
+                failed.append(str(error))
+                print(f"amphista: {error}", file=sys.stderr, flush=True)
+    if failed:
+        raise RequestError(f"{len(failed)} of {len(job.prompts)} prompts could not be answered to their end")
 
 
-def _open(path: Path | None) -> TextIO | None:
+@contextmanager
+def _sink(path: Path | None) -> Iterator[Callable[[str], object]]:
+    """Where records go, each as soon as it exists; FILE itself is only replaced once the run has ended.
+
+    A killed run leaves its records in FILE.partial and an older FILE untouched.
+    """
+    if path is None:
+        yield lambda line: None
+        return
+    partial = path.with_name(path.name + ".partial")
     try:
-        return None if path is None else path.open("w", encoding="utf-8")
+        with partial.open("w", encoding="utf-8", buffering=1) as stream:
+            yield stream.write
+        partial.replace(path)
     except OSError as error:
-        raise ConfigError(f"cannot write {path}: {error.strerror}") from error
+        raise ConfigError(f"cannot write {partial}: {error.strerror}") from error
+
+
+def check_output(path: Path | None) -> None:
+    """Raise ConfigError, before minutes of loading, for a file that cannot be written."""
+    if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
+        raise ConfigError(f"cannot write {path}: give a file in a folder that exists")
 
 
 def _first_messages(prompt: PromptRecord) -> list[dict[str, str]]:
@@ -71,17 +91,18 @@ def _prompt_ids(job: Job, prompt: PromptRecord, messages: list[dict[str, str]]) 
             raise RequestError(f"prompt {prompt.id} is a conversation, which needs the chat template: leave out --raw")
         return job.llm.prompt_ids(prompt.turns[0], system=job.system, raw=True)
     text = job.llm.target.text
-    if text is not None and not text.has_chat_template and len(messages) == 1:
-        return job.llm.prompt_ids(messages[0]["content"], system=job.system)
+    if text is not None and not text.has_chat_template:
+        if prompt.messages or len(prompt.turns) > 1:
+            raise RequestError(f"prompt {prompt.id} is a conversation, but the target has no chat template")
+        return job.llm.prompt_ids(prompt.turns[0], system=job.system)
     return job.llm.prompt_ids(messages, system=job.system)
 
 
-def _check_length(job: Job, prompt: PromptRecord, ids: list[int]) -> None:
+def _check_length(job: Job, prompt: PromptRecord, ids: list[int], turn: int = 0) -> None:
     limit = job.llm.target.spec.max_positions
     if len(ids) > limit:
-        raise RequestError(
-            f"prompt {prompt.id} has {len(ids)} tokens, but the target's context holds {limit}: shorten it"
-        )
+        where = f"prompt {prompt.id}, turn {turn + 1}," if turn else f"prompt {prompt.id}"
+        raise RequestError(f"{where} has {len(ids)} tokens, but the target's context holds {limit}: shorten it")
     if not ids:
         raise RequestError(f"prompt {prompt.id} is empty: give some text")
 
@@ -94,6 +115,7 @@ def _answer(job: Job, prompt: PromptRecord) -> Iterator[dict[str, Any]]:
     num_turns = max(1, len(prompt.turns))
     for turn in range(num_turns):
         ids = _prompt_ids(job, prompt, messages)
+        _check_length(job, prompt, ids, turn)
         stream = job.llm.stream_ids(ids, job.params, contexts[0])
         for piece in stream:
             if not job.json_lines:
@@ -144,8 +166,15 @@ def compare(llm: LLM, ours: Answer, plain: Answer) -> dict[str, Any]:
         "identical": divergence is None,
         "speedup": _ratio(ours.stats.tokens_per_second, plain.stats.tokens_per_second),
         "decode_speedup": _ratio(ours.stats.decode_tokens_per_second, plain.stats.decode_tokens_per_second),
-        "divergence": None if divergence is None else {"position": divergence.position, "margin": divergence.margin},
+        "divergence": None
+        if divergence is None
+        else {"position": divergence.position, "margin": _finite(divergence.margin)},
     }
+
+
+def _finite(value: float) -> float | None:
+    """None for an infinite margin: filters left the target a single token, and JSON has no word for infinity."""
+    return value if math.isfinite(value) else None
 
 
 def _ratio(ours: float | None, theirs: float | None) -> float | None:
@@ -161,7 +190,8 @@ def summary(record: dict[str, Any]) -> str:
             same = "the same tokens"
         else:
             at = record["divergence"]
-            same = f"DIFFERENT tokens from position {at['position']} on (the target's margin there: {at['margin']:.2g})"
+            margin = "none" if at["margin"] is None else f"{at['margin']:.2g}"
+            same = f"DIFFERENT tokens from position {at['position']} on (the target's margin there: {margin})"
         faster = "" if record["speedup"] is None else f", {record['speedup']:.2f}x the speed"
         decode = "" if record["decode_speedup"] is None else f" ({record['decode_speedup']:.2f}x without the prompt)"
         lines.append(f"  {'=>':>10} {same}{faster}{decode}")

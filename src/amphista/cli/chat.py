@@ -67,6 +67,9 @@ def chat(
             except RequestError as error:  # a full context ends the turn, not the chat
                 print(f"amphista: {error} (/reset starts over)", file=sys.stderr)
                 continue
+            except KeyboardInterrupt:  # while the prompt was read: what is cached stays whole, the message is dropped
+                print("  [interrupted before the answer]", file=sys.stderr)
+                continue
             conversation.close_turn(_show(stream))
 
 
@@ -87,9 +90,9 @@ def _show(stream: Stream) -> str:
     """Print an answer as it comes; returns its text, whole or up to Ctrl-C."""
     pieces = []
     with _interrupt_flag() as interrupted:
-        for piece in stream:
-            pieces.append(piece)
-            print(piece, end="", flush=True)
+        for result in stream.steps():
+            pieces.append(result.text)
+            print(result.text, end="", flush=True)
             if interrupted:
                 break
     stats = stream.stats

@@ -47,7 +47,7 @@ def generate(
     json_lines: Annotated[bool, typer.Option("--json", help="Print one JSON record per answer, nothing else.")] = False,
 ) -> None:
     """Answer prompts with the target's own tokens."""
-    from amphista.cli.answers import Job, run_job
+    from amphista.cli.answers import Job, check_output, run_job
     from amphista.llm import load
     from amphista.prompts import from_arguments, read_prompts
     from amphista.tree.grow import check_tree
@@ -63,6 +63,7 @@ def generate(
         stop=stop,
     )
     check_tree(tree)
+    check_output(output)
     asked = from_arguments(prompts or [], sys.stdin) + (read_prompts(prompts_file) if prompts_file else [])
     if not asked:
         raise typer.BadParameter("give at least one PROMPT, or --prompts FILE.jsonl")

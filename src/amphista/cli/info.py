@@ -32,8 +32,8 @@ def info(
     """Show what is installed and where it stands; --check decodes and compares."""
     from amphista import provenance
     from amphista.drafter.checkpoint import shipped_checkpoints
-    from amphista.target.gguf import cache_folder, is_whole, packaged_folder
-    from amphista.target.loading import NAMED_TARGETS
+    from amphista.target.gguf import cache_folder
+    from amphista.target.loading import describe_target
     from amphista.tree.grow import DEFAULT_NUM_NODES
 
     report: dict[str, Any] = {
@@ -41,7 +41,7 @@ def info(
         "machine": provenance.machine(),
         "cache_folder": str(cache_folder()),
         "default_tree_nodes": DEFAULT_NUM_NODES,
-        "targets": {name: is_whole(packaged_folder(packaged)) for name, packaged in NAMED_TARGETS.items()},
+        "target": describe_target(target),
         "drafters": [_describe(c) for found in shipped_checkpoints().values() for c in found],
     }
     if check:
@@ -85,6 +85,15 @@ def _check(
     }
 
 
+def _target_line(target: dict[str, Any]) -> str:
+    if not target["ready"]:
+        return f"{target['name']}: fetched and converted at first use"
+    return (
+        f"{target['name']}: {target['family']}, {target['num_layers']} layers, hidden size {target['hidden_size']}, "
+        f"{target['vocab_size']} tokens, context {target['max_positions']}, {target['megabytes']} MB"
+    )
+
+
 def _text(report: dict[str, Any]) -> str:
     lines = ["versions    " + ", ".join(f"{name} {version}" for name, version in report["versions"].items())]
     machine = report["machine"]
@@ -94,8 +103,7 @@ def _text(report: dict[str, Any]) -> str:
     if "accelerator" in machine:
         lines.append(f"            {machine['accelerator']}")
     lines.append(f"cache       {report['cache_folder']}")
-    for name, ready in report["targets"].items():
-        lines.append(f"target      {name}: {'ready' if ready else 'fetched and converted at first use'}")
+    lines.append("target      " + _target_line(report["target"]))
     for drafter in report["drafters"]:
         lines.append(
             f"drafter     {drafter['name']} ({drafter['folder']}): {drafter['num_heads']} heads, draft vocabulary "
@@ -107,5 +115,6 @@ def _text(report: dict[str, Any]) -> str:
     if "check" in report:
         check = report["check"]
         verdict = "the same tokens as plain decoding" if check["identical"] else f"DIFFERENT: {check['divergence']}"
-        lines.append(f"check       {check['drafter']}: {verdict}, {check['tau']:.2f} tokens per target forward")
+        tau = "" if check["tau"] is None else f", {check['tau']:.2f} tokens per target forward"
+        lines.append(f"check       {check['drafter']}: {verdict}{tau}")
     return "\n".join(lines)

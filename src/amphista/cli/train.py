@@ -1,7 +1,7 @@
 """amphista train: a drafter for a frozen target, from its own answers.
 
 amphista train --data answers.jsonl.gz --out runs/amphista
-amphista train --recipe recipes/smollm2-amphista.toml --data answers.jsonl.gz --out runs/amphista
+amphista train --recipe recipes/smollm2-135m-amphista.toml --data answers.jsonl.gz --out runs/amphista
 amphista train --drafter medusa --set optimizer.epochs=3 --data answers.jsonl.gz --out runs/medusa
 """
 

@@ -6,8 +6,9 @@
     block     o    = Encoder([e_1 .. e_K] + PE)                 no causal mask: every head sees every head
     logits    z_k  = LM(n_o(o_k))                               the target's own frozen LM head
 
-No code was ever published. The structure is certain, the norms, the stage split and K = 5 are reconstructions
-(ALGORITHM section 2 marks each). Every ablation of the paper is a switch of `AmphistaConfig`, on this one code path.
+No code was ever published. Certain are the bi-directional block and the staged adaptation; two causal layers, the stage
+split and the shared LM head are likely; the norms and K = 5 are ours. Every ablation of the paper is a switch of
+`AmphistaConfig`, on this one code path.
 
 Shapes: B sequences, T rows, P selected rows, K heads, D hidden size.
 """
@@ -32,7 +33,8 @@ POSITION_START_STD = 0.02  # small against the unit rms of the slots: every head
 class AmphistaConfig(DrafterConfig):
     """The paper's model and its ablations.
 
-    `stages` 0, 1 or 2 staged adaptation layers; heads k <= `stage_split` read stage 1 (default floor(K/2)).
+    `stages` 0, 1 or 2 staged adaptation layers (0: heads read the normed h_t, nothing else); heads k <= `stage_split`
+    read stage 1 (default floor(K/2)).
     `intermediate_size` and `encoder_intermediate_size` default to the target's.
     """
 
@@ -112,7 +114,7 @@ class Amphista(ParallelHeads):
         super().__init__(config, spec, shared)
         self.split = config.num_heads // 2 if config.stage_split is None else config.stage_split
         sizes = _sizes(spec, config.intermediate_size)
-        self.embedding_norm = RMSNorm(spec.embedding_size, spec.norm_eps)
+        self.embedding_norm = RMSNorm(spec.embedding_size, spec.norm_eps) if config.stages else None
         self.stages = nn.ModuleList(StagedAdaptation(sizes, spec.embedding_size) for _ in range(config.stages))
         self.hidden_norm = RMSNorm(spec.hidden_size, spec.norm_eps) if config.stages == 0 else None
         self.heads = nn.ModuleList(ResidualBlock(spec.hidden_size) for _ in range(config.num_heads))
@@ -133,7 +135,8 @@ class Amphista(ParallelHeads):
         self, hidden: Tensor, next_ids: Tensor, positions: Tensor, caches: list[LayerCache] | None
     ) -> list[Tensor]:
         """What the heads below and above the split read, each [B, T, D]."""
-        if self.hidden_norm is not None:
+        if self.hidden_norm is not None or self.embedding_norm is None:
+            assert self.hidden_norm is not None
             return [self.hidden_norm(hidden)] * 2
         embedded = self.embedding_norm(self._shared.embed(next_ids).to(hidden.dtype))
         outputs = []

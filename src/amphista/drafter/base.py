@@ -195,11 +195,19 @@ class ParallelHeads(Drafter):
 
     def rank(self, logits: Tensor, num_ranks: int, temperature: float = 0.0) -> Candidates:
         """Head logits [K, N] -> the best tokens of each head under the calibrated temperatures."""
-        log_probs = torch.log_softmax(logits / self.head_temperatures(temperature).to(logits.device)[:, None], dim=-1)
-        best = log_probs.topk(min(num_ranks, logits.shape[-1]), dim=-1)
+        divisors = self.head_temperatures(temperature).to(logits.device)
+        token_ids, log_probs = self.top_ranks(logits / divisors[:, None], num_ranks)
+        return Candidates(token_ids.tolist(), log_probs.tolist())
+
+    def top_ranks(self, logits: Tensor, num_ranks: int) -> tuple[Tensor, Tensor]:
+        """Tempered logits [..., N] -> token ids and log-probabilities [..., R], discounted by the coverage.
+
+        A head knows nothing of tokens outside its vocabulary: what it says is conditional on the text staying inside.
+        """
+        best = torch.log_softmax(logits, dim=-1).topk(min(num_ranks, logits.shape[-1]), dim=-1)
         token_ids = best.indices if self.draft_ids is None else self.draft_ids[best.indices]
         coverage = 1.0 if self.calibration is None else self.calibration.coverage
-        return Candidates(token_ids.tolist(), (best.values + math.log(max(coverage, 1e-9))).tolist())
+        return token_ids, best.values + math.log(max(coverage, 1e-9))
 
     def head_temperatures(self, temperature: float) -> Tensor:
         """What divides each head's logits [K] at this request temperature."""

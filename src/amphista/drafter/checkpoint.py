@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
+import warnings
 from dataclasses import asdict, dataclass
 from importlib import resources
 from pathlib import Path
@@ -58,15 +59,20 @@ def shipped_checkpoints() -> dict[str, list[Checkpoint]]:
     if shipped_folder().is_dir():
         for folder in sorted(shipped_folder().iterdir()):
             if (folder / "config.json").is_file():
-                checkpoint = read_checkpoint(folder)
+                try:
+                    checkpoint = read_checkpoint(folder)
+                except DrafterError as error:  # one damaged drafter does not take the others away
+                    warnings.warn(f"a shipped drafter is left out: {error}", stacklevel=2)
+                    continue
                 found.setdefault(checkpoint.kind, []).append(checkpoint)
     return found
 
 
 def shipped_for(kind: str, fingerprint: Fingerprint) -> Checkpoint | None:
-    """The shipped drafter of this kind for exactly this target, if there is one."""
-    matches = (c for c in shipped_checkpoints().get(kind, []) if not c.fingerprint.differences(fingerprint))
-    return next(matches, None)
+    """The shipped drafter of this kind for this target, else for other weights of its shape, if there is one."""
+    found = [(set(c.fingerprint.differences(fingerprint)), c) for c in shipped_checkpoints().get(kind, [])]
+    usable = [(len(different), c) for different, c in found if different <= WEIGHTS_ONLY_DIFFER]
+    return min(usable, key=lambda pair: pair[0])[1] if usable else None
 
 
 def locate_checkpoint(name: str, fingerprint: Fingerprint) -> Checkpoint:
@@ -158,6 +164,7 @@ def save_drafter(
         (temporary / "config.json").write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
         (temporary / "README.md").write_text(card, encoding="utf-8")
         temporary.chmod(0o755)
+        (temporary / "model.safetensors").chmod(0o644)
         _replace(temporary, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

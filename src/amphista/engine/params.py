@@ -25,9 +25,9 @@ class SamplingParams(Sampling):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.max_new_tokens < 1:
-            raise RequestError(f"max_new_tokens is {self.max_new_tokens}: expected at least 1")
-        if isinstance(self.stop, str):
-            raise RequestError(f"stop is the string {self.stop!r}: expected a tuple of strings")
+        if type(self.max_new_tokens) is not int or self.max_new_tokens < 1:
+            raise RequestError(f"max_new_tokens is {self.max_new_tokens!r}: expected a whole number, at least 1")
+        if not isinstance(self.stop, tuple) or not all(isinstance(stop, str) for stop in self.stop):
+            raise RequestError(f"stop is {self.stop!r}: expected a tuple of strings")
         if any(not stop for stop in self.stop):
             raise RequestError("an empty stop string would end every answer at once")

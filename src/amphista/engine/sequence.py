@@ -12,6 +12,7 @@ from amphista.cache.static import KVCache
 from amphista.drafter.base import Drafter, DrafterState
 from amphista.engine.params import FinishReason, SamplingParams
 from amphista.engine.stats import DecodeStats
+from amphista.errors import RequestError
 from amphista.target.text import IncrementalText
 
 
@@ -22,12 +23,14 @@ class Context:
     cache: KVCache
     draft_state: DrafterState
     token_ids: list[int] = field(default_factory=list)
+    num_requests: int = 0
 
     def rewind(self, prompt_ids: list[int], drafter: Drafter) -> int:
         """Keep what a new prompt shares with the cached rows; returns how many rows that is.
 
         With a common prefix of P tokens, P - 1 rows stay: the drafter's row P was made with a next token that may now
-        be another. The last prompt token is always read again, because its logits are needed.
+        be another. The last prompt token is always read again, because its logits are needed. A prefill that broke off
+        has left fewer rows in the drafter than in the target.
         """
         cached = self.token_ids[: self.cache.num_committed]
         common = 0
@@ -35,36 +38,39 @@ class Context:
             if old != new:
                 break
             common += 1
-        keep = max(0, min(common, len(prompt_ids)) - 1)
+        keep = max(0, min(common - 1, self.draft_state.num_rows))
         self.cache.trim(keep)
         drafter.trim(self.draft_state, keep)
         self.token_ids = list(prompt_ids)
+        self.num_requests += 1
         return keep
 
 
 @dataclass
 class Sequence:
-    """One request. `context.token_ids` are prompt and output; the last one is pending."""
+    """One request. While it runs, `context.token_ids` are its prompt and output; the last one is pending."""
 
     context: Context
+    request: int
     params: SamplingParams
     chooser: Chooser
-    num_prompt: int
+    prompt_ids: list[int]
     eos_ids: frozenset[int]
     max_positions: int
     text: IncrementalText | None = None
     stats: DecodeStats = field(default_factory=DecodeStats)
     finish_reason: FinishReason | None = None
+    output_ids: list[int] = field(default_factory=list)  # everything emitted, the end token included
+
+    def check_context(self) -> None:
+        """Raise RequestError when another request has taken over this one's caches."""
+        if self.context.num_requests != self.request:
+            raise RequestError("this answer cannot go on: a later request has taken over its conversation's caches")
 
     @property
     def pending(self) -> int:
         """Chosen by the target, not yet in any cache: the root of the next tree."""
         return self.context.token_ids[-1]
-
-    @property
-    def output_ids(self) -> list[int]:
-        """Everything emitted, the end token included."""
-        return self.context.token_ids[self.num_prompt :]
 
     @property
     def root_position(self) -> int:
@@ -84,6 +90,7 @@ class Sequence:
         for token in tokens:
             taken += 1
             self.context.token_ids.append(token)
+            self.output_ids.append(token)
             self.stats.num_tokens += 1
             if token in self.eos_ids:
                 self.finish_reason = FinishReason.STOP

@@ -14,11 +14,12 @@ from amphista.accept.walk import walk
 from amphista.drafter.base import Drafter
 from amphista.engine.params import SamplingParams
 from amphista.engine.sequence import Context, Sequence
-from amphista.engine.stats import Clock
+from amphista.engine.stats import Clock, DecodeStats
 from amphista.errors import RequestError
 from amphista.target.target import Target
 from amphista.target.text import IncrementalText
 from amphista.tree.grow import Grower
+from amphista.tree.token_tree import TokenTree
 
 
 @dataclass(frozen=True)
@@ -45,25 +46,29 @@ class Engine:
     ) -> tuple[Sequence, StepResult]:
         """Prefill a prompt, reusing what `context` already holds of it, and choose the first token."""
         self._check(prompt_ids)
-        context = context or self.new_context()
-        sequence = Sequence(
-            context=context,
-            params=params,
-            chooser=Chooser(params, prompt_ids),
-            num_prompt=len(prompt_ids),
-            eos_ids=self.target.eos_ids,
-            max_positions=self.target.spec.max_positions,
-            text=None if self.target.text is None else IncrementalText(self.target.text, params.stop),
-        )
         if self.target.text is None and params.stop:
             raise RequestError("stop strings need a tokenizer, and this target was loaded without one")
-        clock = Clock(sequence.stats, self.target.device)
+        context = context or self.new_context()
+        stats = DecodeStats()
+        clock = Clock(stats, self.target.device)
         started = clock.now()
+        chooser = Chooser(params, prompt_ids)
         with clock.phase("prefill"):
             keep = context.rewind(prompt_ids, self.drafter)
             output = self.target.prefill(prompt_ids[keep:], context.cache)
-            pending = sequence.chooser.choose(output.logits[-1], len(prompt_ids))
-            self._commit_draft(sequence, output.hidden, [*prompt_ids[keep + 1 :], pending])
+            pending = chooser.choose(output.logits[-1], len(prompt_ids))
+            self._commit_draft(context, output.hidden, [*prompt_ids[keep + 1 :], pending])
+        sequence = Sequence(
+            context=context,
+            request=context.num_requests,
+            params=params,
+            chooser=chooser,
+            prompt_ids=list(prompt_ids),
+            eos_ids=self.target.eos_ids,
+            max_positions=self.target.spec.max_positions,
+            text=None if self.target.text is None else IncrementalText(self.target.text, params.stop),
+            stats=stats,
+        )
         _, text = sequence.take([pending])
         sequence.stats.num_prompt_tokens, sequence.stats.num_cached_tokens = len(prompt_ids), keep
         sequence.stats.prefill_seconds = clock.now() - started
@@ -71,13 +76,12 @@ class Engine:
 
     def step(self, sequence: Sequence) -> StepResult:
         """One target forward: between 1 and depth + 1 tokens."""
+        sequence.check_context()
         clock = Clock(sequence.stats, self.target.device)
         started = clock.now()
         context, root_position = sequence.context, sequence.root_position
         with clock.phase("draft"):
-            ranks = self.grower.num_ranks if sequence.max_depth else 0
-            candidates = self.drafter.draft(context.draft_state, ranks, sequence.params.temperature)
-            tree = self.grower.grow(sequence.pending, candidates, sequence.max_depth)
+            tree = self._grow(sequence)
         with clock.phase("verify"):
             output = self.target.verify(tree, context.cache)
         with clock.phase("accept"):
@@ -86,16 +90,24 @@ class Engine:
             acceptance = acceptance.cut(taken)
         with clock.phase("commit"):
             context.cache.commit(acceptance.path)
-            self._commit_draft(sequence, output.hidden[acceptance.path], acceptance.tokens)
+            self._commit_draft(context, output.hidden[acceptance.path], acceptance.tokens)
         sequence.stats.accepted.append(acceptance.num_accepted)
         sequence.stats.tree_nodes.append(tree.num_nodes)
         sequence.stats.decode_seconds += clock.now() - started
         return StepResult(acceptance.tokens, text, acceptance.num_accepted)
 
-    def _commit_draft(self, sequence: Sequence, hidden: torch.Tensor, next_ids: list[int]) -> None:
+    def _grow(self, sequence: Sequence) -> TokenTree:
+        """The tree of this step; where nothing may be drafted, the root alone, and the drafter rests."""
+        if self.drafter.num_heads == 0 or self.grower.num_ranks == 0 or sequence.max_depth == 0:
+            return TokenTree.root_alone(sequence.pending)
+        temperature = sequence.params.temperature
+        candidates = self.drafter.draft(sequence.context.draft_state, self.grower.num_ranks, temperature)
+        return self.grower.grow(sequence.pending, candidates, sequence.max_depth)
+
+    def _commit_draft(self, context: Context, hidden: torch.Tensor, next_ids: list[int]) -> None:
         """Drafter row j is made of h_j and x_{j+1}: written once x_{j+1} is chosen, never rolled back."""
         ids = torch.tensor(next_ids, device=hidden.device)
-        self.drafter.commit(sequence.context.draft_state, hidden, ids)
+        self.drafter.commit(context.draft_state, hidden, ids)
 
     def _check(self, prompt_ids: list[int]) -> None:
         if not prompt_ids:

@@ -81,7 +81,7 @@ def file_sha256(path: Path) -> str:
 
 
 def is_whole(folder: Path) -> bool:
-    """Whether a converted folder has every file it was written with, byte for byte."""
+    """Whether a converted folder has every file it was written with: same size and time, else same bytes."""
     manifest = folder / MANIFEST
     if not manifest.is_file():
         return False
@@ -156,8 +156,9 @@ def _save_as_transformers(gguf_file: Path, folder: Path) -> None:
     try:
         tokenizer = AutoTokenizer.from_pretrained(**where)
         model = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
-    except (ValueError, KeyError, OSError, NotImplementedError) as error:
-        raise TargetError(f"transformers cannot read {gguf_file.name}: {error}") from error
+    except Exception as error:  # a damaged file fails anywhere in the reader, in a dozen ways
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise TargetError(f"transformers cannot read {gguf_file.name}: {reason}") from error
     # The loader marks the model as quantised, although it has just de-quantised it, and then refuses to save it.
     model.config.__dict__.pop("quantization_config", None)
     model.hf_quantizer = None

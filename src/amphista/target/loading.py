@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,17 @@ import torch
 from amphista.errors import TargetError
 from amphista.target import DEFAULT_TARGET
 from amphista.target.attention import preferred_attention, refuse_unsupported
-from amphista.target.gguf import SMOLLM2_135M, PackagedTarget, Progress, gguf_target_folder, packaged_target_folder
+from amphista.target.gguf import (
+    SMOLLM2_135M,
+    PackagedTarget,
+    Progress,
+    gguf_target_folder,
+    is_whole,
+    packaged_folder,
+    packaged_target_folder,
+)
 from amphista.target.probe import probe
+from amphista.target.spec import TargetSpec
 from amphista.target.target import Target
 from amphista.target.text import Text
 
@@ -36,8 +46,17 @@ def load_target(
     """
     place = _device(device)
     folder = locate(name, progress)
-    model = _load_model(name, folder, place, _dtype(dtype, place))
-    target = Target(model, _load_text(name, folder), name=name)
+    text = _load_text(name, folder)
+    target = Target(_load_model(name, folder, place, _dtype(dtype, place)), text, name=name)
+    if target.dtype is torch.float16 and _dtype_on_disk(folder) is not torch.float16:
+        # Rounding through float16 changes the fingerprint's bf16 rows: take it from the weights as they are on disk.
+        target.fingerprint = Target(_load_model(name, folder, torch.device("cpu"), "auto"), text).fingerprint
+    quantisation = getattr(target.model.config, "quantization_config", None)
+    if quantisation is not None:
+        progress(
+            "the target is quantised. Kernels that scale activations over several rows at once would make its choices "
+            "depend on the tree: check with --compare before trusting it"
+        )
     probe(target)
     return target
 
@@ -92,6 +111,32 @@ def _load_model(name: str, folder: str, place: torch.device, dtype: Any) -> Any:
         raise
     except Exception as error:  # the loader raises a dozen kinds, from OSError to safetensors' own
         raise TargetError(f"cannot load target {name!r}: {_first_line(error)}") from error
+
+
+def _dtype_on_disk(folder: str) -> torch.dtype | None:
+    from transformers import AutoConfig
+
+    return AutoConfig.from_pretrained(folder).dtype  # type: ignore[no-any-return]
+
+
+def describe_target(name: str) -> dict[str, Any]:
+    """What can be said of a target without loading its weights or fetching anything large.
+
+    raises TargetError for a name that is no target, or one whose family is refused.
+    """
+    from transformers import AutoConfig
+
+    if name in NAMED_TARGETS and not is_whole(packaged_folder(NAMED_TARGETS[name])):
+        return {"name": name, "ready": False}
+    folder = locate(name)
+    try:
+        config = AutoConfig.from_pretrained(folder)
+    except Exception as error:
+        raise TargetError(f"cannot read the configuration of target {name!r}: {_first_line(error)}") from error
+    refuse_unsupported(config)
+    spec = TargetSpec.from_config(config, embedding_size=config.hidden_size, vocab_size=config.vocab_size)
+    weights = [path.stat().st_size for path in Path(folder).glob("*.safetensors")]
+    return {"name": name, "ready": True, "megabytes": round(sum(weights) / 1e6, 1), **dataclasses.asdict(spec)}
 
 
 def _load_text(name: str, folder: str) -> Text:

@@ -25,7 +25,11 @@ NUM_FINGERPRINT_ROWS = 64
 
 @dataclass(frozen=True, kw_only=True)
 class TargetSpec:
-    """The dimensions a drafter may depend on."""
+    """The dimensions a drafter may depend on.
+
+    `max_positions` is the context in which a token's rotation depends on its own position alone: for `longrope` models
+    the original context, since beyond it the deepest node of a tree would choose the factors of all.
+    """
 
     family: str
     hidden_size: int
@@ -47,6 +51,10 @@ class TargetSpec:
         hidden = _first(config, "hidden_size", "n_embd")
         rope = getattr(config, "rope_parameters", None) or {}
         rope = rope.get("full_attention", rope)
+        max_positions = _first(config, "max_position_embeddings", "n_positions", default=1 << 30)
+        if rope.get("rope_type") == "longrope":  # beyond this, one deep node would change the rotation of every other
+            original = rope.get("original_max_position_embeddings") or config.original_max_position_embeddings
+            max_positions = min(max_positions, original)
         return cls(
             family=config.model_type,
             hidden_size=hidden,
@@ -59,7 +67,7 @@ class TargetSpec:
             intermediate_size=_first(config, "intermediate_size", "n_inner", "ffn_dim", default=4 * hidden),
             rope_theta=float(rope.get("rope_theta") or 10000.0),
             norm_eps=float(_first(config, "rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", default=1e-5)),
-            max_positions=_first(config, "max_position_embeddings", "n_positions", default=1 << 30),
+            max_positions=max_positions,
         )
 
 

@@ -36,15 +36,14 @@ def calibrate(
     at = next((row.temperature for row in sampled_rows if row.temperature), SAMPLED_AT)
     greedy = head_temperatures(drafter, greedy_rows, hidden)
     sampled = [t / at for t in head_temperatures(drafter, sampled_rows, hidden)]
-    drafter.calibration = Calibration(greedy=greedy, sampled=sampled)
+    covered = coverage(rows, drafter.draft_ids)
+    drafter.calibration = Calibration(greedy=greedy, sampled=sampled, coverage=covered)
     measured: dict[str, Validation] = {
         "greedy": validate(drafter, greedy_rows, hidden, loss_config),
-        "sampled": validate(drafter, sampled_rows, hidden, loss_config),
+        "sampled": validate(drafter, sampled_rows, hidden, loss_config, temperature=at),
     }
     accuracy = _rank_accuracy(measured["greedy"], measured["sampled"])
-    calibration = Calibration(
-        greedy=greedy, sampled=sampled, coverage=coverage(rows, drafter.draft_ids), accuracy=accuracy
-    )
+    calibration = Calibration(greedy=greedy, sampled=sampled, coverage=covered, accuracy=accuracy)
     drafter.train(was_training)
     record = {name: {"tau": v.tau, "top": v.top, "positions": v.num_positions} for name, v in measured.items()}
     return calibration, record

@@ -8,9 +8,10 @@ from amphista.drafter.base import ParallelHeads
 
 OPEN_NOTE = {
     "amphista": (
-        "The structure follows arXiv 2406.13170, of which no code was published. Certain: the auto-embedding block, "
-        "the two causal staged adaptation layers, the shared frozen LM head. Open in the paper as known to us, and "
-        "chosen here: the number of heads, the norms, the stage split, the loss weights."
+        "The method is that of arXiv 2406.13170, of which no code was published. Certain: a bi-directional block over "
+        "the heads, and staged adaptation of the target's states. Likely: two causal layers as the stages, the shared "
+        "frozen LM head, the stage split. Open, and chosen here: the number of heads, the norms, the layer sizes, the "
+        "loss weights."
     ),
     "medusa": "Medusa-1 heads (arXiv 2401.10774), the baseline of the family.",
 }
@@ -30,7 +31,6 @@ def write_card(drafter: ParallelHeads, target_name: str, training: dict[str, Any
         "---",
         "library_name: amphista",
         f"base_model: {target_name}",
-        "license: apache-2.0",
         "tags: [speculative-decoding, drafter]",
         "---",
         f"# {drafter.name} drafter for {target_name}",
@@ -43,7 +43,7 @@ def write_card(drafter: ParallelHeads, target_name: str, training: dict[str, Any
         "",
         "## Training",
         "",
-        f"{data['rows']} answers of the target itself, {data['answer_tokens']} answer tokens, seen as "
+        f"{data['rows']} training rows, {data['answer_tokens']} answer tokens, seen as "
         f"{progress['positions']} positions in {progress['step']} steps ({progress['seconds'] / 60:.0f} minutes)."
         + (LITTLE_DATA if data["answer_tokens"] < LITTLE_TOKENS else ""),
         "",

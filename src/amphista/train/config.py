@@ -19,6 +19,10 @@ class DataConfig:
     store: bool = False
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        if not 0 < self.validation_share < 1 or self.max_len < 2:
+            raise ConfigError("data.validation_share must lie between 0 and 1, data.max_len be at least 2")
+
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
@@ -38,7 +42,12 @@ class OptimizerConfig:
     batch_size: int = 4
 
     def __post_init__(self) -> None:
-        if self.learning_rate <= 0 or self.epochs < 1 or self.batch_size < 1 or (self.max_steps or 1) < 1:
+        if (
+            self.learning_rate <= 0
+            or self.epochs < 1
+            or self.batch_size < 1
+            or (self.max_steps is not None and self.max_steps < 1)
+        ):
             raise ConfigError("learning_rate must be above 0, epochs, batch_size and max_steps at least 1")
 
 
@@ -55,3 +64,9 @@ class TrainConfig:
     save_every: int = 500
     validate_every: int = 0
     log_every: int = 20
+
+    def __post_init__(self) -> None:
+        if self.save_every < 1 or self.log_every < 1 or self.validate_every < 0:
+            raise ConfigError(
+                "save_every and log_every must be at least 1, validate_every at least 0 (at the end only)"
+            )

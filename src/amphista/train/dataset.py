@@ -102,10 +102,11 @@ class HiddenStates:
         folder.mkdir(parents=True, exist_ok=True)
         described = folder / "store.json"
         if described.is_file() and json.loads(described.read_text()) != identity:
-            for name in ("hidden.f16", "done.u1"):
-                (folder / name).unlink(missing_ok=True)
+            (folder / "done.u1").unlink(missing_ok=True)
         described.write_text(json.dumps(identity))
         shape = (sum(lengths), target.spec.hidden_size)
+        if not _has_size(folder / "hidden.f16", np.float16, shape):
+            (folder / "done.u1").unlink(missing_ok=True)  # marks without states would train on zeros
         self._hidden = _open_map(folder / "hidden.f16", np.float16, shape)
         self._done = _open_map(folder / "done.u1", np.uint8, (len(rows),))
 
@@ -132,9 +133,11 @@ class HiddenStates:
 
 
 def _open_map(path: Path, dtype: type, shape: tuple[int, ...]) -> np.memmap:
-    size = int(np.prod(shape)) * np.dtype(dtype).itemsize
-    is_there = path.is_file() and path.stat().st_size == size
-    return np.memmap(path, dtype=dtype, mode="r+" if is_there else "w+", shape=shape)
+    return np.memmap(path, dtype=dtype, mode="r+" if _has_size(path, dtype, shape) else "w+", shape=shape)
+
+
+def _has_size(path: Path, dtype: type, shape: tuple[int, ...]) -> bool:
+    return path.is_file() and path.stat().st_size == int(np.prod(shape)) * np.dtype(dtype).itemsize
 
 
 def epoch_batches(rows: Sequence[TokenRow], batch_size: int, seed: int, epoch: int) -> list[list[TokenRow]]:
@@ -160,9 +163,11 @@ def collate(rows: Sequence[TokenRow], hidden: Sequence[Tensor]) -> Batch:
             if row.answers[t + 1]:
                 flat.append(b * length + t)
                 answers.append(b * 10000 + row.answers[t + 1])
-    index = torch.tensor(flat)
+    index = torch.tensor(flat, dtype=torch.long)
     padded = torch.nn.utils.rnn.pad_sequence(list(hidden), batch_first=True)
-    return Batch(padded, next_ids, AnswerRows(index, next_ids.flatten()[index], torch.tensor(answers)))
+    return Batch(
+        padded, next_ids, AnswerRows(index, next_ids.flatten()[index], torch.tensor(answers, dtype=torch.long))
+    )
 
 
 def _pad(ids: Sequence[Sequence[int]]) -> Tensor:

@@ -16,8 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from amphista.errors import DataError
+from amphista.errors import DataError, RequestError
 from amphista.jsonl import read_lines
+from amphista.prompts import is_message
 from amphista.target.text import Message, Text
 
 
@@ -64,16 +65,28 @@ def _rows_of(record: dict[str, Any], where: str, text: Text | None, eos_ids: Col
     group = name.split("#")[0]
     if "answer_ids" in record and "prompt_ids" in record:
         prompt, answer = record["prompt_ids"], record["answer_ids"]
+        if not (_are_ids(prompt) and _are_ids(answer)):
+            raise DataError(f"{where}: prompt_ids and answer_ids must be lists of token ids (whole numbers)")
         marks = [0] * len(prompt) + [1] * len(answer)
         return [TokenRow(name, group, [*prompt, *answer], marks, record.get("temperature"))]
     if "messages" in record:
         if text is None:
             raise DataError(f"{where} is a conversation, but there is no tokenizer to render it with")
-        return [
-            TokenRow(f"{name}/{i}" if i else name, group, ids, marks)
-            for i, (ids, marks) in enumerate(mark_answers(record["messages"], text, eos_ids))
-        ]
+        messages = record["messages"]
+        if not isinstance(messages, list) or not messages or not all(is_message(m) for m in messages):
+            raise DataError(f"{where}: 'messages' must be a list of objects with texts 'role' and 'content'")
+        try:
+            marked = mark_answers(messages, text, eos_ids)
+        except (DataError, RequestError) as error:
+            raise DataError(f"{where}: {error}") from error
+        if not marked:
+            raise DataError(f"{where} has no answer tokens: give it an assistant turn, or leave the line out")
+        return [TokenRow(f"{name}/{i}" if i else name, group, ids, marks) for i, (ids, marks) in enumerate(marked)]
     raise DataError(f"{where} has neither prompt_ids and answer_ids nor messages (its keys: {', '.join(record)})")
+
+
+def _are_ids(value: Any) -> bool:
+    return isinstance(value, list) and all(type(token) is int for token in value)
 
 
 def mark_answers(

@@ -1,6 +1,6 @@
 """The training loop, on `accelerate`: frozen target, one drafter, resumable.
 
-    amphista train --recipe recipes/amphista.toml --data answers.jsonl.gz --out runs/amphista
+    amphista train --recipe recipes/smollm2-135m-amphista.toml --data answers.jsonl.gz --out runs/amphista
 
 OUT/log.jsonl      one record per `log_every` steps, one per validation
 OUT/state/         what resuming needs: weights, optimiser, schedule, progress (replaced atomically)
@@ -11,6 +11,7 @@ A killed run started again with the same command goes on from OUT/state and equa
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import shutil
@@ -61,7 +62,7 @@ class Trainer:
     ) -> None:
         self.target, self.config, self.out, self.report, self.on_step = target, config, out, report, on_step
         set_seed(config.seed)
-        self.accelerator = Accelerator()
+        self.accelerator = Accelerator(cpu=target.device.type == "cpu", step_scheduler_with_optimizer=False)
         self.rows, self.validation_rows = self._read_rows()
         self.hidden = HiddenStates(target, [*self.rows, *self.validation_rows], self._store_folder())
         self.drafter = self._make_drafter()
@@ -154,7 +155,9 @@ class Trainer:
             self._save_state()
 
     def _finish(self) -> Path:
-        self._validate()
+        every = self.config.validate_every
+        if not every or self.progress.step % every:
+            self._validate()
         self._save_state()
         self._save_drafter(self.out / "last", self._calibrated())
         return self.out / "last"
@@ -210,9 +213,10 @@ class Trainer:
         self.accelerator.save_state(str(temporary))
         if self.accelerator.is_main_process:
             (temporary / "progress.json").write_text(json.dumps(asdict(self.progress)))
-            (temporary / "config.json").write_text(json.dumps(as_dict(self.config)))
+            (temporary / "config.json").write_text(json.dumps(self._identity()))
             old = self.out / "state.old"
             if (self.out / "state").exists():
+                shutil.rmtree(old, ignore_errors=True)
                 (self.out / "state").rename(old)
             temporary.rename(self.out / "state")
             shutil.rmtree(old, ignore_errors=True)
@@ -224,14 +228,27 @@ class Trainer:
         if state is None:
             (self.out / "log.jsonl").write_text("")
             return
-        if json.loads((state / "config.json").read_text()) != json.loads(json.dumps(as_dict(self.config))):
-            raise ConfigError(f"{self.out} holds a run with other settings: choose another --out or delete it")
+        if json.loads((state / "config.json").read_text()) != json.loads(json.dumps(self._identity())):
+            raise ConfigError(
+                f"{self.out} holds a run with other settings, data or target: choose another --out or delete it"
+            )
         self.accelerator.load_state(str(state))
         self.progress = Progress(**json.loads((state / "progress.json").read_text()))
         log = self.out / "log.jsonl"  # records after the saved step will be written again
-        kept = [line for line in log.read_text().splitlines() if json.loads(line)["step"] <= self.progress.step]
-        log.write_text("".join(line + "\n" for line in kept))
+        kept = [line for line in log.read_text().splitlines() if _step_of(line) <= self.progress.step]
+        rewritten = self.out / "log.new"
+        rewritten.write_text("".join(line + "\n" for line in kept))
+        rewritten.replace(log)
         self.report(f"resuming at step {self.progress.step} of {self.num_steps}")
+
+    def _identity(self) -> dict[str, Any]:
+        """What a resumed run must share with the one it goes on from."""
+        rows = json.dumps([(row.id, row.token_ids, row.answers) for row in [*self.rows, *self.validation_rows]])
+        return {
+            "config": as_dict(self.config),
+            "rows_sha256": hashlib.sha256(rows.encode()).hexdigest(),
+            "target": asdict(self.target.fingerprint),
+        }
 
     def _log(self, record: dict[str, Any]) -> None:
         if self.accelerator.is_main_process:
@@ -255,6 +272,14 @@ class Trainer:
             f"answer tokens, {self.num_steps} steps; {record['validation_rows']} validation rows, "
             f"draft vocabulary covers {record['validation_coverage']:.1%} of their tokens"
         )
+
+
+def _step_of(line: str) -> float:
+    """The step of a log record; a line cut short by a kill belongs to no step."""
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return math.inf
 
 
 def make_optimizer(drafter: ParallelHeads, config: OptimizerConfig) -> torch.optim.Optimizer:

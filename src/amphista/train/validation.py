@@ -52,8 +52,12 @@ def validate(
     *,
     batch_size: int = 8,
     tree_sizes: Sequence[int] = TREE_SIZES,
+    temperature: float = 0.0,
 ) -> Validation:
-    """Measure a drafter on held-out rows; `num_positions` is the number of answer positions seen."""
+    """Measure a drafter on held-out rows, its trees grown as for requests of this temperature.
+
+    `num_positions` is the number of answer positions seen.
+    """
     loss_of = HeadLoss(drafter, loss_config)
     device = next(drafter.parameters()).device
     hits = torch.zeros(drafter.num_heads, NUM_RANKS)
@@ -63,7 +67,7 @@ def validate(
     for some, on_cpu in batches_of(rows, hidden, batch_size):
         batch = on_cpu.to(device)
         per_head = loss_of(batch.hidden, batch.next_ids, batch.answer_rows)[1].cpu()
-        ranked = ranked_heads(drafter, batch, max(NUM_RANKS, max(tree_sizes) - 1))
+        ranked = ranked_heads(drafter, batch, max(NUM_RANKS, max(tree_sizes) - 1), temperature)
         count_hits(ranked, batch, hits, counts)
         losses += per_head * len(some)
         for answer in replay_answers(ranked, batch):
@@ -97,10 +101,9 @@ def ranked_heads(drafter: ParallelHeads, batch: Batch, num_ranks: int, temperatu
     tokens, log_probs = [], []
     for k in range(drafter.num_heads):
         logits = drafter.head_logits(states[:, k], k).float() / float(divisors[k])
-        best = torch.log_softmax(logits, dim=-1).topk(min(num_ranks, logits.shape[-1]), dim=-1)
-        ids = best.indices if drafter.draft_ids is None else drafter.draft_ids[best.indices]
+        ids, values = drafter.top_ranks(logits, num_ranks)
         tokens.append(ids.cpu())
-        log_probs.append(best.values.cpu())
+        log_probs.append(values.cpu())
     return RankedHeads(torch.stack(tokens, 1), torch.stack(log_probs, 1))
 
 

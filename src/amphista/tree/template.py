@@ -49,7 +49,9 @@ class TreeTemplate:
         """From a JSON file."""
         try:
             paths = json.loads(path.read_text(encoding="utf-8"))["paths"]
-            return cls.from_paths([[int(rank) for rank in ranks] for ranks in paths])
+            if not all(type(rank) is int for ranks in paths for rank in ranks):
+                raise TypeError("ranks must be whole numbers")
+            return cls.from_paths(paths)
         except OSError as error:
             raise ConfigError(f"cannot read tree file {path}: {error.strerror}") from error
         except (ValueError, KeyError, TypeError) as error:

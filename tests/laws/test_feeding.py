@@ -1,0 +1,112 @@
+"""What the engine feeds a drafter: after every step, the drafter's state in service equals the training form over all
+tokens so far. Row j must be made of h_j and x_{j+1}, through chunked prefill, wide trees, accepted paths and rewinds;
+a wrong row costs acceptance only, so no losslessness law can see it. Three wrong feedings must be seen by this one.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from amphista.engine.params import SamplingParams
+from amphista.engine.step import Engine
+from amphista.tree.grow import parse_tree
+from tests.tiny import real_drafters, tiny_target
+
+PROMPTS = [[5, 17, 230, 44, 9, 61, 3, 4], [5, 17, 230, 44, 80, 81, 82, 83, 84]]  # the second rewinds into the first
+NAMES = ["amphista-full", "amphista-one-stage", "amphista-draft-vocabulary", "amphista-no-stages", "medusa-shared"]
+
+
+@pytest.fixture(scope="module")
+def precise():
+    """A target in float64, so that equality can be asked for to 1e-9."""
+    target = tiny_target(dtype=torch.float64)
+    return target, real_drafters(target)
+
+
+def difference(target, drafter, context):
+    """Between the head logits of the state in service and those of the training form."""
+    ids = context.token_ids
+    rows = context.draft_state.num_rows
+    assert rows == len(ids) - 1 == context.cache.num_committed
+    hidden = target.hidden_states(torch.tensor([ids]))[:, :-1].clone()
+    with torch.inference_mode():
+        states = drafter.head_states(hidden, torch.tensor([ids[1:]]), torch.tensor([rows - 1]))
+        expected = drafter.head_logits(states)[0]
+        return float((expected - drafter.head_logits(drafter.draft_states(context.draft_state))).abs().max())
+
+
+def worst_difference(target, drafter, temperature=0.0):
+    """(worst difference over two requests on one context, accepted tokens)."""
+    engine = Engine(target, drafter, parse_tree(250))
+    context = engine.new_context()
+    worst, accepted = 0.0, 0
+    for prompt in PROMPTS:
+        params = SamplingParams(max_new_tokens=20, temperature=temperature)
+        sequence, _ = engine.start(prompt, params, context)
+        worst = max(worst, difference(target, drafter, context))
+        while sequence.finish_reason is None:
+            engine.step(sequence)
+            worst = max(worst, difference(target, drafter, context))
+        accepted += sum(sequence.stats.accepted)
+    return worst, accepted
+
+
+@pytest.fixture(autouse=True)
+def _small_chunks(monkeypatch):
+    monkeypatch.setattr("amphista.target.target.PREFILL_CHUNK", 3)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("name", NAMES)
+def test_state_in_service_equals_training_form(precise, name, temperature):
+    target, drafters = precise
+    worst, accepted = worst_difference(target, drafters[name], temperature)
+    assert worst < 1e-9
+    assert accepted > 3, "nothing was accepted: paths of several nodes were never fed"
+
+
+def wrong_next_ids(commit, state, hidden, next_ids):
+    commit(state, hidden, torch.cat([torch.full_like(next_ids[:-1], 7), next_ids[-1:]]))
+
+
+def shifted_hidden(commit, state, hidden, next_ids):
+    commit(state, hidden.roll(1, dims=0), next_ids)
+
+
+def only_the_last_hidden(commit, state, hidden, next_ids):
+    commit(state, torch.cat([torch.zeros_like(hidden[:-1]), hidden[-1:]]), next_ids)
+
+
+@pytest.mark.parametrize("mutation", [wrong_next_ids, shifted_hidden, only_the_last_hidden])
+def test_mutation_of_the_feeding_is_seen(precise, monkeypatch, mutation):
+    target, drafters = precise
+    drafter = drafters["amphista-full"]
+    commit = drafter.commit
+    monkeypatch.setattr(drafter, "commit", lambda *arguments: mutation(commit, *arguments))
+    assert worst_difference(target, drafter)[0] > 1e-6
+
+
+def test_heads_are_divided_by_the_requests_temperature(precise, monkeypatch):
+    """The engine passes the request's temperature on, so that expected acceptance is the realised one."""
+    target, drafters = precise
+    drafter = drafters["amphista-full"]
+    asked = []
+    draft = drafter.draft
+    monkeypatch.setattr(drafter, "draft", lambda state, ranks, t: asked.append((ranks, t)) or draft(state, ranks, t))
+    engine = Engine(target, drafter, parse_tree(9))
+    sequence, _ = engine.start(PROMPTS[0], SamplingParams(max_new_tokens=6, temperature=0.6))
+    engine.step(sequence)
+    assert asked == [(8, 0.6)]
+
+
+def test_the_drafter_rests_where_nothing_may_be_drafted(precise, monkeypatch):
+    """A tree of the root alone, and the last token of an answer, cost no draft."""
+    target, drafters = precise
+    drafter = drafters["amphista-full"]
+    monkeypatch.setattr(drafter, "draft", None)
+    sequence, _ = Engine(target, drafter, parse_tree(1)).start(PROMPTS[0], SamplingParams(max_new_tokens=3))
+    Engine(target, drafter, parse_tree(1)).step(sequence)
+    last, _ = Engine(target, drafter, parse_tree(8)).start(PROMPTS[0], SamplingParams(max_new_tokens=2))
+    Engine(target, drafter, parse_tree(8)).step(last)
+    assert last.stats.tree_nodes == [1]
