@@ -308,7 +308,7 @@ def test_info_shows_versions_and_checks(target_folder, trained):
     result = amphista("info", "--json")
     report = json.loads(result.stdout)
     assert {"python", "torch", "transformers", "amphista"} <= set(report["versions"])
-    assert report["target"]["name"] == "smollm2-135m-instruct" and report["default_tree_nodes"] == 4
+    assert report["target"]["name"] == "smollm2-135m-instruct" and report["default_tree_nodes"] == 2
     checked = amphista("info", "--target", target_folder, "--drafter", trained / "medusa" / "best", "--check")
     assert checked.returncode == 0 and "the same tokens as plain decoding" in checked.stdout
 

@@ -47,7 +47,7 @@ Tree = Annotated[
     typer.Option(
         metavar="chain|N|static:N|FILE",
         help="chain; N nodes chosen anew in each step (root included, 1 is plain decoding); static:N from "
-        "the drafter's calibration; or a template file. Default 4.",
+        "the drafter's calibration; or a template file. Default 2.",
         rich_help_panel=TREE,
     ),
 ]

@@ -46,8 +46,9 @@ def load_target(
     """
     place = _device(device)
     folder = locate(name, progress)
+    model = _load_model(name, folder, place, _dtype(dtype, place))  # first: it refuses families by name
     text = _load_text(name, folder)
-    target = Target(_load_model(name, folder, place, _dtype(dtype, place)), text, name=name)
+    target = Target(model, text, name=name)
     if target.dtype is torch.float16 and _dtype_on_disk(folder) is not torch.float16:
         # Rounding through float16 changes the fingerprint's bf16 rows: take it from the weights as they are on disk.
         target.fingerprint = Target(_load_model(name, folder, torch.device("cpu"), "auto"), text).fingerprint

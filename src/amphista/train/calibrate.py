@@ -72,10 +72,11 @@ def head_temperatures(drafter: ParallelHeads, rows: Sequence[TokenRow], hidden: 
             wanted = labels[index + k + 1]
             index, wanted = index[wanted >= 0], wanted[wanted >= 0]
             if index.numel():
-                losses[k] += _losses_on_grid(drafter.head_logits(states[index, k], k).float(), wanted)
+                losses[k] += losses_by_temperature(drafter.head_logits(states[index, k], k).float(), wanted)
     return [round(float(GRID[i]), 2) for i in losses.argmin(1)]
 
 
-def _losses_on_grid(logits: Tensor, wanted: Tensor) -> Tensor:
+def losses_by_temperature(logits: Tensor, wanted: Tensor) -> Tensor:
+    """Negative log-likelihood [grid] of the wanted tokens [M] under logits [M, N] divided by each temperature."""
     picked = logits.gather(-1, wanted[:, None]).squeeze(-1)
     return torch.stack([(torch.logsumexp(logits / t, -1) - picked / t).sum().double().cpu() for t in GRID.tolist()])
