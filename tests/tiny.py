@@ -136,8 +136,9 @@ class Scripted(Drafter):
     def trim(self, state, num_rows) -> None:
         state.num_rows = min(state.num_rows, num_rows)
 
-    def draft(self, state, num_ranks, temperature=0.0) -> Candidates:
-        offered = [self._offer(state, depth, num_ranks) for depth in range(1, self._depth + 1)]
+    def draft(self, state, num_ranks, temperature=0.0, max_depth=None) -> Candidates:
+        depths = range(1, min(self._depth, max_depth or self._depth) + 1)
+        offered = [self._offer(state, depth, num_ranks) for depth in depths]
         return Candidates(offered, [[-0.1 * (rank + 1) for rank in range(len(ranks))] for ranks in offered])
 
 

@@ -93,11 +93,11 @@ def test_heads_are_divided_by_the_requests_temperature(precise, monkeypatch):
     drafter = drafters["amphista-full"]
     asked = []
     draft = drafter.draft
-    monkeypatch.setattr(drafter, "draft", lambda state, ranks, t: asked.append((ranks, t)) or draft(state, ranks, t))
+    monkeypatch.setattr(drafter, "draft", lambda *given: asked.append(given[1:]) or draft(*given))
     engine = Engine(target, drafter, parse_tree(9))
     sequence, _ = engine.start(PROMPTS[0], SamplingParams(max_new_tokens=6, temperature=0.6))
     engine.step(sequence)
-    assert asked == [(8, 0.6)]
+    assert asked == [(8, 0.6, 4)]  # 8 ranks of the heads that 6 tokens leave room for
 
 
 def test_the_drafter_rests_where_nothing_may_be_drafted(precise, monkeypatch):

@@ -84,8 +84,10 @@ class Drafter(nn.Module):
         """Append rows: `hidden` [T, D] with the tokens `next_ids` [T] that followed each. Only the last row drafts."""
 
     @abstractmethod
-    def draft(self, state: DrafterState, num_ranks: int, temperature: float = 0.0) -> Candidates:
-        """The best `num_ranks` tokens of each head, for the position after the last committed row."""
+    def draft(
+        self, state: DrafterState, num_ranks: int, temperature: float = 0.0, max_depth: int | None = None
+    ) -> Candidates:
+        """The best `num_ranks` tokens of the first `max_depth` heads, for the position after the last committed row."""
 
     @abstractmethod
     def trim(self, state: DrafterState, num_rows: int) -> None:
@@ -168,7 +170,7 @@ class ParallelHeads(Drafter):
         if head is not None:
             bias = None if self.own_bias is None else self.own_bias[head]
             return self._shared.transform(torch.nn.functional.linear(states, self.own_head[head], bias))
-        return torch.stack([self.head_logits(states[..., k, :], k) for k in range(self.num_heads)], dim=-2)
+        return torch.stack([self.head_logits(states[..., k, :], k) for k in range(states.shape[-2])], dim=-2)
 
     # -- training and decoding forms ------------------------------------------------------------------------------
 
@@ -189,13 +191,15 @@ class ParallelHeads(Drafter):
         """Scale the start so that every head's first logits are close to the target's own, LM(h_t)."""
 
     @torch.inference_mode()
-    def draft(self, state: DrafterState, num_ranks: int, temperature: float = 0.0) -> Candidates:
-        logits = self.head_logits(self.draft_states(state)).float()
-        return self.rank(logits, num_ranks, temperature)
+    def draft(
+        self, state: DrafterState, num_ranks: int, temperature: float = 0.0, max_depth: int | None = None
+    ) -> Candidates:
+        states = self.draft_states(state)[:max_depth]  # the LM head is the larger part of a draft
+        return self.rank(self.head_logits(states).float(), num_ranks, temperature)
 
     def rank(self, logits: Tensor, num_ranks: int, temperature: float = 0.0) -> Candidates:
-        """Head logits [K, N] -> the best tokens of each head under the calibrated temperatures."""
-        divisors = self.head_temperatures(temperature).to(logits.device)
+        """Logits [k, N] of the first k heads -> the best tokens of each under the calibrated temperatures."""
+        divisors = self.head_temperatures(temperature)[: logits.shape[0]].to(logits.device)
         token_ids, log_probs = self.top_ranks(logits / divisors[:, None], num_ranks)
         return Candidates(token_ids.tolist(), log_probs.tolist())
 

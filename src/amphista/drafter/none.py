@@ -23,7 +23,9 @@ class NoDrafter(Drafter):
     def commit(self, state: DrafterState, hidden: Tensor, next_ids: Tensor) -> None:
         state.num_rows += hidden.shape[0]
 
-    def draft(self, state: DrafterState, num_ranks: int, temperature: float = 0.0) -> Candidates:
+    def draft(
+        self, state: DrafterState, num_ranks: int, temperature: float = 0.0, max_depth: int | None = None
+    ) -> Candidates:
         return Candidates([], [])
 
     def trim(self, state: DrafterState, num_rows: int) -> None:

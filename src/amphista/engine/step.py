@@ -98,11 +98,12 @@ class Engine:
 
     def _grow(self, sequence: Sequence) -> TokenTree:
         """The tree of this step; where nothing may be drafted, the root alone, and the drafter rests."""
-        if self.drafter.num_heads == 0 or self.grower.num_ranks == 0 or sequence.max_depth == 0:
+        depth = min(sequence.max_depth, self.grower.max_depth, self.drafter.num_heads)
+        if depth == 0 or self.grower.num_ranks == 0:
             return TokenTree.root_alone(sequence.pending)
-        temperature = sequence.params.temperature
-        candidates = self.drafter.draft(sequence.context.draft_state, self.grower.num_ranks, temperature)
-        return self.grower.grow(sequence.pending, candidates, sequence.max_depth)
+        state, temperature = sequence.context.draft_state, sequence.params.temperature
+        candidates = self.drafter.draft(state, self.grower.num_ranks, temperature, depth)
+        return self.grower.grow(sequence.pending, candidates, depth)
 
     def _commit_draft(self, context: Context, hidden: torch.Tensor, next_ids: list[int]) -> None:
         """Drafter row j is made of h_j and x_{j+1}: written once x_{j+1} is chosen, never rolled back."""

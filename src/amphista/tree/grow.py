@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,10 @@ class Grower(Protocol):
     def num_ranks(self) -> int:
         """Ranks it wants from each head."""
 
+    @property
+    def max_depth(self) -> int:
+        """No tree of its grows deeper: heads beyond need not be asked."""
+
     def grow(self, pending: int, candidates: Candidates, max_depth: int) -> TokenTree:
         """A tree over the pending token, at most `max_depth` deep."""
 
@@ -43,6 +48,10 @@ class DynamicGrower:
     def num_ranks(self) -> int:
         return self.num_nodes - 1
 
+    @property
+    def max_depth(self) -> int:
+        return self.num_nodes - 1
+
     def grow(self, pending: int, candidates: Candidates, max_depth: int) -> TokenTree:
         return dynamic_tree(pending, candidates, self.num_nodes, max_depth)
 
@@ -52,6 +61,7 @@ class ChainGrower:
     """The best token of each head, one below the other."""
 
     num_ranks: int = 1
+    max_depth: int = sys.maxsize
 
     def grow(self, pending: int, candidates: Candidates, max_depth: int) -> TokenTree:
         return TreeTemplate.chain(min(candidates.num_heads, max_depth)).fill(pending, candidates, max_depth)
@@ -66,6 +76,10 @@ class StaticGrower:
     @property
     def num_ranks(self) -> int:
         return self.template.num_ranks
+
+    @property
+    def max_depth(self) -> int:
+        return self.template.max_depth
 
     def grow(self, pending: int, candidates: Candidates, max_depth: int) -> TokenTree:
         return self.template.fill(pending, candidates, max_depth)
