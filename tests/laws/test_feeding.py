@@ -63,7 +63,7 @@ def test_state_in_service_equals_training_form(precise, name, temperature):
     target, drafters = precise
     worst, accepted = worst_difference(target, drafters[name], temperature)
     assert worst < 1e-9
-    assert accepted > 1, "nothing was accepted: paths of several nodes were never fed"
+    assert accepted > 3, "nothing was accepted: paths of several nodes were never fed"
 
 
 def wrong_next_ids(commit, state, hidden, next_ids):

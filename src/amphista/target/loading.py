@@ -117,7 +117,8 @@ def _load_model(name: str, folder: str, place: torch.device, dtype: Any) -> Any:
 def _dtype_on_disk(folder: str) -> torch.dtype | None:
     from transformers import AutoConfig
 
-    return AutoConfig.from_pretrained(folder).dtype  # type: ignore[no-any-return]
+    dtype: torch.dtype | None = AutoConfig.from_pretrained(folder).dtype
+    return dtype
 
 
 def describe_target(name: str) -> dict[str, Any]:
