@@ -37,7 +37,7 @@ $(READY): pyproject.toml constraints.txt
 	@echo "Setting up .venv with $(TORCH) and what it needs: once, about 3 minutes and 1.5 GB of disk ..." >&2
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	@$(PIP_INSTALL) $(TORCH)
-	@$(PIP_INSTALL) -e '.[train,dev]'
+	@$(PIP_INSTALL) -e '.[train,eval,dev]'
 	@touch $(READY)
 	@echo ".venv is ready." >&2
 

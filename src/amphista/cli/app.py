@@ -11,8 +11,10 @@ import sys
 import typer
 
 from amphista.cli.chat import chat
+from amphista.cli.evaluate import evaluate
 from amphista.cli.generate import generate
 from amphista.cli.info import info
+from amphista.cli.report import report
 from amphista.cli.train import train
 from amphista.errors import AmphistaError
 
@@ -28,6 +30,8 @@ app = typer.Typer(
 app.command()(generate)
 app.command()(chat)
 app.command()(train)
+app.command()(evaluate)
+app.command()(report)
 app.command()(info)
 
 EXIT_USER_ERROR = 2

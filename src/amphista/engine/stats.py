@@ -18,15 +18,20 @@ PHASES = ("prefill", "draft", "verify", "accept", "commit")
 
 @dataclass
 class DecodeStats:
-    """Counters of one answer. Seconds are wall time; `phase_seconds` sums to a little less than `seconds`."""
+    """Counters of one answer. Seconds are wall time; `phase_seconds` sums to a little less than `seconds`.
+
+    Per decode step: `accepted` draft tokens, `tree_nodes` verified, `step_seconds`. `num_dropped`: tokens the target
+    chose behind the end of the answer; they are neither emitted nor counted.
+    """
 
     num_prompt_tokens: int = 0
     num_cached_tokens: int = 0
     num_tokens: int = 0
     accepted: list[int] = field(default_factory=list)
     tree_nodes: list[int] = field(default_factory=list)
+    step_seconds: list[float] = field(default_factory=list)
+    num_dropped: int = 0
     prefill_seconds: float = 0.0
-    decode_seconds: float = 0.0
     phase_seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))
 
     @property
@@ -38,6 +43,11 @@ class DecodeStats:
     def tau(self) -> float | None:
         """Mean tokens committed per target decode forward; None without a step."""
         return (self.num_tokens - 1) / self.num_steps if self.num_steps else None
+
+    @property
+    def decode_seconds(self) -> float:
+        """All decode steps together."""
+        return sum(self.step_seconds)
 
     @property
     def seconds(self) -> float:

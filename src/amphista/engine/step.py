@@ -87,13 +87,14 @@ class Engine:
         with clock.phase("accept"):
             acceptance = walk(tree, output.logits, sequence.chooser, root_position)
             taken, text = sequence.take(acceptance.tokens)
+            sequence.stats.num_dropped += len(acceptance.tokens) - taken
             acceptance = acceptance.cut(taken)
         with clock.phase("commit"):
             context.cache.commit(acceptance.path)
             self._commit_draft(context, output.hidden[acceptance.path], acceptance.tokens)
         sequence.stats.accepted.append(acceptance.num_accepted)
         sequence.stats.tree_nodes.append(tree.num_nodes)
-        sequence.stats.decode_seconds += clock.now() - started
+        sequence.stats.step_seconds.append(clock.now() - started)
         return StepResult(acceptance.tokens, text, acceptance.num_accepted)
 
     def _grow(self, sequence: Sequence) -> TokenTree:

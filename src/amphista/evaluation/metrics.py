@@ -1,58 +1,228 @@
-"""Numbers over answers, each with one definition (ALGORITHM section 8).
+"""From records to numbers, one definition each (ALGORITHM section 8): per method, over all answers and by task.
 
-Small models loop under greedy decoding, and a loop is trivially draftable, so tau is also reported on the loop-free
-prefix of each answer.
+Rates are sums of tokens over sums of seconds. A speedup is the ratio of two rates over the answers that both methods
+gave without failing, so both sides answer the same questions; its interval is a 95 % percentile bootstrap over
+questions (2,000 resamples, a fixed seed), which keeps turns and repeats of a question together. On the loop-free prefix
+of an answer, prefill and the steps that reach its end are what is timed.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
 
-LONGEST_SPAN = 64
-MIN_REPEATS = 3
-MIN_COVERED = 24
+import numpy as np
+
+from amphista.engine.loops import loop_free_length, steps_within
+from amphista.evaluation.methods import HF, NONE
+from amphista.evaluation.protocol import spec_bench_counts
+from amphista.evaluation.records import Record
+
+RESAMPLES = 2000
+PLAIN = (NONE, HF)
+ALL = "all"
+Interval = tuple[float, float]
 
 
-def loop_free_length(token_ids: Sequence[int]) -> int:
-    """Tokens before an answer begins to loop: all of them if it never does.
+@dataclass(frozen=True)
+class Counted:
+    """One answer's tokens and seconds under one way of counting."""
 
-    A loop is a span of at most 64 tokens that stands at least three times in a row and covers at least 24 tokens; the
-    prefix ends after the first occurrence of the first such span.
+    tokens: float
+    seconds: float
+
+
+def whole(record: Record) -> Counted:
+    """All tokens, prefill included."""
+    return Counted(len(record.token_ids), record.seconds)
+
+
+def decode_only(record: Record) -> Counted:
+    """Tokens behind the prefill's, without the prefill."""
+    return Counted(len(record.token_ids) - record.prefill_tokens, record.decode_seconds)
+
+
+def loop_free(record: Record) -> Counted:
+    """Tokens before the answer begins to loop, with the prefill and the steps they took."""
+    length, steps = _loop_free_steps(record)
+    return Counted(length, record.prefill_seconds + sum(record.step_seconds[:steps]))
+
+
+def _loop_free_steps(record: Record) -> tuple[int, int]:
+    length = loop_free_length(record.token_ids)
+    return length, steps_within(record.accepted, length, record.prefill_tokens)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measures:
+    """One method over a set of answers. None where there is nothing to count; shares lie between 0 and 1.
+
+    acceptance_by_depth[d]: share of decode steps that accepted more than d draft tokens. tokens_per_step[n]: steps that
+    committed n tokens. identical: share of compared answers with the same tokens as `none`'s. speedup_hf: over stock
+    `generate`, None without it. mean_tree_nodes: rows per target forward, root included.
     """
-    best: tuple[int, int] | None = None  # (start, span)
-    for span in range(1, min(LONGEST_SPAN, len(token_ids) // MIN_REPEATS) + 1):
-        repeats = max(MIN_REPEATS, -(-MIN_COVERED // span))
-        needed = span * (repeats - 1)  # that many tokens equal the one a span later
-        run = 0
-        for i in range(len(token_ids) - span):
-            run = run + 1 if token_ids[i] == token_ids[i + span] else 0
-            if run == needed:
-                start = i + 1 - needed
-                if best is None or (start, span) < best:
-                    best = (start, span)
-                break
-    return len(token_ids) if best is None else best[0] + best[1]
+
+    num_answers: int
+    failed: int
+    num_tokens: int
+    num_steps: int
+    tau: float | None
+    tau_loop_free: float | None
+    tokens_per_second: float | None
+    decode_tokens_per_second: float | None
+    speedup: float | None
+    speedup_interval: Interval | None
+    decode_speedup: float | None
+    decode_speedup_interval: Interval | None
+    loop_free_speedup: float | None
+    speedup_hf: float | None
+    speedup_hf_interval: Interval | None
+    identical: float | None
+    compared: int
+    mean_tree_nodes: float | None
+    plain_step_share: float | None
+    acceptance_by_depth: list[float]
+    tokens_per_step: dict[str, int]
+    phase_seconds: dict[str, float]
+    looping_answers: int
+    correct: float | None
+    scored: int
+    spec_bench: dict[str, Any]
 
 
-def steps_within(accepted: Sequence[int], num_tokens: int) -> int:
-    """Decode steps that commit the first `num_tokens` tokens; the first token comes from the prefill.
-
-    A step that crosses the edge counts, with its tokens up to it.
-    """
-    committed, steps = 1, 0
-    for count in accepted:
-        if committed >= num_tokens:
-            break
-        committed += count + 1
-        steps += 1
-    return steps
+def summarise(records: Sequence[Record], methods: Sequence[str]) -> dict[str, dict[str, dict[str, Any]]]:
+    """`{task: {method: measures}}`; the first task, `all`, is every answer."""
+    tasks = list(dict.fromkeys(record.task for record in records))
+    chosen = {ALL: list(records)} | ({task: [r for r in records if r.task == task] for task in tasks})
+    return {task: {name: asdict(_measures(name, members)) for name in methods} for task, members in chosen.items()}
 
 
-def tau_over(answers: Sequence[tuple[Sequence[int], Sequence[int]]], *, loop_free: bool = False) -> float | None:
-    """Tokens committed per target decode forward over answers given as (token ids, accepted per step)."""
+def _measures(name: str, records: Sequence[Record]) -> Measures:
+    mine = [r for r in records if r.method == name and not r.failed]
+    plain = [r for r in records if r.method == NONE and not r.failed]
+    stock = [r for r in records if r.method == HF and not r.failed]
+    has_stock = any(r.method == HF for r in records)
+    compared = [r for r in mine if r.matches is not None]
+    scored = [r for r in mine if r.correct is not None]
+    steps = Counter(accepted + 1 for r in mine for accepted in r.accepted)
+    nodes = [n for r in mine for n in r.tree_nodes]
+    speedup, interval = speedup_over(mine, plain, whole)
+    decode_speedup, decode_interval = speedup_over(mine, plain, decode_only)
+    hf_speedup, hf_interval = speedup_over(mine, stock, whole)
+    is_baseline = name == HF or (name == NONE and not has_stock)
+    return Measures(
+        num_answers=len(mine),
+        failed=sum(r.method == name and r.failed for r in records),
+        num_tokens=sum(len(r.token_ids) for r in mine),
+        num_steps=sum(steps.values()),
+        tau=_tau(name, mine, loop_free=False),
+        tau_loop_free=_tau(name, mine, loop_free=True),
+        tokens_per_second=_rate(mine, whole),
+        decode_tokens_per_second=_rate(mine, decode_only),
+        speedup=speedup,
+        speedup_interval=interval,
+        decode_speedup=decode_speedup,
+        decode_speedup_interval=decode_interval,
+        loop_free_speedup=speedup_over(mine, plain, loop_free)[0],
+        speedup_hf=hf_speedup,
+        speedup_hf_interval=hf_interval,
+        identical=1.0 if name == NONE and mine else _mean([r.matches for r in compared]),
+        compared=len(compared),
+        mean_tree_nodes=_mean(nodes),
+        plain_step_share=_mean([n == 1 for n in nodes]),
+        acceptance_by_depth=_acceptance_by_depth(steps),
+        tokens_per_step={str(count): steps[count] for count in sorted(steps)},
+        phase_seconds=_phases(mine),
+        looping_answers=sum(loop_free_length(r.token_ids) < len(r.token_ids) for r in mine),
+        correct=_mean([r.correct for r in scored]),
+        scored=len(scored),
+        spec_bench=spec_bench_counts(mine, stock if has_stock else plain, is_baseline_kind=is_baseline),
+    )
+
+
+def _tau(name: str, records: Sequence[Record], *, loop_free: bool) -> float | None:
+    """Tokens committed per target decode forward; a plain method that never stepped is 1 by definition."""
     tokens = steps = 0
-    for token_ids, accepted in answers:
-        length = loop_free_length(token_ids) if loop_free else len(token_ids)
-        tokens += length - 1
-        steps += steps_within(accepted, length)
-    return tokens / steps if steps else None
+    for record in records:
+        length, taken = _loop_free_steps(record) if loop_free else (len(record.token_ids), len(record.accepted))
+        tokens += max(0, length - record.prefill_tokens)
+        steps += taken
+    if steps:
+        return tokens / steps
+    return 1.0 if records and name in PLAIN else None
+
+
+def _rate(records: Sequence[Record], counting: Any) -> float | None:
+    counted = [counting(record) for record in records]
+    seconds = sum(c.seconds for c in counted)
+    return sum(c.tokens for c in counted) / seconds if counted and seconds > 0 else None
+
+
+def _mean(values: Sequence[Any]) -> float | None:
+    return sum(values) / len(values) if values else None
+
+
+def _acceptance_by_depth(steps: Counter[int]) -> list[float]:
+    total = sum(steps.values())
+    deepest = max(steps, default=1) - 1
+    return [sum(n for count, n in steps.items() if count > depth) / total for depth in range(1, deepest + 1)]
+
+
+def _phases(records: Sequence[Record]) -> dict[str, float]:
+    total: Counter[str] = Counter()
+    for record in records:
+        total.update(record.phase_seconds)  # adds floats as it adds counts
+    return {phase: float(seconds) for phase, seconds in total.items()}
+
+
+def speedup_over(
+    ours: Sequence[Record], theirs: Sequence[Record], counting: Any
+) -> tuple[float | None, Interval | None]:
+    """Ratio of rates over the answers both gave, and its 95 % bootstrap interval over questions."""
+    baseline = {record.group: record for record in theirs}
+    pairs = [(record, baseline[record.group]) for record in ours if record.group in baseline]
+    sums: dict[str, list[float]] = {}
+    for a, b in pairs:
+        mine, base = counting(a), counting(b)
+        row = sums.setdefault(a.id, [0.0, 0.0, 0.0, 0.0])
+        for i, value in enumerate((mine.tokens, mine.seconds, base.tokens, base.seconds)):
+            row[i] += value
+    if not sums:
+        return None, None
+    table = np.array(list(sums.values()))
+    if (table.sum(axis=0) <= 0).any():
+        return None, None
+    ratio = _ratio(table.sum(axis=0))
+    draws = np.random.default_rng(0).integers(len(table), size=(RESAMPLES, len(table)))
+    resampled = table[draws].sum(axis=1)
+    usable = resampled[(resampled > 0).all(axis=1)]
+    low, high = np.percentile([_ratio(row) for row in usable], [2.5, 97.5])
+    return ratio, (float(low), float(high))
+
+
+def _ratio(sums: Any) -> float:
+    tokens, seconds, base_tokens, base_seconds = sums
+    return float((tokens / seconds) / (base_tokens / base_seconds))
+
+
+def contract(summary: dict[str, dict[str, dict[str, Any]]], num_questions: int) -> dict[str, Any]:
+    """What `amphista evaluate --json` prints."""
+    keys = (
+        "tau",
+        "tau_loop_free",
+        "tokens_per_second",
+        "decode_tokens_per_second",
+        "speedup",
+        "speedup_interval",
+        "decode_speedup",
+        "speedup_hf",
+        "identical",
+        "num_tokens",
+        "failed",
+    )
+    return {
+        "questions": num_questions,
+        "methods": {name: {key: measures[key] for key in keys} for name, measures in summary[ALL].items()},
+    }

@@ -1,4 +1,4 @@
-"""evaluation/metrics.py: the loop-free prefix against a slow reference, and tau on it."""
+"""engine/loops.py: the loop-free prefix against a slow reference, and the steps that lead to its end."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from amphista.evaluation.metrics import loop_free_length, steps_within, tau_over
+from amphista.engine.loops import loop_free_length, steps_within
 
 
 def slowly(ids):
@@ -43,9 +43,5 @@ def test_a_step_across_the_edge_counts():
     assert steps_within([2, 0, 3], 2) == steps_within([2, 0, 3], 4) == 1
     assert steps_within([2, 0, 3], 5) == 2
     assert steps_within([2, 0, 3], 6) == steps_within([2, 0, 3], 9) == 3
-
-
-def test_tau():
-    assert tau_over([([1, 2, 3, 4, 5, 6, 7, 8, 9], [2, 0, 3])]) == pytest.approx(8 / 3)
-    assert tau_over([([7] * 24, [22])], loop_free=True) is None
-    assert tau_over([([1], [])]) is None
+    assert steps_within([2, 0, 3], 3, prefill_tokens=3) == 0
+    assert steps_within([2, 0, 3], 6, prefill_tokens=3) == 1

@@ -1,0 +1,96 @@
+"""amphista evaluate: questions x methods in one run, interleaved; records, numbers with intervals, a report.
+
+amphista evaluate spec_bench --limit 60 --methods none,hf,hf-lookup,medusa,amphista@16 --out runs/spec-bench
+amphista evaluate questions.jsonl --methods none,mine=runs/best@16 --temperature 0.7 --repeats 3 --out runs/mine --json
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from amphista.cli import options
+from amphista.target import DEFAULT_TARGET
+
+RUN_PANEL = "Run"
+
+
+def evaluate(
+    questions: Annotated[str, typer.Argument(help="mt_bench, spec_bench, humaneval, gsm8k, or a JSONL file.")],
+    methods: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME[=DRAFTER][@TREE],...",
+            help="none, hf, hf-lookup, hf-assisted=MODEL, a shipped drafter (amphista, medusa), or name=PATH; "
+            "none is added where it is missing.",
+        ),
+    ],
+    out: Annotated[Path, typer.Option(help="Folder for records and report; the same command again resumes it.")],
+    data: Annotated[
+        Path | None, typer.Option(help="Folder with the named sets (or AMPHISTA_DATA); else they are fetched.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(help="That many questions, spread evenly over the set.")] = None,
+    repeats: Annotated[int, typer.Option(help="Answer everything R times, each time with other seeds.")] = 1,
+    protocol: Annotated[
+        str, typer.Option(help="own, or spec-bench: its warm-up; its counting is always in the report.")
+    ] = "own",
+    target: options.Target = DEFAULT_TARGET,
+    allow_other_target: options.AllowOtherTarget = False,
+    device: options.Device = None,
+    dtype: options.Dtype = None,
+    tree: options.Tree = None,
+    max_new_tokens: options.MaxNewTokens = 256,
+    temperature: options.Temperature = 0.0,
+    top_k: options.TopK = 0,
+    top_p: options.TopP = 1.0,
+    min_p: options.MinP = 0.0,
+    repetition_penalty: options.RepetitionPenalty = 1.0,
+    seed: options.Seed = 0,
+    system: options.System = None,
+    json_lines: Annotated[
+        bool, typer.Option("--json", help="Print the numbers as one JSON object at the end.")
+    ] = False,
+) -> None:
+    """Compare methods on questions: the same tokens? how many per forward? how much faster?"""
+    from amphista.evaluation.methods import Settings, parse_methods
+    from amphista.evaluation.questions import load_questions
+    from amphista.evaluation.run import Evaluation, EvaluationConfig
+    from amphista.tree.grow import check_tree
+
+    check_tree(tree)
+    config = EvaluationConfig(
+        methods=tuple(parse_methods(methods)),
+        params=options.sampling_params(
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+            repetition_penalty=repetition_penalty,
+            seed=seed,
+            stop=None,
+        ),
+        settings=Settings(tree=tree, allow_other_target=allow_other_target),
+        repeats=repeats,
+        protocol=protocol,  # type: ignore[arg-type]  # the configuration checks it
+        system=system,
+    )
+    asked = load_questions(questions, data, limit)
+    from amphista.cli.progress import StepProgress
+    from amphista.evaluation.metrics import contract
+    from amphista.evaluation.report import markdown_tables, write_report
+    from amphista.target.loading import load_target
+
+    with StepProgress() as progress:
+        evaluation = Evaluation(load_target(target, device=device, dtype=dtype), asked, config, out)
+        evaluation.run(progress.step)
+    summary = evaluation.finish()
+    write_report(out, summary)
+    print(markdown_tables(summary), file=sys.stderr if json_lines else sys.stdout)
+    print(f"amphista: the report is {out / 'report.html'}", file=sys.stderr)
+    if json_lines:
+        print(json.dumps(contract(summary["measures"], len(asked.questions))))

@@ -1,0 +1,280 @@
+"""The report of a run: report.md, and report.html as one file that needs nothing else.
+
+Both are made from the summary alone. Numbers come with 95 % intervals; what was resumed, failed or diverged is said.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from amphista.errors import ConfigError
+from amphista.evaluation.metrics import ALL
+from amphista.evaluation.summary import ACCEPTED
+
+Summary = dict[str, Any]
+MAX_LISTED = 30
+DASH = "-"
+HEADERS = (
+    "method",
+    "tau",
+    "tau loop-free",
+    "tokens/s",
+    "speedup",
+    "95 %",
+    "decode speedup",
+    "95 %",
+    "over hf",
+    "95 %",
+    "same as none",
+    "failed",
+)
+LEGEND = (
+    "tau: tokens committed per target forward (loop-free: before an answer begins to loop). speedup: tokens per second "
+    "over none (our engine without drafts), prefill included; decode speedup: without it. over hf: over stock "
+    "generate. 95 %: bootstrap over questions. same as none: answers with identical tokens."
+)
+
+
+def write_report(folder: Path, summary: Summary) -> None:
+    """Write report.md and report.html; without matplotlib the page has no figures and says so."""
+    (folder / "report.md").write_text(markdown(summary), encoding="utf-8")
+    (folder / "report.html").write_text(html(summary), encoding="utf-8")
+
+
+# -- cells and tables, shared by both -----------------------------------------------------------------------------
+
+
+def title(summary: Summary) -> str:
+    """One line: target, questions, sampling."""
+    settings = summary["run"]["settings"]
+    params, asked = settings["params"], settings["questions"]
+    count = f"{asked['count']} of {asked['full_size']}" if asked["count"] < asked["full_size"] else str(asked["count"])
+    how = "greedy" if params["temperature"] == 0 else f"temperature {params['temperature']:g}"
+    return f"{settings['target']} on {asked['name']}: {count} questions, {how}"
+
+
+def setting_line(summary: Summary) -> str:
+    """Limits, machine and versions."""
+    run = summary["run"]
+    settings, machine, versions = run["settings"], run["machine"], run["versions"]
+    where = machine.get("accelerator") or f"{machine['processor']}, {machine['torch_threads']} threads"
+    return (
+        f"At most {settings['params']['max_new_tokens']} new tokens, {settings['repeats']} repeat(s), "
+        f"{settings['dtype']}, {where} ({machine['instruction_set']}), torch {versions['torch']}, transformers "
+        f"{versions['transformers']}, amphista {versions['amphista']} at {run['git']}, {run['date']}."
+    )
+
+
+def number(value: float | None, form: str = ".2f") -> str:
+    """A value, or a dash where there is none."""
+    return DASH if value is None else format(value, form)
+
+
+def times(value: float | None) -> str:
+    return DASH if value is None else f"{value:.2f}x"
+
+
+def interval(value: Sequence[float] | None) -> str:
+    return DASH if value is None else f"{value[0]:.2f} to {value[1]:.2f}"
+
+
+def share(value: float | None, count: int) -> str:
+    return DASH if value is None else f"{value:.1%} of {count}"
+
+
+def main_rows(measures: dict[str, dict[str, Any]]) -> list[list[str]]:
+    """The main table, one row per method."""
+    return [
+        [
+            name,
+            number(m["tau"]),
+            number(m["tau_loop_free"]),
+            number(m["tokens_per_second"], ".1f"),
+            times(m["speedup"]),
+            interval(m["speedup_interval"]),
+            times(m["decode_speedup"]),
+            interval(m["decode_speedup_interval"]),
+            times(m["speedup_hf"]),
+            interval(m["speedup_hf_interval"]),
+            "" if name == "none" else share(m["identical"], m["compared"]),
+            str(m["failed"]),
+        ]
+        for name, m in measures.items()
+    ]
+
+
+def task_rows(summary: Summary, cell: Any) -> tuple[list[str], list[list[str]]]:
+    """Headers and rows of a table methods x tasks."""
+    tasks = [task for task in summary["measures"] if task != ALL]
+    methods = list(summary["measures"][ALL])
+    rows = [[name, *(cell(summary["measures"][task][name]) for task in [*tasks, ALL])] for name in methods]
+    return ["method", *tasks, ALL], rows
+
+
+def detail_rows(measures: dict[str, dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """How each method spends its forwards."""
+    headers = [
+        "method",
+        "nodes per forward",
+        "plain steps",
+        "accepted at depth 1, 2, ...",
+        "loop-free speedup",
+        "looping",
+    ]
+    rows = [
+        [
+            name,
+            number(m["mean_tree_nodes"]),
+            number(m["plain_step_share"], ".0%"),
+            " ".join(f"{value:.2f}" for value in m["acceptance_by_depth"]) or DASH,
+            times(m["loop_free_speedup"]),
+            f"{m['looping_answers']} of {m['num_answers']}",
+        ]
+        for name, m in measures.items()
+    ]
+    return headers, rows
+
+
+def protocol_rows(measures: dict[str, dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """Spec-Bench's counting beside ours; the baseline of both is stock generate where it ran, else none."""
+    has_hf = "hf" in measures
+    headers = [
+        "method",
+        "tokens/s theirs",
+        "ours",
+        "speedup theirs",
+        "ours",
+        "differ by",
+        "accepted theirs",
+        "tau ours",
+    ]
+    rows = []
+    for name, m in measures.items():
+        theirs, ours = m["spec_bench"], m["speedup_hf"] if has_hf else m["speedup"]
+        gap = None if not theirs["speedup"] or not ours else theirs["speedup"] / ours - 1
+        rows.append(
+            [
+                name,
+                number(theirs["tokens_per_second"], ".1f"),
+                number(m["tokens_per_second"], ".1f"),
+                times(theirs["speedup"]),
+                times(ours),
+                number(gap, "+.1%"),
+                number(theirs["mean_accepted_tokens"]),
+                number(m["tau"]),
+            ]
+        )
+    return headers, rows
+
+
+def quality_rows(measures: dict[str, dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """Share of right answers; empty for sets that have no check."""
+    rows = [[name, share(m["correct"], m["scored"])] for name, m in measures.items() if m["scored"]]
+    return ["method", "right"], rows
+
+
+def divergence_lines(summary: Summary) -> list[str]:
+    """Every answer that is not `none`'s, with the position and the target's margin there."""
+    lines = []
+    for found in summary["divergences"][:MAX_LISTED]:
+        where = f"{found['method']}, question {found['id']}, turn {found['turn'] + 1}"
+        if found.get("earlier_turn"):
+            lines.append(f"{where}: another prompt, because an earlier turn diverged")
+        else:
+            margin = "no second choice" if found["margin"] is None else f"margin {found['margin']:.2g}"
+            lines.append(f"{where}: differs from token {found['position']} on, {margin}")
+    more = len(summary["divergences"]) - MAX_LISTED
+    return [*lines, f"and {more} more in summary.json"] if more > 0 else lines
+
+
+def failure_lines(summary: Summary) -> list[str]:
+    """Every failed record, up to a limit."""
+    lines = [f"{f['method']}, question {f['id']}, turn {f['turn'] + 1}: {f['error']}" for f in summary["failures"]]
+    more = len(lines) - MAX_LISTED
+    return [*lines[:MAX_LISTED], f"and {more} more in summary.json"] if more > 0 else lines
+
+
+def sections(summary: Summary) -> list[tuple[str, str, list[str], list[list[str]]]]:
+    """(heading, legend, headers, rows) of every table, in order."""
+    everything = summary["measures"][ALL]
+    found = [("All questions", LEGEND, list(HEADERS), main_rows(everything))]
+    if len(summary["measures"]) > 2:
+        found.append(("Speedup by task", "", *task_rows(summary, lambda m: _with_interval(m))))
+        found.append(("tau by task", "", *task_rows(summary, lambda m: number(m["tau"]))))
+    found.append(("Where the forwards go", "", *detail_rows(everything)))
+    legend = (
+        "The counting of Spec-Bench's scripts: plain means over questions, the baseline's tokens counted by tokenising "
+        "its text again, a method's by its own loop."
+    )
+    found.append(("Spec-Bench's counting", legend, *protocol_rows(everything)))
+    if quality_rows(everything)[1]:
+        found.append(("Answer quality", "", *quality_rows(everything)))
+    return found
+
+
+def _with_interval(measures: dict[str, Any]) -> str:
+    return f"{times(measures['speedup'])} ({interval(measures['speedup_interval'])})"
+
+
+# -- Markdown -----------------------------------------------------------------------------------------------------
+
+
+def markdown(summary: Summary) -> str:
+    """The whole report as Markdown."""
+    lines = [f"# {title(summary)}", "", setting_line(summary), ""]
+    lines += [f"- {note}" for note in summary["notes"]] + [""]
+    for heading, legend, headers, rows in sections(summary):
+        lines += [f"## {heading}", "", *([legend, ""] if legend else []), _table(headers, rows), ""]
+    for heading, listed in (("Divergences", divergence_lines(summary)), ("Failures", failure_lines(summary))):
+        lines += [f"## {heading}", "", *([f"- {line}" for line in listed] or ["None."]), ""]
+    lines += ["## Methods", ""]
+    lines += [f"- `{name}`: {_described(m)}" for name, m in summary["run"]["settings"]["methods"].items()]
+    lines += ["", f"Command: `{summary['run']['command']}`", ""]
+    return "\n".join(lines)
+
+
+def markdown_tables(summary: Summary) -> str:
+    """What a terminal gets: the title and the main table."""
+    return f"{title(summary)}\n\n{_table(list(HEADERS), main_rows(summary['measures'][ALL]))}\n"
+
+
+def _table(headers: list[str], rows: list[list[str]]) -> str:
+    widths = [max(len(row[i]) for row in [headers, *rows]) for i in range(len(headers))]
+    lines = [headers, ["-" * width for width in widths], *rows]
+    return "\n".join("| " + " | ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)) + " |" for line in lines)
+
+
+def _described(settings: dict[str, Any]) -> str:
+    return ", ".join(f"{key} {value}" for key, value in settings.items() if key != "drafter_sha256")
+
+
+# -- HTML ---------------------------------------------------------------------------------------------------------
+
+
+def html(summary: Summary) -> str:
+    """The whole report as one page; figures are inline SVG."""
+    try:
+        from jinja2 import Environment
+    except ImportError as error:
+        raise ConfigError("the HTML report needs jinja2: pip install 'amphista[eval]'") from error
+    try:
+        from amphista.evaluation.plots import figures
+    except ImportError:
+        drawn: list[tuple[str, str]] = []
+    else:
+        drawn = figures(summary)
+    page = Environment(autoescape=True).from_string((Path(__file__).parent / "report.html.jinja").read_text("utf-8"))
+    return page.render(
+        title=title(summary),
+        setting=setting_line(summary),
+        notes=summary["notes"],
+        sections=sections(summary),
+        figures=drawn,
+        samples=summary["samples"],
+        accepted=ACCEPTED,
+        lists=[("Divergences", divergence_lines(summary)), ("Failures", failure_lines(summary))],
+        methods=[(name, _described(m)) for name, m in summary["run"]["settings"]["methods"].items()],
+        command=summary["run"]["command"],
+    )

@@ -1,0 +1,286 @@
+"""Questions x methods x repeats -> records. Methods are interleaved turn by turn, so that a drifting machine hits all.
+
+A method that raises leaves a failed record and the run goes on. A killed run goes on where it stopped when its command
+is given again; a folder that holds another run is refused. Each method's second turn follows its own first answer.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from amphista import provenance
+from amphista.config import as_dict
+from amphista.engine.params import SamplingParams
+from amphista.errors import AmphistaError, ConfigError, RequestError
+from amphista.evaluation.lossless import first_divergence
+from amphista.evaluation.methods import HF, NONE, Method, MethodSpec, Settings, build_method
+from amphista.evaluation.protocol import recount, warm_up_plan
+from amphista.evaluation.quality import score
+from amphista.evaluation.questions import Question, QuestionSet
+from amphista.evaluation.records import Record, RecordFile, read_groups, read_json, write_json
+from amphista.evaluation.stock import StockGenerate
+from amphista.evaluation.summary import RECORDS, RUN, SUMMARY, build_summary, take_samples
+from amphista.target.target import Target
+
+Report = Callable[[int, int, str], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationConfig:
+    """What is measured and how. `params.seed` is the run's seed; each answer has one of its own made from it."""
+
+    methods: tuple[MethodSpec, ...]
+    params: SamplingParams
+    settings: Settings = field(default_factory=Settings)
+    repeats: int = 1
+    protocol: Literal["own", "spec-bench"] = "own"
+    system: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.repeats < 1:
+            raise ConfigError(f"--repeats is {self.repeats}: expected at least 1")
+        if self.protocol not in ("own", "spec-bench"):
+            raise ConfigError(f"--protocol is {self.protocol!r}: expected own or spec-bench")
+
+
+class Evaluation:
+    """One run in one folder. `records` are all of it once `run` has ended."""
+
+    def __init__(self, target: Target, questions: QuestionSet, config: EvaluationConfig, out: Path) -> None:
+        if target.text is None:
+            raise ConfigError("this target was loaded without a tokenizer: questions cannot be asked")
+        self.target, self.text, self.questions, self.config = target, target.text, questions, config
+        self.names = [spec.name for spec in config.methods]
+        self.methods: dict[str, Method] = {
+            spec.name: build_method(spec, target, config.settings) for spec in config.methods
+        }
+        self.records: list[Record] = []
+        self._out = out
+        self._open(out)
+
+    # -- the run's folder -----------------------------------------------------------------------------------------
+
+    def _open(self, out: Path) -> None:
+        """Create the folder, or take up what a run with the very same settings has left in it."""
+        settings = self._settings()
+        environment = provenance.record()
+        out.mkdir(parents=True, exist_ok=True)
+        if (out / RUN).exists():
+            self.run_record = read_json(out / RUN)
+            different = _differences(self.run_record.get("settings", {}), settings)
+            if different:
+                raise ConfigError(f"{out} holds a run with other settings ({different}): give another --out")
+            if (out / RECORDS).exists():
+                self.records = read_groups(out / RECORDS, self.names)
+            if self.records and len(self.records) < self.num_records:
+                self.run_record.setdefault("resumed", []).append(environment | {"after": len(self.records)})
+        elif (out / RECORDS).exists():
+            raise ConfigError(f"{out} holds {RECORDS} but no {RUN}: give another --out")
+        else:
+            self.run_record = {"settings": settings, **environment}
+        write_json(out / RUN, self.run_record)
+        self._file = RecordFile(out / RECORDS, self.records)
+
+    def _settings(self) -> dict[str, Any]:
+        """Everything that decides tokens or counting; two runs with equal settings may share a folder."""
+        return {
+            "target": self.target.name,
+            "target_fingerprint": as_dict(self.target.fingerprint),
+            "dtype": str(self.target.dtype).removeprefix("torch."),
+            "device": str(self.target.device),
+            "questions": {
+                "name": self.questions.name,
+                "count": len(self.questions.questions),
+                "full_size": self.questions.full_size,
+                "sha256": self.questions.sha256,
+            },
+            "methods": {name: method.settings for name, method in self.methods.items()},
+            "params": as_dict(self.config.params),
+            "repeats": self.config.repeats,
+            "protocol": self.config.protocol,
+            "system": self.config.system,
+        }
+
+    @property
+    def num_records(self) -> int:
+        """Records of a whole run."""
+        turns = sum(len(question.turns) for question in self.questions.questions)
+        return turns * len(self.methods) * self.config.repeats
+
+    # -- measuring ------------------------------------------------------------------------------------------------
+
+    def run(self, report: Report | None = None) -> list[Record]:
+        """Measure what is missing; every group of records is on disk before the next one begins."""
+        done = {record.group for record in self.records}
+        if len(self.records) < self.num_records:
+            self._warm_up()
+        for group in self._groups(done):
+            self._file.append(group)
+            self.records += group
+            if report is not None:
+                failed = sum(record.failed for record in self.records)
+                text = f"{group[0].category} {group[0].id}" + (f", {failed} failed" if failed else "")
+                report(len(self.records), self.num_records, text)
+        return self.records
+
+    def finish(self) -> dict[str, Any]:
+        """The summary of the whole run, written to its folder."""
+        samples = take_samples(self.records, self.names, self.text)
+        summary = build_summary(self.run_record, self.records, samples)
+        write_json(self._out / SUMMARY, summary)
+        return summary
+
+    def _warm_up(self) -> None:
+        """Unmeasured. A method that crashes here will crash again where it counts."""
+        turns, times, max_new_tokens = warm_up_plan(self.config.protocol, self.questions.questions[0])
+        params = replace(self.config.params, max_new_tokens=min(max_new_tokens, self.config.params.max_new_tokens))
+        for _ in range(times):
+            conversations = self._new_conversations(self.questions.questions[0])
+            for turn in range(turns):
+                for name in self.names:
+                    self._answer(name, self.questions.questions[0], turn, conversations[name], params)
+
+    def _groups(self, done: set[tuple[int, str, int]]) -> Iterator[list[Record]]:
+        for repeat in range(self.config.repeats):
+            for question in self.questions.questions:
+                conversations = self._new_conversations(question)
+                for turn in range(len(question.turns)):
+                    if (repeat, str(question.id), turn) in done:
+                        self._recall(conversations, repeat, question, turn)
+                    else:
+                        yield self._measure(question, repeat, turn, conversations)
+
+    def _new_conversations(self, question: Question) -> dict[str, list[dict[str, str]] | None]:
+        system = [] if self.config.system is None else [{"role": "system", "content": self.config.system}]
+        return {name: [*system, *question.history] for name in self.names}
+
+    def _recall(self, conversations: dict[str, Any], repeat: int, question: Question, turn: int) -> None:
+        """Put the recorded answers of a turn that need not be measured again into the conversations."""
+        for record in self.records:
+            if record.group == (repeat, str(question.id), turn):
+                conversations[record.method] = _next(conversations[record.method], question, turn, record)
+
+    def _measure(self, question: Question, repeat: int, turn: int, conversations: dict[str, Any]) -> list[Record]:
+        params = replace(self.config.params, seed=answer_seed(self.config.params.seed, question.id, turn, repeat))
+        first = self.questions.questions.index(question) + turn + repeat  # each method leads in its turn
+        order = [self.names[(first + i) % len(self.names)] for i in range(len(self.names))]
+        found: dict[str, Record] = {}
+        prompts: dict[str, list[int]] = {}
+        for name in order:
+            outcome, prompts[name] = self._answer(name, question, turn, conversations[name], params)
+            found[name] = Record(
+                id=str(question.id),
+                category=question.category,
+                task=question.task,
+                turn=turn,
+                repeat=repeat,
+                method=name,
+                seed=params.seed,
+                num_prompt_tokens=len(prompts[name]),
+                **outcome,
+            )
+            conversations[name] = _next(conversations[name], question, turn, found[name])
+        group = [self._compared(found[name], found[NONE], prompts, params) for name in self.names]
+        return [self._scored(record, question) for record in group]
+
+    def _answer(
+        self,
+        name: str,
+        question: Question,
+        turn: int,
+        conversation: list[dict[str, str]] | None,
+        params: SamplingParams,
+    ) -> tuple[dict[str, Any], list[int]]:
+        """The measured fields and the prompt; what a method raises becomes the field `error`."""
+        prompt_ids: list[int] = []
+        try:
+            if conversation is None:
+                raise RequestError("the turn before failed")
+            prompt_ids = self._prompt_ids([*conversation, {"role": "user", "content": question.turns[turn]}])
+            outcome = self.methods[name].run(prompt_ids, params)
+        except Exception as error:  # whatever a method raises is its result; interrupts still end the run
+            return {"error": _described(error)}, prompt_ids
+        if name in (NONE, HF):
+            outcome["recount"] = recount(self.text, "".join(outcome["pieces"]))
+        return outcome, prompt_ids
+
+    def _prompt_ids(self, messages: list[dict[str, str]]) -> list[int]:
+        if self.text.has_chat_template:
+            prompt_ids = self.text.render(messages)
+        elif len(messages) == 1:
+            prompt_ids = self.text.encode(messages[0]["content"])
+        else:
+            raise RequestError("this question needs a conversation, but the target has no chat template")
+        limit = self.target.spec.max_positions
+        if len(prompt_ids) > limit:
+            raise RequestError(f"the prompt has {len(prompt_ids)} tokens, but the target's context holds {limit}")
+        return prompt_ids
+
+    def _compared(self, record: Record, plain: Record, prompts: dict[str, list[int]], params: SamplingParams) -> Record:
+        """Same tokens as `none`? Stock sampling draws its own noise, so only its greedy answers can be compared."""
+        own_noise = isinstance(self.methods[record.method], StockGenerate) and not params.is_greedy
+        if record.failed or plain.failed or record.method == NONE or own_noise:
+            return record
+        prompt_ids = prompts[record.method]
+        if prompt_ids != prompts[NONE]:
+            return replace(record, matches=False, divergence={"position": 0, "margin": None, "earlier_turn": True})
+        found = first_divergence(self.target, prompt_ids, params, record.token_ids, plain.token_ids)
+        if found is None:
+            return replace(record, matches=True)
+        margin = found.margin if math.isfinite(found.margin) else None
+        return replace(record, matches=False, divergence={"position": found.position, "margin": margin})
+
+    def _scored(self, record: Record, question: Question) -> Record:
+        if record.failed or question.check is None:
+            return record
+        verdict = score(question.check.kind, question.check.fields, record.text)
+        return replace(record, correct=verdict.correct, verdict=verdict.reason)
+
+
+def _next(
+    conversation: list[dict[str, str]] | None, question: Question, turn: int, record: Record
+) -> list[dict[str, str]] | None:
+    """The conversation behind an answered turn; None once a turn failed: nothing can follow."""
+    if conversation is None or record.failed:
+        return None
+    return [
+        *conversation,
+        {"role": "user", "content": question.turns[turn]},
+        {"role": "assistant", "content": record.text},
+    ]
+
+
+def answer_seed(seed: int, question_id: str | int, turn: int, repeat: int) -> int:
+    """64 bits for one answer, the same for every method, unrelated between answers and independent of their order."""
+    key = f"{seed}\n{question_id}\n{turn}\n{repeat}"
+    return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big")
+
+
+def _described(error: Exception) -> str:
+    """One line: what was raised, and where if it is not one of our own sentences."""
+    sentence = (str(error).strip().splitlines() or [""])[0]
+    if isinstance(error, AmphistaError):
+        return sentence
+    frames = traceback.extract_tb(error.__traceback__)
+    place = f" ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""
+    return f"{type(error).__name__}: {sentence}{place}"
+
+
+def _differences(old: dict[str, Any], new: dict[str, Any]) -> str:
+    """Names of settings that differ, one level down where both are sections."""
+    found = []
+    for key in sorted(old.keys() | new.keys()):
+        a, b = old.get(key), new.get(key)
+        if a == b:
+            continue
+        if isinstance(a, dict) and isinstance(b, dict):
+            found += [f"{key}.{name}" for name in sorted(a.keys() | b.keys()) if a.get(name) != b.get(name)]
+        else:
+            found.append(key)
+    return ", ".join(found)
