@@ -9,14 +9,16 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from amphista.cli import options
 from amphista.target import DEFAULT_TARGET
 
-RUN_PANEL = "Run"
+if TYPE_CHECKING:
+    from amphista.evaluation.questions import QuestionSet
+    from amphista.evaluation.run import EvaluationConfig
 
 
 def evaluate(
@@ -35,9 +37,7 @@ def evaluate(
     ] = None,
     limit: Annotated[int | None, typer.Option(help="That many questions, spread evenly over the set.")] = None,
     repeats: Annotated[int, typer.Option(help="Answer everything R times, each time with other seeds.")] = 1,
-    protocol: Annotated[
-        str, typer.Option(help="own, or spec-bench: its warm-up; its counting is always in the report.")
-    ] = "own",
+    protocol: Annotated[str, typer.Option(help="own, or spec-bench, which warms up as it does.")] = "own",
     target: options.Target = DEFAULT_TARGET,
     allow_other_target: options.AllowOtherTarget = False,
     device: options.Device = None,
@@ -58,7 +58,7 @@ def evaluate(
     """Compare methods on questions: the same tokens? how many per forward? how much faster?"""
     from amphista.evaluation.methods import Settings, parse_methods
     from amphista.evaluation.questions import load_questions
-    from amphista.evaluation.run import Evaluation, EvaluationConfig
+    from amphista.evaluation.run import EvaluationConfig
     from amphista.tree.grow import check_tree
 
     check_tree(tree)
@@ -76,17 +76,29 @@ def evaluate(
         ),
         settings=Settings(tree=tree, allow_other_target=allow_other_target),
         repeats=repeats,
-        protocol=protocol,  # type: ignore[arg-type]  # the configuration checks it
+        protocol=protocol,
         system=system,
     )
-    asked = load_questions(questions, data, limit)
+    _run(config, load_questions(questions, data, limit), (target, device, dtype), out, json_lines)
+
+
+def _run(
+    config: EvaluationConfig,
+    asked: QuestionSet,
+    target: tuple[str, str | None, str | None],
+    out: Path,
+    json_lines: bool,
+) -> None:
+    """Measure, report, print; `target` is its name, device and dtype."""
     from amphista.cli.progress import StepProgress
     from amphista.evaluation.metrics import contract
     from amphista.evaluation.report import markdown_tables, write_report
+    from amphista.evaluation.run import Evaluation
     from amphista.target.loading import load_target
 
+    name, device, dtype = target
     with StepProgress() as progress:
-        evaluation = Evaluation(load_target(target, device=device, dtype=dtype), asked, config, out)
+        evaluation = Evaluation(load_target(name, device=device, dtype=dtype), asked, config, out)
         evaluation.run(progress.step)
     summary = evaluation.finish()
     write_report(out, summary)

@@ -142,9 +142,15 @@ class RecordFile:
 
 def _line(record: Record) -> str:
     """Only what differs from the defaults: failed records and plain steps stay short."""
-    defaults = {f.name: f.default for f in dataclasses.fields(Record) if f.default is not dataclasses.MISSING}
-    values = {k: v for k, v in dataclasses.asdict(record).items() if k not in defaults or defaults[k] != v}
+    values = {key: value for key, value in dataclasses.asdict(record).items() if value != _DEFAULTS.get(key, ...)}
     return json.dumps(values, ensure_ascii=False, allow_nan=False, separators=(",", ":")) + "\n"
+
+
+_DEFAULTS = {
+    f.name: f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
+    for f in dataclasses.fields(Record)
+    if f.default is not dataclasses.MISSING or f.default_factory is not dataclasses.MISSING
+}
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -7,12 +7,13 @@ is given again; a folder that holds another run is refused. Each method's second
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from amphista import provenance
 from amphista.config import as_dict
@@ -39,7 +40,7 @@ class EvaluationConfig:
     params: SamplingParams
     settings: Settings = field(default_factory=Settings)
     repeats: int = 1
-    protocol: Literal["own", "spec-bench"] = "own"
+    protocol: str = "own"
     system: str | None = None
 
     def __post_init__(self) -> None:
@@ -68,9 +69,12 @@ class Evaluation:
 
     def _open(self, out: Path) -> None:
         """Create the folder, or take up what a run with the very same settings has left in it."""
-        settings = self._settings()
+        settings = json.loads(json.dumps(self._settings()))  # as it will be read back: tuples are lists there
         environment = provenance.record()
-        out.mkdir(parents=True, exist_ok=True)
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"cannot write to {out}: {error.strerror}; give a folder with --out") from error
         if (out / RUN).exists():
             self.run_record = read_json(out / RUN)
             different = _differences(self.run_record.get("settings", {}), settings)

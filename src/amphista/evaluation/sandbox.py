@@ -214,12 +214,12 @@ def _reason_of_exit(code: int) -> str:
 
 def _child_source() -> str:
     names = ("contextlib", "ctypes", "json", "os", "resource", "sys", "types")
-    parts = (_Refused, _leave_network, _limit_self, _audit_hook, _block_spawning, _outcome, _child)
+    parts = (_RefusedError, _leave_network, _limit_self, _audit_hook, _block_spawning, _outcome, _child)
     header = "from __future__ import annotations\nimport " + ", ".join(names)
     return "\n\n".join([header, *(inspect.getsource(part) for part in parts)])
 
 
-class _Refused(PermissionError):
+class _RefusedError(PermissionError):
     pass
 
 
@@ -248,31 +248,15 @@ def _limit_self(limits: dict[str, list[int]]) -> None:
 
 
 def _audit_hook(folder: str) -> Callable[[str, tuple[Any, ...]], None]:
-    """Refuses network, processes, threads, foreign functions, and changes to files outside the folder."""
+    """Refuses network, processes, foreign functions, and changes to files outside the folder."""
     realpath, join, fsdecode, readlink = os.path.realpath, os.path.join, os.fsdecode, os.readlink
     root, separator, null_device = realpath(folder), os.sep, os.devnull
     writing = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
     families = frozenset(("ctypes", "socket", "subprocess", "pty", "syslog", "webbrowser"))
-    refused = frozenset(
-        [
-            "os.exec",
-            "os.fork",
-            "os.forkpty",
-            "os.kill",
-            "os.killpg",
-            "os.posix_spawn",
-            "os.spawn",
-            "os.startfile",
-            "os.system",
-            "resource.setrlimit",
-            "resource.prlimit",
-            "_thread.start_new_thread",
-            "_thread.start_joinable_thread",
-        ]
-    )
-    changes: dict[
-        str, tuple[tuple[int, int], ...]
-    ] = {  # where the paths stand, each with its folder descriptor (-1: none)
+    refused = {f"os.{name}" for name in ("exec", "fork", "forkpty", "kill", "killpg", "posix_spawn", "spawn", "system")}
+    refused |= {"os.startfile", "resource.setrlimit", "resource.prlimit"}
+    # where the paths stand, each with its folder descriptor (-1: none)
+    changes: dict[str, tuple[tuple[int, int], ...]] = {
         "os.remove": ((0, 1),),
         "os.rmdir": ((0, 1),),
         "os.mkdir": ((0, 2),),
@@ -301,17 +285,17 @@ def _audit_hook(folder: str) -> Callable[[str, tuple[Any, ...]], None]:
         if event == "open":
             path, _, flags = args
             if flags & writing and not is_inside(path):
-                raise _Refused("writing outside the folder")
+                raise _RefusedError("writing outside the folder")
         elif event in changes:
             for path_at, fd_at in changes[event]:
                 if not is_inside(args[path_at], args[fd_at] if fd_at >= 0 else -1):
-                    raise _Refused(event)
+                    raise _RefusedError(event)
         elif (
             event in refused
             or event.partition(".")[0] in families
             or (event == "sqlite3.connect" and args[0] != ":memory:" and not is_inside(args[0]))
         ):
-            raise _Refused(event)
+            raise _RefusedError(event)
 
     return hook
 
@@ -321,9 +305,9 @@ def _block_spawning() -> None:
     import _posixsubprocess
 
     def fork_exec(*_: Any) -> int:
-        raise _Refused("fork_exec")
+        raise _RefusedError("fork_exec")
 
-    _posixsubprocess.fork_exec = fork_exec  # type: ignore[assignment]
+    _posixsubprocess.fork_exec = fork_exec
 
 
 def _outcome(source: str) -> str:
@@ -337,7 +321,7 @@ def _outcome(source: str) -> str:
         exec(code, module.__dict__)
     except MemoryError:
         return "out of memory"
-    except _Refused as error:
+    except _RefusedError as error:
         return f"refused: {error}"
     except BaseException as error:  # SystemExit too: who leaves before the end has not passed
         return "failed: " + type(error).__name__[:80].replace("\n", " ")

@@ -14,7 +14,7 @@ def test_nothing_is_made_up_without_a_step():
 
 
 def test_the_token_of_the_prefill_is_not_counted_in_tau():
-    stats = DecodeStats(num_tokens=1 + 3 + 1 + 4, accepted=[2, 0, 3], prefill_seconds=1.0, decode_seconds=2.0)
+    stats = DecodeStats(num_tokens=1 + 3 + 1 + 4, accepted=[2, 0, 3], prefill_seconds=1.0, step_seconds=[0.5, 0.5, 1.0])
     assert stats.tau == pytest.approx(8 / 3) == pytest.approx(sum(stats.accepted) / 3 + 1)
     assert stats.seconds == 3.0
     assert stats.tokens_per_second == 3.0 and stats.decode_tokens_per_second == 4.0

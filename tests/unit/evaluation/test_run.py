@@ -1,0 +1,245 @@
+"""evaluation/run.py and summary.py: interleaving, crashes, kills, resumes, seeds, and what is found of losslessness."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from amphista.engine.params import SamplingParams
+from amphista.errors import ConfigError
+from amphista.evaluation.methods import METHODS, Ours, Settings, parse_methods
+from amphista.evaluation.questions import load_questions
+from amphista.evaluation.records import read_records
+from amphista.evaluation.run import Evaluation, EvaluationConfig, answer_seed
+from amphista.evaluation.summary import ACCEPTED, rebuild_summary
+from tests.tiny import Amphista, AmphistaConfig, shaken
+
+QUESTIONS = [
+    {"question_id": 1, "category": "writing", "turns": ["First?", "Second?"]},
+    {"question_id": 2, "category": "qa", "turns": ["Only?"]},
+    {"question": "Ann has 2 pears and buys 1. How many?", "answer": "#### 3"},
+]
+
+
+class Crashing(Ours):
+    """Raises on every second answer."""
+
+    calls = 0
+
+    def run(self, prompt_ids, params):
+        self.calls += 1
+        if self.calls % 2 == 0:
+            raise ZeroDivisionError("on purpose")
+        return super().run(prompt_ids, params)
+
+
+class Lying(Ours):
+    """Changes the third token: a method that is not lossless."""
+
+    def run(self, prompt_ids, params):
+        outcome = super().run(prompt_ids, params)
+        ids = outcome["token_ids"]
+        changed = [*ids[:2], (ids[2] + 1) % 200, *ids[3:]]
+        return outcome | {"token_ids": changed, "pieces": [*outcome["pieces"], "!"]}
+
+
+def drafting(kind, tree="6"):
+    def build(spec, target, settings):
+        drafter = shaken(Amphista(AmphistaConfig(num_heads=3), target.spec, target.shared))
+        return kind(target, drafter, tree, {"drafter": "amphista", "tree": tree})
+
+    return build
+
+
+@pytest.fixture(autouse=True)
+def _methods(monkeypatch):
+    for name, kind in {"drafts": Ours, "crashes": Crashing, "lies": Lying}.items():
+        monkeypatch.setitem(METHODS, name, drafting(kind))
+
+
+@pytest.fixture
+def asked(tmp_path):
+    path = tmp_path / "q.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in QUESTIONS))
+    return load_questions(str(path))
+
+
+def config(methods="none,hf,drafts", **changes):
+    sampling = {"max_new_tokens": 10, "temperature": changes.pop("temperature", 0.0), "seed": changes.pop("seed", 0)}
+    return EvaluationConfig(
+        methods=tuple(parse_methods(methods)), params=SamplingParams(**sampling), settings=Settings(), **changes
+    )
+
+
+def evaluate(target, asked, out, **changes):
+    evaluation = Evaluation(target, asked, config(**changes), out)
+    evaluation.run()
+    return evaluation, evaluation.finish()
+
+
+def tokens(records):
+    return [(r.group, r.method, r.token_ids) for r in records]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_a_run(text_target, asked, tmp_path, temperature):
+    evaluation, summary = evaluate(text_target, asked, tmp_path / "out", temperature=temperature, repeats=2)
+    records = read_records(tmp_path / "out" / "records.jsonl")
+    assert records == evaluation.records and len(records) == evaluation.num_records == 4 * 3 * 2
+    assert [r.method for r in records[:3]] == ["none", "hf", "drafts"]
+    everything = summary["measures"]["all"]
+    assert everything["drafts"]["identical"] == 1.0 and everything["drafts"]["compared"] == 8
+    assert everything["hf"]["identical"] == (1.0 if temperature == 0 else None)
+    assert everything["none"]["tau"] == everything["hf"]["tau"] == 1.0
+    assert set(summary["measures"]) == {"all", "mt_bench", "qa", "gsm8k"}
+    assert everything["none"]["scored"] == 2 and everything["none"]["correct"] == 0
+    by_group = {(r.group, r.method): r for r in records}
+    second = by_group[(0, "1", 1), "none"]
+    first = by_group[(0, "1", 0), "none"]
+    assert second.num_prompt_tokens > first.num_prompt_tokens + len(first.token_ids)
+    if temperature:
+        assert by_group[(0, "2", 0), "none"].token_ids != by_group[(1, "2", 0), "none"].token_ids
+    question_text = (tmp_path / "out" / "records.jsonl").read_text() + json.dumps(summary)
+    assert "Second?" not in question_text and "Ann has" not in question_text
+
+
+def test_the_same_command_gives_the_same_tokens_elsewhere(text_target, asked, tmp_path):
+    one, _ = evaluate(text_target, asked, tmp_path / "one", temperature=0.9)
+    two, _ = evaluate(text_target, asked, tmp_path / "two", temperature=0.9)
+    other, _ = evaluate(text_target, asked, tmp_path / "other", temperature=0.9, seed=1)
+    assert tokens(one.records) == tokens(two.records) != tokens(other.records)
+
+
+def test_a_crash_is_a_failed_record_and_never_a_number(text_target, asked, tmp_path):
+    evaluation, summary = evaluate(text_target, asked, tmp_path / "out", methods="none,crashes")
+    failed = [r for r in evaluation.records if r.failed]
+    assert [r.method for r in failed] == ["crashes"] * len(failed) and failed
+    assert all("ZeroDivisionError: on purpose" in r.error or r.error == "the turn before failed" for r in failed)
+    assert failed[0].group == (0, "1", 0) and failed[1].error == "the turn before failed"
+    crashes = summary["measures"]["all"]["crashes"]
+    assert crashes["failed"] == len(failed) == len(summary["failures"])
+    assert crashes["num_answers"] == 4 - len(failed)
+    assert any("failed" in note for note in summary["notes"])
+
+
+def test_a_divergence_is_found_with_its_place_and_margin(text_target, asked, tmp_path):
+    evaluation, summary = evaluate(text_target, asked, tmp_path / "out", methods="none,drafts,lies")
+    found = summary["divergences"]
+    assert {f["method"] for f in found} == {"lies"} and len(found) == 4
+    assert found[0]["position"] == 2 and found[0]["margin"] > 0
+    assert found[1]["earlier_turn"] is True and found[1]["turn"] == 1
+    assert summary["measures"]["all"]["lies"]["identical"] == 0.0
+    assert [r.matches for r in evaluation.records if r.method == "drafts"] == [True] * 4
+
+
+@pytest.mark.parametrize("kept", [0, 1, 2, 3])
+def test_a_killed_run_resumes_to_the_same_records(text_target, asked, tmp_path, kept):
+    whole, _ = evaluate(text_target, asked, tmp_path / "whole")
+    broken = Evaluation(text_target, asked, config(), tmp_path / "broken")
+
+    def stop(done, total, text):
+        if done == 3 * kept:
+            raise KeyboardInterrupt
+
+    if kept:
+        with pytest.raises(KeyboardInterrupt):
+            broken.run(stop)
+    path = tmp_path / "broken" / "records.jsonl"
+    path.write_bytes(path.read_bytes() + b'{"id":"2","cat')
+    resumed, summary = evaluate(text_target, asked, tmp_path / "broken")
+    assert tokens(resumed.records) == tokens(whole.records)
+    assert tokens(read_records(path)) == tokens(whole.records)
+    assert any("resumed" in note for note in summary["notes"]) == bool(kept)
+
+
+def test_a_finished_run_is_not_measured_again(text_target, asked, tmp_path, monkeypatch):
+    first, _ = evaluate(text_target, asked, tmp_path / "out")
+    monkeypatch.setattr(Evaluation, "_answer", None)
+    again, _ = evaluate(text_target, asked, tmp_path / "out")
+    assert again.records == first.records
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"methods": "none,drafts"}, "methods.hf"),
+        ({"seed": 4}, "params.seed"),
+        ({"repeats": 2}, "repeats"),
+        ({"protocol": "spec-bench"}, "protocol"),
+    ],
+)
+def test_another_run_is_refused_and_nothing_lost(text_target, asked, tmp_path, changes, said):
+    evaluate(text_target, asked, tmp_path / "out")
+    before = (tmp_path / "out" / "records.jsonl").read_bytes()
+    with pytest.raises(ConfigError, match=said):
+        Evaluation(text_target, asked, config(**changes), tmp_path / "out")
+    with pytest.raises(ConfigError, match=r"questions\.count"):
+        Evaluation(text_target, asked.sample(1), config(), tmp_path / "out")
+    assert (tmp_path / "out" / "records.jsonl").read_bytes() == before
+
+
+def test_folders_that_cannot_be(text_target, asked, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="cannot write to"):
+        Evaluation(text_target, asked, config(), tmp_path / "file")
+    (tmp_path / "odd").mkdir()
+    (tmp_path / "odd" / "records.jsonl").write_text("")
+    with pytest.raises(ConfigError, match=r"holds records.jsonl but no run.json"):
+        Evaluation(text_target, asked, config(), tmp_path / "odd")
+
+
+def test_spec_bench_warms_up_with_every_turn_three_times(text_target, asked, tmp_path, monkeypatch):
+    turns = []
+    answer = Evaluation._answer
+
+    def counted(self, name, question, turn, *rest):
+        turns.append((question.id, turn))
+        return answer(self, name, question, turn, *rest)
+
+    monkeypatch.setattr(Evaluation, "_answer", counted)
+    evaluate(text_target, asked.sample(1), tmp_path / "out", methods="none", protocol="spec-bench")
+    assert turns[:6] == [(1, 0), (1, 1)] * 3 and len(turns) == 6 + 2
+
+
+def test_seeds_are_unrelated_and_fixed():
+    seeds = {answer_seed(s, q, t, r) for s in range(3) for q in ("1", "11", 2) for t in range(3) for r in range(3)}
+    assert len(seeds) == 81 and all(0 <= seed < 2**64 for seed in seeds)
+    assert answer_seed(0, 1, 0, 0) == answer_seed(0, "1", 0, 0)
+
+
+def test_methods_lead_in_turn(text_target, asked, tmp_path, monkeypatch):
+    order = []
+    answer = Evaluation._answer
+    monkeypatch.setattr(
+        Evaluation, "_answer", lambda self, name, *rest: order.append(name) or answer(self, name, *rest)
+    )
+    monkeypatch.setattr(Evaluation, "_warm_up", lambda self: None)
+    evaluate(text_target, asked, tmp_path / "out", methods="none,hf,drafts")
+    assert order[::3] == ["none", "hf", "hf", "drafts"]
+
+
+def test_settings():
+    with pytest.raises(ConfigError, match="--repeats is 0"):
+        config(repeats=0)
+    with pytest.raises(ConfigError, match="expected own or spec-bench"):
+        config(protocol="mine")
+
+
+def test_the_summary_can_be_made_anew(text_target, asked, tmp_path):
+    _, summary = evaluate(text_target, asked, tmp_path / "out")
+    kept = (tmp_path / "out" / "summary.json").read_bytes()
+    rebuild_summary(tmp_path / "out")
+    assert (tmp_path / "out" / "summary.json").read_bytes() == kept
+    for sample in summary["samples"]:
+        record = next(r for r in read_records(tmp_path / "out" / "records.jsonl") if r.id == sample["id"])
+        assert "".join(text for text, _ in sample["tokens"]) == record.text
+        assert any(kind == ACCEPTED for _, kind in sample["tokens"])
+
+
+def test_a_question_longer_than_the_context_fails_by_name(text_target, tmp_path):
+    path = tmp_path / "long.jsonl"
+    path.write_text(json.dumps({"prompt": "x" * 600}) + "\n" + json.dumps({"prompt": "short"}) + "\n")
+    evaluation, _ = evaluate(text_target, load_questions(str(path)), tmp_path / "out")
+    errors = [r.error for r in evaluation.records]
+    assert all("context holds 512" in error for error in errors[:3]) and errors[3:] == [None] * 3
