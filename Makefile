@@ -3,6 +3,7 @@
 #   make demo     a first answer: same tokens as plain decoding? how much faster?
 #   make test     the whole test suite
 #   make check    formatting, lint, types, architecture
+#   make bench    the small benchmark, under 15 minutes on 2 cores; DATA=folder with spec_bench.jsonl, else fetched
 #   make format   let ruff put the code in order
 #   make clean    remove .venv and caches
 
@@ -12,7 +13,9 @@ READY := .venv/.ready
 PIP_INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt
 TORCH := $(shell sed -n 's/^torch==[^ ;]*/&/p' constraints.txt)
 
-.PHONY: demo test check format clean
+BENCH_OUT ?= runs/bench
+
+.PHONY: demo test check bench format clean
 
 demo: $(READY)
 	@$(BIN)/amphista generate --compare --max-new-tokens 96 "Why is the sky blue?"
@@ -21,14 +24,18 @@ test: $(READY)
 	@$(BIN)/python -m pytest
 
 check: $(READY)
-	@$(BIN)/ruff format --check src tests benchmarks
-	@$(BIN)/ruff check src tests benchmarks
+	@$(BIN)/ruff format --check src tests
+	@$(BIN)/ruff check src tests
 	@$(BIN)/mypy
 	@$(BIN)/python -m pytest tests/test_architecture.py
 
+bench: $(READY)
+	@$(BIN)/amphista evaluate spec_bench $(if $(DATA),--data $(DATA)) --limit 12 --max-new-tokens 40 \
+	  --methods none,hf,hf-lookup,medusa,amphista --out $(BENCH_OUT)
+
 format: $(READY)
-	@$(BIN)/ruff format src tests benchmarks
-	@$(BIN)/ruff check --fix src tests benchmarks
+	@$(BIN)/ruff format src tests
+	@$(BIN)/ruff check --fix src tests
 
 # torch comes first, alone and by its exact version: together with the rest pip may settle on another build of it.
 $(READY): pyproject.toml constraints.txt
