@@ -106,3 +106,30 @@ def test_bad_input_is_one_sentence(target_folder, questions, tmp_path, arguments
 def test_report_of_nothing(tmp_path):
     result = amphista("report", tmp_path)
     assert result.returncode == 2 and "run.json" in result.stderr
+
+
+def test_latency_of_a_target(target_folder, drafter_folder, tmp_path):
+    command = ["latency", "--target", target_folder, "--drafters", f"mine={drafter_folder}", "--nodes", "1,4",
+               "--contexts", "6", "--rounds", "1", "--tau", "4=1.5", "--out", tmp_path / "out", "--json"]  # fmt: skip
+    result = amphista(*command)
+    assert result.returncode == 0, result.stderr
+    found = json.loads(result.stdout.splitlines()[-1])
+    assert [row["nodes"] for row in found["verify"]] == [1, 4]
+    assert found["projection"][0]["drafter"] == "mine" and "projected" in result.stderr
+    assert found == json.loads((tmp_path / "out" / "latency.json").read_text())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "match"),
+    [
+        (["--layers", "2"], "--layers goes with --shape"),
+        (["--shape", "llama-1t"], "llama-7b"),
+        (["--nodes", "1,two"], "whole numbers"),
+        (["--tau", "16"], "NODES=TAU"),
+        (["--shape", "llama-70b", "--dtype", "float32"], "GB are free on cpu: measure fewer layers with --layers"),
+    ],
+)
+def test_latency_refuses_what_it_cannot_measure(arguments, match, tmp_path):
+    result = amphista("latency", *arguments, "--out", tmp_path / "out")
+    assert result.returncode == 2 and match in " ".join(result.stderr.split()), result.stderr
+    assert not (tmp_path / "out").exists()

@@ -14,6 +14,7 @@ from amphista.cli.chat import chat
 from amphista.cli.evaluate import evaluate
 from amphista.cli.generate import generate
 from amphista.cli.info import info
+from amphista.cli.latency import latency
 from amphista.cli.report import report
 from amphista.cli.train import train
 from amphista.errors import AmphistaError
@@ -32,6 +33,7 @@ app.command()(chat)
 app.command()(train)
 app.command()(evaluate)
 app.command()(report)
+app.command()(latency)
 app.command()(info)
 
 EXIT_USER_ERROR = 2

@@ -1,4 +1,4 @@
-"""Figures of a report as inline SVG: speedup by task, acceptance by depth, time by phase, tokens per step."""
+"""Figures as SVG: speedup by task, acceptance by depth, time by phase, tokens per step; latency over tree size."""
 
 from __future__ import annotations
 
@@ -112,3 +112,34 @@ def _tokens_per_step(axes: Axes, summary: dict[str, Any]) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     if drafting:
         axes.legend(frameon=False)
+
+
+def latency_figure(record: dict[str, Any]) -> str:
+    """One line per batch and context: a forward's time over the number of tree nodes; drafting below them, dashed."""
+    places = list(dict.fromkeys((row["batch"], row["context"]) for row in record["verify"]))
+    is_scaled = record["num_layers"] != record["measured_layers"]
+
+    def draw(axes: Axes, record: dict[str, Any]) -> None:
+        for i, (batch, context) in enumerate(places):
+            rows = [row for row in record["verify"] if (row["batch"], row["context"]) == (batch, context)]
+            _timed_line(axes, rows, COLOURS[(i + 1) % len(COLOURS)], f"batch {batch}, context {context}", "-")
+        drafted = [row for row in record["draft"] if row["what"] == "draft"]
+        for i, (name, context) in enumerate(dict.fromkeys((row["drafter"], row["context"]) for row in drafted)):
+            rows = [row for row in drafted if (row["drafter"], row["context"]) == (name, context)]
+            _timed_line(axes, rows, COLOURS[-1 - i % len(COLOURS)], f"{name} drafts, context {context}", "--")
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(record["settings"]["nodes"], [str(n) for n in record["settings"]["nodes"]])
+        axes.set_ylim(bottom=0)
+        axes.set_xlabel("tree nodes, root included")
+        axes.set_ylabel("milliseconds" + (", layers scaled" if is_scaled else ""))
+        axes.set_title(f"{record['target']}, {record['dtype']}", loc="left", fontsize=10)
+        axes.legend(frameon=False, fontsize=8)
+
+    return _svg(draw, record)
+
+
+def _timed_line(axes: Axes, rows: list[dict[str, Any]], colour: str, label: str, style: str) -> None:
+    rows = sorted(rows, key=lambda row: int(row["nodes"]))
+    nodes = [row["nodes"] for row in rows]
+    axes.plot(nodes, [row["ms"] for row in rows], style, marker="o", markersize=3, color=colour, label=label)
+    axes.fill_between(nodes, [row["ms_min"] for row in rows], [row["ms_max"] for row in rows], color=colour, alpha=0.15)

@@ -226,7 +226,7 @@ def markdown(summary: Summary) -> str:
     lines = [f"# {title(summary)}", "", setting_line(summary), ""]
     lines += [f"- {note}" for note in summary["notes"]] + [""]
     for heading, legend, headers, rows in sections(summary):
-        lines += [f"## {heading}", "", *([legend, ""] if legend else []), _table(headers, rows), ""]
+        lines += [f"## {heading}", "", *([legend, ""] if legend else []), table(headers, rows), ""]
     for heading, listed in (("Divergences", divergence_lines(summary)), ("Failures", failure_lines(summary))):
         lines += [f"## {heading}", "", *([f"- {line}" for line in listed] or ["None."]), ""]
     lines += ["## Methods", ""]
@@ -237,10 +237,11 @@ def markdown(summary: Summary) -> str:
 
 def markdown_tables(summary: Summary) -> str:
     """What a terminal gets: the title and the main table."""
-    return f"{title(summary)}\n\n{_table(list(HEADERS), main_rows(summary['measures'][ALL]))}\n"
+    return f"{title(summary)}\n\n{table(list(HEADERS), main_rows(summary['measures'][ALL]))}\n"
 
 
-def _table(headers: list[str], rows: list[list[str]]) -> str:
+def table(headers: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table with aligned columns."""
     widths = [max(len(row[i]) for row in [headers, *rows]) for i in range(len(headers))]
     lines = [headers, ["-" * width for width in widths], *rows]
     return "\n".join("| " + " | ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)) + " |" for line in lines)

@@ -44,7 +44,7 @@ def load_target(
     name: a key of NAMED_TARGETS, a folder, a .gguf file or a hub id. device: 'cpu', 'cuda', ...; default CUDA where
     there is one. dtype: a key of DTYPES; default float32 on CPU, the model's own elsewhere.
     """
-    place = _device(device)
+    place = device_of(device)
     folder = locate(name, progress)
     model = _load_model(name, folder, place, _dtype(dtype, place))  # first: it refuses families by name
     text = _load_text(name, folder)
@@ -79,7 +79,8 @@ def locate(name: str, progress: Progress = say) -> str:
     return name
 
 
-def _device(device: str | None) -> torch.device:
+def device_of(device: str | None) -> torch.device:
+    """The named device, or CUDA where there is one; raises TargetError where it is unknown or absent."""
     try:
         place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     except RuntimeError as error:

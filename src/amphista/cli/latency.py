@@ -1,0 +1,118 @@
+"""amphista latency: how long a forward takes over tree size, batch and context, and how long drafting takes.
+
+amphista latency --out runs/latency
+amphista latency --shape llama-13b --layers 2 --tau 16=2.5,64=3.1 --out runs/latency-13b
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from amphista.cli import options
+from amphista.target import DEFAULT_TARGET
+
+if TYPE_CHECKING:
+    from amphista.evaluation.latency import LatencyConfig
+    from amphista.target.target import Target
+
+
+def latency(
+    out: Annotated[Path, typer.Option(help="Folder for latency.json, latency.md and latency.svg.")],
+    nodes: Annotated[str, typer.Option(help="Tree sizes, root included.")] = "1,2,4,8,16,32,64",
+    contexts: Annotated[str, typer.Option(help="Rows in the cache before the forward.")] = "256",
+    batches: Annotated[str, typer.Option(help="Sequences per forward; drafting is timed for one.")] = "1",
+    rounds: Annotated[int, typer.Option(help="Timed repetitions, after one that is not timed.")] = 7,
+    drafters: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME[=DRAFTER],...",
+            help="Drafters to time: amphista, medusa (random weights where none is shipped), name=PATH, or none.",
+        ),
+    ] = "amphista,medusa",
+    draft_vocab: Annotated[
+        int | None, typer.Option(help="Tokens that drafters with random weights score. Default: all.")
+    ] = None,
+    shape: Annotated[
+        str | None,
+        typer.Option(help="llama-7b, llama-13b, llama-33b or llama-70b with random weights, instead of --target."),
+    ] = None,
+    layers: Annotated[
+        int | None, typer.Option(help="With --shape: measure that many layers and scale their cost up.")
+    ] = None,
+    tau: Annotated[
+        str | None,
+        typer.Option(metavar="NODES=TAU,...", help="Tokens per forward to assume: adds projected speedups."),
+    ] = None,
+    target: options.Target = DEFAULT_TARGET,
+    allow_other_target: options.AllowOtherTarget = False,
+    device: options.Device = None,
+    dtype: options.Dtype = None,
+    json_lines: Annotated[bool, typer.Option("--json", help="Print the record as one JSON object at the end.")] = False,
+) -> None:
+    """Measure what a forward and a draft cost here, and from which tau on drafting pays."""
+    from amphista.errors import ConfigError
+    from amphista.evaluation.latency import LatencyConfig
+    from amphista.target.loading import load_target
+    from amphista.target.shapes import random_target, shape_named
+
+    if layers is not None and shape is None:
+        raise ConfigError("--layers goes with --shape: a loaded target is measured whole")
+    config = LatencyConfig(
+        nodes=_numbers("--nodes", nodes),
+        contexts=_numbers("--contexts", contexts),
+        batches=_numbers("--batches", batches),
+        rounds=rounds,
+        num_layers=None if shape is None else shape_named(shape).num_layers,
+        tau=_taus(tau),
+    )
+    if shape is None:
+        loaded = load_target(target, device=device, dtype=dtype)
+    else:
+        rows = (max(config.batches) + 1) * (max(config.contexts) + max(config.nodes))
+        loaded = random_target(shape, num_layers=layers, cache_rows=rows, device=device, dtype=dtype)
+    _run(config, loaded, (drafters, draft_vocab, allow_other_target), out, json_lines)
+
+
+def _run(
+    config: LatencyConfig, target: Target, asked: tuple[str, int | None, bool], out: Path, json_lines: bool
+) -> None:
+    """Measure, write, print; `asked` are the drafters, their draft vocabulary and whether other targets' may load."""
+    from amphista.cli.progress import StepProgress
+    from amphista.evaluation.latency import measure_latency
+    from amphista.evaluation.latency_report import latency_tables, write_latency
+    from amphista.evaluation.methods import timed_drafters
+
+    names, draft_vocab, allow_other_target = asked
+    loaded = timed_drafters(names, target, draft_vocab=draft_vocab, allow_other_target=allow_other_target)
+    with StepProgress() as progress:
+        record = measure_latency(target, config, loaded, progress.step)
+    write_latency(out, record)
+    print(latency_tables(record), file=sys.stderr if json_lines else sys.stdout)
+    print(f"amphista: the record is {out / 'latency.json'}", file=sys.stderr)
+    if json_lines:
+        print(json.dumps(record))
+
+
+def _numbers(option: str, text: str) -> tuple[int, ...]:
+    from amphista.errors import ConfigError
+
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError as error:
+        raise ConfigError(f"{option} is {text!r}: expected whole numbers with commas between, as in 1,2,4") from error
+
+
+def _taus(text: str | None) -> tuple[tuple[int, float], ...]:
+    from amphista.errors import ConfigError
+
+    if text is None:
+        return ()
+    try:
+        return tuple((int(nodes), float(value)) for nodes, value in (part.split("=") for part in text.split(",")))
+    except ValueError as error:
+        raise ConfigError(f"--tau is {text!r}: expected NODES=TAU with commas between, as in 16=2.5,64=3.1") from error

@@ -1,0 +1,102 @@
+"""The tables and files of a latency record: latency.json for programs, latency.md and latency.svg for people."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from amphista.errors import ConfigError
+from amphista.evaluation.records import write_json
+from amphista.evaluation.report import table
+
+JSON, MARKDOWN, PLOT = "latency.json", "latency.md", "latency.svg"
+Measures = dict[str, Any]
+
+
+def write_latency(folder: Path, record: Measures) -> None:
+    """Write the record, its tables and, where matplotlib is installed, its plot."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"cannot write to {folder}: {error.strerror}; give a folder with --out") from error
+    write_json(folder / JSON, record)
+    (folder / MARKDOWN).write_text(latency_markdown(record), encoding="utf-8")
+    try:
+        from amphista.evaluation.plots import latency_figure
+    except ImportError:
+        return
+    (folder / PLOT).write_text(latency_figure(record), encoding="utf-8")
+
+
+def latency_markdown(record: Measures) -> str:
+    """A page: what was measured and where, forwards, drafting, projections."""
+    machine = record["machine"]
+    place = machine.get("accelerator") or machine["processor"]
+    parts = [
+        f"# Latency of {record['target']}\n",
+        f"{record['dtype']} on {place}, {machine['torch_threads']} threads; medians of {record['settings']['rounds']} "
+        f"rounds; torch {record['versions'].get('torch')}, transformers {record['versions'].get('transformers')}; "
+        f"amphista {record['git'] or record['versions'].get('amphista')}.\n",
+        latency_tables(record),
+    ]
+    return "\n".join(parts)
+
+
+def latency_tables(record: Measures) -> str:
+    """The tables alone."""
+    parts = ["## One forward\n", _scaling_line(record), _forwards(record["verify"])]
+    if record["draft"]:
+        parts += ["\n## Drafting, one sequence\n", _drafting(record)]
+    if record["projection"]:
+        parts += ["\n## What it would take (projected from the times above, not decoded)\n", _projection(record)]
+    return "\n".join(part for part in parts if part) + "\n"
+
+
+def is_scaled(record: Measures) -> bool:
+    """Whether fewer layers were measured than the numbers stand for."""
+    return bool(record["num_layers"] != record["measured_layers"])
+
+
+def _scaling_line(record: Measures) -> str:
+    if not is_scaled(record):
+        return ""
+    return (
+        f"Scaled: {record['measured_layers']} distinct layers and the LM head were measured; the cost of the layers is "
+        f"multiplied up to {record['num_layers']}. latency.json holds the measured times too.\n"
+    )
+
+
+def _forwards(verify: list[Measures]) -> str:
+    sizes = sorted({row["nodes"] for row in verify})
+    places = list(dict.fromkeys((row["batch"], row["context"]) for row in verify))
+    found = {(row["batch"], row["context"], row["nodes"]): row for row in verify}
+    rows = []
+    for batch, context in places:
+        row = [found[batch, context, nodes] for nodes in sizes]
+        rows.append([str(batch), str(context), *(f"{cell['ms']:.1f} ({cell['ratio']:.2f}x)" for cell in row)])
+    headers = ["batch", "context", *(f"{nodes} node{'s' * (nodes > 1)}, ms" for nodes in sizes)]
+    return table(headers, rows)
+
+
+def _drafting(record: Measures) -> str:
+    rows = []
+    for row in record["draft"]:
+        what = f"draft {row['nodes']} nodes" if row["what"] == "draft" else f"feed {row['rows']} rows"
+        about = record["drafters"][row["drafter"]]
+        size = f"{about['parameters'] / 1e6:.1f} M, scores {about['draft_vocab']} tokens"
+        rows.append([row["drafter"], size, str(row["context"]), what, f"{row['ms']:.2f}"])
+    return table(["drafter", "size", "context", "what", "ms"], rows)
+
+
+def _projection(record: Measures) -> str:
+    has_tau = any("assumed_tau" in row for row in record["projection"])
+    headers = ["drafter", "context", "nodes", "pays above tau"]
+    if has_tau:
+        headers += ["assumed tau", "projected speedup"]
+    rows = []
+    for row in record["projection"]:
+        cells = [row["drafter"], str(row["context"]), str(row["nodes"]), f"{row['break_even_tau']:.2f}"]
+        if has_tau and "assumed_tau" in row:
+            cells += [f"{row['assumed_tau']:.2f}", f"{row['projected_speedup']:.2f}x"]
+        rows.append(cells + ["—"] * (len(headers) - len(cells)))
+    return table(headers, rows)
