@@ -27,6 +27,8 @@ FENCES = {
     "accelerate": ("train/",),
     "transformers": ("target/", "cache/hf.py"),
     "huggingface_hub": ("drafter/checkpoint.py",),
+    "matplotlib": ("evaluation/plots.py",),
+    "jinja2": ("evaluation/report.py",),
 }
 NARROW = {("drafter", "target"): "amphista.target.spec", ("accept", "target"): None}  # None: not at all
 MAX_FUNCTION_LINES = 60

@@ -5,7 +5,7 @@
 T_verify(n): one forward over a tree of n nodes behind `context` committed rows, masks and positions included, the way
 decoding does it. T_draft(n): the drafter's heads and the tree grown from them. T_feed: giving the drafter the rows of
 two committed tokens. Not in it: accepting, committing, text. The tau at which drafting starts to pay needs no drafter
-that was ever trained, so that sizes nobody holds the weights of can be judged; whatever rests on it is called projected.
+that was ever trained, so sizes nobody holds the weights of can be judged; whatever rests on it is called projected.
 
 All cells of one context and batch are measured in turn, round after round, so that a drifting machine hits all alike.
 """
