@@ -10,6 +10,7 @@ import sys
 
 import typer
 
+from amphista.cli.ablate import ablate
 from amphista.cli.chat import chat
 from amphista.cli.evaluate import evaluate
 from amphista.cli.generate import generate
@@ -31,6 +32,7 @@ app = typer.Typer(
 app.command()(generate)
 app.command()(chat)
 app.command()(train)
+app.command()(ablate)
 app.command()(evaluate)
 app.command()(report)
 app.command()(latency)

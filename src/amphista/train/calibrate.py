@@ -45,8 +45,18 @@ def calibrate(
     accuracy = _rank_accuracy(measured["greedy"], measured["sampled"])
     calibration = Calibration(greedy=greedy, sampled=sampled, coverage=covered, accuracy=accuracy)
     drafter.train(was_training)
-    record = {name: {"tau": v.tau, "top": v.top, "positions": v.num_positions} for name, v in measured.items()}
+    record = {name: _recorded(v) for name, v in measured.items()}
     return calibration, record
+
+
+def _recorded(part: Validation) -> dict[str, Any]:
+    return {
+        "tau": part.tau,
+        "tau_loop_free": part.tau_loop_free,
+        "acceptance": part.acceptance,
+        "top": part.top,
+        "positions": part.num_positions,
+    }
 
 
 def _rank_accuracy(*parts: Validation) -> list[list[float]]:

@@ -8,14 +8,17 @@ Shapes: Q answer rows, K heads, R ranks, N draft vocabulary.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from amphista.drafter.base import ParallelHeads
+from amphista.engine.loops import loop_free_length
 from amphista.train.dataset import Batch, HiddenStates, batches_of
 from amphista.train.losses import HeadLoss, LossConfig
 from amphista.train.prompts import TokenRow
@@ -24,16 +27,23 @@ from amphista.tree.dynamic import best_first
 
 NUM_RANKS = 10
 TREE_SIZES = (4, 8, 16, 32, 64)
+ACCEPTANCE_AT = 16
 
 
 @dataclass(frozen=True)
 class Validation:
-    """Per-head accuracy at ranks 1..10 (cumulative), the loss, and tau by number of tree nodes."""
+    """Per-head accuracy at ranks 1..10 (cumulative), the loss, and tau by number of tree nodes.
+
+    `tau_loop_free` counts each answer until it begins to loop; `acceptance[d - 1]` is the share of steps that accept at
+    least d drafted tokens, with a tree of ACCEPTANCE_AT nodes.
+    """
 
     loss: float
     head_loss: list[float]
     top: list[list[float]]
     tau: dict[int, float]
+    tau_loop_free: dict[int, float]
+    acceptance: list[float]
     num_positions: int
 
     def line(self) -> str:
@@ -63,27 +73,34 @@ def validate(
     hits = torch.zeros(drafter.num_heads, NUM_RANKS)
     counts = torch.zeros(drafter.num_heads)
     losses = torch.zeros(drafter.num_heads)
-    walked, steps = dict.fromkeys(tree_sizes, 0), dict.fromkeys(tree_sizes, 0)
+    whole, loop_free = Walks(tree_sizes), Walks(tree_sizes)
+    accepted: Counter[int] = Counter()
     for some, on_cpu in batches_of(rows, hidden, batch_size):
         batch = on_cpu.to(device)
         per_head = loss_of(batch.hidden, batch.next_ids, batch.answer_rows)[1].cpu()
-        ranked = ranked_heads(drafter, batch, max(NUM_RANKS, max(tree_sizes) - 1), temperature)
+        ranked = ranked_heads(drafter, batch, max(NUM_RANKS, max(*tree_sizes, ACCEPTANCE_AT) - 1), temperature)
         count_hits(ranked, batch, hits, counts)
         losses += per_head * len(some)
         for answer in replay_answers(ranked, batch):
-            for size in tree_sizes:
-                num_tokens, num_steps = answer.walk(size)
-                walked[size] += num_tokens
-                steps[size] += num_steps
+            whole.add(answer, len(answer))
+            loop_free.add(answer, answer.loop_free_length)
+            accepted.update(answer.walk(ACCEPTANCE_AT, len(answer)))
     mean = losses / len(rows)
     weights = torch.tensor([loss_config.depth_decay**k for k in range(drafter.num_heads)])
     return Validation(
         loss=float((mean * weights).sum() / weights.sum()),
         head_loss=mean.tolist(),
         top=(hits / counts[:, None].clamp_min(1)).cumsum(1).tolist(),
-        tau={size: walked[size] / max(steps[size], 1) for size in tree_sizes},
+        tau=whole.tau(),
+        tau_loop_free=loop_free.tau(),
+        acceptance=[_share_above(accepted, depth) for depth in range(drafter.num_heads)],
         num_positions=int(counts[0]),
     )
+
+
+def _share_above(accepted: Counter[int], depth: int) -> float:
+    """Share of steps that accept more than `depth` drafted tokens."""
+    return sum(count for length, count in accepted.items() if length > depth) / max(accepted.total(), 1)
 
 
 @dataclass(frozen=True)
@@ -117,6 +134,24 @@ def count_hits(ranked: RankedHeads, batch: Batch, hits: Tensor, counts: Tensor) 
         counts[k] += index.numel()
 
 
+class Walks:
+    """Tokens and forwards of many answers, by tree size."""
+
+    def __init__(self, sizes: Sequence[int]) -> None:
+        self._tokens, self._forwards = dict.fromkeys(sizes, 0), dict.fromkeys(sizes, 0)
+
+    def add(self, answer: AnswerReplay, length: int) -> None:
+        """Count the first `length` tokens of an answer."""
+        for size in self._tokens:
+            accepted = answer.walk(size, length)
+            self._tokens[size] += sum(accepted) + len(accepted)
+            self._forwards[size] += len(accepted)
+
+    def tau(self) -> dict[int, float]:
+        """Tokens per forward by tree size."""
+        return {size: tokens / max(self._forwards[size], 1) for size, tokens in self._tokens.items()}
+
+
 class AnswerReplay:
     """One recorded answer and, at each of its rows, the nodes the heads would have grown."""
 
@@ -124,16 +159,26 @@ class AnswerReplay:
         self._next_ids, self._tokens, self._log_probs = next_ids, tokens, log_probs
         self._reached: dict[int, list[int]] = {}  # row -> for each depth, the tree size that first reaches it
 
-    def walk(self, num_nodes: int) -> tuple[int, int]:
-        """Decode the answer with trees of `num_nodes`: (tokens committed after the first, target forwards)."""
-        row, steps = 0, 0
-        last = len(self._next_ids) - 1
+    def __len__(self) -> int:
+        return len(self._next_ids)
+
+    @cached_property
+    def loop_free_length(self) -> int:
+        """Tokens before the answer begins to loop."""
+        return loop_free_length(self._next_ids)
+
+    def walk(self, num_nodes: int, length: int) -> list[int]:
+        """Decode the first `length` tokens with trees of `num_nodes`: drafted tokens accepted in each forward.
+
+        The first token is the prefill's; a step that crosses the end counts up to it.
+        """
+        row, accepted = 0, []
+        last = length - 1
         while row < last:
-            reached = self._sizes_needed(row)
-            accepted = sum(size <= num_nodes for size in reached)
-            row += min(accepted, last - row - 1) + 1
-            steps += 1
-        return last, steps
+            reached = sum(size <= num_nodes for size in self._sizes_needed(row))
+            accepted.append(min(reached, last - row - 1))
+            row += accepted[-1] + 1
+        return accepted
 
     def _sizes_needed(self, row: int) -> list[int]:
         """Best-first growth is nested: the smallest tree that holds the text's path to depth 1, 2, ..."""
