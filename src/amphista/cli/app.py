@@ -11,9 +11,11 @@ import sys
 import typer
 
 from amphista.cli.chat import chat
+from amphista.cli.convert import convert
 from amphista.cli.evaluate import evaluate
 from amphista.cli.generate import generate
 from amphista.cli.info import info
+from amphista.cli.push import push
 from amphista.cli.report import report
 from amphista.cli.train import train
 from amphista.errors import AmphistaError
@@ -30,6 +32,8 @@ app = typer.Typer(
 app.command()(generate)
 app.command()(chat)
 app.command()(train)
+app.command()(convert)
+app.command()(push)
 app.command()(evaluate)
 app.command()(report)
 app.command()(info)
