@@ -9,7 +9,7 @@ Shapes: Q answer rows, K heads, R ranks, N draft vocabulary.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import torch
@@ -58,7 +58,7 @@ def validate(
 
     `num_positions` is the number of answer positions seen.
     """
-    loss_of = HeadLoss(drafter, loss_config)
+    loss_of = HeadLoss(drafter, replace(loss_config, accept_until_fail=False))  # every head, everywhere
     device = next(drafter.parameters()).device
     hits = torch.zeros(drafter.num_heads, NUM_RANKS)
     counts = torch.zeros(drafter.num_heads)
