@@ -82,7 +82,7 @@ class AnswerRows:
         return (self.answers[:-ahead] == self.answers[ahead:]).nonzero().squeeze(-1)
 
 
-# -- objectives: log_probs log q [M, N], target_probs p [M, N], labels [M] in the draft vocabulary or -1; each -> [M] ---
+# -- objectives: log_probs log q [M, N], target_probs p [M, N], labels [M] in the draft vocabulary or -1; each -> [M] --
 
 
 def soft_cross_entropy(log_probs: Tensor, target_probs: Tensor) -> Tensor:
