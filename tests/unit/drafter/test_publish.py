@@ -46,14 +46,14 @@ class Hub(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(content)
 
-    def do_GET(self):  # noqa: N802
+    def do_GET(self):
         repo = self.path.removeprefix("/api/models/").split("?")[0]
         if repo in self.server.repos:
             self._answer(200, {"id": repo, "private": self.server.repos[repo]["private"]})
         else:
             self._answer(404, {"error": "Repository not found"})
 
-    def do_POST(self):  # noqa: N802
+    def do_POST(self):
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0)) or self._chunks()
         server = self.server
         server.tokens.add(self.headers.get("Authorization"))
