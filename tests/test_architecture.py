@@ -26,7 +26,7 @@ FENCES = {
     "typer": ("cli/",),
     "accelerate": ("train/",),
     "transformers": ("target/", "cache/hf.py"),
-    "huggingface_hub": ("drafter/checkpoint.py",),
+    "huggingface_hub": ("drafter/hub.py", "drafter/card.py"),
     "matplotlib": ("evaluation/plots.py",),
     "jinja2": ("evaluation/report.py",),
 }

@@ -229,7 +229,9 @@ AMPHISTA_SWITCHES = {
 }
 MEDUSA_SWITCHES = {
     "shared": {},
-    "own": {"lm_head": "own", "draft_vocab": 100},
+    "own": {"lm_head": "own"},
+    "own-two-layers": {"lm_head": "own", "num_layers": 2, "num_heads": 3},
+    "own-draft-vocabulary": {"lm_head": "own", "draft_vocab": 100},
     "two-layers": {"num_layers": 2, "num_heads": 3},
 }
 

@@ -14,7 +14,14 @@ from amphista.tree.grow import parse_tree
 from tests.tiny import real_drafters, tiny_target
 
 PROMPTS = [[5, 17, 230, 44, 9, 61, 3, 4], [5, 17, 230, 44, 80, 81, 82, 83, 84]]  # the second rewinds into the first
-NAMES = ["amphista-full", "amphista-one-stage", "amphista-draft-vocabulary", "amphista-no-stages", "medusa-shared"]
+NAMES = [
+    "amphista-full",
+    "amphista-one-stage",
+    "amphista-draft-vocabulary",
+    "amphista-no-stages",
+    "medusa-shared",
+    "medusa-own",
+]
 
 
 @pytest.fixture(scope="module")

@@ -12,10 +12,12 @@ import typer
 
 from amphista.cli.ablate import ablate
 from amphista.cli.chat import chat
+from amphista.cli.convert import convert
 from amphista.cli.evaluate import evaluate
 from amphista.cli.generate import generate
 from amphista.cli.info import info
 from amphista.cli.latency import latency
+from amphista.cli.push import push
 from amphista.cli.report import report
 from amphista.cli.train import train
 from amphista.errors import AmphistaError
@@ -33,6 +35,8 @@ app.command()(generate)
 app.command()(chat)
 app.command()(train)
 app.command()(ablate)
+app.command()(convert)
+app.command()(push)
 app.command()(evaluate)
 app.command()(report)
 app.command()(latency)

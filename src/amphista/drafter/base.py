@@ -163,13 +163,24 @@ class ParallelHeads(Drafter):
         weight, bias = self._shared_rows
         return self._shared.transform(torch.nn.functional.linear(hidden.to(weight.dtype), weight, bias))
 
+    def own_weights(self, head: int) -> tuple[Tensor, ...]:
+        """What one head alone scores with: weight [N, D] and, where there is one, bias [N]; () for the shared head."""
+        if self.config.lm_head == "shared":
+            return ()
+        return (self.own_head[head],) if self.own_bias is None else (self.own_head[head], self.own_bias[head])
+
+    def score(self, states: Tensor, own: tuple[Tensor, ...]) -> Tensor:
+        """Logits [..., N] of one head's states [..., D] by its `own_weights`."""
+        if not own:
+            return self.target_logits(states)
+        return self._shared.transform(torch.nn.functional.linear(states, *own))
+
     def head_logits(self, states: Tensor, head: int | None = None) -> Tensor:
         """States [..., K, D] -> logits [..., K, N]; or, for one head, [..., D] -> [..., N]."""
         if self.config.lm_head == "shared":
             return self.target_logits(states)
         if head is not None:
-            bias = None if self.own_bias is None else self.own_bias[head]
-            return self._shared.transform(torch.nn.functional.linear(states, self.own_head[head], bias))
+            return self.score(states, self.own_weights(head))
         return torch.stack([self.head_logits(states[..., k, :], k) for k in range(states.shape[-2])], dim=-2)
 
     # -- training and decoding forms ------------------------------------------------------------------------------

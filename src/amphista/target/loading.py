@@ -79,6 +79,15 @@ def locate(name: str, progress: Progress = say) -> str:
     return name
 
 
+def hub_name(name: str) -> str:
+    """The hub id of a target given by any of its names; for a folder or a file, its last part, which is none."""
+    if name in NAMED_TARGETS:
+        return NAMED_TARGETS[name].hub_id
+    path = Path(name).expanduser()
+    is_local = path.exists() or path.is_absolute() or name.startswith((".", "~"))
+    return path.name if is_local else name
+
+
 def device_of(device: str | None) -> torch.device:
     """The named device, or CUDA where there is one; raises TargetError where it is unknown or absent."""
     try:

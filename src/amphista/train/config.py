@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from amphista.drafter.card import CardConfig
 from amphista.errors import ConfigError
 from amphista.train.losses import LossConfig
 
@@ -60,6 +61,7 @@ class TrainConfig:
     data: DataConfig = field(default_factory=DataConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    card: CardConfig = field(default_factory=CardConfig)
     seed: int = 0
     save_every: int = 500
     validate_every: int = 0

@@ -28,11 +28,12 @@ from accelerate.utils import set_seed
 from amphista import provenance
 from amphista.config import as_dict, build
 from amphista.drafter.base import ParallelHeads
+from amphista.drafter.card import write_card
 from amphista.drafter.checkpoint import DRAFTERS, make_drafter, save_drafter
 from amphista.errors import ConfigError, DataError
+from amphista.target.loading import hub_name
 from amphista.target.target import Target
 from amphista.train.calibrate import calibrate
-from amphista.train.card import write_card
 from amphista.train.config import OptimizerConfig, TrainConfig
 from amphista.train.dataset import Batch, HiddenStates, collate, coverage, epoch_batches, frequent_tokens, split_rows
 from amphista.train.losses import HeadLoss
@@ -193,7 +194,7 @@ class Trainer:
             "validation": measured,
             "provenance": provenance.record(),
         }
-        card = write_card(self.drafter, self.target.name, training)
+        card = write_card(self.drafter, hub_name(self.target.name), training, self.config.card)
         save_drafter(self.drafter, folder, self.target.fingerprint, card=card, training=training, dtype=torch.bfloat16)
         self.drafter.calibration = None
 
@@ -245,7 +246,7 @@ class Trainer:
         """What a resumed run must share with the one it goes on from."""
         rows = json.dumps([(row.id, row.token_ids, row.answers) for row in [*self.rows, *self.validation_rows]])
         return {
-            "config": as_dict(self.config),
+            "config": {**as_dict(self.config), "card": None},  # a card may be worded anew in mid-run
             "rows_sha256": hashlib.sha256(rows.encode()).hexdigest(),
             "target": asdict(self.target.fingerprint),
         }

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
 
@@ -68,7 +68,7 @@ def validate(
 
     `num_positions` is the number of answer positions seen.
     """
-    loss_of = HeadLoss(drafter, loss_config)
+    loss_of = HeadLoss(drafter, replace(loss_config, accept_until_fail=False))  # every head, everywhere
     device = next(drafter.parameters()).device
     hits = torch.zeros(drafter.num_heads, NUM_RANKS)
     counts = torch.zeros(drafter.num_heads)

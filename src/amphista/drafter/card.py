@@ -1,0 +1,191 @@
+"""The model card of a drafter: what it is, what it saw, what was measured, under the front matter that the hub reads.
+
+Front matter: base_model, license, library_name, pipeline_tag, tags, datasets (hub ids only), model-index with one tau
+per tree size; and, for people and `amphista push`, `training_data` with files and counts. Fields as in the hub's model
+card specification (huggingface.co/docs/hub/model-cards); they are written and read by the hub's own client.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from amphista.drafter.base import ParallelHeads
+from amphista.errors import DrafterError
+
+OPEN_NOTE = {
+    "amphista": (
+        "The method is that of arXiv 2406.13170, of which no code was published. Certain: a bi-directional block over "
+        "the heads, and staged adaptation of the target's states. Likely: two causal layers as the stages, the shared "
+        "frozen LM head, the stage split. Open, and chosen here: the number of heads, the norms, the layer sizes, the "
+        "loss weights."
+    ),
+    "medusa": "Medusa-1 heads (arXiv 2401.10774), the baseline of the family.",
+}
+ARXIV = {"amphista": "2406.13170", "medusa": "2401.10774"}
+
+LITTLE_TOKENS = 5_000_000
+LITTLE_DATA = (
+    " This is very little data: published drafters of this family are trained on some 70 thousand conversations "
+    "(ShareGPT). Expect a drafter trained on more to accept more."
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CardConfig:
+    """What a card says that no run can know; None and () leave a field out.
+
+    `license`: an identifier of the hub, such as apache-2.0. `base_model`: the target's hub id, where its name is a
+    folder. `datasets`: hub ids of the data.
+    """
+
+    license: str | None = None
+    base_model: str | None = None
+    datasets: tuple[str, ...] = ()
+
+
+def write_card(
+    drafter: ParallelHeads,
+    base_model: str,
+    training: dict[str, Any],
+    config: CardConfig | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+) -> str:
+    """Markdown under front matter. `training` is what config.json holds under that name; `dtype` is the stored one."""
+    config = config or CardConfig()
+    base_model = config.base_model or base_model
+    weights = sum(p.numel() for p in drafter.parameters()) / 1e6
+    coverage = training.get("data", {}).get("validation_coverage")
+    covering = "" if coverage is None else f" covering {coverage:.1%} of held-out answer tokens"
+    lines = [
+        "---",
+        front_matter(drafter.name, base_model, training, config),
+        "---",
+        f"# {drafter.name} drafter for {base_model}",
+        "",
+        f"{weights:.1f} M weights (stored in {str(dtype).removeprefix('torch.')}), {drafter.num_heads} heads, draft "
+        f"vocabulary of {drafter.draft_vocab} tokens{covering}. The target is frozen and decides every token: the "
+        "drafter changes speed, never output.",
+        "",
+        OPEN_NOTE.get(drafter.name, ""),
+        "",
+    ]
+    lines += _converted(training) if "converted" in training else _trained(training)
+    if "validation" in training:
+        lines += _measured(training)
+    lines += ["Settings, versions and machine are in `config.json` under `training`.", ""]
+    return "\n".join(lines)
+
+
+def front_matter(kind: str, base_model: str, training: dict[str, Any], config: CardConfig) -> str:
+    """The YAML between the dashes."""
+    from huggingface_hub import EvalResult, ModelCardData
+
+    name = f"{base_model.rsplit('/', 1)[-1]}-{kind}"
+    results = [EvalResult(**values) for values in _results(training, config)]
+    card = ModelCardData(
+        base_model=base_model,
+        base_model_relation="adapter",
+        license=config.license,
+        library_name="amphista",
+        pipeline_tag="text-generation",
+        tags=["speculative-decoding", "drafter", kind, f"arxiv:{ARXIV[kind]}"],
+        datasets=list(config.datasets) or None,
+        training_data=_training_data(training),
+        model_name=name if results else None,
+        eval_results=results or None,
+    )
+    return str(card.to_yaml())
+
+
+def _training_data(training: dict[str, Any]) -> dict[str, Any]:
+    if "converted" in training:
+        return {"published_by": training["converted"]["source"]}
+    data = training["data"]
+    return {"files": data["files"], "rows": data["rows"], "answer_tokens": data["answer_tokens"]}
+
+
+def _results(training: dict[str, Any], config: CardConfig) -> list[dict[str, Any]]:
+    """One result per kind of answers and tree size, in the hub's words."""
+    files = training.get("data", {}).get("files", [])
+    return [
+        {
+            "task_type": "text-generation",
+            "dataset_type": config.datasets[0] if config.datasets else "custom",
+            "dataset_name": f"held-out answers ({', '.join(files)})",
+            "dataset_config": part,
+            "metric_type": "tau",
+            "metric_name": f"tokens per target forward, dynamic tree of {size} nodes",
+            "metric_value": round(value, 3),
+        }
+        for part, measured in training.get("validation", {}).items()
+        for size, value in measured["tau"].items()
+    ]
+
+
+def _trained(training: dict[str, Any]) -> list[str]:
+    data, progress = training["data"], training["progress"]
+    return [
+        "## Training",
+        "",
+        f"{data['rows']} training rows, {data['answer_tokens']} answer tokens, seen as "
+        f"{progress['positions']} positions in {progress['step']} steps ({progress['seconds'] / 60:.0f} minutes)."
+        + (LITTLE_DATA if data["answer_tokens"] < LITTLE_TOKENS else ""),
+        "",
+    ]
+
+
+def _converted(training: dict[str, Any]) -> list[str]:
+    source = training["converted"]
+    named = f", which names {source['base_model']} as its target" if source["base_model"] else ""
+    lines = [
+        "## Origin",
+        "",
+        f"Converted from {source['source']}{named}; the weights of `{source['file']}` are unchanged.",
+        "",
+    ]
+    if "validation" not in training:
+        lines += ["Not calibrated and not measured: convert again with `--data` for that.", ""]
+    return lines
+
+
+def _measured(training: dict[str, Any]) -> list[str]:
+    data = training["data"]
+    chose = "" if "converted" in training else " and chose the best checkpoint"
+    return [
+        "## Measured on held-out answers",
+        "",
+        f"{data['validation_rows']} answers, {data['validation_answer_tokens']} tokens, replayed against the dynamic "
+        f"tree. tau = tokens committed per target forward. The same answers set the calibration{chose}, so these "
+        "figures lean a little to the kind side.",
+        "",
+        *_table(training["validation"]),
+        "",
+    ]
+
+
+def _table(measured: dict[str, Any]) -> list[str]:
+    sizes = list(next(iter(measured.values()))["tau"])
+    rows = ["| answers | positions | " + " | ".join(f"tau at {size}" for size in sizes) + " | top-1 by head |"]
+    rows.append("|---" * (len(sizes) + 3) + "|")
+    for name, part in measured.items():
+        taus = " | ".join(f"{part['tau'][size]:.2f}" for size in sizes)
+        first = " ".join(f"{ranks[0]:.3f}" for ranks in part["top"])
+        rows.append(f"| {name} | {part['positions']} | {taus} | {first} |")
+    return rows
+
+
+def read_front_matter(card: Path) -> dict[str, Any]:
+    """The front matter of a card, {} where there is none; raises DrafterError if it is missing or no YAML."""
+    from huggingface_hub import metadata_load
+
+    if not card.is_file():
+        raise DrafterError(f"{card.parent} holds no {card.name}: expected a model card")
+    try:
+        return metadata_load(card) or {}
+    except Exception as error:  # YAML's errors, or the client's own for a block that is no mapping
+        reason = " ".join(str(error).split())
+        raise DrafterError(f"the front matter of {card} cannot be read: {reason}") from error
