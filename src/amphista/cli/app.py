@@ -11,6 +11,7 @@ import sys
 import typer
 
 from amphista.cli.ablate import ablate
+from amphista.cli.calibrate import calibrate
 from amphista.cli.chat import chat
 from amphista.cli.convert import convert
 from amphista.cli.evaluate import evaluate
@@ -35,6 +36,7 @@ app.command()(generate)
 app.command()(chat)
 app.command()(train)
 app.command()(ablate)
+app.command()(calibrate)
 app.command()(convert)
 app.command()(push)
 app.command()(evaluate)

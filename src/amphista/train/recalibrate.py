@@ -1,0 +1,156 @@
+"""Calibrate a finished drafter anew: on other answers, for another draft vocabulary; and decode to see that it holds.
+
+    amphista calibrate runs/amphista/best --data answers.jsonl.gz --out drafters/amphista --decode 20
+
+Simulated tau (recorded answers replayed against the heads' trees) stands beside tau decoded for real from the same
+prompts. Greedy answers of the same target are the same walk, so the two must agree; sampled ones are another draw.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from amphista import provenance
+from amphista.config import build
+from amphista.drafter.base import ParallelHeads
+from amphista.drafter.card import CardConfig, write_card
+from amphista.drafter.checkpoint import Checkpoint, load_drafter, locate_checkpoint, make_drafter, save_drafter
+from amphista.engine.decoder import decode
+from amphista.engine.params import SamplingParams
+from amphista.engine.step import Engine
+from amphista.errors import ConfigError
+from amphista.target.loading import hub_name
+from amphista.target.target import Target
+from amphista.train.adopt import MAX_LEN, check_out
+from amphista.train.calibrate import calibrate
+from amphista.train.dataset import HiddenStates, coverage, frequent_tokens, split_rows
+from amphista.train.losses import LossConfig
+from amphista.train.prompts import TokenRow, read_rows
+from amphista.train.validation import validate
+from amphista.tree.build import build_template, expected_tau
+from amphista.tree.grow import parse_tree
+
+AGREES_WITHIN = 0.05
+
+
+@dataclass(frozen=True, kw_only=True)
+class CalibrateConfig:
+    """`all_rows`: use training rows, too, where the data are those of the training. `draft_vocab`: choose another one.
+
+    `nodes`: tree size for the decoded check and the static tree that is shown. `decode`: prompts decoded, of each kind.
+    """
+
+    all_rows: bool = False
+    draft_vocab: int | None = None
+    nodes: int = 16
+    decode: int = 0
+
+    def __post_init__(self) -> None:
+        if self.nodes < 2 or self.decode < 0:
+            raise ConfigError(f"--nodes is {self.nodes}, --decode {self.decode}: expected at least 2 and 0")
+
+
+def recalibrate(target: Target, name: str, data: Sequence[Path], out: Path, config: CalibrateConfig) -> dict[str, Any]:
+    """Calibrate a drafter and save it to `out`; returns what was measured.
+
+    raises ConfigError, DataError or DrafterError for a folder, rows or a drafter that do not fit.
+    """
+    check_out(out)
+    checkpoint = locate_checkpoint(name, target.fingerprint)
+    limit = min(MAX_LEN, target.spec.max_positions)
+    rows = read_rows(data, target.text, target.eos_ids, vocab_size=target.spec.vocab_size, max_len=limit)
+    seen, held_out = _split(checkpoint, rows, data, config.all_rows)
+    drafter = load_drafter(str(checkpoint.folder), target.spec, target.shared, target.fingerprint)
+    assert isinstance(drafter, ParallelHeads)
+    drafter = drafter.float()
+    if config.draft_vocab is not None:
+        drafter = _with_draft_vocab(drafter, target, seen or rows, config.draft_vocab)
+    hidden = HiddenStates(target, held_out, None)
+    drafter.calibration, measured = calibrate(drafter, held_out, hidden, LossConfig())
+    accuracy = drafter.calibration.accuracy
+    template = build_template(accuracy, config.nodes)
+    record = {
+        "files": [path.name for path in data],
+        "rows": len(held_out),
+        "held_out": bool(seen) or not _is_training_data(checkpoint, data),
+        "coverage": coverage(held_out, drafter.draft_ids),
+        "draft_vocab": drafter.draft_vocab,
+        "measured": measured,
+        "static_tree": {"nodes": template.num_nodes, "expected_tau": expected_tau(accuracy, template)},
+        "decoded": _decoded(target, drafter, held_out, config),
+        "provenance": provenance.record(),
+    }
+    training = {**checkpoint.training, "validation": measured, "calibration": record}
+    wording = build(CardConfig, checkpoint.training.get("recipe", {}).get("card") or {})
+    card = write_card(drafter, hub_name(target.name), training, wording)
+    save_drafter(drafter, out, target.fingerprint, card=card, training=training, dtype=target.dtype)
+    return record
+
+
+def _split(
+    checkpoint: Checkpoint, rows: list[TokenRow], data: Sequence[Path], all_rows: bool
+) -> tuple[list[TokenRow], list[TokenRow]]:
+    """(rows of the training, rows to calibrate on). Data under the training's file names are split as it split them."""
+    if all_rows or not _is_training_data(checkpoint, data):
+        return [], rows
+    recipe = checkpoint.training["recipe"]["data"]
+    return split_rows(rows, recipe["validation_share"], recipe["seed"])
+
+
+def _is_training_data(checkpoint: Checkpoint, data: Sequence[Path]) -> bool:
+    trained_on = checkpoint.training.get("recipe", {}).get("data", {}).get("files", [])
+    return bool({path.name for path in data} & set(trained_on))
+
+
+def _with_draft_vocab(drafter: ParallelHeads, target: Target, rows: Sequence[TokenRow], size: int) -> ParallelHeads:
+    """The same heads over the `size` most frequent tokens: with the shared LM head no weight depends on them."""
+    if drafter.config.lm_head != "shared":
+        raise ConfigError("--draft-vocab: this drafter's own LM heads are made for its draft vocabulary")
+    changed = make_drafter(drafter.name, replace(drafter.config, draft_vocab=size), target.spec, target.shared)
+    changed.set_draft_ids(frequent_tokens(rows, size, sorted(target.eos_ids)))
+    weights = {name: tensor for name, tensor in drafter.state_dict().items() if name != "draft_ids"}
+    changed.load_state_dict({**weights, "draft_ids": changed.draft_ids}, strict=True)
+    return changed.to(target.device).eval().requires_grad_(False)
+
+
+def _decoded(
+    target: Target, drafter: ParallelHeads, rows: Sequence[TokenRow], config: CalibrateConfig
+) -> dict[str, dict[str, Any]]:
+    """Greedy and sampled: simulated tau, tau decoded from the same prompts, and why they differ if they do."""
+    single = [row for row in rows if row.temperature is not None and max(row.answers) == 1 and row.answers[-1] == 1]
+    found = {}
+    for kind in ("greedy", "sampled"):
+        some = [row for row in single if (row.temperature == 0) == (kind == "greedy")][: config.decode]
+        if some:
+            found[kind] = _compared(target, drafter, some, config.nodes)
+    return found
+
+
+def _compared(target: Target, drafter: ParallelHeads, rows: Sequence[TokenRow], nodes: int) -> dict[str, Any]:
+    temperature = rows[0].temperature or 0.0
+    hidden = HiddenStates(target, rows, None)
+    simulated = validate(drafter, rows, hidden, LossConfig(), tree_sizes=[nodes], temperature=temperature).tau[nodes]
+    engine = Engine(target, drafter, parse_tree(nodes))
+    num_tokens = num_steps = identical = 0
+    for number, row in enumerate(rows):
+        start = row.answers.index(1)
+        length = len(row.token_ids) - start
+        params = SamplingParams(max_new_tokens=length, temperature=row.temperature or 0.0, seed=number)
+        sequence = decode(engine, row.token_ids[:start], params)
+        identical += sequence.output_ids == row.token_ids[start:]
+        num_tokens += len(sequence.output_ids) - 1
+        num_steps += sequence.stats.num_steps
+    decoded = num_tokens / max(num_steps, 1)
+    difference = decoded / simulated - 1
+    record = {"answers": len(rows), "simulated": simulated, "decoded": decoded, "difference": difference}
+    record |= {"same_answers": identical, "tokens": num_tokens}
+    if abs(difference) > AGREES_WITHIN:
+        record["why"] = (
+            f"{identical} of {len(rows)} decoded answers are the recorded ones"
+            + ("; sampled answers are another draw" if temperature else "; the others took another way")
+            + f"; {num_tokens} tokens are few: decode more"
+        )
+    return record
