@@ -73,7 +73,10 @@ def write_card(
         OPEN_NOTE.get(drafter.name, ""),
         "",
     ]
-    lines += _converted(training) if "converted" in training else _trained(training)
+    if "converted" in training:
+        lines += _converted(training)
+    elif "progress" in training:
+        lines += _trained(training)
     if "validation" in training:
         lines += _measured(training)
     lines += ["Settings, versions and machine are in `config.json` under `training`.", ""]
@@ -104,8 +107,8 @@ def front_matter(kind: str, base_model: str, training: dict[str, Any], config: C
 def _training_data(training: dict[str, Any]) -> dict[str, Any]:
     if "converted" in training:
         return {"published_by": training["converted"]["source"]}
-    data = training["data"]
-    return {"files": data["files"], "rows": data["rows"], "answer_tokens": data["answer_tokens"]}
+    data = training.get("data", {})
+    return {name: data[name] for name in ("files", "rows", "answer_tokens") if name in data}
 
 
 def _results(training: dict[str, Any], config: CardConfig) -> list[dict[str, Any]]:
@@ -154,7 +157,7 @@ def _converted(training: dict[str, Any]) -> list[str]:
 
 def _measured(training: dict[str, Any]) -> list[str]:
     data = training["data"]
-    chose = "" if "converted" in training else " and chose the best checkpoint"
+    chose = "" if "converted" in training or "calibration" in training else " and chose the best checkpoint"
     return [
         "## Measured on held-out answers",
         "",

@@ -12,6 +12,7 @@ All cells of one context and batch are measured in turn, round after round, so t
 
 from __future__ import annotations
 
+import json
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -361,7 +362,7 @@ def _described(target: Target, config: LatencyConfig, drafters: Mapping[str, Par
         "device": str(target.device),
         "num_layers": config.num_layers or target.spec.num_layers,
         "measured_layers": target.spec.num_layers,
-        "settings": asdict(config),
+        "settings": json.loads(json.dumps(asdict(config))),  # lists, as it will be read back
         "drafters": {
             name: {
                 "parameters": sum(parameter.numel() for parameter in drafter.parameters()),

@@ -83,7 +83,13 @@ def recalibrate(target: Target, name: str, data: Sequence[Path], out: Path, conf
         "decoded": _decoded(target, drafter, held_out, config),
         "provenance": provenance.record(),
     }
+    about = {
+        "validation_rows": len(held_out),
+        "validation_answer_tokens": sum(row.num_answer_tokens for row in held_out),
+        "validation_coverage": record["coverage"],
+    }
     training = {**checkpoint.training, "validation": measured, "calibration": record}
+    training["data"] = {"files": record["files"], **checkpoint.training.get("data", {}), **about}
     wording = build(CardConfig, checkpoint.training.get("recipe", {}).get("card") or {})
     card = write_card(drafter, hub_name(target.name), training, wording)
     save_drafter(drafter, out, target.fingerprint, card=card, training=training, dtype=target.dtype)
