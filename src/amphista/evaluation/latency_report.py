@@ -79,24 +79,40 @@ def _forwards(verify: list[Measures]) -> str:
 
 
 def _drafting(record: Measures) -> str:
+    """One row per drafter and context: a draft for trees of each size, and feeding committed rows."""
+    draft = record["draft"]
+    sizes = sorted({row["nodes"] for row in draft if row["what"] == "draft"})
+    fed = sorted({row["rows"] for row in draft if row["what"] == "feed"})
+    times = {
+        (row["drafter"], row["context"], row["what"], row.get("nodes", row.get("rows"))): row["ms"] for row in draft
+    }
     rows = []
-    for row in record["draft"]:
-        what = f"draft {row['nodes']} nodes" if row["what"] == "draft" else f"feed {row['rows']} rows"
-        about = record["drafters"][row["drafter"]]
+    for name, context in _places(draft):
+        about = record["drafters"][name]
         size = f"{about['parameters'] / 1e6:.1f} M, scores {about['draft_vocab']} tokens"
-        rows.append([row["drafter"], size, str(row["context"]), what, f"{row['ms']:.2f}"])
-    return table(["drafter", "size", "context", "what", "ms"], rows)
+        cells = [times[name, context, "draft", nodes] for nodes in sizes]
+        cells += [times[name, context, "feed", count] for count in fed]
+        rows.append([name, size, str(context), *(f"{ms:.2f}" for ms in cells)])
+    headers = [f"draft {nodes} nodes, ms" for nodes in sizes]
+    headers += [f"feed {count} row{'s' * (count > 1)}, ms" for count in fed]
+    return table(["drafter", "size", "context", *headers], rows)
 
 
 def _projection(record: Measures) -> str:
-    has_tau = any("assumed_tau" in row for row in record["projection"])
-    headers = ["drafter", "context", "nodes", "pays above tau"]
-    if has_tau:
-        headers += ["assumed tau", "projected speedup"]
+    """One row per drafter and context: the tau that pays by tree size; projected speedups where a tau is assumed."""
+    found = {(row["drafter"], row["context"], row["nodes"]): row for row in record["projection"]}
+    sizes = sorted({nodes for _, _, nodes in found})
+    assumed = [size for size in sizes if any("assumed_tau" in row and row["nodes"] == size for row in found.values())]
     rows = []
-    for row in record["projection"]:
-        cells = [row["drafter"], str(row["context"]), str(row["nodes"]), f"{row['break_even_tau']:.2f}"]
-        if has_tau and "assumed_tau" in row:
-            cells += [f"{row['assumed_tau']:.2f}", f"{row['projected_speedup']:.2f}x"]
-        rows.append(cells + ["—"] * (len(headers) - len(cells)))
-    return table(headers, rows)
+    for name, context in _places(record["projection"]):
+        cells = [f"{found[name, context, size]['break_even_tau']:.2f}" for size in sizes]
+        cells += [f"{found[name, context, size]['projected_speedup']:.2f}x" for size in assumed]
+        rows.append([name, str(context), *cells])
+    headers = [f"{size} nodes pay above tau" for size in sizes]
+    taus = dict(record["settings"]["tau"])
+    headers += [f"projected speedup, {size} nodes at an assumed tau of {taus[size]:g}" for size in assumed]
+    return table(["drafter", "context", *headers], rows)
+
+
+def _places(rows: list[Measures]) -> list[tuple[str, int]]:
+    return list(dict.fromkeys((row["drafter"], row["context"]) for row in rows))

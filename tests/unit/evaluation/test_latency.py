@@ -109,10 +109,10 @@ def test_files_and_words(tmp_path):
     folder = tmp_path / "new" / "folder"
     assert json.loads((folder / "latency.json").read_text()) == record
     page = (folder / "latency.md").read_text()
-    assert "projected from the times above, not decoded" in page and "assumed tau" in page
+    assert "projected from the times above, not decoded" in page and "8 nodes at an assumed tau of 2.5" in page
     assert (folder / "latency.svg").read_text().startswith("<svg")
     without = measure_latency(target, LatencyConfig(nodes=(1, 8), contexts=(5,), rounds=1), both(target))
-    assert "pays above tau" in latency_tables(without) and "projected speedup" not in latency_tables(without)
+    assert "8 nodes pay above tau" in latency_tables(without) and "projected speedup" not in latency_tables(without)
     with pytest.raises(ConfigError, match="cannot write"):
         write_latency(folder / "latency.md" / "below", record)
 
