@@ -65,7 +65,7 @@ def _speedup_by_task(axes: Axes, summary: dict[str, Any]) -> None:
                 label=name if j == 0 else None,
             )
     axes.axhline(1, color="#333333", linewidth=0.8)
-    axes.set_xticks(range(len(tasks)), [task.replace("_", "\n") for task in tasks])
+    axes.set_xticks(range(len(tasks)), [task.replace("_", "\n") for task in tasks], fontsize=7 if len(tasks) > 5 else 9)
     axes.set_ylabel("speedup over none")
     if methods:
         axes.legend(frameon=False, ncols=min(4, len(methods)), fontsize=8, loc="upper left", bbox_to_anchor=(0, 1.16))

@@ -56,7 +56,7 @@ class Page(HTMLParser):
 def test_markdown_says_it_all(summary):
     text = markdown(summary)
     assert text.startswith("# tiny on own.jsonl: 3 of 9 questions, temperature 0.7")
-    assert "| fast   | 2.00 | 2.00          | 1.7      | 2.57x   | 1.67 to 3.25 |" in text
+    assert "| fast   | 2.00 | 2.00          | 1.7      | 2.57x (1.67 to 3.25) |" in text
     assert "fast, question b1, turn 1: differs from token 4 on, margin 2e-06" in text
     assert "turn 2: another prompt, because an earlier turn diverged" in text and "no second choice" in text
     assert "and 12 more in summary.json" in text
