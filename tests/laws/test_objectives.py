@@ -211,10 +211,8 @@ def counted(drafter, logits, rows, config):
 
 
 def number_of_aims(rows, head):
-    return sum(
-        q + head + 1 < len(rows.answers) and rows.answers[q + head + 1] == rows.answers[q]
-        for q in range(len(rows.answers))
-    )
+    answers = rows.answers.tolist()
+    return sum(q + head + 1 < len(answers) and answers[q + head + 1] == answers[q] for q in range(len(answers)))
 
 
 def loss_by_hand(drafter, batch, rows, config):

@@ -95,7 +95,7 @@ def front_matter(kind: str, base_model: str, training: dict[str, Any], config: C
         license=config.license,
         library_name="amphista",
         pipeline_tag="text-generation",
-        tags=["speculative-decoding", "drafter", kind, f"arxiv:{ARXIV[kind]}"],
+        tags=["speculative-decoding", "drafter", kind, *([f"arxiv:{ARXIV[kind]}"] if kind in ARXIV else [])],
         datasets=list(config.datasets) or None,
         training_data=_training_data(training),
         model_name=name if results else None,

@@ -183,11 +183,12 @@ def _load_pickled(path: Path) -> dict[str, Tensor]:
 
 
 def _sort_tensors(tensors: dict[str, Reader], path: Path, *, original_lm_head: bool) -> _Heads:
-    """Tensors by head and block; in a whole model, those under `medusa_head.` alone."""
+    """Tensors by head and block; where there is a prefix, only what stands behind it."""
     if any(name.startswith("hydra_") for name in tensors):
         raise DrafterError(HYDRA.format(path))
     if any(PREFIX.match(name) for name in tensors):
-        tensors = {PREFIX.sub("", name, count=1): read for name, read in tensors.items() if PREFIX.match(name)}
+        kept = {name: read for name, read in tensors.items() if PREFIX.match(name) or name == "token_map"}
+        tensors = {PREFIX.sub("", name, count=1): read for name, read in kept.items()}
     heads, unknown = _Heads(), []
     for name, read in tensors.items():
         if block := BLOCK.fullmatch(name):

@@ -115,7 +115,7 @@ def hybrid_acceptance(log_probs: Tensor, target_probs: Tensor, eta: float) -> Te
 
     KL far from p, total variation close to it; the source's best eta is 3.
     """
-    blend = torch.exp(-eta * overlap(log_probs, target_probs).detach())
+    blend = torch.exp(-eta * overlap(log_probs.detach(), target_probs))
     divergence = torch.xlogy(target_probs, target_probs).sum(-1) + soft_cross_entropy(log_probs, target_probs)
     return blend * divergence + (1 - blend) * total_variation(log_probs, target_probs)
 
@@ -209,7 +209,7 @@ class _Scored:
         """(mean loss, whether each row's best token is the text's [M])."""
         if not torch.is_grad_enabled():
             return self.compute(*inputs)
-        loss, right = _GradientAtOnce.apply(self.compute, *inputs)  # type: ignore[no-untyped-call]
+        loss, right = _GradientAtOnce.apply(self.compute, *inputs)
         return loss, right
 
     def compute(self, states: Tensor, *own: Tensor) -> tuple[Tensor, Tensor]:
@@ -238,7 +238,7 @@ class _GradientAtOnce(torch.autograd.Function):
         return loss.detach(), right
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, upstream: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         return None, *(None if gradient is None else gradient * upstream for gradient in ctx.saved_tensors)
 
