@@ -8,13 +8,13 @@ sampled autoregressive output, and each token has exactly the target's distribut
 Noise comes from NumPy's Philox counter generator: key = seed, counter = (block of token ids, position). Positions own
 disjoint counter ranges, so (s, p) and (s + 1, p - 1) are unrelated.
 
-Shapes: V vocabulary.
+Shapes: B sequences, V vocabulary.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -124,6 +124,11 @@ class Chooser:
         if self.sampling.repetition_penalty != 1:
             self._seen.update(token_ids)
 
+    @property
+    def is_argmax(self) -> bool:
+        """Whether the choice is the plain argmax of the logits, whatever came before."""
+        return self.sampling.is_greedy and self.sampling.repetition_penalty == 1
+
     def choose(self, logits: Tensor, position: int, path: Iterable[int] = ()) -> int:
         """The token for absolute `position`, from the target's logits [V] at the position before."""
         return int(self._scores(logits, position, path).argmax())
@@ -151,3 +156,12 @@ class Chooser:
         penalty = self.sampling.repetition_penalty
         logits[index] = torch.where(picked < 0, picked * penalty, picked / penalty)
         return logits
+
+
+def choose_each(choosers: Sequence[Chooser], logits: Tensor, positions: Sequence[int]) -> list[int]:
+    """What each of B choosers makes of its own row of logits [B, V] at its own position; one pass for all argmaxes."""
+    tokens: list[int] = logits.argmax(-1).tolist()
+    others = [index for index, chooser in enumerate(choosers) if not chooser.is_argmax]
+    for index, row in zip(others, logits[others].cpu(), strict=True):
+        tokens[index] = choosers[index].choose(row, positions[index])
+    return tokens

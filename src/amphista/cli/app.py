@@ -11,6 +11,7 @@ import sys
 import typer
 
 from amphista.cli.chat import chat
+from amphista.cli.distill import distill
 from amphista.cli.evaluate import evaluate
 from amphista.cli.generate import generate
 from amphista.cli.info import info
@@ -29,6 +30,7 @@ app = typer.Typer(
 )
 app.command()(generate)
 app.command()(chat)
+app.command()(distill)
 app.command()(train)
 app.command()(evaluate)
 app.command()(report)

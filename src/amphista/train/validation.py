@@ -18,7 +18,7 @@ from torch import Tensor
 from amphista.drafter.base import ParallelHeads
 from amphista.train.dataset import Batch, HiddenStates, batches_of
 from amphista.train.losses import HeadLoss, LossConfig
-from amphista.train.prompts import TokenRow
+from amphista.train.rows import TokenRow
 from amphista.tree.candidates import Candidates
 from amphista.tree.dynamic import best_first
 
