@@ -70,7 +70,7 @@ def _open_data_set(source: str) -> tuple[str, str, Iterator[PromptRecord]]:
     except ImportError as error:
         raise ConfigError(
             f"there is no file {source}, and to read it as a data set of the hub the package datasets is missing: "
-            "pip install datasets"
+            "pip install 'amphista[data]'"
         ) from error
     try:
         rows = datasets.load_dataset(name, split=split or "train")
