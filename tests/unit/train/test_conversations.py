@@ -72,7 +72,7 @@ def test_missing_and_doubled_sources(tmp_path):
 
 def test_a_data_set_without_its_package_is_one_sentence(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(ConfigError, match="the package datasets is missing: pip install .amphista.data."):
+    with pytest.raises(ConfigError, match=r"the package datasets is missing: pip install 'amphista\[data\]'"):
         load_conversations(["owner/name"])
 
 
