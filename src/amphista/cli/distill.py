@@ -77,7 +77,7 @@ def distill(
     share = Share.from_environment(os.environ) if shard is None else Share.parse(shard)
     summary = _run(config, share, (target, device or _own_device(), dtype), out)
     if json_lines:
-        print(json.dumps(summary))
+        print(json.dumps({"out": str(out), **summary}))
 
 
 def _own_device() -> str | None:

@@ -281,7 +281,7 @@ class Distiller:
     def _summary(self) -> dict[str, Any]:
         """All of this process's answers, and the pace of this call (prefills included, loading not)."""
         seconds = time.perf_counter() - self._started
-        return {"out": str(self.out), **totals(read_answered(self.out, self._share.index))} | {
+        return totals(read_answered(self.out, self._share.index)) | {
             "decoded_tokens": self._decoder.num_tokens,
             "seconds": round(seconds, 2),
             "tokens_per_second": round(self._decoder.num_tokens / seconds, 1),
