@@ -129,9 +129,11 @@ class Dialogue:
         try:
             prompt_ids = self._text.render(self._history)
         except RequestError as error:
-            return self._stop(str(error))
+            self._stop(str(error))
+            return None
         if len(prompt_ids) > self._max_prompt_len:
-            return self._stop(f"longer than {self._max_prompt_len} tokens")
+            self._stop(f"longer than {self._max_prompt_len} tokens")
+            return None
         params = SamplingParams(
             temperature=self._temperature,
             max_new_tokens=self._config.max_new_tokens,

@@ -213,9 +213,9 @@ def read_answered(folder: Path, process: int | None = None) -> list[Answered]:
 def read_folder(folder: Path, fingerprint: Fingerprint | None = None) -> list[TokenRow]:
     """All rows of a folder, in the order of their ids; raises DataError when it was made with another tokenizer."""
     run = read_run(folder)
-    made_by = run["identity"].get("target", {})
-    for name in ("vocab_size", "tokenizer_sha256") if fingerprint is not None else ():
-        if made_by.get(name) != asdict(fingerprint)[name]:
+    if fingerprint is not None:
+        made_by, needed = run["identity"].get("target", {}), asdict(fingerprint)
+        if any(made_by.get(name) != needed[name] for name in ("vocab_size", "tokenizer_sha256")):
             raise DataError(
                 f"{folder} was distilled from {run.get('target')}, whose tokenizer is not this target's: distill the "
                 "prompts again with this target"
