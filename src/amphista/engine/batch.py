@@ -14,14 +14,11 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
-import torch
-
 from amphista.accept.sampling import choose_each
 from amphista.drafter.none import NoDrafter
 from amphista.engine.loops import LoopWatch, loop_free_length
 from amphista.engine.params import FinishReason, SamplingParams
 from amphista.engine.sequence import Context, Sequence
-from amphista.engine.stats import Clock, DecodeStats
 from amphista.engine.step import Engine
 from amphista.errors import ConfigError
 from amphista.target.target import Target
@@ -145,23 +142,15 @@ class BatchDecoder(Generic[Tag]):
             contexts[slot].cache = self._slots.slots[slot]
         contexts[len(self._rows)].draft_state.num_rows = 0
 
-    @torch.inference_mode()
     def _step(self) -> None:
         """One token more for every row."""
         sequences = [row.sequence for row in self._rows]
-        clock = Clock(DecodeStats(), self._target.device)
-        started = clock.now()
         output = self._target.extend([sequence.pending for sequence in sequences], self._slots)
         choosers = [sequence.chooser for sequence in sequences]
         tokens = choose_each(choosers, output.logits, [sequence.root_position + 1 for sequence in sequences])
-        seconds = clock.now() - started
         for row, token in zip(self._rows, tokens, strict=True):
-            sequence = row.sequence
-            sequence.take([token])
-            sequence.context.draft_state.num_rows += 1  # all that `none` keeps
-            sequence.stats.accepted.append(0)
-            sequence.stats.tree_nodes.append(1)
-            sequence.stats.step_seconds.append(seconds)
+            row.sequence.take([token])
+            row.sequence.context.draft_state.num_rows += 1  # all that `none` keeps
             row.look_out()
         self.num_tokens += len(tokens)
         self.num_forwards += 1
