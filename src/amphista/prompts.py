@@ -50,13 +50,14 @@ def is_text(value: Any) -> bool:
 
 def read_prompts(path: Path) -> list[PromptRecord]:
     """A JSONL file with `turns`, `messages` or `prompt` per line; raises DataError naming the first bad line."""
-    records = [_record(line, f"{path} line {number}", number) for number, line in read_lines(path)]
+    records = [prompt_record(line, f"{path} line {number}", number) for number, line in read_lines(path)]
     if not records:
         raise DataError(f"{path} holds no prompts")
     return records
 
 
-def _record(line: dict[str, Any], where: str, number: int) -> PromptRecord:
+def prompt_record(line: dict[str, Any], where: str, number: int) -> PromptRecord:
+    """The conversation of one line; `number` is its id where it names none. raises DataError, saying `where`."""
     name = line.get("id", line.get("question_id", number))
     if not isinstance(name, str | int):
         raise DataError(f"{where}: id is {name!r}, expected a string or a number")

@@ -8,13 +8,13 @@ sampled autoregressive output, and each token has exactly the target's distribut
 Noise comes from NumPy's Philox counter generator: key = seed, counter = (block of token ids, position). Positions own
 disjoint counter ranges, so (s, p) and (s + 1, p - 1) are unrelated.
 
-Shapes: V vocabulary.
+Shapes: B sequences, V vocabulary.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -26,6 +26,7 @@ from amphista.errors import RequestError
 
 Floats = NDArray[np.float64]
 TOP_P_FIRST = 1024
+ROUNDING = 1e-6  # far above that of a few float64 additions on scores
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +72,28 @@ def gumbel_noise(seed: int, position: int, vocab_size: int) -> Floats:
 
     Uniforms are 52 bits plus a half, so strictly inside (0, 1), and both logarithms are finite.
     """
-    bits = np.random.Philox(key=seed, counter=[0, position, 0, 0]).random_raw(vocab_size)
+    return _noise(_random_bits(seed, position, vocab_size))
+
+
+def gumbel_argmax(scores: Floats, seed: int, position: int) -> int:
+    """argmax(scores + gumbel_noise(seed, position, V)), with logarithms for the tokens alone that can win.
+
+    Noise grows with its bits, so the largest bits bound it: where score + that bound stays below what the best-scored
+    token reaches with its own noise, no logarithm is needed. At V = 49152 that leaves some hundred tokens.
+    """
+    bits = _random_bits(seed, position, scores.size)
+    best = scores.argmax()
+    floor = scores[best] + _noise(bits[[best]])[0] - _noise(bits.max(keepdims=True))[0]
+    alive = np.flatnonzero(scores >= floor - ROUNDING)
+    return int(alive[(scores[alive] + _noise(bits[alive])).argmax()])
+
+
+def _random_bits(seed: int, position: int, vocab_size: int) -> NDArray[np.uint64]:
+    """64 random bits a token [V]."""
+    return np.random.Philox(key=seed, counter=[0, position, 0, 0]).random_raw(vocab_size)
+
+
+def _noise(bits: NDArray[np.uint64]) -> Floats:
     uniforms = ((bits >> np.uint64(12)).astype(np.float64) + 0.5) * 2.0**-52
     noise: Floats = -np.log(-np.log(uniforms))
     return noise
@@ -124,9 +146,16 @@ class Chooser:
         if self.sampling.repetition_penalty != 1:
             self._seen.update(token_ids)
 
+    @property
+    def is_argmax(self) -> bool:
+        """Whether the choice is the plain argmax of the logits, whatever came before."""
+        return self.sampling.is_greedy and self.sampling.repetition_penalty == 1
+
     def choose(self, logits: Tensor, position: int, path: Iterable[int] = ()) -> int:
         """The token for absolute `position`, from the target's logits [V] at the position before."""
-        return int(self._scores(logits, position, path).argmax())
+        if self.sampling.is_greedy:
+            return int(self._scores(logits, position, path).argmax())
+        return gumbel_argmax(self._log_probs(logits, path), self.sampling.seed, position)
 
     def margin(self, logits: Tensor, position: int, path: Iterable[int] = ()) -> float:
         """Gap between the two best scores: the logit margin when greedy, the gap of the noised scores otherwise."""
@@ -134,16 +163,19 @@ class Chooser:
         return float(best[0] - best[1])
 
     def _scores(self, logits: Tensor, position: int, path: Iterable[int]) -> Tensor:
-        if self.sampling.repetition_penalty != 1:
-            logits = self._penalised(logits, {*self._seen, *path})
         if self.sampling.is_greedy:
-            return logits
-        log_probs = filtered_log_probs(logits.double().cpu().numpy(), self.sampling)
+            return self._penalised(logits, path)
+        log_probs = self._log_probs(logits, path)
         return torch.from_numpy(log_probs + gumbel_noise(self.sampling.seed, position, log_probs.size))
 
-    def _penalised(self, logits: Tensor, seen: set[int]) -> Tensor:
+    def _log_probs(self, logits: Tensor, path: Iterable[int]) -> Floats:
+        return filtered_log_probs(self._penalised(logits, path).double().cpu().numpy(), self.sampling)
+
+    def _penalised(self, logits: Tensor, path: Iterable[int]) -> Tensor:
         """Divide positive and multiply negative logits of tokens already there (arXiv 1909.05858, section 4.1)."""
-        index = torch.tensor(sorted(seen), device=logits.device)
+        if self.sampling.repetition_penalty == 1:
+            return logits
+        index = torch.tensor(sorted({*self._seen, *path}), device=logits.device)
         if index.numel() == 0:
             return logits
         logits = logits.clone()
@@ -151,3 +183,12 @@ class Chooser:
         penalty = self.sampling.repetition_penalty
         logits[index] = torch.where(picked < 0, picked * penalty, picked / penalty)
         return logits
+
+
+def choose_each(choosers: Sequence[Chooser], logits: Tensor, positions: Sequence[int]) -> list[int]:
+    """What each of B choosers makes of its own row of logits [B, V] at its own position; one pass for all argmaxes."""
+    tokens: list[int] = logits.argmax(-1).tolist()
+    others = [index for index, chooser in enumerate(choosers) if not chooser.is_argmax]
+    for index, row in zip(others, logits[others].cpu(), strict=True):
+        tokens[index] = choosers[index].choose(row, positions[index])
+    return tokens

@@ -19,6 +19,17 @@ FIRST_CAPACITY = 128
 GROWTH = 1.5
 
 
+def grown(old: Tensor | None, like: Tensor, num_slots: int, capacity: int) -> Tensor:
+    """New storage [num_slots, H, capacity, E], with what `old` held; heads, type and device are those of `like`.
+
+    Zeros: a batched forward multiplies rows not yet written by a weight of 0, which a NaN left in memory would survive.
+    """
+    new = like.new_zeros(num_slots, like.shape[1], capacity, like.shape[3])
+    if old is not None:
+        new[:, :, : old.shape[2]] = old
+    return new
+
+
 class LayerRows:
     """Keys and values of one layer. Views returned by `append` are valid until the next `append`."""
 
@@ -36,20 +47,21 @@ class LayerRows:
         """Write rows [1, H, T, E] behind the last one; return views of all rows [1, H, S + T, E]."""
         start, end = self.num_rows, self.num_rows + keys.shape[2]
         if end > self.capacity:
-            capacity = max(FIRST_CAPACITY, end, int(self.capacity * GROWTH))
-            self.keys = self._grown(self.keys, keys, capacity)
-            self.values = self._grown(self.values, values, capacity)
+            self.reserve(keys, values, self.next_capacity(end))
         assert self.keys is not None and self.values is not None
         self.keys[:, :, start:end] = keys
         self.values[:, :, start:end] = values
         self.num_rows = end
         return self.keys[:, :, :end], self.values[:, :, :end]
 
-    def _grown(self, old: Tensor | None, like: Tensor, capacity: int) -> Tensor:
-        grown = like.new_empty(like.shape[0], like.shape[1], capacity, like.shape[3])
-        if old is not None:
-            grown[:, :, : self.num_rows] = old[:, :, : self.num_rows]
-        return grown
+    def next_capacity(self, num_rows: int) -> int:
+        """What to grow to when `num_rows` rows no longer fit."""
+        return max(FIRST_CAPACITY, num_rows, int(self.capacity * GROWTH))
+
+    def reserve(self, keys: Tensor, values: Tensor, capacity: int) -> None:
+        """Make room for `capacity` rows like these [1, H, *, E]."""
+        self.keys = grown(self.keys, keys, 1, capacity)
+        self.values = grown(self.values, values, 1, capacity)
 
     def keep(self, base: int, rows: Sequence[int], index: Tensor) -> None:
         """Keep the first `base` rows and, behind them, rows `base + r` for r in `rows` (ascending); drop the rest.

@@ -14,6 +14,7 @@ from amphista.cli.ablate import ablate
 from amphista.cli.calibrate import calibrate
 from amphista.cli.chat import chat
 from amphista.cli.convert import convert
+from amphista.cli.distill import distill
 from amphista.cli.evaluate import evaluate
 from amphista.cli.generate import generate
 from amphista.cli.info import info
@@ -34,6 +35,7 @@ app = typer.Typer(
 )
 app.command()(generate)
 app.command()(chat)
+app.command()(distill)
 app.command()(train)
 app.command()(ablate)
 app.command()(calibrate)

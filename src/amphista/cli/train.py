@@ -23,7 +23,8 @@ def train(
     data: Annotated[
         list[Path] | None,
         typer.Option(
-            help="JSONL (.gz): distilled rows (prompt_ids, answer_ids) or conversations (messages); repeatable."
+            help="A folder written by distill, or JSONL (.gz) with distilled rows (prompt_ids, answer_ids) or "
+            "conversations (messages); repeatable."
         ),
     ] = None,
     target: options.Target = DEFAULT_TARGET,

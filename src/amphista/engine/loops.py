@@ -11,6 +11,11 @@ MIN_REPEATS = 3
 MIN_COVERED = 24
 
 
+def _repeats(span: int) -> int:
+    """How often a span must stand in a row to be a loop."""
+    return max(MIN_REPEATS, -(-MIN_COVERED // span))
+
+
 def loop_free_length(token_ids: Sequence[int]) -> int:
     """Tokens before an answer begins to loop: all of them if it never does.
 
@@ -19,8 +24,7 @@ def loop_free_length(token_ids: Sequence[int]) -> int:
     """
     best: tuple[int, int] | None = None  # (start, span)
     for span in range(1, min(LONGEST_SPAN, len(token_ids) // MIN_REPEATS) + 1):
-        repeats = max(MIN_REPEATS, -(-MIN_COVERED // span))
-        needed = span * (repeats - 1)  # that many tokens equal the one a span later
+        needed = span * (_repeats(span) - 1)  # that many tokens equal the one a span later
         run = 0
         for i in range(len(token_ids) - span):
             run = run + 1 if token_ids[i] == token_ids[i + span] else 0
@@ -30,6 +34,29 @@ def loop_free_length(token_ids: Sequence[int]) -> int:
                     best = (start, span)
                 break
     return len(token_ids) if best is None else best[0] + best[1]
+
+
+class LoopWatch:
+    """Follows an answer token by token: `push` is True from the token on that completes its first loop.
+
+    Law: that is the first token at which `loop_free_length` of all tokens so far is less than their number.
+    """
+
+    def __init__(self) -> None:
+        self._ids: list[int] = []
+        self._runs = [0] * (LONGEST_SPAN + 1)  # by span: tokens in a row that equal the one a span before
+
+    def push(self, token: int) -> bool:
+        """Add a token; whether the answer loops."""
+        ids, runs, looped = self._ids, self._runs, False
+        for span in range(1, min(LONGEST_SPAN, len(ids)) + 1):
+            runs[span] = runs[span] + 1 if ids[-span] == token else 0
+            looped = looped or runs[span] >= _NEEDED[span]
+        ids.append(token)
+        return looped
+
+
+_NEEDED = [0] + [span * (_repeats(span) - 1) for span in range(1, LONGEST_SPAN + 1)]
 
 
 def steps_within(accepted: Sequence[int], num_tokens: int, prefill_tokens: int = 1) -> int:

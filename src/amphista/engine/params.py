@@ -14,6 +14,7 @@ class FinishReason(StrEnum):
 
     STOP = "stop"  # an end token or a stop string
     LENGTH = "length"  # the token limit or the end of the context
+    LOOP = "loop"  # it began to repeat itself; only where a batch was asked to cut loops
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,7 +4,7 @@ Measured on stock `transformers` 5.23 models: `sdpa` takes a bool mask; `eager` 
 mask there is silently wrong and an additive one is needed. Windowed layers see key q from node p iff
 position(p) - position(q) < window, by positions, never by rows (siblings share a position).
 
-Shapes: N new rows, S all rows.
+Shapes: B sequences, N new rows, S all rows.
 """
 
 from __future__ import annotations
@@ -90,22 +90,31 @@ class MaskPlan:
         Committed rows sit at positions 0..num_past-1 and are seen by all, the window permitting.
         """
         past = ancestors.new_ones(ancestors.shape[0], num_past)
-        full = torch.cat([past, ancestors], dim=1)
+        keys = torch.cat([torch.arange(num_past, device=positions.device), positions])
+        return self.write_rows(torch.cat([past, ancestors], dim=1)[None], positions[None], keys[None], dtype)
+
+    def write_rows(
+        self, visible: Tensor, positions: Tensor, key_positions: Tensor, dtype: torch.dtype
+    ) -> Tensor | dict[str, Tensor]:
+        """The `attention_mask` for N new rows in each of B sequences.
+
+        visible: bool [B, N, S], True where a row may see another, the window permitting. positions: int [B, N].
+        key_positions: int [B, S], or [1, S] where they are the same for all.
+        """
         if self.form is MaskForm.FULL or (self.form is MaskForm.WINDOWED and self.window is None):
-            return self._shape(full, dtype)
-        windowed = full
+            return self._shape(visible, dtype)
+        windowed = visible
         if self.window is not None:
-            keys = torch.cat([torch.arange(num_past, device=positions.device), positions])
-            windowed = full & (positions[:, None] - keys[None, :] < self.window)
+            windowed = visible & (positions[:, :, None] - key_positions[:, None, :] < self.window)
         if self.form is MaskForm.WINDOWED:
             return self._shape(windowed, dtype)
-        return {"full_attention": self._shape(full, dtype), "sliding_attention": self._shape(windowed, dtype)}
+        return {"full_attention": self._shape(visible, dtype), "sliding_attention": self._shape(windowed, dtype)}
 
     def _shape(self, mask: Tensor, dtype: torch.dtype) -> Tensor:
         if not self.is_additive:
-            return mask[None, None]
+            return mask[:, None]
         additive = torch.zeros(mask.shape, dtype=dtype, device=mask.device)
-        return additive.masked_fill_(~mask, torch.finfo(dtype).min)[None, None]
+        return additive.masked_fill_(~mask, torch.finfo(dtype).min)[:, None]
 
 
 def refuse_unsupported(config: Any) -> None:

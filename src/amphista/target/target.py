@@ -5,7 +5,7 @@ forward, its scaling and soft-capping included; hidden states are what its LM he
 by a hook on the decoder's output (asking for all hidden states would keep every layer; a hook on the LM head would
 be cut by `logits_to_keep`).
 
-Shapes: T prompt tokens, N tree nodes, D hidden size, V vocabulary.
+Shapes: B sequences, T prompt tokens, N tree nodes, D hidden size, V vocabulary.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from amphista.cache.hf import as_transformers_cache
+from amphista.cache.hf import as_transformers_cache, as_transformers_slots
+from amphista.cache.slots import SlotCache
 from amphista.cache.static import KVCache
 from amphista.errors import CapacityError, TargetError
 from amphista.target.attention import MaskPlan
@@ -88,6 +89,10 @@ class Target:
         """An empty cache for one sequence."""
         return KVCache(self.spec.num_layers)
 
+    def new_slots(self, num_slots: int) -> SlotCache:
+        """Empty caches for a batch of up to `num_slots` sequences."""
+        return SlotCache(self.spec.num_layers, num_slots)
+
     def prefill(self, token_ids: list[int], cache: KVCache) -> TargetOutput:
         """Read and commit a prompt (or its continuation) in chunks: logits of the last token, hidden of all."""
         hidden = []
@@ -133,6 +138,33 @@ class Target:
         hidden = self._local.hidden
         self._local.hidden = None
         return TargetOutput(output.logits[0], hidden[0])
+
+    @torch.inference_mode()
+    def extend(self, token_ids: list[int], cache: SlotCache) -> TargetOutput:
+        """Read and commit one token for each of the first B slots: logits [B, V], hidden states [B, D].
+
+        Rows are left-aligned, so slot b sees the rows 0..length_b of its own; what lies behind is another sequence's
+        rest. raises CapacityError when a slot is at the end of the context.
+        """
+        cache.make_room(len(token_ids))
+        lengths = cache.lengths(len(token_ids))
+        if max(lengths) >= self.spec.max_positions:
+            raise CapacityError(f"position {max(lengths)} is beyond the context of {self.spec.max_positions}")
+        positions = torch.tensor(lengths, device=self.device)
+        keys = torch.arange(max(lengths) + 1, device=self.device)
+        visible = keys[None] <= positions[:, None]
+        output = self.model(
+            input_ids=torch.tensor(token_ids, device=self.device)[:, None],
+            position_ids=positions[:, None],
+            attention_mask=self.mask_plan.write_rows(visible[:, None], positions[:, None], keys[None], self.dtype),
+            past_key_values=as_transformers_slots(cache, positions, len(keys)),
+            use_cache=True,
+            logits_to_keep=0,
+        )
+        cache.advance(len(token_ids))
+        hidden = self._local.hidden
+        self._local.hidden = None
+        return TargetOutput(output.logits[:, 0], hidden[:, 0])
 
     @torch.inference_mode()
     def hidden_states(self, token_ids: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from torch import Tensor
 from amphista.drafter.base import Calibration, ParallelHeads
 from amphista.train.dataset import HiddenStates, batches_of, coverage
 from amphista.train.losses import LossConfig, draft_labels
-from amphista.train.prompts import TokenRow
+from amphista.train.rows import TokenRow
 from amphista.train.validation import Validation, validate
 
 GRID = torch.arange(0.6, 3.01, 0.05)

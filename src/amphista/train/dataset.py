@@ -22,7 +22,7 @@ from torch import Tensor
 from amphista.errors import DataError
 from amphista.target.target import Target
 from amphista.train.losses import AnswerRows
-from amphista.train.prompts import TokenRow
+from amphista.train.rows import TokenRow
 
 BUCKET_BATCHES = 32  # rows of this many batches are sorted by length together
 

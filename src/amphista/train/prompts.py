@@ -1,6 +1,6 @@
 """Training text: conversation files and distilled answers -> token rows with their answers marked.
 
-A line is one of
+A folder is what `amphista distill` wrote (`shards.py`). A line of a file is one of
     {"id"?, "prompt_ids": [...], "answer_ids": [...], "temperature"?}    a distilled answer, already token ids
     {"id"?, "messages": [{"role", "content"}, ...]}                      a conversation; its assistant turns are answers
 
@@ -11,48 +11,40 @@ per answer instead.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from amphista.errors import DataError, RequestError
 from amphista.jsonl import read_lines
 from amphista.prompts import is_message
+from amphista.target.spec import Fingerprint
 from amphista.target.text import Message, Text
-
-
-@dataclass(frozen=True)
-class TokenRow:
-    """Token ids and, for each, the number of the answer it belongs to (0: none; an end token belongs to its answer).
-
-    `group` keeps several answers to one prompt on the same side of a train / validation split.
-    """
-
-    id: str
-    group: str
-    token_ids: list[int]
-    answers: list[int]
-    temperature: float | None = None
-
-    @property
-    def num_answer_tokens(self) -> int:
-        return sum(1 for answer in self.answers if answer)
+from amphista.train.rows import TokenRow, check_row, cut_row, group_of
+from amphista.train.shards import read_folder
 
 
 def read_rows(
-    paths: Sequence[Path], text: Text | None, eos_ids: Collection[int], *, vocab_size: int, max_len: int
+    paths: Sequence[Path],
+    text: Text | None,
+    eos_ids: Collection[int],
+    *,
+    vocab_size: int,
+    max_len: int,
+    fingerprint: Fingerprint | None = None,
 ) -> list[TokenRow]:
-    """All token rows of some files, cut to `max_len` tokens; raises DataError naming file and line."""
+    """All token rows of some files and distillation folders, cut to `max_len` tokens.
+
+    fingerprint: the target's; a folder distilled with another tokenizer is refused. raises DataError naming file and
+    line.
+    """
     rows: list[TokenRow] = []
     for path in paths:
-        for number, record in read_lines(path):
-            where = f"{path} line {number}"
-            for row in _rows_of(record, where, text, eos_ids):
-                _check_row(row, where, vocab_size)
-                cut = _cut(row, max_len)
-                if cut.num_answer_tokens:
-                    rows.append(cut)
+        for row, where in _rows_in(path, text, eos_ids, fingerprint):
+            check_row(row, where, vocab_size)
+            cut = cut_row(row, max_len)
+            if cut.num_answer_tokens:
+                rows.append(cut)
     if not rows:
         raise DataError(
             f"no answer tokens in {', '.join(map(str, paths))} within the first {max_len} tokens of any row"
@@ -60,9 +52,21 @@ def read_rows(
     return rows
 
 
+def _rows_in(
+    path: Path, text: Text | None, eos_ids: Collection[int], fingerprint: Fingerprint | None
+) -> Iterator[tuple[TokenRow, str]]:
+    """Rows and where they stand."""
+    if path.is_dir():
+        yield from ((row, f"{path} row {row.id!r}") for row in read_folder(path, fingerprint))
+        return
+    for number, record in read_lines(path):
+        where = f"{path} line {number}"
+        yield from ((row, where) for row in _rows_of(record, where, text, eos_ids))
+
+
 def _rows_of(record: dict[str, Any], where: str, text: Text | None, eos_ids: Collection[int]) -> list[TokenRow]:
     name = str(record.get("id", where))
-    group = name.split("#")[0]
+    group = group_of(name)
     if "answer_ids" in record and "prompt_ids" in record:
         prompt, answer = record["prompt_ids"], record["answer_ids"]
         if not (_are_ids(prompt) and _are_ids(answer)):
@@ -117,19 +121,3 @@ def mark_answers(
     if ids:
         rows.append((ids, marks))
     return rows
-
-
-def _check_row(row: TokenRow, where: str, vocab_size: int) -> None:
-    if not row.num_answer_tokens:
-        raise DataError(f"{where} has no answer tokens: give it an assistant turn, or leave the line out")
-    worst = max(row.token_ids)
-    if worst >= vocab_size or min(row.token_ids) < 0:
-        raise DataError(
-            f"{where} holds token id {worst}, but the target has {vocab_size} tokens: made for another target?"
-        )
-
-
-def _cut(row: TokenRow, max_len: int) -> TokenRow:
-    if len(row.token_ids) <= max_len:
-        return row
-    return TokenRow(row.id, row.group, row.token_ids[:max_len], row.answers[:max_len], row.temperature)

@@ -37,7 +37,8 @@ from amphista.train.calibrate import calibrate
 from amphista.train.config import OptimizerConfig, TrainConfig
 from amphista.train.dataset import Batch, HiddenStates, collate, coverage, epoch_batches, frequent_tokens, split_rows
 from amphista.train.losses import HeadLoss
-from amphista.train.prompts import TokenRow, read_rows
+from amphista.train.prompts import read_rows
+from amphista.train.rows import TokenRow
 from amphista.train.validation import Validation, validate
 
 BEST_BY_NODES = 16
@@ -86,7 +87,12 @@ class Trainer:
         max_len = min(data.max_len, self.target.spec.max_positions)
         paths = [Path(name).expanduser() for name in data.files]
         rows = read_rows(
-            paths, self.target.text, self.target.eos_ids, vocab_size=self.target.spec.vocab_size, max_len=max_len
+            paths,
+            self.target.text,
+            self.target.eos_ids,
+            vocab_size=self.target.spec.vocab_size,
+            max_len=max_len,
+            fingerprint=self.target.fingerprint,
         )
         return split_rows(rows, data.validation_share, data.seed)
 

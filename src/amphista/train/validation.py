@@ -21,7 +21,7 @@ from amphista.drafter.base import ParallelHeads
 from amphista.engine.loops import loop_free_length
 from amphista.train.dataset import Batch, HiddenStates, batches_of
 from amphista.train.losses import HeadLoss, LossConfig
-from amphista.train.prompts import TokenRow
+from amphista.train.rows import TokenRow
 from amphista.tree.candidates import Candidates
 from amphista.tree.dynamic import best_first
 

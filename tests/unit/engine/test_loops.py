@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from amphista.engine.loops import loop_free_length, steps_within
+from amphista.engine.loops import LoopWatch, loop_free_length, steps_within
 
 
 def slowly(ids):
@@ -45,3 +45,15 @@ def test_a_step_across_the_edge_counts():
     assert steps_within([2, 0, 3], 6) == steps_within([2, 0, 3], 9) == 3
     assert steps_within([2, 0, 3], 3, prefill_tokens=3) == 0
     assert steps_within([2, 0, 3], 6, prefill_tokens=3) == 1
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_the_watch_sees_a_loop_at_its_first_token(seed):
+    source = random.Random(seed)
+    ids = [source.randrange(4) for _ in range(source.randrange(30))]
+    ids += [source.randrange(300) for _ in range(source.randrange(1, 66))] * source.randrange(1, 26)
+    watch = LoopWatch()
+    seen = [watch.push(token) for token in ids]
+    looped = [loop_free_length(ids[:n]) < n for n in range(1, len(ids) + 1)]
+    first = looped.index(True) if True in looped else len(ids)
+    assert seen[: first + 1] == looped[: first + 1]

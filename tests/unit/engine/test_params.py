@@ -28,7 +28,7 @@ def test_defaults_are_greedy():
 
 
 def test_finish_reasons_print_as_words():
-    assert [str(reason) for reason in FinishReason] == ["stop", "length"]
+    assert [str(reason) for reason in FinishReason] == ["stop", "length", "loop"]
 
 
 @pytest.mark.parametrize("wrong", [{"temperature": "x"}, {"top_k": 1.5}, {"seed": True}, {"top_p": None}])

@@ -1,0 +1,103 @@
+"""KV storage of a ragged batch: one slot a sequence, its rows left-aligned, so that a row's index is its position.
+
+All slots of a layer lie in one tensor [slots, H, capacity, E], and each slot is a `KVCache` whose tensors are views
+into it: a slot is prefilled, trimmed and committed like the cache of a sequence alone, and a batched forward reads the
+first B slots as one tensor without copying a row. Slots that decode are kept dense at the front (`move`).
+
+Shapes: B slots that decode, H key-value heads, S rows of the longest, E head size.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from amphista.cache.static import KVCache, LayerRows, grown
+
+
+class SlotRows(LayerRows):
+    """One slot in one layer: growing it grows the layer."""
+
+    def __init__(self, layer: SlotLayer) -> None:
+        super().__init__()
+        self._layer = layer
+
+    def reserve(self, keys: Tensor, values: Tensor, capacity: int) -> None:
+        self._layer.reserve(keys, values, capacity)
+
+
+class SlotLayer:
+    """Keys and values of one layer, all slots together."""
+
+    def __init__(self, num_slots: int) -> None:
+        self.slots = [SlotRows(self) for _ in range(num_slots)]
+        self.keys: Tensor | None = None
+        self.values: Tensor | None = None
+
+    def reserve(self, keys: Tensor, values: Tensor, capacity: int) -> None:
+        """Make room for `capacity` rows like these [*, H, *, E] in every slot; earlier views go stale."""
+        self.keys = grown(self.keys, keys, len(self.slots), capacity)
+        self.values = grown(self.values, values, len(self.slots), capacity)
+        for index, rows in enumerate(self.slots):
+            rows.keys, rows.values = self.keys[index : index + 1], self.values[index : index + 1]
+
+    def write(self, keys: Tensor, values: Tensor, slots: Tensor, positions: Tensor) -> None:
+        """Put one row [B, H, 1, E] into each of the first B slots, at `positions` [B]; `slots` is 0..B-1.
+
+        No slot counts its new row before `SlotCache.advance`: a forward that breaks off leaves nothing behind.
+        """
+        assert self.keys is not None and self.values is not None
+        self.keys[slots, :, positions] = keys[:, :, 0]
+        self.values[slots, :, positions] = values[:, :, 0]
+
+
+class Slot(KVCache):
+    """One sequence's cache, whose storage is shared with the other slots."""
+
+    def __init__(self, layers: list[LayerRows]) -> None:
+        super().__init__(0)
+        self.layers = layers
+
+
+class SlotCache:
+    """The caches of up to `num_slots` sequences that decode together."""
+
+    def __init__(self, num_layers: int, num_slots: int) -> None:
+        self.layers = [SlotLayer(num_slots) for _ in range(num_layers)]
+        self.slots = [Slot([layer.slots[index] for layer in self.layers]) for index in range(num_slots)]
+
+    def lengths(self, num_active: int) -> list[int]:
+        """Committed rows of each of the first `num_active` slots: the position of its next token."""
+        return [slot.num_committed for slot in self.slots[:num_active]]
+
+    @torch.inference_mode()
+    def make_room(self, num_active: int) -> None:
+        """Let one more row fit into each of the first `num_active` slots, all of which have been prefilled."""
+        needed = 1 + max(self.lengths(num_active))
+        for layer in self.layers:
+            assert layer.keys is not None and layer.values is not None
+            if needed > layer.slots[0].capacity:
+                layer.reserve(layer.keys, layer.values, layer.slots[0].next_capacity(needed))
+
+    def advance(self, num_active: int) -> None:
+        """Commit the row just written to each of the first `num_active` slots."""
+        for slot in self.slots[:num_active]:
+            for rows in slot.layers:
+                rows.num_rows += 1
+            slot.num_committed += 1
+
+    @torch.inference_mode()
+    def move(self, source: int, to: int) -> None:
+        """Let slot `to` hold what slot `source` holds; `source` is empty afterwards."""
+        held = self.slots[source].num_committed
+        for layer in self.layers:
+            assert layer.keys is not None and layer.values is not None
+            layer.keys[to, :, :held] = layer.keys[source, :, :held]
+            layer.values[to, :, :held] = layer.values[source, :, :held]
+            layer.slots[to].num_rows, layer.slots[source].num_rows = held, 0
+        self.slots[to].num_committed, self.slots[source].num_committed = held, 0
+
+    def check_integrity(self) -> None:
+        """Raise CapacityError when the layers of any slot disagree."""
+        for slot in self.slots:
+            slot.check_integrity()

@@ -1,0 +1,46 @@
+"""TokenRow: token ids with the answers among them marked; what training reads, wherever the text came from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from amphista.errors import DataError
+
+
+@dataclass(frozen=True)
+class TokenRow:
+    """Token ids and, for each, the number of the answer it belongs to (0: none; an end token belongs to its answer).
+
+    `group` keeps several answers to one prompt on the same side of a train / validation split.
+    """
+
+    id: str
+    group: str
+    token_ids: list[int]
+    answers: list[int]
+    temperature: float | None = None
+
+    @property
+    def num_answer_tokens(self) -> int:
+        return sum(1 for answer in self.answers if answer)
+
+
+def group_of(name: str) -> str:
+    """What ids that differ only behind '#' share: answers to one prompt."""
+    return name.split("#")[0]
+
+
+def check_row(row: TokenRow, where: str, vocab_size: int) -> None:
+    if not row.num_answer_tokens:
+        raise DataError(f"{where} has no answer tokens: give it an assistant turn, or leave the line out")
+    worst = max(row.token_ids)
+    if worst >= vocab_size or min(row.token_ids) < 0:
+        raise DataError(
+            f"{where} holds token id {worst}, but the target has {vocab_size} tokens: made for another target?"
+        )
+
+
+def cut_row(row: TokenRow, max_len: int) -> TokenRow:
+    if len(row.token_ids) <= max_len:
+        return row
+    return TokenRow(row.id, row.group, row.token_ids[:max_len], row.answers[:max_len], row.temperature)
