@@ -12,7 +12,9 @@ import pytest
 import torch
 
 from amphista.drafter.amphista import Amphista, AmphistaConfig
+from amphista.drafter.card import CardConfig, read_front_matter
 from amphista.drafter.checkpoint import load_drafter
+from amphista.drafter.publish import publishable_files
 from amphista.engine.decoder import decode
 from amphista.engine.params import SamplingParams
 from amphista.engine.step import Engine
@@ -290,6 +292,17 @@ def test_other_data_in_the_same_folder_is_refused(target, data_file, tmp_path):
     data_file.write_text("".join(data_file.read_text().splitlines(keepends=True)[:-3]))
     with pytest.raises(ConfigError, match="other settings, data or target"):
         Trainer(target, config_for(data_file), tmp_path / "run", lambda line: None).run()
+
+
+def test_a_card_may_be_worded_anew_in_mid_run(target, data_file, tmp_path):
+    """Its settings touch no weight, so they are no reason to refuse a resume; the last wording is the card's."""
+    Trainer(target, config_for(data_file), tmp_path / "run", lambda line: None).run(stop_after=5)
+    card = CardConfig(license="mit", base_model="owner/target", datasets=("owner/answers",))
+    folder = Trainer(target, config_for(data_file, card=card), tmp_path / "run", lambda line: None).run()
+    assert [file.name for file in publishable_files(folder)] == ["config.json", "model.safetensors", "README.md"]
+    front_matter = read_front_matter(folder / "README.md")
+    assert (front_matter["base_model"], front_matter["license"]) == ("owner/target", "mit")
+    assert front_matter["datasets"] == ["owner/answers"] and front_matter["training_data"]["files"] == [data_file.name]
 
 
 def test_a_cut_log_line_and_a_left_over_state_are_survived(target, data_file, tmp_path):

@@ -64,4 +64,4 @@ def test_shipped_checkpoints_are_whole():
         checkpoint = read_checkpoint(folder)
         card = (folder / "README.md").read_text()
         assert checkpoint.calibration is not None and checkpoint.training["progress"]["positions"] > 0
-        assert "base_model: smollm2-135m-instruct" in card and "tau at 16" in card
+        assert "base_model: HuggingFaceTB/SmolLM2-135M-Instruct" in card and "tau at 16" in card
