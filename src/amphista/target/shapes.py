@@ -16,7 +16,8 @@ import torch
 from torch import nn
 
 from amphista.errors import CapacityError, ConfigError
-from amphista.target.loading import DTYPES, Progress, device_of, say
+from amphista.target.gguf import Progress
+from amphista.target.loading import DTYPES, device_of, say
 from amphista.target.target import Target
 
 VOCAB_SIZE = 32000

@@ -221,7 +221,8 @@ def table_lines(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
 def _tau(result: dict[str, Any], nodes: str, kind: str = "tau") -> float:
     """Greedy and sampled held-out answers together: their positions over the forwards these take."""
     parts = result["validation"].values()
-    return sum(part["positions"] for part in parts) / sum(part["positions"] / part[kind][nodes] for part in parts)
+    forwards = sum(float(part["positions"] / part[kind][nodes]) for part in parts)
+    return float(sum(part["positions"] for part in parts)) / forwards
 
 
 def _acceptance(result: dict[str, Any]) -> list[float]:

@@ -28,7 +28,8 @@ from amphista.train.adopt import MAX_LEN, check_out
 from amphista.train.calibrate import calibrate
 from amphista.train.dataset import HiddenStates, coverage, frequent_tokens, split_rows
 from amphista.train.losses import LossConfig
-from amphista.train.prompts import TokenRow, read_rows
+from amphista.train.prompts import read_rows
+from amphista.train.rows import TokenRow
 from amphista.train.validation import validate
 from amphista.tree.build import build_template, expected_tau
 from amphista.tree.grow import parse_tree
@@ -151,7 +152,12 @@ def _compared(target: Target, drafter: ParallelHeads, rows: Sequence[TokenRow], 
         num_steps += sequence.stats.num_steps
     decoded = num_tokens / max(num_steps, 1)
     difference = decoded / simulated - 1
-    record = {"answers": len(rows), "simulated": simulated, "decoded": decoded, "difference": difference}
+    record: dict[str, Any] = {
+        "answers": len(rows),
+        "simulated": simulated,
+        "decoded": decoded,
+        "difference": difference,
+    }
     record |= {"same_answers": identical, "tokens": num_tokens}
     if abs(difference) > AGREES_WITHIN:
         record["why"] = (
