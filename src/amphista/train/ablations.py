@@ -153,7 +153,7 @@ class Ablations:
         place = folder / RESULT
         if place.is_file():
             result: dict[str, Any] = json.loads(place.read_text(encoding="utf-8"))
-            if result["identity"] != identity:
+            if _with_defaults(result["identity"]) != _with_defaults(identity):
                 raise ConfigError(f"{folder} holds a run with other settings, data or target: give another --out")
             return result
         self.report(f"{folder.name} ...")
@@ -168,6 +168,11 @@ class Ablations:
 
     def _folder(self, name: str, seed: int) -> Path:
         return self.out / f"{name}-seed{seed}"
+
+
+def _with_defaults(identity: dict[str, Any]) -> dict[str, Any]:
+    """A setting that was not there yet when a run was made had its default."""
+    return {**identity, "config": as_dict(build(TrainConfig, identity["config"]))}
 
 
 # -- the table --------------------------------------------------------------------------------------------------------

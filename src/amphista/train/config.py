@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from amphista.drafter.card import CardConfig
 from amphista.errors import ConfigError
@@ -54,9 +54,13 @@ class OptimizerConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """One training run. `model` holds the drafter's own settings (AmphistaConfig or MedusaConfig)."""
+    """One training run. `model` holds the drafter's own settings (AmphistaConfig or MedusaConfig).
+
+    `precision` bf16 multiplies in bfloat16 and keeps weights, sums and the softmax in float32.
+    """
 
     drafter: str = "amphista"
+    precision: Literal["fp32", "bf16"] = "fp32"
     model: dict[str, Any] = field(default_factory=dict)
     data: DataConfig = field(default_factory=DataConfig)
     loss: LossConfig = field(default_factory=LossConfig)

@@ -64,7 +64,11 @@ class Trainer:
     ) -> None:
         self.target, self.config, self.out, self.report, self.on_step = target, config, out, report, on_step
         set_seed(config.seed)
-        self.accelerator = Accelerator(cpu=target.device.type == "cpu", step_scheduler_with_optimizer=False)
+        self.accelerator = Accelerator(
+            cpu=target.device.type == "cpu",
+            mixed_precision="bf16" if config.precision == "bf16" else "no",
+            step_scheduler_with_optimizer=False,
+        )
         self.rows, self.validation_rows = self._read_rows()
         self.hidden = HiddenStates(target, [*self.rows, *self.validation_rows], self._store_folder())
         self.drafter = self._make_drafter()
