@@ -8,6 +8,7 @@ two committed tokens. Not in it: accepting, committing, text. The tau at which d
 that was ever trained, so sizes nobody holds the weights of can be judged; whatever rests on it is called projected.
 
 All cells of one context and batch are measured in turn, round after round, so that a drifting machine hits all alike.
+Beside each forward stands the least it could take here (limits.py).
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from amphista.cache.hf import as_transformers_cache
 from amphista.cache.static import KVCache
 from amphista.drafter.base import ParallelHeads
 from amphista.errors import ConfigError
+from amphista.evaluation.limits import ForwardWork, Limits, measure_limits
 from amphista.evaluation.stock import now
 from amphista.target.shapes import free_bytes, without_layers
 from amphista.target.target import Target
@@ -33,7 +35,7 @@ from amphista.tree.candidates import Candidates
 from amphista.tree.grow import DynamicGrower
 from amphista.tree.token_tree import TokenTree
 
-FORMAT = 1
+FORMAT = 2
 TREE_DEPTH = 5  # heads of the shipped drafters: a tree of many nodes is wide, not deep
 FED_ROWS = (1, 2, 4)
 TYPICAL_FEED = 2
@@ -107,9 +109,12 @@ def measure_latency(
         verify += [row for row in timed if row["what"] == "verify"]
         draft += [row for row in timed if row["what"] in ("draft", "feed")]
     _add_ratios(verify)
+    limits = measure_limits(target)
+    _add_limits(verify, ForwardWork.of(target, config.num_layers), limits)
     return {
         "format": FORMAT,
         **_described(target, config, drafters),
+        "limits": asdict(limits),
         "verify": verify,
         "draft": draft,
         "projection": project(verify, draft, dict(config.tau)),
@@ -319,6 +324,12 @@ def _add_ratios(verify: list[Measures]) -> None:
     single = {(row["batch"], row["context"]): row["ms"] for row in verify if row["nodes"] == 1}
     for row in verify:
         row["ratio"] = row["ms"] / single[row["batch"], row["context"]]
+
+
+def _add_limits(verify: list[Measures], work: ForwardWork, limits: Limits) -> None:
+    """The least milliseconds each forward could take on this machine."""
+    for row in verify:
+        row["least_ms"] = work.least_ms(limits, batch=row["batch"], context=row["context"], nodes=row["nodes"])
 
 
 # -- checks and words -------------------------------------------------------------------------------------------------

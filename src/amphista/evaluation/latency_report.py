@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,11 @@ def latency_markdown(record: Measures) -> str:
 def latency_tables(record: Measures) -> str:
     """The tables alone."""
     parts = ["## One forward\n", _scaling_line(record), _forwards(record["verify"])]
+    parts += [
+        "\n## Against what the machine allows\n",
+        _limits_line(record["limits"]),
+        _against_limits(record["verify"]),
+    ]
     if record["draft"]:
         parts += ["\n## Drafting, one sequence\n", _drafting(record)]
     if record["projection"]:
@@ -66,15 +72,34 @@ def _scaling_line(record: Measures) -> str:
     )
 
 
+def _limits_line(limits: Measures) -> str:
+    return (
+        f"Measured before the tables: {limits['bytes_per_second'] / 1e9:.1f} GB/s read, "
+        f"{limits['operations_per_second'] / 1e9:.0f} G operations/s in a large matrix product. The least time reads "
+        "all weights and cached rows once, or does all products, whichever is longer.\n"
+    )
+
+
+def _against_limits(verify: list[Measures]) -> str:
+    """Milliseconds at the limit, and how many times that the forward took."""
+    return _by_nodes(verify, lambda cell: f"{cell['least_ms']:.1f} ({cell['ms'] / cell['least_ms']:.1f}x)", "limit")
+
+
 def _forwards(verify: list[Measures]) -> str:
+    return _by_nodes(verify, lambda cell: f"{cell['ms']:.1f} ({cell['ratio']:.2f}x)")
+
+
+def _by_nodes(verify: list[Measures], shown: Callable[[Measures], str], title: str = "") -> str:
+    """One row per batch and context, one column per tree size."""
     sizes = sorted({row["nodes"] for row in verify})
     places = list(dict.fromkeys((row["batch"], row["context"]) for row in verify))
     found = {(row["batch"], row["context"], row["nodes"]): row for row in verify}
     rows = []
     for batch, context in places:
         row = [found[batch, context, nodes] for nodes in sizes]
-        rows.append([str(batch), str(context), *(f"{cell['ms']:.1f} ({cell['ratio']:.2f}x)" for cell in row)])
-    headers = ["batch", "context", *(f"{nodes} node{'s' * (nodes > 1)}, ms" for nodes in sizes)]
+        rows.append([str(batch), str(context), *map(shown, row)])
+    names = [f"{nodes} node{'s' * (nodes > 1)}, {title + ' ' if title else ''}ms" for nodes in sizes]
+    headers = ["batch", "context", *names]
     return table(headers, rows)
 
 
