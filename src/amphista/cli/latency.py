@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
@@ -48,6 +48,9 @@ def latency(
         str | None,
         typer.Option(metavar="NODES=TAU,...", help="Tokens per forward to assume: adds projected speedups."),
     ] = None,
+    memory: Annotated[
+        bool, typer.Option("--memory", help="Also the peak memory of decoding, each drafter in its own process.")
+    ] = False,
     target: options.Target = DEFAULT_TARGET,
     allow_other_target: options.AllowOtherTarget = False,
     device: options.Device = None,
@@ -60,6 +63,8 @@ def latency(
     from amphista.target.loading import load_target
     from amphista.target.shapes import random_target, shape_named
 
+    if memory and shape is not None:
+        raise ConfigError("--memory decodes with a target that can be loaded: leave out --shape")
     if layers is not None and shape is None:
         raise ConfigError("--layers goes with --shape: a loaded target is measured whole")
     config = LatencyConfig(
@@ -75,22 +80,44 @@ def latency(
     else:
         rows = (max(config.batches) + 1) * (max(config.contexts) + max(config.nodes))
         loaded = random_target(shape, num_layers=layers, cache_rows=rows, device=device, dtype=dtype)
-    _run(config, loaded, (drafters, draft_vocab, allow_other_target), out, json_lines)
+    asked = _Asked(drafters, draft_vocab, allow_other_target)
+    record = _measure(config, loaded, asked)
+    if memory:
+        settings = {"device": device, "dtype": dtype, "allow_other_target": allow_other_target}
+        record["memory"] = _memory(target, loaded, asked, settings)
+    _write(record, out, json_lines)
 
 
-def _run(
-    config: LatencyConfig, target: Target, asked: tuple[str, int | None, bool], out: Path, json_lines: bool
-) -> None:
-    """Measure, write, print; `asked` are the drafters, their draft vocabulary and whether other targets' may load."""
+class _Asked(NamedTuple):
+    """Which drafters are timed, what random ones score, whether those of other targets may load."""
+
+    drafters: str
+    draft_vocab: int | None
+    allow_other_target: bool
+
+
+def _measure(config: LatencyConfig, target: Target, asked: _Asked) -> dict[str, Any]:
     from amphista.cli.progress import StepProgress
     from amphista.evaluation.latency import measure_latency
-    from amphista.evaluation.latency_report import latency_tables, write_latency
     from amphista.evaluation.methods import timed_drafters
 
-    names, draft_vocab, allow_other_target = asked
-    loaded = timed_drafters(names, target, draft_vocab=draft_vocab, allow_other_target=allow_other_target)
+    loaded = timed_drafters(
+        asked.drafters, target, draft_vocab=asked.draft_vocab, allow_other_target=asked.allow_other_target
+    )
     with StepProgress() as progress:
-        record = measure_latency(target, config, loaded, progress.step)
+        return measure_latency(target, config, loaded, progress.step)
+
+
+def _memory(name: str, target: Target, asked: _Asked, settings: dict[str, Any]) -> list[dict[str, Any]]:
+    from amphista.evaluation.memory import MemoryJob, decodable, peak_memory
+
+    drafters = decodable(asked.drafters, target)
+    return [peak_memory(MemoryJob(target=name, drafter=drafter, settings=settings)) for drafter in drafters]
+
+
+def _write(record: dict[str, Any], out: Path, json_lines: bool) -> None:
+    from amphista.evaluation.latency_report import latency_tables, write_latency
+
     write_latency(out, record)
     print(latency_tables(record), file=sys.stderr if json_lines else sys.stdout)
     print(f"amphista: the record is {out / 'latency.json'}", file=sys.stderr)

@@ -53,6 +53,8 @@ def latency_tables(record: Measures) -> str:
     ]
     if record["draft"]:
         parts += ["\n## Drafting, one sequence\n", _drafting(record)]
+    if record.get("memory"):
+        parts += ["\n## Memory, one sequence\n", _memory(record["memory"])]
     if record["projection"]:
         parts += ["\n## What it would take (projected from the times above, not decoded)\n", _projection(record)]
     return "\n".join(part for part in parts if part) + "\n"
@@ -121,6 +123,27 @@ def _drafting(record: Measures) -> str:
     headers = [f"draft {nodes} nodes, ms" for nodes in sizes]
     headers += [f"feed {count} row{'s' * (count > 1)}, ms" for count in fed]
     return table(["drafter", "size", "context", *headers], rows)
+
+
+def _memory(memory: list[Measures]) -> str:
+    """One row per drafter: the peak of a process of its own, what it needs at least, and their ratio."""
+    parts = ("imports", "peak", "weights", "cache", "drafter")
+    rows = [
+        [
+            row["drafter"],
+            str(row["tokens"]),
+            *(f"{row[part + '_bytes'] / 1e6:.0f}" for part in parts),
+            f"{row['overhead']:.2f}x",
+        ]
+        for row in memory
+    ]
+    headers = [
+        "drafter",
+        "tokens",
+        *(f"{part}, MB" for part in parts),
+        "(peak - imports) / (weights + cache + drafter)",
+    ]
+    return table(headers, rows)
 
 
 def _projection(record: Measures) -> str:

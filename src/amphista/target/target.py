@@ -57,6 +57,7 @@ class Target:
         )
         self._local = threading.local()  # two threads may decode at once
         self._decoder = model.get_decoder()
+        self.num_weight_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
         self.num_layer_weights = sum(p.numel() for p in self._decoder.parameters()) - embedding.weight.numel()
         self._decoder.register_forward_hook(self._keep_hidden)
 
