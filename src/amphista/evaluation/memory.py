@@ -79,7 +79,6 @@ def resident_bytes(field: str) -> int:
 def _measure(job: MemoryJob) -> dict[str, int]:
     """In the process of its own."""
     import torch
-    import transformers  # noqa: F401  what the stock model is made of counts as imports, not as decoding
 
     import amphista.evaluation.methods  # noqa: F401
     from amphista.engine.params import SamplingParams
