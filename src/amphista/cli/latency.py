@@ -20,6 +20,17 @@ if TYPE_CHECKING:
     from amphista.evaluation.latency import LatencyConfig
     from amphista.target.target import Target
 
+Drafters = Annotated[
+    str,
+    typer.Option(
+        metavar="NAME[=DRAFTER],...",
+        help="Drafters to time: amphista, medusa (random weights where none is shipped), name=PATH, or none.",
+    ),
+]
+Memory = Annotated[
+    bool, typer.Option("--memory", help="Also the peak memory of decoding, each drafter in its own process.")
+]
+
 
 def latency(
     out: Annotated[Path, typer.Option(help="Folder for latency.json, latency.md and latency.svg.")],
@@ -27,13 +38,7 @@ def latency(
     contexts: Annotated[str, typer.Option(help="Rows in the cache before the forward.")] = "256",
     batches: Annotated[str, typer.Option(help="Sequences per forward; drafting is timed for one.")] = "1",
     rounds: Annotated[int, typer.Option(help="Timed repetitions, after one that is not timed.")] = 7,
-    drafters: Annotated[
-        str,
-        typer.Option(
-            metavar="NAME[=DRAFTER],...",
-            help="Drafters to time: amphista, medusa (random weights where none is shipped), name=PATH, or none.",
-        ),
-    ] = "amphista,medusa",
+    drafters: Drafters = "amphista,medusa",
     draft_vocab: Annotated[
         int | None, typer.Option(help="Tokens that drafters with random weights score. Default: all.")
     ] = None,
@@ -48,9 +53,7 @@ def latency(
         str | None,
         typer.Option(metavar="NODES=TAU,...", help="Tokens per forward to assume: adds projected speedups."),
     ] = None,
-    memory: Annotated[
-        bool, typer.Option("--memory", help="Also the peak memory of decoding, each drafter in its own process.")
-    ] = False,
+    memory: Memory = False,
     target: options.Target = DEFAULT_TARGET,
     allow_other_target: options.AllowOtherTarget = False,
     device: options.Device = None,
