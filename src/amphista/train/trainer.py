@@ -27,7 +27,7 @@ from accelerate.utils import set_seed
 
 from amphista import provenance
 from amphista.config import as_dict, build
-from amphista.drafter.base import ParallelHeads
+from amphista.drafter.base import Calibration, ParallelHeads
 from amphista.drafter.card import write_card
 from amphista.drafter.checkpoint import DRAFTERS, make_drafter, save_drafter
 from amphista.errors import ConfigError, DataError
@@ -81,6 +81,7 @@ class Trainer:
             HeadLoss(self.drafter, config.loss), optimizer, schedule
         )
         self.progress = Progress()
+        self._measured: tuple[int, Calibration, dict[str, Any]] | None = None  # at which step, what
 
     # -- setting up -----------------------------------------------------------------------------------------------
 
@@ -188,8 +189,11 @@ class Trainer:
         return result
 
     def _calibrated(self) -> dict[str, Any]:
-        calibration, measured = calibrate(self.drafter, self.validation_rows, self.hidden, self.config.loss)
-        self.drafter.calibration = calibration
+        """Calibrate the drafter as it stands; the best one of the last step is not measured twice."""
+        if self._measured is None or self._measured[0] != self.progress.step:
+            rows, loss = self.validation_rows, self.config.loss
+            self._measured = (self.progress.step, *calibrate(self.drafter, rows, self.hidden, loss))
+        _, self.drafter.calibration, measured = self._measured
         return measured
 
     def _save_drafter(self, folder: Path, measured: dict[str, Any]) -> None:
