@@ -242,6 +242,24 @@ def test_resumed_run_equals_uninterrupted_run(target, data_file, tmp_path, kind,
     assert losses_of(tmp_path / "whole" / "run") == losses_of(cut) and len(losses_of(cut)) == whole.num_steps
 
 
+def test_a_run_killed_after_its_last_step_takes_no_other(target, data_file, tmp_path, monkeypatch):
+    """Killed while it calibrated: the state is that of the last step, and there are more batches in the epoch."""
+    steps = OptimizerConfig(batch_size=4, epochs=2, max_steps=3, warmup_steps=1)
+    config = config_for(data_file, optimizer=steps, save_every=3)
+    with monkeypatch.context() as patch:
+        patch.setattr("amphista.train.trainer.calibrate", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            Trainer(target, config, tmp_path / "run", lambda line: None).run()
+    assert not (tmp_path / "run" / "last").exists()
+    resumed = Trainer(target, config, tmp_path / "run", lambda line: None)
+    resumed.run()
+    whole = Trainer(target, config, tmp_path / "whole", lambda line: None)
+    whole.run()
+    assert resumed.progress.step == whole.progress.step == 3 and len(losses_of(tmp_path / "run")) == 3
+    for name, tensor in weights_of(tmp_path / "whole" / "last").items():
+        assert torch.equal(tensor, weights_of(tmp_path / "run" / "last")[name]), name
+
+
 def test_training_lowers_the_loss_and_ships_a_working_drafter(target, data_file, tmp_path):
     config = config_for(
         data_file, optimizer=OptimizerConfig(learning_rate=3e-3, batch_size=4, epochs=12, warmup_steps=2)

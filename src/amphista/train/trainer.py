@@ -18,6 +18,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -124,7 +125,7 @@ class Trainer:
         self._resume()
         self.report(self._summary())
         started, spent = time.perf_counter(), self.progress.seconds
-        for taken, batch in enumerate(self._batches(), start=1):
+        for taken, batch in enumerate(islice(self._batches(), self.num_steps - self.progress.step), start=1):
             loss, per_head = self.model(batch.hidden, batch.next_ids, batch.answer_rows)
             if not torch.isfinite(loss):
                 raise DataError(
@@ -141,8 +142,6 @@ class Trainer:
             self._after_step(float(loss.detach()), per_head)
             if taken == stop_after:
                 return self.out / "state"
-            if self.progress.step == self.num_steps:
-                break
         return self._finish()
 
     def _batches(self) -> Iterator[Batch]:
