@@ -6,13 +6,13 @@ its meaning between the two (rows kept, rows removed), so nothing here or elsewh
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from amphista.cache.slots import SlotCache, SlotLayer
+from amphista.cache.slots import SlotWriter
 from amphista.cache.static import KVCache, LayerRows
 
 
@@ -51,27 +51,35 @@ def as_transformers_cache(cache: KVCache) -> Cache:
     return Cache(layers=[HFLayer(rows) for rows in cache.layers])
 
 
-class HFSlotLayer(HFLayer):
-    """One layer of a ragged batch: one new row for each of the first B slots, at its own position."""
+class HFSlotLayer(CacheLayerMixin):
+    """One layer of a ragged batch behind the same interface."""
 
-    def __init__(self, layer: SlotLayer, slots: Tensor, positions: Tensor, num_rows: int) -> None:
-        super().__init__(layer.slots[0])
-        self._layer, self._slots, self._positions, self._num_rows = layer, slots, positions, num_rows
+    is_sliding = False
+
+    def __init__(self, writer: SlotWriter) -> None:
+        super().__init__()
+        self._writer = writer
+        self.is_initialized = True
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Storage is there before a batched forward."""
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        layer, num_slots = self._layer, len(self._slots)
-        layer.write(key_states, value_states, self._slots, self._positions)
-        assert layer.keys is not None and layer.values is not None
-        return layer.keys[:num_slots, :, : self._num_rows], layer.values[:num_slots, :, : self._num_rows]
+        return self._writer.append(key_states, value_states)
 
     def get_mask_sizes(self, query_length: Any) -> tuple[int, int]:
-        return self._num_rows, 0
+        return self._writer.num_rows, 0
 
     def get_seq_length(self) -> int:
-        return self._num_rows - 1
+        return self._writer.num_rows - 1
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def get_max_cache_shape(self) -> int:
+        return -1
 
 
-def as_transformers_slots(cache: SlotCache, positions: Tensor, num_rows: int) -> Cache:
-    """A `transformers` cache that writes one row a slot at `positions` [B]; `num_rows` counts the longest with it."""
-    slots = torch.arange(len(positions), device=positions.device)
-    return Cache(layers=[HFSlotLayer(layer, slots, positions, num_rows) for layer in cache.layers])
+def as_transformers_slots(writers: Sequence[SlotWriter]) -> Cache:
+    """A `transformers` cache that writes one row a slot."""
+    return Cache(layers=[HFSlotLayer(writer) for writer in writers])

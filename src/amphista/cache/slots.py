@@ -51,6 +51,20 @@ class SlotLayer:
         self.values[slots, :, positions] = values[:, :, 0]
 
 
+class SlotWriter:
+    """One layer in one forward of a ragged batch: one new row for each of the first B slots, at its own position."""
+
+    def __init__(self, layer: SlotLayer, slots: Tensor, positions: Tensor, num_rows: int) -> None:
+        self._layer, self._slots, self._positions, self.num_rows = layer, slots, positions, num_rows
+
+    def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Write rows [B, H, 1, E]; returns views of the first S rows [B, H, S, E] of these slots."""
+        layer, num_slots = self._layer, len(self._slots)
+        layer.write(keys, values, self._slots, self._positions)
+        assert layer.keys is not None and layer.values is not None
+        return layer.keys[:num_slots, :, : self.num_rows], layer.values[:num_slots, :, : self.num_rows]
+
+
 class Slot(KVCache):
     """One sequence's cache, whose storage is shared with the other slots."""
 
@@ -78,6 +92,11 @@ class SlotCache:
             assert layer.keys is not None and layer.values is not None
             if needed > layer.slots[0].capacity:
                 layer.reserve(layer.keys, layer.values, layer.slots[0].next_capacity(needed))
+
+    def writers(self, positions: Tensor, num_rows: int) -> list[SlotWriter]:
+        """What a forward writes one row a slot with, at `positions` [B]; `num_rows` counts the longest with it."""
+        slots = torch.arange(len(positions), device=positions.device)
+        return [SlotWriter(layer, slots, positions, num_rows) for layer in self.layers]
 
     def advance(self, num_active: int) -> None:
         """Commit the row just written to each of the first `num_active` slots."""

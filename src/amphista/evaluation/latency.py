@@ -22,7 +22,6 @@ from typing import Any
 import torch
 
 from amphista import provenance
-from amphista.cache.hf import as_transformers_cache
 from amphista.cache.static import KVCache
 from amphista.drafter.base import ParallelHeads
 from amphista.errors import ConfigError
@@ -187,39 +186,23 @@ def typical_tree(vocab_size: int, num_nodes: int) -> TokenTree:
 def _forward(target: Target, tree: TokenTree, cache: KVCache, batch: int) -> Callable[[], Any]:
     if batch == 1:
         return lambda: target.verify(tree, cache)
+    return lambda: _run(target, tree, cache, batch, cache.num_committed)
 
-    @torch.inference_mode()
-    def run() -> Any:
-        """The same forward with one tree and one context in every sequence."""
-        past, device = cache.num_committed, target.device
-        positions = torch.tensor(tree.depths, device=device) + past
-        return target.model(
-            input_ids=torch.tensor([tree.tokens], device=device).expand(batch, -1),
-            position_ids=positions.expand(batch, -1),
-            attention_mask=target.mask_plan.write(tree.ancestor_mask().to(device), positions, past, target.dtype),
-            past_key_values=as_transformers_cache(cache),
-            use_cache=True,
-        ).logits
 
-    return run
+def _run(target: Target, tree: TokenTree, cache: KVCache, batch: int, past: int) -> Any:
+    """One tree and one context in every sequence."""
+    positions = torch.tensor(tree.depths, device=target.device) + past
+    mask = target.mask_plan.write(tree.ancestor_mask().to(target.device), positions, past, target.dtype)
+    ids = torch.tensor([tree.tokens], device=target.device).expand(batch, -1)
+    return target.run(ids, positions[None], mask, cache).logits
 
 
 def _forward_without_layers(target: Target, tree: TokenTree, batch: int, context: int) -> Callable[[], Any]:
     empty = KVCache(0)
-    positions = torch.tensor(tree.depths, device=target.device) + context
 
-    @torch.inference_mode()
     def run() -> Any:
         with without_layers(target):
-            return target.model(
-                input_ids=torch.tensor([tree.tokens], device=target.device).expand(batch, -1),
-                position_ids=positions.expand(batch, -1),
-                attention_mask=target.mask_plan.write(
-                    tree.ancestor_mask().to(target.device), positions, context, target.dtype
-                ),
-                past_key_values=as_transformers_cache(empty),
-                use_cache=True,
-            ).logits
+            return _run(target, tree, empty, batch, context)
 
     return run
 

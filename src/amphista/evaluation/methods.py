@@ -177,16 +177,16 @@ def _weights_sha256(drafter: Drafter) -> str:
 
 
 def _hf(spec: MethodSpec, target: Target, settings: Settings) -> Method:
-    return StockGenerate(target, plain())
+    return StockGenerate(target.stock(), plain())
 
 
 def _hf_lookup(spec: MethodSpec, target: Target, settings: Settings) -> Method:
-    return StockGenerate(target, prompt_lookup(spec.tree))
+    return StockGenerate(target.stock(), prompt_lookup(spec.tree))
 
 
 def _hf_assisted(spec: MethodSpec, target: Target, settings: Settings) -> Method:
     assert spec.drafter is not None
-    return StockGenerate(target, assisted(spec.drafter, target))
+    return StockGenerate(target.stock(), assisted(spec.drafter, target))
 
 
 METHODS: dict[str, Callable[[MethodSpec, Target, Settings], Method]] = {

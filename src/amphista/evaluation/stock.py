@@ -1,4 +1,4 @@
-"""Stock `transformers` decoding on the same loaded model: plain `generate`, prompt lookup, assisted generation.
+"""Stock `transformers` decoding on the stock model: plain `generate`, prompt lookup, assisted generation.
 
 Each at the settings that were fastest where we tried: the model's own attention (sdpa), its dynamic cache, under
 `torch.inference_mode` (on CPU about a tenth faster than `generate` alone, and faster than a static cache). Forwards are
@@ -47,7 +47,7 @@ def prompt_lookup(nodes: str | None) -> Variant:
 
 def assisted(name: str, target: Target) -> Variant:
     """Assisted generation with a smaller causal LM; raises ConfigError unless both share one vocabulary."""
-    assistant = load_target(name, device=str(target.device))
+    assistant = load_target(name, device=str(target.device), fast=False)
     ours = None if target.text is None else target.text.vocabulary
     theirs = None if assistant.text is None else assistant.text.vocabulary
     if ours != theirs:

@@ -37,12 +37,18 @@ def say(line: str) -> None:
 
 
 def load_target(
-    name: str = DEFAULT_TARGET, *, device: str | None = None, dtype: str | None = None, progress: Progress = say
+    name: str = DEFAULT_TARGET,
+    *,
+    device: str | None = None,
+    dtype: str | None = None,
+    fast: bool = True,
+    progress: Progress = say,
 ) -> Target:
     """Load a target and check that it verifies trees.
 
     name: a key of NAMED_TARGETS, a folder, a .gguf file or a hub id. device: 'cpu', 'cuda', ...; default CUDA where
-    there is one. dtype: a key of DTYPES; default float32 on CPU, the model's own elsewhere.
+    there is one. dtype: a key of DTYPES; default float32 on CPU, the model's own elsewhere. fast: take the fast path
+    where the model qualifies (`Target.path`, `Target.why_stock`).
     """
     place = device_of(device)
     folder = locate(name, progress)
@@ -52,13 +58,15 @@ def load_target(
     if target.dtype is torch.float16 and _dtype_on_disk(folder) is not torch.float16:
         # Rounding through float16 changes the fingerprint's bf16 rows: take it from the weights as they are on disk.
         target.fingerprint = Target(_load_model(name, folder, torch.device("cpu"), "auto"), text).fingerprint
-    quantisation = getattr(target.model.config, "quantization_config", None)
+    quantisation = getattr(target.config, "quantization_config", None)
     if quantisation is not None:
         progress(
             "the target is quantised. Kernels that scale activations over several rows at once would make its choices "
             "depend on the tree: check with --compare before trusting it"
         )
     probe(target)
+    if fast and target.speed_up(release=True):
+        target.load_stock = lambda: load_target(name, device=device, dtype=dtype, fast=False, progress=progress)
     return target
 
 

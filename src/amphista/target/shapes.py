@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
 
 from amphista.errors import CapacityError, ConfigError
 from amphista.target.gguf import Progress
@@ -163,12 +162,10 @@ def _random_model(shape: Shape, layers: int, place: torch.device, dtype: torch.d
 @contextmanager
 def without_layers(target: Target) -> Iterator[Target]:
     """The same target with no decoder layer at all: what a forward costs besides them."""
-    decoder = target.model.get_decoder()
-    if not isinstance(getattr(decoder, "layers", None), nn.ModuleList):
-        raise ConfigError(f"{target.spec.family} keeps its layers elsewhere: only whole targets can be measured")
-    layers = decoder.layers
-    decoder.layers = nn.ModuleList()
+    holder = target.layers_holder()
+    layers = holder.layers
+    holder.layers = type(layers)()
     try:
         yield target
     finally:
-        decoder.layers = layers
+        holder.layers = layers

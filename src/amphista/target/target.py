@@ -1,4 +1,5 @@
-"""The frozen target: one forward for prefill and verification, on the unmodified `transformers` model.
+"""The frozen target: one forward for prefill and verification, on the unmodified `transformers` model or, for the
+families of lean.py, on its weights without its overhead.
 
 Prefill is verification of a chain, so there is one path into the model. Logits always come from the model's own
 forward, its scaling and soft-capping included; hidden states are what its LM head reads (after the final norm), taken
@@ -11,23 +12,28 @@ Shapes: B sequences, T prompt tokens, N tree nodes, D hidden size, V vocabulary.
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from amphista.cache.hf import as_transformers_cache, as_transformers_slots
-from amphista.cache.slots import SlotCache
+from amphista.cache.slots import SlotCache, SlotWriter
 from amphista.cache.static import KVCache
 from amphista.errors import CapacityError, TargetError
 from amphista.target.attention import MaskPlan
+from amphista.target.lean import LeanModel
+from amphista.target.qualify import why_not_fast
 from amphista.target.spec import Fingerprint, LogitTransform, SharedWeights, TargetSpec
 from amphista.target.text import Text
 from amphista.tree.token_tree import TokenTree
 
 PREFILL_CHUNK = 512
+PROBE_ROWS = 12
+PROBE_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 1e-1}  # of the hidden states' scale, fast against stock
 
 
 @dataclass(frozen=True)
@@ -45,8 +51,13 @@ class Target:
     """
 
     def __init__(self, model: Any, text: Text | None = None, *, name: str = "target") -> None:
-        self.model = model.eval().requires_grad_(False)
-        self.text, self.name = text, name
+        self._model: Any = model.eval().requires_grad_(False)
+        self.config, self.text, self.name = model.config, text, name
+        self._generation_config = getattr(model, "generation_config", None)
+        self._lean: LeanModel | None = None
+        self.why_stock: str | None = why_not_fast(model)
+        self.load_stock: Callable[[], Target] | None = None
+        self._stock: Target | None = None
         self.mask_plan = MaskPlan.for_config(model.config)
         embedding, lm_head = model.get_input_embeddings(), model.get_output_embeddings()
         if embedding is None or lm_head is None:
@@ -59,7 +70,7 @@ class Target:
         self._decoder = model.get_decoder()
         self.num_weight_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
         self.num_layer_weights = sum(p.numel() for p in self._decoder.parameters()) - embedding.weight.numel()
-        self._decoder.register_forward_hook(self._keep_hidden)
+        self._hook = self._decoder.register_forward_hook(self._keep_hidden)
 
     def _keep_hidden(self, module: Any, args: Any, output: Any) -> None:
         self._local.hidden = output[0] if isinstance(output, tuple) else output.last_hidden_state
@@ -72,10 +83,61 @@ class Target:
     def dtype(self) -> torch.dtype:
         return self.shared.head_weight.dtype
 
+    @property
+    def model(self) -> Any:
+        """The stock model; raises TargetError once the fast path has taken its weights (`stock()` loads it again)."""
+        if self._model is None:
+            raise TargetError(f"{self.name} runs on the fast path and holds no stock model: load it with fast=False")
+        return self._model
+
+    @property
+    def path(self) -> str:
+        """Which forward runs: `fast` (lean.py) or `stock`."""
+        return "stock" if self._lean is None else "fast"
+
+    def speed_up(self, *, release: bool = False) -> bool:
+        """Take the fast path where the model qualifies and a forward of both agrees; `why_stock` tells why not.
+
+        release: give up the stock model, so that its weights are not there twice.
+        """
+        if self._lean is not None or self.why_stock is not None:
+            return self._lean is not None
+        ids = torch.arange(7, 7 + PROBE_ROWS, device=self.device)[None] % self.spec.vocab_size
+        expected = self.hidden_states(ids)
+        if release:
+            self._hook.remove()
+        self._lean = LeanModel(self._model, release=release)
+        difference = float((self.hidden_states(ids) - expected).abs().max() / expected.abs().max())
+        if difference > PROBE_TOLERANCE[self.dtype]:
+            raise TargetError(
+                f"the fast path of {self.name} differs from its stock model by {difference:.2g} of the hidden states' "
+                f"scale (allowed {PROBE_TOLERANCE[self.dtype]:.2g}): load it with fast=False (--no-fast) and report it"
+            )
+        if release:
+            self._model = self._decoder = None
+        return True
+
+    def stock(self) -> Target:
+        """This target on its stock model, loaded anew where the fast path has taken the weights."""
+        if self._model is not None and self._lean is None:
+            return self
+        if self.load_stock is None:
+            raise TargetError(f"{self.name} runs on the fast path and cannot be loaded again: load it with fast=False")
+        if self._stock is None:
+            self._stock = self.load_stock()
+        return self._stock
+
+    def layers_holder(self) -> Any:
+        """What keeps the list of decoder layers in `layers`; raises TargetError for families that keep it elsewhere."""
+        holder = self._lean or self.model.get_decoder()
+        if not isinstance(getattr(holder, "layers", None), nn.ModuleList | list):
+            raise TargetError(f"{self.spec.family} keeps its layers elsewhere: only whole targets can be measured")
+        return holder
+
     @cached_property
     def eos_ids(self) -> frozenset[int]:
         """All end tokens of the generation configuration; it may name one or several."""
-        for source in (getattr(self.model, "generation_config", None), self.model.config):
+        for source in (self._generation_config, self.config):
             ids = getattr(source, "eos_token_id", None)
             if ids is not None:
                 return frozenset([ids] if isinstance(ids, int) else ids)
@@ -116,7 +178,6 @@ class Target:
         ancestors = tree.ancestor_mask().to(self.device)
         return self._forward(tree.tokens, tree.depths, ancestors, cache, logits_to_keep=0)
 
-    @torch.inference_mode()
     def _forward(
         self, token_ids: list[int], depths: list[int], ancestors: Tensor, cache: KVCache, *, logits_to_keep: int
     ) -> TargetOutput:
@@ -125,21 +186,45 @@ class Target:
         deepest = past + max(depths)
         if deepest >= self.spec.max_positions:
             raise CapacityError(f"position {deepest} is beyond the context of {self.spec.max_positions}")
+        mask = self.mask_plan.write(ancestors, positions, past, self.dtype)
         try:
-            output = self.model(
-                input_ids=torch.tensor([token_ids], device=self.device),
-                position_ids=positions[None],
-                attention_mask=self.mask_plan.write(ancestors, positions, past, self.dtype),
-                past_key_values=as_transformers_cache(cache),
-                use_cache=True,
-                logits_to_keep=logits_to_keep,
+            output = self.run(
+                torch.tensor([token_ids], device=self.device), positions[None], mask, cache, logits_to_keep
             )
         except BaseException:
             cache.trim(past)  # a failed or interrupted forward leaves no half-written rows
             raise
+        return TargetOutput(output.logits[0], output.hidden[0])
+
+    @torch.inference_mode()
+    def run(
+        self,
+        token_ids: Tensor,
+        positions: Tensor,
+        mask: Tensor | dict[str, Tensor],
+        cache: KVCache | list[SlotWriter],
+        logits_to_keep: int = 0,
+    ) -> TargetOutput:
+        """One forward of ids [B, N] at positions [B, N] or [1, N], under a mask of `mask_plan`: logits [B, N, V] of
+        the last `logits_to_keep` rows (0: all), hidden states [B, N, D] of all."""
+        if self._lean is not None:
+            hidden = self._lean.hidden(
+                token_ids, positions, mask, cache.layers if isinstance(cache, KVCache) else cache
+            )
+            return TargetOutput(self._lean.logits(hidden[:, -logits_to_keep:]), hidden)
+        output = self._model(
+            input_ids=token_ids,
+            position_ids=positions.expand(len(token_ids), -1),
+            attention_mask=mask,
+            past_key_values=as_transformers_cache(cache)
+            if isinstance(cache, KVCache)
+            else as_transformers_slots(cache),
+            use_cache=True,
+            logits_to_keep=logits_to_keep,
+        )
         hidden = self._local.hidden
         self._local.hidden = None
-        return TargetOutput(output.logits[0], hidden[0])
+        return TargetOutput(output.logits, hidden)
 
     @torch.inference_mode()
     def extend(self, token_ids: list[int], cache: SlotCache) -> TargetOutput:
@@ -155,18 +240,11 @@ class Target:
         positions = torch.tensor(lengths, device=self.device)
         keys = torch.arange(max(lengths) + 1, device=self.device)
         visible = keys[None] <= positions[:, None]
-        output = self.model(
-            input_ids=torch.tensor(token_ids, device=self.device)[:, None],
-            position_ids=positions[:, None],
-            attention_mask=self.mask_plan.write_rows(visible[:, None], positions[:, None], keys[None], self.dtype),
-            past_key_values=as_transformers_slots(cache, positions, len(keys)),
-            use_cache=True,
-            logits_to_keep=0,
-        )
+        mask = self.mask_plan.write_rows(visible[:, None], positions[:, None], keys[None], self.dtype)
+        ids = torch.tensor(token_ids, device=self.device)[:, None]
+        output = self.run(ids, positions[:, None], mask, cache.writers(positions, len(keys)))
         cache.advance(len(token_ids))
-        hidden = self._local.hidden
-        self._local.hidden = None
-        return TargetOutput(output.logits[:, 0], hidden[:, 0])
+        return TargetOutput(output.logits[:, 0], output.hidden[:, 0])
 
     @torch.inference_mode()
     def hidden_states(self, token_ids: Tensor) -> Tensor:
@@ -174,10 +252,19 @@ class Target:
 
         Padding needs no mask: causal rows never look to the right.
         """
+        if self._lean is not None:
+            return self._lean.hidden(token_ids, *self._causal_rows(token_ids.shape[1]), None)
         output = self._decoder(input_ids=token_ids, use_cache=False)
         self._local.hidden = None
         hidden: Tensor = output.last_hidden_state
         return hidden
+
+    def _causal_rows(self, length: int) -> tuple[Tensor, Tensor | dict[str, Tensor] | None]:
+        """Positions [1, T] and the mask of rows without a cache; None is causal over all."""
+        positions = torch.arange(length, device=self.device)
+        if self.mask_plan.window is None:
+            return positions[None], None
+        return positions[None], self.mask_plan.write(_causal(length, self.device), positions, 0, self.dtype)
 
 
 def _causal(length: int, device: torch.device) -> Tensor:

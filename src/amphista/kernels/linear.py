@@ -1,0 +1,80 @@
+"""Linear layers for decoding: frozen weights, packed once for the few rows a step has.
+
+A generic matrix product doubles its cost from one row to two; oneDNN on weights in its own blocked order stays nearly
+flat up to about 8 rows, and is no slower for the hundreds of a prefill, so one packed copy serves both. Where it cannot
+be used (other devices or types, builds without it) the plain product takes its place. Rows do not mix: each row's
+result depends on that row alone, up to rounding.
+
+Shapes: N rows, I inputs, O outputs.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+PACKED_ROWS = 16  # rows the packed order is chosen for: fastest or as fast as any other from 1 to 256 in our sweep
+PACKED_TYPES = (torch.float32, torch.bfloat16)
+
+
+def can_pack(weight: Tensor) -> bool:
+    """Whether oneDNN can hold this weight in its own order here."""
+    if weight.device.type != "cpu" or weight.dtype not in PACKED_TYPES or not torch.backends.mkldnn.is_available():
+        return False
+    if weight.dtype is torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return False
+    return hasattr(torch.ops.mkldnn, "_linear_pointwise") and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
+
+
+class PackedLinear:
+    """y = x W^T + b for x [N, I]; W [O, I] is copied, the caller may free its own."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None = None, *, pack: bool = True) -> None:
+        self.num_outputs, self.num_inputs = weight.shape
+        self.bias = None if bias is None else bias.detach().clone()
+        self.is_packed = pack and can_pack(weight)
+        with torch.inference_mode():
+            plain = weight.detach().contiguous()
+            if self.is_packed:
+                self._weight = torch.ops.mkldnn._reorder_linear_weight(plain, PACKED_ROWS)
+            else:
+                self._weight = plain
+
+    @classmethod
+    def of(cls, *layers: nn.Linear) -> PackedLinear:
+        """One layer, or several of the same input side by side: their outputs follow each other."""
+        if len(layers) == 1:
+            return cls(layers[0].weight, layers[0].bias)
+        biases = [layer.bias for layer in layers]
+        if any(bias is None for bias in biases) and any(bias is not None for bias in biases):
+            biases = [
+                layer.weight.new_zeros(len(layer.weight)) if layer.bias is None else layer.bias for layer in layers
+            ]
+        bias = None if biases[0] is None else torch.cat([b for b in biases if b is not None])
+        return cls(torch.cat([layer.weight for layer in layers]), bias)
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        """[N, I] -> [N, O]; under `torch.inference_mode` or `no_grad` only."""
+        if not self.is_packed:
+            return functional.linear(rows, self._weight, self.bias)
+        product: Tensor = torch.ops.mkldnn._linear_pointwise(rows, self._weight, self.bias, "none", [], "")
+        return product
+
+    def added(self, rows: Tensor, residual: Tensor) -> Tensor:
+        """residual [N, O] + the product, in one pass where packed."""
+        if not self.is_packed:
+            return residual + functional.linear(rows, self._weight, self.bias)
+        total: Tensor = torch.ops.mkldnn._linear_pointwise.binary(rows, residual, self._weight, self.bias, "add")
+        return total
+
+    def plain_weight(self) -> Tensor:
+        """A copy of W [O, I] in its plain order."""
+        weight: Tensor = self._weight.to_dense() if self.is_packed else self._weight.clone()
+        return weight
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the weight and the bias."""
+        held = int(self.num_outputs * self.num_inputs * self._weight.element_size())
+        return held + (0 if self.bias is None else self.bias.numel() * self.bias.element_size())

@@ -1,0 +1,225 @@
+"""The fast forward of the Llama family: the same weights and arithmetic as the stock model, without its overhead.
+
+Llama, Mistral, Qwen2 and Qwen3 (qualify.py decides): projections of one input fused into one packed product, residuals
+added inside products, grouped-query attention without repeating keys and values, one mask for all layers, rows of the
+cache written in place. Everything else runs on the stock model; both are tested equal.
+
+Shapes: B sequences, N new rows each, S cached rows with them, H query heads, J key-value heads, G = H / J, E head size,
+D hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from amphista.kernels.linear import PackedLinear
+
+FUSED_ATTENTION_ROWS = 128  # from so many query rows on, torch's own attention is faster than three plain operations
+Mask = Tensor | dict[str, Tensor] | None
+
+
+class Rows(Protocol):
+    """Where a layer's keys and values go."""
+
+    def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """New rows [B, J, N, E] in, all rows [B, J, S, E] out."""
+
+
+class NoRows:
+    """No cache: a forward sees the rows it is given."""
+
+    def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        return keys, values
+
+
+@dataclass(frozen=True)
+class Norm:
+    """Root-mean-square norm (arXiv 1910.07467) over the last dimension."""
+
+    weight: Tensor
+    eps: float
+
+    @classmethod
+    def of(cls, module: Any) -> Norm:
+        return cls(module.weight.detach(), module.variance_epsilon)
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        return torch.rms_norm(rows, self.weight.shape, self.weight, self.eps)
+
+
+@dataclass(frozen=True)
+class LeanLayer:
+    """One decoder layer's weights. `kind` is its entry in the configuration's layer types."""
+
+    attention_norm: Norm
+    qkv: PackedLinear
+    query_norm: Norm | None
+    key_norm: Norm | None
+    output: PackedLinear
+    mlp_norm: Norm
+    gate_up: PackedLinear
+    down: PackedLinear
+    kind: str
+
+    @classmethod
+    def of(cls, layer: Any, kind: str) -> LeanLayer:
+        attention, mlp = layer.self_attn, layer.mlp
+        normed = hasattr(attention, "q_norm")
+        return cls(
+            attention_norm=Norm.of(layer.input_layernorm),
+            qkv=PackedLinear.of(attention.q_proj, attention.k_proj, attention.v_proj),
+            query_norm=Norm.of(attention.q_norm) if normed else None,
+            key_norm=Norm.of(attention.k_norm) if normed else None,
+            output=PackedLinear.of(attention.o_proj),
+            mlp_norm=Norm.of(layer.post_attention_layernorm),
+            gate_up=PackedLinear.of(mlp.gate_proj, mlp.up_proj),
+            down=PackedLinear.of(mlp.down_proj),
+            kind=kind,
+        )
+
+
+class LeanModel:
+    """A causal LM of the Llama family as packed weights and one function."""
+
+    def __init__(self, model: Any, *, release: bool = False) -> None:
+        """release: free the stock model's layers one by one as they are packed, so that no weight exists twice."""
+        config, decoder = model.config, model.get_decoder()
+        attention = decoder.layers[0].self_attn
+        self._head_size, self.scale = attention.head_dim, attention.scaling
+        self.num_heads, self.num_key_value_heads = config.num_attention_heads, config.num_key_value_heads
+        self._embedding, self._rotary = decoder.embed_tokens.weight.detach(), decoder.rotary_emb
+        self._norm = Norm.of(decoder.norm)
+        self._head = PackedLinear.of(model.get_output_embeddings())
+        kinds = getattr(config, "layer_types", None) or ["full_attention"] * len(decoder.layers)
+        self.layers: list[LeanLayer] = []
+        for index, kind in enumerate(kinds):
+            self.layers.append(LeanLayer.of(decoder.layers[index], kind))
+            if release:
+                decoder.layers[index] = torch.nn.Identity()
+
+    @property
+    def dtype(self) -> torch.dtype:
+        dtype: torch.dtype = self._embedding.dtype
+        return dtype
+
+    @torch.inference_mode()
+    def hidden(self, token_ids: Tensor, positions: Tensor, mask: Mask, cache: Sequence[Rows] | None) -> Tensor:
+        """Post-norm hidden states [B, N, D] of ids [B, N] at positions [B, N] or [1, N].
+
+        mask: bool [B or 1, 1, N, S], a dict of them by layer type, or None where every new row sees all of S (N = 1),
+        or, without a cache, all rows before it.
+        """
+        num_sequences, num_rows = token_ids.shape
+        states = functional.embedding(token_ids.reshape(-1), self._embedding)
+        turned = self._rotation(states, positions, num_sequences)
+        attention = {
+            kind: _Attention.of(self, (num_sequences, num_rows), mask[kind] if isinstance(mask, dict) else mask)
+            for kind in {layer.kind for layer in self.layers}
+        }
+        for index, layer in enumerate(self.layers):
+            rows = NoRows() if cache is None else cache[index]
+            states = self._layer(layer, states, turned, attention[layer.kind], rows)
+        return self._norm(states).view(num_sequences, num_rows, -1)
+
+    @torch.inference_mode()
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Hidden states [..., D] -> logits [..., V]."""
+        return self._head(hidden.reshape(-1, hidden.shape[-1])).view(*hidden.shape[:-1], -1)
+
+    def _layer(
+        self, layer: LeanLayer, states: Tensor, turned: tuple[Tensor, Tensor], attention: _Attention, rows: Rows
+    ) -> Tensor:
+        heads, key_heads, size = self.num_heads, self.num_key_value_heads, self._head_size
+        projected = layer.qkv(layer.attention_norm(states)).view(len(states), heads + 2 * key_heads, size)
+        pairs = projected[:, : heads + key_heads]
+        if layer.query_norm is not None and layer.key_norm is not None:
+            pairs = torch.cat([layer.query_norm(pairs[:, :heads]), layer.key_norm(pairs[:, heads:])], dim=1)
+        pairs = torch.addcmul(pairs * turned[0], pairs.roll(size // 2, -1), turned[1])
+        mixed = attention(pairs[:, :heads], pairs[:, heads:], projected[:, heads + key_heads :], rows)
+        states = layer.output.added(mixed, states)
+        gate, up = layer.gate_up(layer.mlp_norm(states)).chunk(2, dim=-1)
+        return layer.down.added(functional.silu(gate) * up, states)
+
+    def _rotation(self, states: Tensor, positions: Tensor, num_sequences: int) -> tuple[Tensor, Tensor]:
+        """Cosines and sines [B * N, 1, E] of the rotary positions; the sines carry the sign of `rotate_half`."""
+        cosine, sine = self._rotary(states, positions)
+        half = self._head_size // 2
+        sine = torch.cat([-sine[..., :half], sine[..., half:]], dim=-1)
+        if len(positions) != num_sequences:
+            cosine, sine = (table.expand(num_sequences, -1, -1) for table in (cosine, sine))
+        return cosine.reshape(-1, 1, self._head_size), sine.reshape(-1, 1, self._head_size)
+
+
+@dataclass(frozen=True)
+class _Attention:
+    """Attention of one kind of layer in one forward. Query heads of a group share keys and values as they lie.
+
+    mask: bool [B or 1, 1, N, S] where torch's own attention is used, else additive [B * J or 1, G * N, S]; None: every
+    row sees all (N = 1) or, without a cache, all before it.
+    """
+
+    shape: tuple[int, int]
+    num_key_value_heads: int
+    num_groups: int
+    scale: float
+    mask: Tensor | None
+    is_fused: bool
+
+    @classmethod
+    def of(cls, model: LeanModel, shape: tuple[int, int], mask: Tensor | None) -> _Attention:
+        key_heads, groups = model.num_key_value_heads, model.num_heads // model.num_key_value_heads
+        is_causal = mask is None and shape[1] > 1
+        is_fused = is_causal or shape[1] * groups >= FUSED_ATTENTION_ROWS or model.dtype is not torch.float32
+        if mask is not None and not is_fused:
+            mask = _grouped(mask[:, 0], shape[0] * key_heads, groups, model.dtype)
+        return cls(shape, key_heads, groups, model.scale, mask, is_fused)
+
+    def __call__(self, queries: Tensor, keys: Tensor, values: Tensor, rows: Rows) -> Tensor:
+        """Queries [B * N, H, E], new keys and values [B * N, J, E] -> [B * N, H * E]."""
+        batch, length = self.shape
+        new_keys, new_values = (part.view(batch, length, *part.shape[1:]).transpose(1, 2) for part in (keys, values))
+        all_keys, all_values = rows.append(new_keys, new_values)
+        mix = self._fused if self.is_fused else self._grouped
+        return mix(queries.view(batch, length, *queries.shape[1:]), all_keys, all_values).reshape(batch * length, -1)
+
+    def _fused(self, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        mixed = functional.scaled_dot_product_attention(
+            queries.transpose(1, 2),
+            keys,
+            values,
+            attn_mask=self.mask,
+            is_causal=self.mask is None and self.shape[1] > 1,
+            scale=self.scale,
+            enable_gqa=self.num_groups > 1,
+        )
+        return mixed.transpose(1, 2)
+
+    def _grouped(self, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        """A few rows: two batched products and a softmax cost less than torch's attention and its repeated heads."""
+        (batch, length), heads, groups = self.shape, self.num_key_value_heads, self.num_groups
+        size = queries.shape[-1]
+        grouped = queries.view(batch, length, heads, groups, size).permute(0, 2, 3, 1, 4)
+        grouped = grouped.reshape(batch * heads, groups * length, size)
+        transposed = keys.flatten(0, 1).transpose(1, 2)
+        if self.mask is None:
+            scores = torch.bmm(grouped * self.scale, transposed)
+        else:
+            scores = torch.baddbmm(self.mask, grouped, transposed, alpha=self.scale)
+        mixed = torch.bmm(torch.softmax(scores, dim=-1), values.flatten(0, 1))
+        return mixed.view(batch, heads, groups, length, size).permute(0, 3, 1, 2, 4)
+
+
+def _grouped(visible: Tensor, num_pairs: int, groups: int, dtype: torch.dtype) -> Tensor:
+    """bool [B or 1, N, S] -> additive [B * J or 1, G * N, S]: the rows of a group one after the other."""
+    added = torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill_(~visible, -torch.inf)
+    if len(visible) == 1:
+        return added.repeat(1, groups, 1)
+    batch, rows, keys = visible.shape
+    spread = added[:, None, None].expand(batch, num_pairs // batch, groups, rows, keys)
+    return spread.reshape(num_pairs, groups * rows, keys)
