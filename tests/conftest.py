@@ -21,8 +21,10 @@ def _fixed_seed():
 
 @pytest.fixture(scope="session")
 def target():
-    """A tiny Llama on bare token ids."""
-    return tiny_target()
+    """A tiny Llama on bare token ids, on the fast path; its stock model stays there for oracles."""
+    target = tiny_target()
+    assert target.speed_up(), target.why_stock
+    return target
 
 
 @pytest.fixture(scope="session")

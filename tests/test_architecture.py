@@ -12,7 +12,7 @@ LAYERS = [  # bottom up; what stands on one line does not import each other
     {"errors"},
     {"config", "provenance", "jsonl"},
     {"prompts"},
-    {"tree", "cache"},
+    {"tree", "cache", "kernels"},
     {"target"},
     {"accept", "drafter"},
     {"engine"},

@@ -214,15 +214,17 @@ def load(
     tree: str | int | None = None,
     device: str | None = None,
     dtype: str | None = None,
+    fast: bool = True,
     allow_other_target: bool = False,
 ) -> LLM:
     """Load a target (named default, folder, GGUF file or hub id) and a drafter.
 
     drafter: 'none', a name shipped for this target ('amphista', 'medusa'), a folder or a hub id. By default Amphista
-    where one is shipped for the target, else none, said on standard error.
+    where one is shipped for the target, else none, said on standard error. fast: the fast forward where the target
+    qualifies (`llm.target.path`), else the stock model.
     """
     check_tree(tree)
-    loaded = load_target(target, device=device, dtype=dtype)
+    loaded = load_target(target, device=device, dtype=dtype, fast=fast)
     return LLM(loaded, choose_drafter(loaded, drafter, allow_other_target=allow_other_target), tree=tree)
 
 

@@ -137,18 +137,23 @@ def test_reading_on_after_a_break_goes_on(text_target):
     assert ids == whole.token_ids == stream.answer.token_ids
 
 
-def test_failed_forward_leaves_usable_caches(target, monkeypatch):
+@pytest.mark.parametrize("path", ["stock", "fast"])
+def test_failed_forward_leaves_usable_caches(path, monkeypatch):
     """An interrupt inside the target's forward drops the half-written rows."""
+    target = tiny_target()
+    assert path == "stock" or target.speed_up()
     engine = Engine(target, real_drafters(target)["amphista-full"], parse_tree(7))
     sequence, _ = engine.start([5, 17, 230], PARAMS)
     rows = sequence.context.cache.num_committed
-    layer = target.model.model.layers[1]
 
     def interrupt(*args, **kwargs):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(layer, "forward", interrupt)
+        if path == "stock":
+            patch.setattr(target.model.model.layers[1], "forward", interrupt)
+        else:
+            patch.setattr(target._lean.layers[1].down, "added", interrupt)
         with pytest.raises(KeyboardInterrupt):
             engine.step(sequence)
     sequence.context.cache.check_integrity()

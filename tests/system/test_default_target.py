@@ -45,7 +45,7 @@ def test_same_tokens_and_drafts_accepted(llm, name, temperature):
 def test_same_tokens_as_transformers_generate(llm):
     ids = llm.prompt_ids(PROMPTS[0])
     prompt = torch.tensor([ids])
-    out = llm.target.model.generate(
+    out = llm.target.stock().model.generate(
         prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=TOKENS, do_sample=False
     )
     assert out[0, len(ids) :].tolist() == llm.generate(PROMPTS[0], max_new_tokens=TOKENS).token_ids

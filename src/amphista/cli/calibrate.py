@@ -31,6 +31,7 @@ def calibrate(
     target: options.Target = DEFAULT_TARGET,
     device: options.Device = None,
     dtype: options.Dtype = None,
+    fast: options.Fast = True,
     json_lines: Annotated[bool, typer.Option("--json", help="Print the record as one JSON object at the end.")] = False,
 ) -> None:
     """Temperatures per head, accuracy by depth and rank, coverage: measured and written into the checkpoint."""
@@ -40,7 +41,7 @@ def calibrate(
 
     config = CalibrateConfig(all_rows=all_rows, draft_vocab=draft_vocab, nodes=nodes, decode=decode)
     check_out(out)
-    record = recalibrate(load_target(target, device=device, dtype=dtype), drafter, data, out, config)
+    record = recalibrate(load_target(target, device=device, dtype=dtype, fast=fast), drafter, data, out, config)
     print("\n".join(_lines(record)), file=sys.stderr if json_lines else sys.stdout)
     print(f"amphista: the calibrated drafter is in {out}", file=sys.stderr)
     if json_lines:

@@ -28,6 +28,7 @@ def chat(
     allow_other_target: options.AllowOtherTarget = False,
     device: options.Device = None,
     dtype: options.Dtype = None,
+    fast: options.Fast = True,
     tree: options.Tree = None,
     max_new_tokens: options.MaxNewTokens = 512,
     temperature: options.Temperature = 0.0,
@@ -53,7 +54,7 @@ def chat(
         seed=seed,
         stop=stop,
     )
-    llm = load(target, drafter, tree=tree, device=device, dtype=dtype, allow_other_target=allow_other_target)
+    llm = load(target, drafter, tree=tree, device=device, dtype=dtype, fast=fast, allow_other_target=allow_other_target)
     conversation = llm.conversation(system)
     print(f"{llm.target.name} with drafter {llm.drafter.name}. {HELP}", file=sys.stderr)
     for line in _lines():

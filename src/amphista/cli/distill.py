@@ -34,6 +34,7 @@ def distill(
     target: options.Target = DEFAULT_TARGET,
     device: options.Device = None,
     dtype: options.Dtype = None,
+    fast: options.Fast = True,
     batch_size: Annotated[int | None, typer.Option(help="Conversations answered at a time.  [default: 32]")] = None,
     max_new_tokens: Annotated[
         int | None, typer.Option(help="At most this many tokens an answer.  [default: 512]")
@@ -75,7 +76,7 @@ def distill(
     values |= {name: value for name, value in given.items() if value is not None}
     config = build(DistillConfig, values)
     share = Share.from_environment(os.environ) if shard is None else Share.parse(shard)
-    summary = _run(config, share, (target, device or _own_device(), dtype), out)
+    summary = _run(config, share, (target, device or _own_device(), dtype, fast), out)
     if json_lines:
         print(json.dumps({"out": str(out), **summary}))
 
@@ -88,16 +89,16 @@ def _own_device() -> str | None:
     return f"cuda:{rank}" if rank is not None and torch.cuda.is_available() else None
 
 
-def _run(config: Any, share: Share, target: tuple[str, str | None, str | None], out: Path) -> dict[str, Any]:
-    """Read the prompts, load the target (its name, device and dtype), answer."""
+def _run(config: Any, share: Share, target: tuple[str, str | None, str | None, bool], out: Path) -> dict[str, Any]:
+    """Read the prompts, load the target (its name, device, dtype, fast or not), answer."""
     from amphista.cli.progress import StepProgress
     from amphista.target.loading import load_target
     from amphista.train.conversations import load_conversations
     from amphista.train.distill import Distiller
 
     asked = load_conversations(config.prompts, config.limit)
-    name, device, dtype = target
-    loaded = load_target(name, device=device, dtype=dtype)
+    name, device, dtype, fast = target
+    loaded = load_target(name, device=device, dtype=dtype, fast=fast)
     with StepProgress() as progress:
         summary = Distiller(loaded, config, asked, out, share=share, on_step=progress.step).run()
     print(

@@ -42,6 +42,7 @@ def evaluate(
     allow_other_target: options.AllowOtherTarget = False,
     device: options.Device = None,
     dtype: options.Dtype = None,
+    fast: options.Fast = True,
     tree: options.Tree = None,
     max_new_tokens: options.MaxNewTokens = 256,
     temperature: options.Temperature = 0.0,
@@ -79,26 +80,26 @@ def evaluate(
         protocol=protocol,
         system=system,
     )
-    _run(config, load_questions(questions, data, limit), (target, device, dtype), out, json_lines)
+    _run(config, load_questions(questions, data, limit), (target, device, dtype, fast), out, json_lines)
 
 
 def _run(
     config: EvaluationConfig,
     asked: QuestionSet,
-    target: tuple[str, str | None, str | None],
+    target: tuple[str, str | None, str | None, bool],
     out: Path,
     json_lines: bool,
 ) -> None:
-    """Measure, report, print; `target` is its name, device and dtype."""
+    """Measure, report, print; `target` is its name, device, dtype and whether it may be fast."""
     from amphista.cli.progress import StepProgress
     from amphista.evaluation.metrics import contract
     from amphista.evaluation.report import markdown_tables, write_report
     from amphista.evaluation.run import Evaluation
     from amphista.target.loading import load_target
 
-    name, device, dtype = target
+    name, device, dtype, fast = target
     with StepProgress() as progress:
-        evaluation = Evaluation(load_target(name, device=device, dtype=dtype), asked, config, out)
+        evaluation = Evaluation(load_target(name, device=device, dtype=dtype, fast=fast), asked, config, out)
         evaluation.run(progress.step)
     summary = evaluation.finish()
     write_report(out, summary)

@@ -29,6 +29,7 @@ def generate(
     allow_other_target: options.AllowOtherTarget = False,
     device: options.Device = None,
     dtype: options.Dtype = None,
+    fast: options.Fast = True,
     tree: options.Tree = None,
     max_new_tokens: options.MaxNewTokens = 256,
     temperature: options.Temperature = 0.0,
@@ -67,5 +68,5 @@ def generate(
     asked = from_arguments(prompts or [], sys.stdin) + (read_prompts(prompts_file) if prompts_file else [])
     if not asked:
         raise typer.BadParameter("give at least one PROMPT, or --prompts FILE.jsonl")
-    llm = load(target, drafter, tree=tree, device=device, dtype=dtype, allow_other_target=allow_other_target)
+    llm = load(target, drafter, tree=tree, device=device, dtype=dtype, fast=fast, allow_other_target=allow_other_target)
     run_job(Job(llm, asked, params, system=system, raw=raw, compare=compare, output=output, json_lines=json_lines))

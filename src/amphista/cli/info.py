@@ -27,6 +27,7 @@ def info(
     ] = False,
     device: options.Device = None,
     dtype: options.Dtype = None,
+    fast: options.Fast = True,
     json_lines: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Show what is installed and where it stands; --check decodes and compares."""
@@ -45,7 +46,9 @@ def info(
         "drafters": [_describe(c) for found in shipped_checkpoints().values() for c in found],
     }
     if check:
-        report["check"] = _check(target, drafter, device, dtype, allow_other_target)
+        report["check"] = _check(
+            target, drafter, device=device, dtype=dtype, fast=fast, allow_other_target=allow_other_target
+        )
     print(json.dumps(report) if json_lines else _text(report))
     if check and not report["check"]["identical"]:
         raise typer.Exit(1)
@@ -64,20 +67,20 @@ def _describe(checkpoint: Any) -> dict[str, Any]:
     }
 
 
-def _check(
-    target: str, drafter: str | None, device: str | None, dtype: str | None, allow_other_target: bool
-) -> dict[str, Any]:
+def _check(target: str, drafter: str | None, **settings: Any) -> dict[str, Any]:
     from dataclasses import asdict
 
     from amphista.cli.answers import compare
     from amphista.llm import load
 
-    llm = load(target, drafter, device=device, dtype=dtype, allow_other_target=allow_other_target)
+    llm = load(target, drafter, **settings)
     raw = llm.target.text is not None and not llm.target.text.has_chat_template
     ours = llm.generate(CHECK_PROMPT, max_new_tokens=CHECK_TOKENS, raw=raw)
     compared = compare(llm, ours, llm.baseline.generate(CHECK_PROMPT, max_new_tokens=CHECK_TOKENS, raw=raw))
     return {
         "target": asdict(llm.target.spec),
+        "path": llm.target.path,
+        "why_stock": llm.target.why_stock if llm.target.path == "stock" else None,
         "drafter": llm.drafter.name,
         "tau": ours.stats.tau,
         "identical": compared["identical"],
@@ -117,4 +120,6 @@ def _text(report: dict[str, Any]) -> str:
         verdict = "the same tokens as plain decoding" if check["identical"] else f"DIFFERENT: {check['divergence']}"
         tau = "" if check["tau"] is None else f", {check['tau']:.2f} tokens per target forward"
         lines.append(f"check       {check['drafter']}: {verdict}{tau}")
+        reason = f": {check['why_stock']}" if check["why_stock"] else ""
+        lines.append(f"path        {check['path']}{reason}")
     return "\n".join(lines)

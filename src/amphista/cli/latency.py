@@ -58,6 +58,7 @@ def latency(
     allow_other_target: options.AllowOtherTarget = False,
     device: options.Device = None,
     dtype: options.Dtype = None,
+    fast: options.Fast = True,
     json_lines: Annotated[bool, typer.Option("--json", help="Print the record as one JSON object at the end.")] = False,
 ) -> None:
     """Measure what a forward and a draft cost here, and from which tau on drafting pays."""
@@ -79,14 +80,14 @@ def latency(
         tau=_taus(tau),
     )
     if shape is None:
-        loaded = load_target(target, device=device, dtype=dtype)
+        loaded = load_target(target, device=device, dtype=dtype, fast=fast)
     else:
         rows = (max(config.batches) + 1) * (max(config.contexts) + max(config.nodes))
         loaded = random_target(shape, num_layers=layers, cache_rows=rows, device=device, dtype=dtype)
     asked = _Asked(drafters, draft_vocab, allow_other_target)
     record = _measure(config, loaded, asked)
     if memory:
-        settings = {"device": device, "dtype": dtype, "allow_other_target": allow_other_target}
+        settings = {"device": device, "dtype": dtype, "fast": fast, "allow_other_target": allow_other_target}
         record["memory"] = _memory(target, loaded, asked, settings)
     _write(record, out, json_lines)
 

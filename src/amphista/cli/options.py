@@ -42,6 +42,14 @@ Dtype = Annotated[
         help="float32, bfloat16 or float16. Default: float32 on CPU, else the model's.", rich_help_panel=MODEL
     ),
 ]
+Fast = Annotated[
+    bool,
+    typer.Option(
+        "--fast/--no-fast",
+        help="The fast forward where the target qualifies (`amphista info --check` tells), or the stock model.",
+        rich_help_panel=MODEL,
+    ),
+]
 Tree = Annotated[
     str | None,
     typer.Option(

@@ -352,6 +352,7 @@ def _check_memory(target: Target, config: LatencyConfig) -> None:
 def _described(target: Target, config: LatencyConfig, drafters: Mapping[str, ParallelHeads]) -> Measures:
     return {
         "target": target.name,
+        "path": target.path,
         "dtype": str(target.dtype).removeprefix("torch."),
         "device": str(target.device),
         "num_layers": config.num_layers or target.spec.num_layers,

@@ -35,8 +35,9 @@ def latency_markdown(record: Measures) -> str:
     place = machine.get("accelerator") or machine["processor"]
     parts = [
         f"# Latency of {record['target']}\n",
-        f"{record['dtype']} on {place}, {machine['torch_threads']} threads; medians of {record['settings']['rounds']} "
-        f"rounds; torch {record['versions'].get('torch')}, transformers {record['versions'].get('transformers')}; "
+        f"{record['path'].capitalize()} forward, {record['dtype']} on {place}, {machine['torch_threads']} threads; "
+        f"medians of {record['settings']['rounds']} rounds; "
+        f"torch {record['versions'].get('torch')}, transformers {record['versions'].get('transformers')}; "
         f"amphista {record['git'] or record['versions'].get('amphista')}.\n",
         latency_tables(record),
     ]

@@ -58,8 +58,9 @@ def setting_line(summary: Summary) -> str:
     where = machine.get("accelerator") or f"{machine['processor']}, {machine['torch_threads']} threads"
     return (
         f"At most {settings['params']['max_new_tokens']} new tokens, {settings['repeats']} repeat(s), "
-        f"{settings['dtype']}, {where} ({machine['instruction_set']}), torch {versions['torch']}, transformers "
-        f"{versions['transformers']}, amphista {versions['amphista']} at {run['git']}, {run['date']}."
+        f"{settings['dtype']}, {settings.get('path', 'stock')} forward, {where} ({machine['instruction_set']}), "
+        f"torch {versions['torch']}, transformers {versions['transformers']}, "
+        f"amphista {versions['amphista']} at {run['git']}, {run['date']}."
     )
 
 

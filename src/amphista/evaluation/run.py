@@ -98,6 +98,7 @@ class Evaluation:
             "target_fingerprint": as_dict(self.target.fingerprint),
             "dtype": str(self.target.dtype).removeprefix("torch."),
             "device": str(self.target.device),
+            "path": self.target.path,
             "questions": {
                 "name": self.questions.name,
                 "count": len(self.questions.questions),

@@ -119,12 +119,15 @@ class Target:
 
     def stock(self) -> Target:
         """This target on its stock model, loaded anew where the fast path has taken the weights."""
-        if self._model is not None and self._lean is None:
+        if self._lean is None:
             return self
-        if self.load_stock is None:
-            raise TargetError(f"{self.name} runs on the fast path and cannot be loaded again: load it with fast=False")
         if self._stock is None:
-            self._stock = self.load_stock()
+            if self._model is not None:
+                self._stock = Target(self._model, self.text, name=self.name)
+            elif self.load_stock is not None:
+                self._stock = self.load_stock()
+            else:
+                raise TargetError(f"{self.name} runs on the fast path and cannot be loaded again: use fast=False")
         return self._stock
 
     def layers_holder(self) -> Any:

@@ -266,6 +266,7 @@ class Distiller:
             "identity": identity,
             "config": config,
             "target": Path(self.target.name).name,
+            "path": self.target.path,
             "chat_template": template,
             "provenance": provenance.record(),
         }

@@ -1,0 +1,228 @@
+"""The fast path equals the stock model: logits and hidden states of prefills, trees, commits, ragged batches and rows
+for training, for every family and shape that qualifies, windows crossed and caches grown; and decoding is lossless.
+
+Mutations (rotary positions off by one, heads of another group, a dropped mask bit, a residual left out) must be seen by
+the same checks, and a model with anything unknown in it must not qualify.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from amphista.engine.decoder import decode
+from amphista.engine.params import SamplingParams
+from amphista.engine.step import Engine
+from amphista.errors import TargetError
+from amphista.target import lean
+from amphista.target.lean import LeanModel
+from amphista.target.target import Target
+from amphista.tree.grow import parse_tree
+from amphista.tree.token_tree import TokenTree
+from tests.oracle.decode import decode_plainly
+from tests.tiny import EOS, HOSTILE, WINDOW, tiny_model, tiny_target
+
+TREE = TokenTree([11, 40, 41, 42, 43, 40, 44, 45, 46, 47], [-1, 0, 0, 1, 1, 2, 3, 6, 7, 8])
+CHANGES = {
+    "llama": ("llama", {}),
+    "llama-untied": ("llama", {"tie_word_embeddings": False}),
+    "llama-tied": ("llama", {"tie_word_embeddings": True}),
+    "llama-one-group": ("llama", {"num_key_value_heads": 1}),
+    "llama-no-groups": ("llama", {"num_key_value_heads": 4}),
+    "llama-biased": ("llama", {"attention_bias": True, "mlp_bias": True}),
+    "llama-wide-heads": ("llama", {"head_dim": 16}),
+    "mistral": ("mistral", {}),
+    "mistral-windowed": ("mistral-windowed", {}),
+    "qwen2": ("qwen2", {}),
+    "qwen2-windowed": ("qwen2-windowed", {}),
+    "qwen3": ("qwen3", {}),
+}
+TOLERANCE = 1e-5  # of the largest logit or hidden state: float32, products added in another order
+
+
+def prompt_of(length: int) -> list[int]:
+    return [(7 * i + 3) % 250 for i in range(length)]
+
+
+def shaken_model(family: str, **changes):
+    """Biases and norms are random too: a path could forget them without anyone noticing."""
+    model = tiny_model(family, **changes)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 1:
+                parameter.normal_(1.0 if parameter.mean() > 0.5 else 0.0, 0.3)
+    return model
+
+
+def pair(name: str) -> tuple[Target, Target]:
+    """The same weights on both paths."""
+    family, changes = CHANGES[name]
+    model = shaken_model(family, **changes)
+    fast, stock = Target(model, name=name), Target(model, name=name)
+    assert fast.speed_up(), fast.why_stock
+    return fast, stock
+
+
+@pytest.fixture(scope="module", params=CHANGES)
+def both(request):
+    return pair(request.param)
+
+
+def difference(ours: torch.Tensor, theirs: torch.Tensor) -> float:
+    assert ours.shape == theirs.shape and bool(torch.isfinite(ours).all())
+    return float((ours - theirs).abs().max() / theirs.abs().max())
+
+
+def worst_difference(fast: Target, stock: Target, length: int) -> float:
+    """A chunked prefill, a tree, a commit and a tree behind it, on both."""
+    outputs = []
+    for target in (fast, stock):
+        cache = target.new_cache()
+        first = target.prefill(prompt_of(length), cache)
+        tree = target.verify(TREE, cache)
+        cache.commit([0, 2, 5])
+        again = target.verify(TREE, cache)
+        alone = target.verify(TokenTree.root_alone(9), _committed(cache))
+        outputs.append([t for o in (first, tree, again, alone) for t in (o.logits, o.hidden)])
+    return max(difference(a, b) for a, b in zip(*outputs, strict=True))
+
+
+def _committed(cache):
+    cache.commit([0, 1, 3])
+    return cache
+
+
+@pytest.mark.parametrize("length", [1, WINDOW, 3 * WINDOW + 1, 150])
+def test_prefill_tree_and_commit(both, length, monkeypatch):
+    if length > 20:
+        monkeypatch.setattr("amphista.target.target.PREFILL_CHUNK", 60)  # fused attention behind a cache, then growth
+    assert worst_difference(*both, length) < TOLERANCE
+
+
+def test_ragged_batch(both):
+    lengths = [3, WINDOW + 2, 1, 2 * WINDOW]
+    outputs = []
+    for target in both:
+        slots = target.new_slots(4)
+        for slot, length in zip(slots.slots, lengths, strict=True):
+            target.prefill(prompt_of(length), slot)
+        steps = [target.extend([40 + step, 50, 60, 70 + step], slots) for step in range(3)]
+        slots.check_integrity()
+        outputs.append([t for o in steps for t in (o.logits, o.hidden)])
+    assert max(difference(a, b) for a, b in zip(*outputs, strict=True)) < TOLERANCE
+
+
+@pytest.mark.parametrize("length", [1, 5, 3 * WINDOW])
+def test_training_rows(both, length):
+    ids = torch.tensor([prompt_of(length), [i + 1 for i in prompt_of(length)]])
+    assert difference(both[0].hidden_states(ids), both[1].hidden_states(ids)) < TOLERANCE
+
+
+def test_what_drafters_are_lent_is_the_same(both):
+    fast, stock = both
+    assert fast.spec == stock.spec and fast.fingerprint == stock.fingerprint and fast.eos_ids == stock.eos_ids
+    output = fast.prefill(prompt_of(6), fast.new_cache())
+    assert difference(fast.shared.project(output.hidden[-1:]), output.logits) < TOLERANCE
+
+
+def long_answer(target, params):
+    """A prompt that fills the limit: an answer of two tokens would test nothing."""
+    for start in range(3, 40):
+        prompt = [start, *prompt_of(WINDOW - 3)]
+        expected = decode_plainly(target.model, prompt, params, {EOS})
+        if len(expected) == params.max_new_tokens:
+            return prompt, expected
+    raise AssertionError("no prompt has a long answer")
+
+
+@pytest.mark.parametrize("kind", HOSTILE)
+@pytest.mark.parametrize("family", ["mistral-windowed", "qwen2-windowed", "qwen3"])
+def test_decoding_is_lossless(family, kind):
+    target = tiny_target(family)
+    assert target.speed_up()
+    for params in (SamplingParams(max_new_tokens=20), SamplingParams(max_new_tokens=20, temperature=0.8, seed=7)):
+        prompt, expected = long_answer(target, params)
+        sequence = decode(Engine(target, HOSTILE[kind](prompt + expected), parse_tree(9)), prompt, params)
+        assert sequence.output_ids == expected
+        assert kind != "always-right" or max(sequence.stats.accepted) >= 3
+
+
+def test_bfloat16_is_as_close_to_the_truth_as_the_stock_path():
+    model = tiny_model("llama")
+    exact = Target(model).prefill(prompt_of(30), Target(model).new_cache()).logits
+    rounded = tiny_model("llama").to(torch.bfloat16)
+    fast, stock = Target(rounded), Target(rounded)
+    assert fast.speed_up(), fast.why_stock
+    errors = [difference(t.prefill(prompt_of(30), t.new_cache()).logits.float(), exact) for t in (fast, stock)]
+    assert errors[0] < 1.5 * errors[1] < 0.2
+    cache, other = fast.new_cache(), stock.new_cache()
+    fast.prefill(prompt_of(9), cache), stock.prefill(prompt_of(9), other)
+    assert difference(fast.verify(TREE, cache).logits, stock.verify(TREE, other).logits) < 0.1
+
+
+# -- what must not pass -----------------------------------------------------------------------------------------------
+
+
+def _rotated_late(monkeypatch):
+    original = LeanModel._rotation
+    monkeypatch.setattr(
+        LeanModel, "_rotation", lambda self, states, positions, n: original(self, states, 2 * positions, n)
+    )
+
+
+def _other_group(monkeypatch):
+    original = lean._Attention._grouped
+    monkeypatch.setattr(
+        lean._Attention,
+        "_grouped",
+        lambda self, queries, keys, values: original(self, queries.roll(1, 2), keys, values),
+    )
+
+
+def _mask_bit(monkeypatch):
+    original = lean._grouped
+
+    def drop(visible, *rest):
+        visible = visible.clone()
+        visible[:, 1:, 0] = False
+        return original(visible, *rest)
+
+    monkeypatch.setattr(lean, "_grouped", drop)
+
+
+def _no_residual(monkeypatch):
+    monkeypatch.setattr("amphista.kernels.linear.PackedLinear.added", lambda self, rows, residual: self(rows))
+
+
+def _norm_forgotten(monkeypatch):
+    monkeypatch.setattr(lean.Norm, "__call__", lambda self, rows: torch.rms_norm(rows, self.weight.shape, None, 1e-6))
+
+
+@pytest.mark.parametrize("mutation", [_rotated_late, _other_group, _mask_bit, _no_residual, _norm_forgotten])
+def test_a_mutation_is_seen(mutation, monkeypatch):
+    fast, stock = pair("qwen2")
+    with monkeypatch.context() as patch:
+        mutation(patch)
+        assert worst_difference(fast, stock, 12) > 100 * TOLERANCE
+    assert worst_difference(fast, stock, 12) < TOLERANCE
+
+
+def test_a_forward_that_differs_is_refused_at_load(monkeypatch):
+    _norm_forgotten(monkeypatch)
+    target = Target(shaken_model("qwen3"))
+    with pytest.raises(TargetError, match="differs from its stock model"):
+        target.speed_up()
+
+
+def test_a_failed_forward_leaves_the_cache_as_it_was(monkeypatch):
+    fast, stock = pair("llama")
+    cache, other = fast.new_cache(), stock.new_cache()
+    fast.prefill(prompt_of(9), cache), stock.prefill(prompt_of(9), other)
+    first, second = fast._lean.layers
+    with monkeypatch.context() as patch, pytest.raises(AttributeError):
+        patch.setattr(fast._lean, "layers", [first, dataclasses.replace(second, down=None)])
+        fast.verify(TREE, cache)
+    cache.check_integrity()
+    assert difference(fast.verify(TREE, cache).logits, stock.verify(TREE, other).logits) < TOLERANCE
