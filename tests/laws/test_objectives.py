@@ -160,6 +160,8 @@ CONFIGS = {
     "until-fail-all": LossConfig(
         text_weight=0.5, variation_weight=0.5, hybrid_weight=0.5, depth_decay=0.9, accept_until_fail=True
     ),
+    "chunks": LossConfig(depth_decay=0.8, chunk_rows=3),
+    "chunks-until-fail": LossConfig(hybrid_weight=0.5, accept_until_fail=True, chunk_rows=4),
 }
 DRAFTERS = {
     "shared": lambda target: Amphista(AmphistaConfig(num_heads=NUM_HEADS), target.spec, target.shared),
@@ -238,7 +240,8 @@ def loss_by_hand(drafter, batch, rows, config):
 def test_the_loss_is_written_out(precise, kind, name):
     drafter, batch, rows = case(precise, kind)
     expected, heads, numbers = loss_by_hand(drafter, batch, rows, CONFIGS[name])
-    loss, per_head = HeadLoss(drafter, CONFIGS[name])(batch.hidden, batch.next_ids, rows)
+    sums = HeadLoss(drafter, CONFIGS[name])(batch.hidden, batch.next_ids, rows)
+    loss, per_head = sums.loss(CONFIGS[name]), sums.per_head()
     assert float(loss.detach()) == pytest.approx(expected, rel=1e-10)
     assert per_head.tolist() == pytest.approx(heads, rel=1e-10)
     all_rows = [number_of_aims(rows, k) for k in range(NUM_HEADS)]
@@ -274,7 +277,7 @@ def reference_loss(drafter, batch, rows, config):
 
 
 @pytest.mark.parametrize("kind", DRAFTERS)
-@pytest.mark.parametrize("name", ["default", "all", "until-fail-all"])
+@pytest.mark.parametrize("name", ["default", "all", "until-fail-all", "chunks", "chunks-until-fail"])
 def test_every_parameters_gradient_is_that_of_the_plain_graph(precise, kind, name):
     """Taking each head's gradient in the forward pass changes where it is computed, not what it is."""
     drafter, batch, rows = case(precise, kind)
@@ -282,11 +285,33 @@ def test_every_parameters_gradient_is_that_of_the_plain_graph(precise, kind, nam
     expected = torch.autograd.grad(
         reference_loss(drafter, batch, rows, CONFIGS[name]), list(parameters.values()), allow_unused=True
     )
-    loss, _ = HeadLoss(drafter, CONFIGS[name])(batch.hidden, batch.next_ids, rows)
+    loss = HeadLoss(drafter, CONFIGS[name])(batch.hidden, batch.next_ids, rows).loss(CONFIGS[name])
     (loss * 3).backward()  # whatever comes from above is passed on
     for (where, parameter), gradient in zip(parameters.items(), expected, strict=True):
         assert gradient is not None and float(gradient.abs().max()) > 0, where
         torch.testing.assert_close(parameter.grad, 3 * gradient, atol=1e-10, rtol=1e-8, msg=where)
+
+
+def test_both_cross_entropies_at_once_are_their_sum():
+    logits, aims, labels = drawn()
+    logits.requires_grad_(True)
+    config = LossConfig(soft_weight=0.7, text_weight=0.3)
+    weights = torch.linspace(1, 2, len(labels)).double()
+    (losses.head_losses(logits, aims, labels, config) * weights).sum().backward()
+    found, logits.grad = logits.grad, None
+    log_probs = torch.log_softmax(logits, -1)
+    plain = 0.7 * losses.soft_cross_entropy(log_probs, aims) + 0.3 * losses.text_cross_entropy(log_probs, labels)
+    torch.testing.assert_close(losses.head_losses(logits, aims, labels, config), plain)
+    (plain * weights).sum().backward()
+    torch.testing.assert_close(found, logits.grad)
+
+
+def test_no_autocast_reaches_the_sums():
+    logits, aims, labels = drawn()
+    values = [logits.float(), aims.float(), labels, LossConfig()]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = losses.head_losses(*values)
+    assert torch.equal(inside, losses.head_losses(*values))
 
 
 # -- memory -----------------------------------------------------------------------------------------------------------
@@ -307,7 +332,7 @@ def vocabulary_sized_tensors_kept(drafter, batch, rows):
         return holder
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda holder: holder.tensor):
-        loss, _ = HeadLoss(drafter, CONFIGS["all"])(batch.hidden, batch.next_ids, rows)
+        loss = HeadLoss(drafter, CONFIGS["all"])(batch.hidden, batch.next_ids, rows).loss(CONFIGS["all"])
     gc.collect()
     shapes = [tuple(holder.tensor.shape) for holder in kept]
     assert shapes and loss.requires_grad
@@ -318,7 +343,9 @@ def vocabulary_sized_tensors_kept(drafter, batch, rows):
 def test_nothing_of_vocabulary_size_waits_for_the_backward_pass(precise, kind, monkeypatch):
     drafter, batch, rows = case(precise, kind)
     assert vocabulary_sized_tensors_kept(drafter, batch, rows) == 0
-    monkeypatch.setattr(losses._Scored, "__call__", losses._Scored.compute)  # autograd's own way: the count sees it
+    monkeypatch.setattr(
+        losses, "_at_once", lambda function, *inputs: function(*inputs)
+    )  # autograd's own way: the count sees it
     assert vocabulary_sized_tensors_kept(drafter, batch, rows) >= NUM_HEADS
 
 
@@ -332,6 +359,7 @@ def test_nothing_of_vocabulary_size_waits_for_the_backward_pass(precise, kind, m
         (ONLY, "nor all 0"),
         ({"hybrid_eta": -1.0}, "hybrid_eta is -1.0"),
         ({"depth_decay": 0.0}, "depth_decay is 0.0"),
+        ({"chunk_rows": 0}, "chunk_rows is 0"),
         ({"hybrid": 1.0}, "did you mean 'hybrid_eta'|did you mean 'hybrid_weight'"),
         ({"accept_until_fail": 1}, "accept_until_fail is 1: expected bool"),
     ],
@@ -364,7 +392,7 @@ def test_descending_an_objective_lowers_it(target, name):
     optimizer = torch.optim.AdamW(drafter.parameters(), lr=1e-2)
     seen = []
     for _ in range(25):
-        loss, _ = loss_of(batch.hidden, batch.next_ids, batch.answer_rows)
+        loss = loss_of(batch.hidden, batch.next_ids, batch.answer_rows).loss(CONFIGS[name])
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

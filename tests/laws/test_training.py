@@ -81,7 +81,8 @@ def test_loss_equals_cross_entropy_written_out(target, draft_vocab):
     assert counts == [7 + 4, 6 + 2, 5], "which positions count"
     by_hand = [s / c for s, c in zip(sums, counts, strict=True)]
     batch = batch_for(target, rows)
-    loss, per_head = HeadLoss(drafter, config)(batch.hidden, batch.next_ids, batch.answer_rows)
+    sums = HeadLoss(drafter, config)(batch.hidden, batch.next_ids, batch.answer_rows)
+    loss, per_head = sums.loss(config), sums.per_head()
     assert per_head.tolist() == pytest.approx(by_hand, rel=1e-4)
     weights = [1, 0.5, 0.25]
     assert float(loss.detach()) == pytest.approx(
@@ -92,7 +93,7 @@ def test_loss_equals_cross_entropy_written_out(target, draft_vocab):
 def test_gradient_reaches_the_drafter_only(target):
     drafter = drafter_for(target)
     batch = batch_for(target, [ROW])
-    HeadLoss(drafter, LossConfig())(batch.hidden, batch.next_ids, batch.answer_rows)[0].backward()
+    HeadLoss(drafter, LossConfig())(batch.hidden, batch.next_ids, batch.answer_rows).loss(LossConfig()).backward()
     missing = [name for name, p in drafter.named_parameters() if p.grad is None or float(p.grad.abs().sum()) == 0]
     assert missing == []
     assert all(p.grad is None and not p.requires_grad for p in target.model.parameters())
@@ -103,7 +104,8 @@ def test_a_batch_of_one_token_answers_has_a_loss_of_nothing(target):
     """No head has anything to aim at; the step must still have a gradient, of zero."""
     drafter = drafter_for(target)
     batch = batch_for(target, [TokenRow("y", "y", [1, 2, 3], [0, 0, 1])])
-    loss, per_head = HeadLoss(drafter, LossConfig())(batch.hidden, batch.next_ids, batch.answer_rows)
+    sums = HeadLoss(drafter, LossConfig())(batch.hidden, batch.next_ids, batch.answer_rows)
+    loss, per_head = sums.loss(LossConfig()), sums.per_head()
     loss.backward()
     assert float(loss.detach()) == 0 and per_head.tolist() == [0, 0, 0]
 
@@ -114,8 +116,8 @@ def test_padding_changes_nothing(target):
     longer = TokenRow("c", "c", PROMPT * 4, [0] * 16)
     alone, padded = (batch_for(target, rows) for rows in ([ROW], [ROW, longer]))
     loss = HeadLoss(drafter, LossConfig())
-    one = loss(alone.hidden, alone.next_ids, alone.answer_rows)[1]
-    other = loss(padded.hidden, padded.next_ids, padded.answer_rows)[1]
+    one = loss(alone.hidden, alone.next_ids, alone.answer_rows).per_head()
+    other = loss(padded.hidden, padded.next_ids, padded.answer_rows).per_head()
     torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
 
 

@@ -10,8 +10,8 @@ All run over the draft vocabulary: p is renormalised over it, and text tokens ou
 text. A row q counts for head k iff x_{t+1} and x_{t+1+k} lie in the same answer. Rows of an answer are contiguous, so
 what head k of row q aims at is row q + k of the same arrays.
 
-Positions x heads x vocabulary never exist at once, nor in what autograd keeps: each head's gradient is taken as soon as
-its loss is there.
+Positions x heads x vocabulary never exist at once, nor in what autograd keeps: `chunk_rows` rows of one head do, and
+their gradient is taken as soon as their loss is there. (Small blocks are faster, too: past 32 MB each is mapped anew.)
 
 Shapes: Q rows, M rows that count for a head, K heads, D hidden size, N draft vocabulary.
 """
@@ -20,7 +20,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from functools import cached_property
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -36,7 +37,7 @@ class LossConfig:
 
     `soft_weight` and `text_weight` are lambda_1 and lambda_2 of ALGORITHM section 3. `variation_weight`,
     `acceptance_weight` and `hybrid_weight` (with `hybrid_eta`) aim at sampled acceptance. `depth_decay` 1.0 is the
-    paper's uniform.
+    paper's uniform. `chunk_rows` bounds memory, not the loss: no more rows than these meet the vocabulary at once.
     """
 
     soft_weight: float = 1.0
@@ -47,14 +48,22 @@ class LossConfig:
     hybrid_eta: float = 3.0
     depth_decay: float = 1.0
     accept_until_fail: bool = False
+    chunk_rows: int = 512
 
     def __post_init__(self) -> None:
         if min(self.weights.values()) < 0 or sum(self.weights.values()) == 0:
             raise ConfigError(f"{', '.join(self.weights)} must not be negative, nor all 0")
         if self.hybrid_eta < 0:
             raise ConfigError(f"hybrid_eta is {self.hybrid_eta}: expected 0 or more (0 is plain KL)")
+        if self.chunk_rows < 1:
+            raise ConfigError(f"chunk_rows is {self.chunk_rows}: expected at least 1")
         if not 0 < self.depth_decay <= 1:
             raise ConfigError(f"depth_decay is {self.depth_decay}: expected a number in (0, 1]")
+
+    @property
+    def aims_at_acceptance(self) -> bool:
+        """Whether anything but the two cross-entropies is asked for."""
+        return any((self.variation_weight, self.acceptance_weight, self.hybrid_weight))
 
     @property
     def weights(self) -> dict[str, float]:
@@ -142,8 +151,13 @@ def until_first_fail(counts: Tensor, index: Tensor, right: Tensor) -> Tensor:
 # -- the loss ---------------------------------------------------------------------------------------------------------
 
 
-def head_loss(logits: Tensor, target_probs: Tensor, labels: Tensor, config: LossConfig) -> Tensor:
-    """Mean loss of one head: logits [M, N], target distribution [M, N], labels [M] in the draft vocabulary or -1."""
+def head_losses(logits: Tensor, target_probs: Tensor, labels: Tensor, config: LossConfig) -> Tensor:
+    """Loss [M] of one head's rows: logits [M, N], target distribution [M, N], labels [M] in the vocabulary or -1."""
+    if not config.aims_at_acceptance:
+        both: Tensor = _CrossEntropies.apply(
+            _widened(logits), target_probs, labels, config.soft_weight, config.text_weight
+        )
+        return both
     log_probs = torch.log_softmax(_widened(logits), dim=-1)
     objectives: dict[str, Callable[[], Tensor]] = {
         "soft_weight": lambda: soft_cross_entropy(log_probs, target_probs),
@@ -153,12 +167,72 @@ def head_loss(logits: Tensor, target_probs: Tensor, labels: Tensor, config: Loss
         "hybrid_weight": lambda: hybrid_acceptance(log_probs, target_probs, config.hybrid_eta),
     }
     terms = [weight * objectives[name]() for name, weight in config.weights.items() if weight]
-    return torch.stack(terms).sum(0).mean()
+    return torch.stack(terms).sum(0)
+
+
+class _CrossEntropies(torch.autograd.Function):
+    """Both cross-entropies as one, with r = soft p + text onehot(label): -sum_v r_v log q_v and its gradient |r| q - r.
+
+    Equal to the weighted sum of `soft_cross_entropy` and `text_cross_entropy` (a law), in half the passes over [M, N].
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, target_probs: Tensor, labels: Tensor, soft: float, text: float) -> Tensor:
+        log_probs = torch.log_softmax(logits, dim=-1)
+        known = (labels >= 0).to(logits.dtype)
+        index = labels.clamp_min(0)[:, None]
+        with torch.autocast(logits.device.type, enabled=False):  # which would sum in bfloat16
+            loss: Tensor = -soft * torch.linalg.vecdot(target_probs, log_probs)
+        loss -= text * known * log_probs.gather(-1, index).squeeze(-1)
+        ctx.save_for_backward(log_probs, target_probs, index, text * known)
+        ctx.soft = soft
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        log_probs, target_probs, index, text = ctx.saved_tensors
+        gradient = log_probs.exp().mul_((ctx.soft + text)[:, None])
+        gradient.sub_(target_probs, alpha=ctx.soft)
+        gradient.scatter_add_(-1, index, -text[:, None])
+        return gradient.mul_(upstream[:, None]), None, None, None, None
 
 
 def _widened(logits: Tensor) -> Tensor:
     """At least float32: half-precision logits have too few digits for a softmax over a vocabulary."""
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+class HeadSums(NamedTuple):
+    """What a batch adds to the loss, per head [K]: summed losses, rows that counted, rows it had (equal without fails).
+
+    Sums of parts of a batch add up, whichever process or micro-batch they come from; means would not.
+    """
+
+    losses: Tensor
+    counted: Tensor
+    aims: Tensor
+
+    def loss(self, config: LossConfig) -> Tensor:
+        """The loss of the module's first equation."""
+        return self.weighted(self.aims, config) / self.weight(self.aims, config)
+
+    def weighted(self, aims: Tensor, config: LossConfig) -> Tensor:
+        """sum_k w_k s_k mean_t l_{t,k}, as the part of these rows among `aims` [K] rows in all."""
+        part: Tensor = (_depth_weights(config, aims) * self.losses / aims.clamp_min(1)).sum()
+        return part
+
+    def weight(self, aims: Tensor, config: LossConfig) -> Tensor:
+        """sum_k w_k s_k, as the part of these rows among `aims` [K] rows in all."""
+        return (_depth_weights(config, aims) * self.counted / aims.clamp_min(1)).sum().clamp_min(1e-9)
+
+    def per_head(self) -> Tensor:
+        """The unweighted loss of each head over what counts for it [K]."""
+        return self.losses.detach() / self.counted.clamp_min(1)
+
+
+def _depth_weights(config: LossConfig, like: Tensor) -> Tensor:
+    return like.new_tensor([depth_weight(config.depth_decay, k) for k in range(len(like))])
 
 
 class HeadLoss(nn.Module):
@@ -168,55 +242,74 @@ class HeadLoss(nn.Module):
         super().__init__()
         self.drafter, self.config = drafter, config
 
-    def forward(self, hidden: Tensor, next_ids: Tensor, answer_rows: AnswerRows) -> tuple[Tensor, Tensor]:
-        """hidden [B, T, D], next_ids [B, T] -> (loss, the unweighted loss of each head over what counts for it [K])."""
-        drafter, config = self.drafter, self.config
-        states = drafter(hidden, next_ids, answer_rows.rows)
-        with torch.no_grad():
-            target_logits = drafter.target_logits(hidden.flatten(0, 1)[answer_rows.rows])
-            target_probs = torch.softmax(_widened(target_logits), dim=-1)
-            labels = draft_labels(drafter, answer_rows.next_ids)
-        counts = torch.ones_like(labels, dtype=torch.bool)
-        total, weights, per_head = states.sum() * 0, 0.0, []  # answers of one token have a loss, too: 0
-        for k in range(drafter.num_heads):
-            aims = answer_rows.aims(k)
-            index = aims[counts[aims]]
+    def forward(self, hidden: Tensor, next_ids: Tensor, answer_rows: AnswerRows) -> HeadSums:
+        """hidden [B, T, D], next_ids [B, T] -> what this batch adds to each head's loss."""
+        states = self.drafter(hidden, next_ids, answer_rows.rows)
+        labels = draft_labels(self.drafter, answer_rows.next_ids)
+        aimed_at = hidden.flatten(0, 1)[answer_rows.rows]
+        parts = [
+            self._part(states, _Part(self.drafter, aimed_at, labels, start, self.config), answer_rows)
+            for start in range(0, max(len(labels), 1), self.config.chunk_rows)
+        ]
+        losses, counted = (torch.stack(column).sum(0) for column in zip(*parts, strict=True))
+        aims = counted.new_tensor([answer_rows.aims(k).numel() for k in range(self.drafter.num_heads)])
+        return HeadSums(losses + states.sum() * 0, counted, aims)  # answers of one token have a loss, too: 0
+
+    def _part(self, states: Tensor, part: _Part, answer_rows: AnswerRows) -> tuple[Tensor, Tensor]:
+        """(summed losses [K], rows that counted [K]) of one chunk of rows."""
+        counts = torch.ones_like(part.labels, dtype=torch.bool)
+        losses, counted = [], []
+        for k in range(self.drafter.num_heads):
+            index = answer_rows.aims(k)
+            index = index[(index >= part.start) & (index < part.start + self.config.chunk_rows)]
+            index = index[counts[index]]
+            counted.append(float(index.numel()))
             if index.numel() == 0:
-                per_head.append(states.new_zeros(()))
+                losses.append(_widened(states.new_zeros(())))
                 continue
-            aim = index + k + 1
-            scored = _Scored(drafter, target_probs, labels, aim, config)
-            loss, right = scored(states[index, k], *drafter.own_weights(k))
-            if config.accept_until_fail:
+            loss, right = part.scored(k, index, states[index, k], *self.drafter.own_weights(k))
+            if self.config.accept_until_fail:
                 counts = until_first_fail(counts, index, right)
-            weight = depth_weight(config.depth_decay, k) * index.numel() / aims.numel()
-            total, weights = total + weight * loss, weights + weight
-            per_head.append(loss.detach())
-        return total / max(weights, 1e-9), torch.stack(per_head)
+            losses.append(loss)
+        return torch.stack(losses), losses[0].new_tensor(counted)
 
 
 @dataclass(frozen=True)
-class _Scored:
-    """One head's loss as a function of its states [M, D] and its own LM head, if it has one."""
+class _Part:
+    """The rows from `start` on, `chunk_rows` of them, and what their heads aim at."""
 
     drafter: ParallelHeads
-    target_probs: Tensor
+    aimed_at: Tensor
     labels: Tensor
-    aim: Tensor
+    start: int
     config: LossConfig
 
-    def __call__(self, *inputs: Tensor) -> tuple[Tensor, Tensor]:
-        """(mean loss, whether each row's best token is the text's [M])."""
-        if not torch.is_grad_enabled():
-            return self.compute(*inputs)
-        loss, right = _GradientAtOnce.apply(self.compute, *inputs)
-        return loss, right
+    @cached_property
+    def target_probs(self) -> Tensor:
+        """The target's distribution over the draft vocabulary from row start + 1 on; row `start` is nobody's aim."""
+        last = self.start + self.config.chunk_rows + self.drafter.num_heads
+        with torch.no_grad():
+            return torch.softmax(_widened(self.drafter.target_logits(self.aimed_at[self.start + 1 : last])), dim=-1)
 
-    def compute(self, states: Tensor, *own: Tensor) -> tuple[Tensor, Tensor]:
-        logits = self.drafter.score(states, own)
-        labels = self.labels[self.aim]
-        loss = head_loss(logits, self.target_probs[self.aim], labels, self.config)
-        return loss, logits.detach().argmax(-1) == labels
+    def scored(self, head: int, index: Tensor, *inputs: Tensor) -> tuple[Tensor, Tensor]:
+        """(summed loss of a head's rows, whether each row's best token is the text's, as far as anybody asks)."""
+        aim = index + head + 1
+
+        def compute(states: Tensor, *own: Tensor) -> tuple[Tensor, Tensor]:
+            logits = self.drafter.score(states, own)
+            labels = self.labels[aim]
+            loss = head_losses(logits, self.target_probs[aim - self.start - 1], labels, self.config).sum()
+            asked = self.config.accept_until_fail
+            return loss, logits.detach().argmax(-1) == labels if asked else torch.empty(0, device=labels.device)
+
+        return _at_once(compute, *inputs)
+
+
+def _at_once(function: Callable[..., tuple[Tensor, Tensor]], *inputs: Tensor) -> tuple[Tensor, Tensor]:
+    if not torch.is_grad_enabled():
+        return function(*inputs)
+    loss, right = _GradientAtOnce.apply(function, *inputs)
+    return loss, right
 
 
 class _GradientAtOnce(torch.autograd.Function):

@@ -126,7 +126,8 @@ class Trainer:
         self.report(self._summary())
         started, spent = time.perf_counter(), self.progress.seconds
         for taken, batch in enumerate(islice(self._batches(), self.num_steps - self.progress.step), start=1):
-            loss, per_head = self.model(batch.hidden, batch.next_ids, batch.answer_rows)
+            sums = self.model(batch.hidden, batch.next_ids, batch.answer_rows)
+            loss, per_head = sums.loss(self.config.loss), sums.per_head()
             if not torch.isfinite(loss):
                 raise DataError(
                     f"the loss is {float(loss)} at step {self.progress.step}: lower optimizer.learning_rate"

@@ -77,7 +77,7 @@ def validate(
     accepted: Counter[int] = Counter()
     for some, on_cpu in batches_of(rows, hidden, batch_size):
         batch = on_cpu.to(device)
-        per_head = loss_of(batch.hidden, batch.next_ids, batch.answer_rows)[1].cpu()
+        per_head = loss_of(batch.hidden, batch.next_ids, batch.answer_rows).per_head().cpu()
         ranked = ranked_heads(drafter, batch, max(NUM_RANKS, max(*tree_sizes, ACCEPTANCE_AT) - 1), temperature)
         count_hits(ranked, batch, hits, counts)
         losses += per_head * len(some)
