@@ -87,6 +87,8 @@ class LLM:
     def __init__(self, target: Target, drafter: Drafter | None = None, *, tree: str | int | None = None) -> None:
         self.target = target
         self.drafter = drafter or NoDrafter()
+        if isinstance(self.drafter, ParallelHeads):
+            self.drafter.freeze()
         self.engine = Engine(target, self.drafter, parse_tree(tree, calibrated_accuracy(self.drafter)))
 
     def with_drafter(self, drafter: Drafter, *, tree: str | int | None = None) -> LLM:

@@ -4,6 +4,8 @@ that commits rows in pieces through the caches. Trainers elsewhere lost most of 
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 
@@ -26,11 +28,15 @@ def training_logits(target, drafter):
         return hidden[0], next_ids[0], drafter.head_logits(states)
 
 
+@pytest.mark.parametrize("frozen", [False, True])
 @pytest.mark.parametrize("pieces", PIECES, ids=str)
 @pytest.mark.parametrize("name", [name for name in REAL_DRAFTERS if name != "none"])
-def test_training_logits_equal_decoding_logits(target, drafters, name, pieces):
+def test_training_logits_equal_decoding_logits(target, drafters, name, pieces, frozen):
     drafter = drafters[name]
     hidden, next_ids, expected = training_logits(target, drafter)
+    if frozen:  # as it decodes: packed once it is trained
+        drafter = copy.deepcopy(drafter).freeze()
+        assert drafter.num_weights == drafters[name].num_weights
     state, row = drafter.start(), 0
     for size in pieces:
         drafter.commit(state, hidden[row : row + size], next_ids[row : row + size])

@@ -160,7 +160,7 @@ class Amphista(ParallelHeads):
     @torch.inference_mode()
     def commit(self, state: DrafterState, hidden: Tensor, next_ids: Tensor) -> None:
         positions = torch.arange(state.num_rows, state.num_rows + hidden.shape[0], device=hidden.device)[None]
-        hidden = hidden[None].to(self.output_norm.weight.dtype)
+        hidden = hidden[None].to(self.dtype)
         stages = self._adapt(hidden, next_ids[None], positions, state.caches)
         state.features = [stage[:, -1] for stage in stages]
         state.num_rows += hidden.shape[1]

@@ -20,6 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from amphista.errors import ConfigError, DrafterError
+from amphista.kernels.frozen import pack_linears
+from amphista.kernels.linear import PackedLinear
 from amphista.target.spec import SharedWeights, TargetSpec
 from amphista.tree.candidates import Candidates
 
@@ -105,6 +107,8 @@ class ParallelHeads(Drafter):
         self.calibration: Calibration | None = None
         self._shared = shared
         self._shared_rows: tuple[Tensor, Tensor | None] | None = None
+        self._packed_rows: PackedLinear | None = None
+        self._frozen: tuple[torch.dtype, torch.device, int] | None = None
         size = config.draft_vocab
         if size is not None and size > spec.vocab_size:
             raise ConfigError(f"draft_vocab is {size}, but the target has only {spec.vocab_size} tokens")
@@ -115,6 +119,30 @@ class ParallelHeads(Drafter):
             self.own_head = nn.Parameter(weight.float().expand(config.num_heads, -1, -1).clone())
             own_bias = None if bias is None else bias.float().expand(config.num_heads, -1).clone()
             self.own_bias = None if own_bias is None else nn.Parameter(own_bias)
+
+    # -- once trained -------------------------------------------------------------------------------------------
+
+    def freeze(self) -> ParallelHeads:
+        """Pack for decoding what can be packed on this device; training and moving end here. Repeating it is free."""
+        if self._frozen is None:
+            self._frozen = (self.dtype, self.device, self.num_weights)
+            pack_linears(self.eval().requires_grad_(False))
+        return self
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of the weights."""
+        return next(self.parameters()).dtype if self._frozen is None else self._frozen[0]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.parameters()).device if self._frozen is None else self._frozen[1]
+
+    @property
+    def num_weights(self) -> int:
+        """Number of trained weights, the shared LM head not counted."""
+        return sum(p.numel() for p in self.parameters()) if self._frozen is None else self._frozen[2]
 
     # -- the draft vocabulary and its LM head ---------------------------------------------------------------------
 
@@ -142,7 +170,7 @@ class ParallelHeads(Drafter):
 
     def forget_gathered_head(self) -> None:
         """Drop the gathered LM-head rows; they are gathered again at the next use (after a load or a move)."""
-        self._shared_rows = None
+        self._shared_rows = self._packed_rows = None
 
     def _apply(self, *args: Any, **kwargs: Any) -> ParallelHeads:
         self.forget_gathered_head()
@@ -158,10 +186,18 @@ class ParallelHeads(Drafter):
         """The target's logits [..., N] over the draft vocabulary, for its hidden states [..., D]."""
         if self.draft_ids is None:
             return self._shared.project(hidden)
+        if self._frozen is not None:
+            return self._shared.transform(self._packed_head(hidden))
         if self._shared_rows is None:
             self._shared_rows = self._gather_head()
         weight, bias = self._shared_rows
         return self._shared.transform(torch.nn.functional.linear(hidden.to(weight.dtype), weight, bias))
+
+    def _packed_head(self, hidden: Tensor) -> Tensor:
+        if self._packed_rows is None:
+            self._packed_rows = PackedLinear(*self._gather_head())
+        rows = hidden.reshape(-1, hidden.shape[-1]).to(self._packed_rows.dtype)
+        return self._packed_rows(rows).view(*hidden.shape[:-1], -1)
 
     def own_weights(self, head: int) -> tuple[Tensor, ...]:
         """What one head alone scores with: weight [N, D] and, where there is one, bias [N]; () for the shared head."""

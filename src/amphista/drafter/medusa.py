@@ -54,7 +54,7 @@ class Medusa(ParallelHeads):
 
     @torch.inference_mode()
     def commit(self, state: DrafterState, hidden: Tensor, next_ids: Tensor) -> None:
-        state.features = hidden[-1].to(next(self.heads.parameters()).dtype)
+        state.features = hidden[-1].to(self.dtype)
         state.num_rows += hidden.shape[0]
 
     @torch.inference_mode()

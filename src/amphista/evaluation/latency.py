@@ -360,7 +360,7 @@ def _described(target: Target, config: LatencyConfig, drafters: Mapping[str, Par
         "settings": json.loads(json.dumps(asdict(config))),  # lists, as it will be read back
         "drafters": {
             name: {
-                "parameters": sum(parameter.numel() for parameter in drafter.parameters()),
+                "parameters": drafter.num_weights,
                 "heads": drafter.num_heads,
                 "draft_vocab": drafter.draft_vocab,
             }

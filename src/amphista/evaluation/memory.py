@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from amphista.drafter.base import Drafter, ParallelHeads
 from amphista.drafter.checkpoint import DRAFTERS, shipped_for
 from amphista.errors import AmphistaError, ConfigError
 from amphista.target.target import Target
@@ -99,8 +100,15 @@ def _measure(job: MemoryJob) -> dict[str, int]:
         "peak_bytes": peak,
         "weights_bytes": llm.target.num_weight_bytes,
         "cache_bytes": context.cache.num_bytes,
-        "drafter_bytes": sum(p.numel() * p.element_size() for p in llm.drafter.parameters()),
+        "drafter_bytes": _drafter_bytes(llm.drafter),
     }
+
+
+def _drafter_bytes(drafter: Drafter) -> int:
+    if not isinstance(drafter, ParallelHeads):
+        return 0
+    head = 0 if drafter.draft_ids is None else drafter.draft_vocab * drafter.spec.hidden_size  # gathered rows
+    return (drafter.num_weights + head) * drafter.dtype.itemsize
 
 
 if __name__ == "__main__":

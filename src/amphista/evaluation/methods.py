@@ -161,7 +161,7 @@ def _drafter(spec: MethodSpec, target: Target, settings: Settings) -> Method:
         "engine": "amphista",
         "drafter": drafter.name,
         "tree": str(tree or DEFAULT_NUM_NODES),
-        "drafter_weights": sum(parameter.numel() for parameter in drafter.parameters()),
+        "drafter_weights": drafter.num_weights if isinstance(drafter, ParallelHeads) else 0,
         "drafter_sha256": _weights_sha256(drafter),
     }
     return Ours(target, drafter, tree, described)
@@ -219,7 +219,7 @@ def timed_drafters(
         )
         if isinstance(drafter, ParallelHeads):
             drafters[name] = drafter
-    return drafters
+    return {name: drafter.freeze() for name, drafter in drafters.items()}
 
 
 def _random_drafter(kind: str, target: Target, draft_vocab: int | None) -> ParallelHeads:

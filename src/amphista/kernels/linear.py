@@ -32,6 +32,7 @@ class PackedLinear:
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None, *, pack: bool = True) -> None:
         self.num_outputs, self.num_inputs = weight.shape
+        self.dtype = weight.dtype
         self.bias = None if bias is None else bias.detach().clone()
         self.is_packed = pack and can_pack(weight)
         with torch.inference_mode():
@@ -67,6 +68,10 @@ class PackedLinear:
             return residual + functional.linear(rows, self._weight, self.bias)
         total: Tensor = torch.ops.mkldnn._linear_pointwise.binary(rows, residual, self._weight, self.bias, "add")
         return total
+
+    def __deepcopy__(self, memo: object) -> PackedLinear:
+        """Itself: nothing in it ever changes, and packed storage cannot be copied as a tensor."""
+        return self
 
     def plain_weight(self) -> Tensor:
         """A copy of W [O, I] in its plain order."""

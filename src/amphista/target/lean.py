@@ -95,7 +95,7 @@ class LeanModel:
         self.num_heads, self.num_key_value_heads = config.num_attention_heads, config.num_key_value_heads
         self._embedding, self._rotary = decoder.embed_tokens.weight.detach(), decoder.rotary_emb
         self._norm = Norm.of(decoder.norm)
-        self._head = PackedLinear.of(model.get_output_embeddings())
+        self.head = PackedLinear.of(model.get_output_embeddings())
         kinds = getattr(config, "layer_types", None) or ["full_attention"] * len(decoder.layers)
         self.layers: list[LeanLayer] = []
         for index, kind in enumerate(kinds):
@@ -130,7 +130,7 @@ class LeanModel:
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
         """Hidden states [..., D] -> logits [..., V]."""
-        return self._head(hidden.reshape(-1, hidden.shape[-1])).view(*hidden.shape[:-1], -1)
+        return self.head(hidden.reshape(-1, hidden.shape[-1])).view(*hidden.shape[:-1], -1)
 
     def _layer(
         self, layer: LeanLayer, states: Tensor, turned: tuple[Tensor, Tensor], attention: _Attention, rows: Rows

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from amphista.errors import TargetError
+from amphista.kernels.linear import PackedLinear
 
 NUM_FINGERPRINT_ROWS = 64
 
@@ -108,6 +109,7 @@ class SharedWeights:
 
     def __init__(self, embedding: nn.Module, lm_head: nn.Linear, transform: LogitTransform) -> None:
         self._embedding, self._lm_head, self._transform = embedding, lm_head, transform
+        self._packed: PackedLinear | None = None
 
     @torch.no_grad()
     def embed(self, token_ids: Tensor) -> Tensor:
@@ -120,7 +122,14 @@ class SharedWeights:
 
         Gradients flow to `states`, never to the head.
         """
-        return self.transform(self._lm_head(states.to(self.head_weight.dtype)))
+        states = states.to(self.head_weight.dtype)
+        if self._packed is not None and torch.is_inference_mode_enabled():
+            return self.transform(self._packed(states.reshape(-1, states.shape[-1])).view(*states.shape[:-1], -1))
+        return self.transform(self._lm_head(states))
+
+    def use_packed(self, head: PackedLinear) -> None:
+        """Decode with a packed copy of the LM head; training, which needs gradients, keeps the plain one."""
+        self._packed = head
 
     def transform(self, logits: Tensor) -> Tensor:
         """The family's own scaling and soft-capping, for logits made with `head_rows`."""

@@ -113,6 +113,7 @@ class Target:
                 f"the fast path of {self.name} differs from its stock model by {difference:.2g} of the hidden states' "
                 f"scale (allowed {PROBE_TOLERANCE[self.dtype]:.2g}): load it with fast=False (--no-fast) and report it"
             )
+        self.shared.use_packed(self._lean.head)
         if release:
             self._model = self._decoder = None
         return True

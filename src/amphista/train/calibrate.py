@@ -72,7 +72,7 @@ def _rank_accuracy(*parts: Validation) -> list[list[float]]:
 @torch.inference_mode()
 def head_temperatures(drafter: ParallelHeads, rows: Sequence[TokenRow], hidden: HiddenStates) -> list[float]:
     """The best divisor of each head's logits on a grid of step 0.05."""
-    device = next(drafter.parameters()).device
+    device = drafter.device
     stride = max(1, sum(row.num_answer_tokens for row in rows) // MAX_POSITIONS)
     losses = torch.zeros(drafter.num_heads, len(GRID), dtype=torch.float64)
     for _, on_cpu in batches_of(rows, hidden, 8):

@@ -69,7 +69,7 @@ def validate(
     `num_positions` is the number of answer positions seen.
     """
     loss_of = HeadLoss(drafter, replace(loss_config, accept_until_fail=False))  # every head, everywhere
-    device = next(drafter.parameters()).device
+    device = drafter.device
     hits = torch.zeros(drafter.num_heads, NUM_RANKS)
     counts = torch.zeros(drafter.num_heads)
     losses = torch.zeros(drafter.num_heads)

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from amphista.kernels import linear
+from amphista.kernels.frozen import pack_linears
 from amphista.kernels.linear import PackedLinear
 
 ROWS = [1, 2, 7, 16, 33, 300]
@@ -56,3 +57,14 @@ def test_the_weight_comes_back_and_the_callers_own_may_change():
 def test_other_types_stay_plain():
     product = PackedLinear(torch.randn(40, 24, dtype=torch.float64))
     assert not product.is_packed and product(torch.randn(2, 24, dtype=torch.float64)).dtype == torch.float64
+
+
+def test_a_frozen_module_computes_and_saves_the_same():
+    module = nn.Sequential(nn.Linear(24, 16), nn.Sequential(nn.SiLU(), nn.Linear(16, 8, bias=False)))
+    x, saved = torch.randn(2, 3, 24), {name: tensor.clone() for name, tensor in module.state_dict().items()}
+    expected = module(x)
+    pack_linears(module)
+    assert not list(module.parameters()) or not linear.can_pack(saved["0.weight"])
+    torch.testing.assert_close(module(x), expected, atol=1e-5, rtol=1e-5)
+    found = module.state_dict()
+    assert found.keys() == saved.keys() and all(torch.equal(found[name], saved[name]) for name in saved)
