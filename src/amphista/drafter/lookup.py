@@ -34,9 +34,7 @@ class Lookup:
     def __init__(self) -> None:
         self.index = NgramIndex()
         self._outcomes = {start: [0, 0] for start in PRIOR}  # right, all
-        self._proposed: tuple[int, int, list[int]] | None = (
-            None  # tokens known then, length of the match, what was said
-        )
+        self._proposed: tuple[int, int, list[int]] | None = None  # tokens known then, the match's length, what it said
 
     def propose(self, token_ids: list[int], max_depth: int) -> Graft | None:
         """The chain that may follow `token_ids`, which begin with what was given before (or since the last trim)."""

@@ -1,7 +1,7 @@
 """The costs that `--tree auto` weighs, measured once for each combination of what they depend on.
 
-That is processor, threads and accelerator, versions, the code of the forward, the target, its type, path and device, the
-batch; for drafting also the drafter's dimensions. Drafting is kept in forwards of one row, so that the two stay
+That is processor, threads and accelerator, versions, the code of the forward, the target, its type, path and device,
+the batch; for drafting also the drafter's dimensions. Drafting is kept in forwards of one row, so that the two stay
 comparable when they were measured on different days.
 """
 

@@ -61,7 +61,8 @@ class Measures:
 
     acceptance_by_depth[d]: share of decode steps that accepted more than d draft tokens. tokens_per_step[n]: steps that
     committed n tokens. identical: share of compared answers with the same tokens as `none`'s. speedup_hf: over stock
-    `generate`, None without it. expected_tau: what tau should be by the drafter's own probabilities. mean_tree_nodes: rows per target forward, root included.
+    `generate`, None without it. expected_tau: tau by the drafter's own probabilities. mean_tree_nodes: rows per target
+    forward, root included.
     """
 
     num_answers: int

@@ -57,8 +57,8 @@ class Grower(ABC):
         """Whether the heads shall be asked in this step; to be called once a step."""
         return True
 
-    def learn(self, pace: Pace, candidates: Candidates, num_nodes: int, accepted: Sequence[int]) -> None:
-        """Take note of what became of a step's tree."""
+    def learn(self, pace: Pace, candidates: Candidates, num_nodes: int, accepted: Sequence[int]) -> None:  # noqa: B027
+        """Take note of what became of a step's tree; most need not."""
 
 
 @dataclass(frozen=True)

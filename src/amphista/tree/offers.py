@@ -1,7 +1,7 @@
 """What may stand below a node, heads and graft put together; and the nodes of a tree that grows from such offers.
 
-Heads know depths, not paths: every node of a depth has the same children on offer, but for the nodes of the graft, below
-which its next token joins them. Where both name a token it is offered once, with the higher probability; what the
+Heads know depths, not paths: every node of a depth has the same children on offer, but for the nodes of the graft,
+below which its next token joins them. Where both name a token it is offered once, with the higher probability; what the
 graft's token takes is taken from the others in proportion, so that no node promises more than one child.
 """
 

@@ -107,9 +107,7 @@ class Pace:
         alone = sum(map(math.exp, scores[:size]))
         missed = 1 - (math.exp(scores[1]) if size > 1 else 0.0)  # how likely the heads will be needed
         seconds, extra = costs.verify[size - 1], costs.draft + self._row_seconds(costs)
-        if (
-            missed * self.gain * seconds > alone * extra
-        ):  # (alone + missed * gain) / (seconds + extra) > alone / seconds
+        if (alone + missed * self.gain) / (seconds + extra) > alone / seconds:
             return True
         return not self._pays(costs) and self._try_again(missed)  # where they pay in general, they only do not now
 
@@ -118,9 +116,8 @@ class Pace:
         return self.gain * costs.verify[0] > costs.draft + self._row_seconds(costs)
 
     def _try_again(self, missed: float) -> bool:
-        if self._trial and missed >= 0.5:
-            self._trial -= 1
-            return True
+        if self._trial:
+            return missed >= 0.5
         self._rested += 1
         if self._rested < self._rest:
             return False
@@ -136,8 +133,10 @@ class Pace:
         self._weight += 1
         self._gain += num_accepted
         self._rows += rows
-        if not self._trial and self._pays(costs):
-            self._rest = FIRST_REST
+        if self._trial:
+            self._trial -= 1
+        elif self._pays(costs):
+            self._rested, self._rest = 0, FIRST_REST
 
     def _row_seconds(self, costs: Costs) -> float:
         if self._rows is None:
