@@ -35,8 +35,10 @@ def test_outcomes_move_the_likelihood():
     lookup.propose(TEXT, 4)
     lookup.propose([*TEXT, 4, 5, 0], 4)  # right at agreeing lengths 3 and 4, wrong at 5
     assert lookup.likelihood(3) == pytest.approx((1 + PRIOR_WEIGHT * PRIOR[3]) / (1 + PRIOR_WEIGHT))
-    assert lookup.likelihood(4) == lookup.likelihood(5) == pytest.approx(
-        (1 + PRIOR_WEIGHT * PRIOR[4]) / (2 + PRIOR_WEIGHT)
+    assert (
+        lookup.likelihood(4)
+        == lookup.likelihood(5)
+        == pytest.approx((1 + PRIOR_WEIGHT * PRIOR[4]) / (2 + PRIOR_WEIGHT))
     )
     assert lookup.likelihood(2) == PRIOR[2] and lookup.likelihood(6) == PRIOR[6]
 
