@@ -16,19 +16,18 @@ from amphista import provenance
 from amphista.config import as_dict
 from amphista.drafter.base import Drafter, ParallelHeads
 from amphista.engine.cost_cache import kept
-from amphista.engine.timing import draft_ratio, verify_seconds
+from amphista.engine.timing import NOISY, draft_ratio, verify_seconds
 from amphista.target.loading import say
 from amphista.target.target import Target
 from amphista.tree.tune import NOTHING_PAYS, Costs
 
 FORMAT = 1
 TIMED_CODE = ("cache", "drafter", "engine", "kernels", "target", "tree")
-NOISY = 1.5
 
 
 @dataclass(frozen=True)
 class Tuned:
-    """Measured seconds by tree size, their spread (upper over lower quartile), and the costs made from them."""
+    """Measured seconds by tree size, their worst spread (median over shortest), and the costs made from them."""
 
     verify: dict[int, float]
     spread: float

@@ -219,7 +219,6 @@ def contract(summary: dict[str, dict[str, dict[str, Any]]], num_questions: int) 
     """What `amphista evaluate --json` prints."""
     keys = (
         "tau",
-        "expected_tau",
         "tau_loop_free",
         "tokens_per_second",
         "decode_tokens_per_second",

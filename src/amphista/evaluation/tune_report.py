@@ -94,7 +94,7 @@ def tune_text(record: dict[str, Any]) -> str:
     if record["heads"] is not None:
         lines.append(f"heads as sure as on average: {_words(record['heads'])}")
     lines += [f"a match of {row['match']:2} tokens, lookup alone: {_words(row)}" for row in record["lookup"]]
-    lines.append(f"spread of the times (upper over lower quartile, at worst): {record['spread']:.2f}")
+    lines.append(f"spread of the times (median over shortest, at worst): {record['spread']:.2f}")
     return "\n".join(lines)
 
 
