@@ -29,9 +29,9 @@ def children_plainly(candidates, path):
     if graft is None or path != graft.tokens[:depth] or depth >= len(graft.tokens):
         return heads
     token = graft.tokens[depth]
-    said = heads.pop(token, 0.0)
-    share = max(said, math.exp(graft.log_probs[depth]))
-    return {token: share} | {other: p * (1 - share) / (1 - said) for other, p in heads.items()}
+    knows = math.exp(graft.log_probs[depth])
+    share = knows + (1 - knows) * heads.pop(token, 0.0)
+    return {token: share} | {other: p * (1 - knows) for other, p in heads.items()}
 
 
 def all_paths(candidates, max_depth):
@@ -80,8 +80,8 @@ def test_no_subtree_of_this_size_scores_more(graft_tokens, seed):
     assert found == pytest.approx(values), "every node once, with its own value"
 
 
-def test_a_token_both_name_is_offered_once_with_the_higher_probability():
-    for p, expected in ((0.9, 0.9), (0.1, 0.4)):
+def test_a_token_both_name_is_offered_once_and_gains_by_it():
+    for p, expected in ((0.9, 0.94), (0.1, 0.46)):
         offers = Offers(offered([[0.5, 0.4]], [p], [11]), 5).below(1, on_graft=True)
         assert sorted(offer.token for offer in offers) == [10, 11]
         assert {o.token: math.exp(o.log_prob) for o in offers}[11] == pytest.approx(expected)
