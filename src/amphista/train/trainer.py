@@ -178,7 +178,8 @@ class Trainer:
 
     def _validate(self) -> Validation:
         self.drafter.eval()
-        result = validate(self.drafter, self.validation_rows, self.hidden, self.config.loss)
+        with self.accelerator.autocast():
+            result = validate(self.drafter, self.validation_rows, self.hidden, self.config.loss)
         self.drafter.train()
         self._log({"step": self.progress.step, "validation": asdict(result), **self._pace()})
         self.report(f"validation at step {self.progress.step}: {result.line()}")
@@ -192,7 +193,8 @@ class Trainer:
         """Calibrate the drafter as it stands; the best one of the last step is not measured twice."""
         if self._measured is None or self._measured[0] != self.progress.step:
             rows, loss = self.validation_rows, self.config.loss
-            self._measured = (self.progress.step, *calibrate(self.drafter, rows, self.hidden, loss))
+            with self.accelerator.autocast():
+                self._measured = (self.progress.step, *calibrate(self.drafter, rows, self.hidden, loss))
         _, self.drafter.calibration, measured = self._measured
         return measured
 
