@@ -101,6 +101,26 @@ def test_rows_fed_late_make_the_same_state(precise, name, every):
     assert every == 1 or max(waited[1:]) > 4, "nothing was fed late"
 
 
+def test_a_feeding_broken_off_is_done_again(precise, monkeypatch):
+    """An interrupt when the first stage has read the rows and the second has not."""
+    target, drafters = precise
+    drafter = drafters["amphista-full"]
+    engine = Engine(target, drafter, parse_tree(250))
+    sequence, _ = engine.start(PROMPTS[0], SamplingParams(max_new_tokens=20))
+    engine.step(sequence)
+
+    def interrupt(*given, **named):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(drafter.stages[1].layer, "forward", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            engine.step(sequence)
+    while sequence.finish_reason is None:
+        assert difference(target, drafter, sequence.context) < 1e-9
+        engine.step(sequence)
+
+
 def forgets_a_row(context, drafter, feed):
     del context.unfed[1:2]
     feed(context, drafter)

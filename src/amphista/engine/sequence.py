@@ -44,8 +44,8 @@ class Context:
         if self.unfed:
             hidden = torch.cat([rows for rows, _ in self.unfed])
             ids = torch.tensor([token for _, tokens in self.unfed for token in tokens], device=hidden.device)
-            self.unfed.clear()
             drafter.commit(self.draft_state, hidden, ids)
+            self.unfed.clear()  # last: a feeding that is broken off is done again, from the first row
 
     def rewind(self, prompt_ids: list[int], drafter: Drafter) -> int:
         """Keep what a new prompt shares with the cached rows; returns how many rows that is.
