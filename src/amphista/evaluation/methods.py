@@ -26,7 +26,7 @@ from amphista.llm import LLM
 from amphista.target.loading import say
 from amphista.target.shapes import free_bytes
 from amphista.target.target import Target
-from amphista.tree.grow import DEFAULT_TREE, check_tree
+from amphista.tree.grow import DEFAULT_TREE, AutoGrower, check_tree
 
 NONE, HF = "none", "hf"
 
@@ -144,8 +144,18 @@ class Ours:
         }
 
 
+def costs_of(method: Method) -> dict[str, Any] | None:
+    """The measured costs that a method's `auto` trees weigh, in milliseconds; they belong to the machine, not to the
+    settings of a run."""
+    grower = method.llm.engine.grower if isinstance(method, Ours) else None
+    if not isinstance(grower, AutoGrower):
+        return None
+    costs = grower.costs
+    return {"verify_ms": [round(1000 * seconds, 3) for seconds in costs.verify], "draft_ms": 1000 * costs.draft}
+
+
 def _none(spec: MethodSpec, target: Target, settings: Settings) -> Method:
-    return Ours(target, NoDrafter(), None, {"engine": "amphista", "drafter": "none", "tree": "1"})
+    return Ours(target, NoDrafter(), "1", {"engine": "amphista", "drafter": "none", "tree": "1"})
 
 
 def _drafter(spec: MethodSpec, target: Target, settings: Settings) -> Method:
