@@ -20,13 +20,13 @@ GROWTH = 1.5
 
 
 def grown(old: Tensor | None, like: Tensor, num_slots: int, capacity: int) -> Tensor:
-    """New storage [num_slots, H, capacity, E], with what `old` held; heads, type and device are those of `like`.
+    """New storage [num_slots, H, capacity, E] with what `old` held and fits; the rest is as in `like`.
 
     Zeros: a batched forward multiplies rows not yet written by a weight of 0, which a NaN left in memory would survive.
     """
     new = like.new_zeros(num_slots, like.shape[1], capacity, like.shape[3])
     if old is not None:
-        new[:, :, : old.shape[2]] = old
+        new[:, :, : old.shape[2]] = old[:, :, :capacity]
     return new
 
 

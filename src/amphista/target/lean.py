@@ -20,7 +20,8 @@ from torch.nn import functional
 
 from amphista.kernels.linear import PackedLinear
 
-FUSED_ATTENTION_ROWS = 128  # from so many query rows on, torch's own attention is faster than three plain operations
+# From so many scores a sequence on, torch's own attention is faster than two products and a softmax.
+FUSED_ATTENTION_SCORES = {torch.float32: 1 << 20, torch.bfloat16: 1 << 24}
 Mask = Tensor | dict[str, Tensor] | None
 
 
@@ -174,8 +175,10 @@ class _Attention:
     @classmethod
     def of(cls, model: LeanModel, shape: tuple[int, int], mask: Tensor | None) -> _Attention:
         key_heads, groups = model.num_key_value_heads, model.num_heads // model.num_key_value_heads
-        is_causal = mask is None and shape[1] > 1
-        is_fused = is_causal or shape[1] * groups >= FUSED_ATTENTION_ROWS or model.dtype is not torch.float32
+        is_fused = mask is None and shape[1] > 1
+        if mask is not None:
+            num_scores = shape[1] * model.num_heads * mask.shape[-1]
+            is_fused = num_scores > FUSED_ATTENTION_SCORES[model.dtype]
         if mask is not None and not is_fused:
             mask = _grouped(mask[:, 0], shape[0] * key_heads, groups, model.dtype)
         return cls(shape, key_heads, groups, model.scale, mask, is_fused)

@@ -235,18 +235,18 @@ class Target:
         """Read and commit one token for each of the first B slots: logits [B, V], hidden states [B, D].
 
         Rows are left-aligned, so slot b sees the rows 0..length_b of its own; what lies behind is another sequence's
-        rest. raises CapacityError when a slot is at the end of the context.
+        rest, or nothing yet. raises CapacityError when a slot is at the end of the context.
         """
         cache.make_room(len(token_ids))
         lengths = cache.lengths(len(token_ids))
         if max(lengths) >= self.spec.max_positions:
             raise CapacityError(f"position {max(lengths)} is beyond the context of {self.spec.max_positions}")
         positions = torch.tensor(lengths, device=self.device)
-        keys = torch.arange(max(lengths) + 1, device=self.device)
+        keys = torch.arange(cache.capacity, device=self.device)
         visible = keys[None] <= positions[:, None]
         mask = self.mask_plan.write_rows(visible[:, None], positions[:, None], keys[None], self.dtype)
         ids = torch.tensor(token_ids, device=self.device)[:, None]
-        output = self.run(ids, positions[:, None], mask, cache.writers(positions, len(keys)))
+        output = self.run(ids, positions[:, None], mask, cache.writers(positions))
         cache.advance(len(token_ids))
         return TargetOutput(output.logits[:, 0], output.hidden[:, 0])
 
