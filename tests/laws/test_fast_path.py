@@ -168,7 +168,7 @@ def test_bfloat16_is_as_close_to_the_truth_as_the_stock_path():
 def _rotated_late(monkeypatch):
     original = LeanModel._rotation
     monkeypatch.setattr(
-        LeanModel, "_rotation", lambda self, states, positions, n: original(self, states, 2 * positions, n)
+        LeanModel, "_rotation", lambda self, positions, num_sequences: original(self, 2 * positions, num_sequences)
     )
 
 

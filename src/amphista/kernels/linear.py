@@ -10,6 +10,8 @@ Shapes: N rows, I inputs, O outputs.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -45,15 +47,15 @@ class PackedLinear:
     @classmethod
     def of(cls, *layers: nn.Linear) -> PackedLinear:
         """One layer, or several of the same input side by side: their outputs follow each other."""
-        if len(layers) == 1:
-            return cls(layers[0].weight, layers[0].bias)
-        biases = [layer.bias for layer in layers]
-        if any(bias is None for bias in biases) and any(bias is not None for bias in biases):
-            biases = [
-                layer.weight.new_zeros(len(layer.weight)) if layer.bias is None else layer.bias for layer in layers
-            ]
-        bias = None if biases[0] is None else torch.cat([b for b in biases if b is not None])
-        return cls(torch.cat([layer.weight for layer in layers]), bias)
+        return cls.side_by_side([layer.weight for layer in layers], [layer.bias for layer in layers])
+
+    @classmethod
+    def side_by_side(cls, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> PackedLinear:
+        """Weights [O, I] of the same I and their biases, None for 0, as one product."""
+        if all(bias is None for bias in biases):
+            return cls(torch.cat(list(weights)))
+        columns = [w.new_zeros(len(w)) if b is None else b for w, b in zip(weights, biases, strict=True)]
+        return cls(torch.cat(list(weights)), torch.cat(columns))
 
     def __call__(self, rows: Tensor) -> Tensor:
         """[N, I] -> [N, O]; under `torch.inference_mode` or `no_grad` only."""
