@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from amphista.kernels.linear import PackedLinear
+from amphista.kernels.linear import PackedLinear, Product
 
 # From so many scores a sequence on, torch's own attention is faster than two products and a softmax.
 FUSED_ATTENTION_SCORES = {torch.float32: 1 << 20, torch.bfloat16: 1 << 24}
@@ -69,13 +69,13 @@ def _paired(rows: Tensor, head_size: int) -> Tensor:
     return heads.transpose(1, 2).reshape(rows.shape)
 
 
-def _projections(attention: Any) -> PackedLinear:
+def _projections(attention: Any, product: type[Product]) -> Product:
     """Queries, keys and values of one layer as one product."""
     layers = [attention.q_proj, attention.k_proj, attention.v_proj]
     size = attention.head_dim
     weights = [_paired(layer.weight, size) for layer in layers[:2]]
     biases = [None if layer.bias is None else _paired(layer.bias, size) for layer in layers[:2]]
-    return PackedLinear.side_by_side([*weights, layers[2].weight], [*biases, layers[2].bias])
+    return product.side_by_side([*weights, layers[2].weight], [*biases, layers[2].bias])
 
 
 @dataclass(frozen=True)
@@ -83,28 +83,28 @@ class LeanLayer:
     """One decoder layer's weights. `kind` is its entry in the configuration's layer types."""
 
     attention_norm: Norm
-    qkv: PackedLinear
+    qkv: Product
     query_norm: Norm | None
     key_norm: Norm | None
-    output: PackedLinear
+    output: Product
     mlp_norm: Norm
-    gate_up: PackedLinear
-    down: PackedLinear
+    gate_up: Product
+    down: Product
     kind: str
 
     @classmethod
-    def of(cls, layer: Any, kind: str) -> LeanLayer:
+    def of(cls, layer: Any, kind: str, product: type[Product]) -> LeanLayer:
         attention, mlp = layer.self_attn, layer.mlp
         normed = hasattr(attention, "q_norm")
         return cls(
             attention_norm=Norm.of(layer.input_layernorm),
-            qkv=_projections(attention),
+            qkv=_projections(attention, product),
             query_norm=Norm.of_heads(attention.q_norm) if normed else None,
             key_norm=Norm.of_heads(attention.k_norm) if normed else None,
-            output=PackedLinear.of(attention.o_proj),
+            output=product.of(attention.o_proj),
             mlp_norm=Norm.of(layer.post_attention_layernorm),
-            gate_up=PackedLinear.of(mlp.gate_proj, mlp.up_proj),
-            down=PackedLinear.of(mlp.down_proj),
+            gate_up=product.of(mlp.gate_proj, mlp.up_proj),
+            down=product.of(mlp.down_proj),
             kind=kind,
         )
 
@@ -112,8 +112,9 @@ class LeanLayer:
 class LeanModel:
     """A causal LM of the Llama family as packed weights and one function."""
 
-    def __init__(self, model: Any, *, release: bool = False) -> None:
-        """release: free the stock model's layers one by one as they are packed, so that no weight exists twice."""
+    def __init__(self, model: Any, *, product: type[Product] = PackedLinear, release: bool = False) -> None:
+        """product: the kernel of all products with weights. release: free the stock model's layers one by one as they
+        are packed, so that no weight exists twice."""
         config, decoder = model.config, model.get_decoder()
         attention = decoder.layers[0].self_attn
         self._head_size = attention.head_dim
@@ -123,12 +124,12 @@ class LeanModel:
         self._heads_scale = torch.ones(self.num_heads + self.num_key_value_heads, 1)
         self._heads_scale[: self.num_heads] = attention.scaling
         self._norm = Norm.of(decoder.norm)
-        self.head = PackedLinear.of(model.get_output_embeddings())
+        self.head = product.of(model.get_output_embeddings())
         kinds = getattr(config, "layer_types", None) or ["full_attention"] * len(decoder.layers)
         self._kinds = set(kinds)
         self.layers: list[LeanLayer] = []
         for index, kind in enumerate(kinds):
-            self.layers.append(LeanLayer.of(decoder.layers[index], kind))
+            self.layers.append(LeanLayer.of(decoder.layers[index], kind, product))
             if release:
                 decoder.layers[index] = torch.nn.Identity()
 
