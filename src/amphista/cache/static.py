@@ -49,10 +49,10 @@ class LayerRows:
         if end > self.capacity:
             self.reserve(keys, values, self.next_capacity(end))
         assert self.keys is not None and self.values is not None
-        self.keys[:, :, start:end] = keys
-        self.values[:, :, start:end] = values
+        self.keys.narrow(2, start, end - start).copy_(keys)
+        self.values.narrow(2, start, end - start).copy_(values)
         self.num_rows = end
-        return self.keys[:, :, :end], self.values[:, :, :end]
+        return self.keys.narrow(2, 0, end), self.values.narrow(2, 0, end)
 
     def next_capacity(self, num_rows: int) -> int:
         """What to grow to when `num_rows` rows no longer fit."""

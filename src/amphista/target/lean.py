@@ -164,13 +164,15 @@ class LeanModel:
 
     def _layer(self, layer: LeanLayer, states: Tensor, turn: Tensor, attention: _Attention, rows: Rows) -> Tensor:
         heads, key_heads, size = self.num_heads, self.num_key_value_heads, self._head_size
-        projected = layer.qkv(layer.attention_norm(states)).view(len(states), heads + 2 * key_heads, size)
-        pairs = projected[:, : heads + key_heads]
+        projected = layer.qkv(layer.attention_norm(states)).view(len(states), -1, size)
         if layer.query_norm is not None and layer.key_norm is not None:
-            pairs = torch.cat([layer.query_norm(pairs[:, :heads]), layer.key_norm(pairs[:, heads:])], dim=1)
-        complex_pairs = torch.view_as_complex(pairs.float().view(len(states), -1, size // 2, 2)) * turn
-        pairs = torch.view_as_real(complex_pairs).flatten(-2).to(states.dtype)
-        mixed = attention(pairs[:, :heads], pairs[:, heads:], projected[:, heads + key_heads :], rows)
+            parts = projected.split((heads, key_heads, key_heads), dim=1)
+            projected = torch.cat([layer.query_norm(parts[0]), layer.key_norm(parts[1]), parts[2]], dim=1)
+        exact = projected.float()
+        pairs = torch.view_as_complex(exact.view(len(states), -1, size // 2, 2))
+        pairs.narrow(1, 0, heads + key_heads).mul_(turn)  # in place: nobody else reads the projections
+        queries, keys, values = exact.to(states.dtype).split((heads, key_heads, key_heads), dim=1)
+        mixed = attention(queries, keys, values, rows)
         states = layer.output.added(mixed, states)
         gate, up = layer.gate_up(layer.mlp_norm(states)).chunk(2, dim=-1)
         return layer.down.added(functional.silu(gate) * up, states)
@@ -235,31 +237,35 @@ class _Attention:
         new_keys, new_values = (part.view(batch, length, *part.shape[1:]).transpose(1, 2) for part in (keys, values))
         all_keys, all_values = rows.append(new_keys, new_values)
         mix = self._fused if self.is_fused else self._grouped
-        return mix(queries.view(batch, length, *queries.shape[1:]), all_keys, all_values).reshape(batch * length, -1)
+        return mix(queries, all_keys, all_values)
 
     def _fused(self, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        (batch, length), rows = self.shape, len(queries)
         mixed = functional.scaled_dot_product_attention(
-            queries.transpose(1, 2),
+            queries.view(batch, length, *queries.shape[1:]).transpose(1, 2),
             keys,
             values,
             attn_mask=self.mask,
-            is_causal=self.mask is None and self.shape[1] > 1,
+            is_causal=self.mask is None and length > 1,
             scale=1.0,
             enable_gqa=self.num_groups > 1,
         )
-        return mixed.transpose(1, 2)
+        return mixed.transpose(1, 2).reshape(rows, -1)
 
     def _grouped(self, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         """A few rows: two batched products and a softmax cost less than torch's attention and its repeated heads."""
         (batch, length), heads, groups = self.shape, self.num_key_value_heads, self.num_groups
-        size = queries.shape[-1]
-        grouped = queries.view(batch, length, heads, groups, size).permute(0, 2, 3, 1, 4)
-        grouped = grouped.reshape(batch * heads, groups * length, size)
+        rows, size = len(queries), queries.shape[-1]
+        if length > 1:
+            queries = queries.view(batch, length, heads, groups, size).permute(0, 2, 3, 1, 4)
+        grouped = queries.reshape(batch * heads, groups * length, size)
         transposed = keys.flatten(0, 1).transpose(1, 2)
         mask = self.mask
         scores = torch.bmm(grouped, transposed) if mask is None else torch.baddbmm(mask, grouped, transposed)
         mixed = torch.bmm(torch.softmax(scores, dim=-1), values.flatten(0, 1))
-        return mixed.view(batch, heads, groups, length, size).permute(0, 3, 1, 2, 4)
+        if length > 1:
+            mixed = mixed.view(batch, heads, groups, length, size).permute(0, 3, 1, 2, 4)
+        return mixed.reshape(rows, -1)
 
 
 def _grouped(visible: Tensor, num_pairs: int, groups: int, dtype: torch.dtype) -> Tensor:
