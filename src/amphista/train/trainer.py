@@ -37,6 +37,7 @@ from amphista.target.target import Target
 from amphista.train.calibrate import calibrate
 from amphista.train.config import OptimizerConfig, TrainConfig
 from amphista.train.dataset import Batch, HiddenStates, collate, coverage, epoch_batches, frequent_tokens, split_rows
+from amphista.train.init import started_from
 from amphista.train.losses import HeadLoss
 from amphista.train.prompts import read_rows
 from amphista.train.rows import TokenRow
@@ -72,6 +73,7 @@ class Trainer:
         )
         self.rows, self.validation_rows = self._read_rows()
         self.hidden = HiddenStates(target, [*self.rows, *self.validation_rows], self._store_folder())
+        self.before: dict[str, Any] | None = None  # of the drafter this run goes on from
         self.drafter = self._make_drafter()
         self.steps_per_epoch = len(epoch_batches(self.rows, config.optimizer.batch_size, config.seed, 0))
         self.num_steps = self.steps_per_epoch * config.optimizer.epochs
@@ -109,6 +111,9 @@ class Trainer:
         kind = self.config.drafter
         if kind not in DRAFTERS:
             raise ConfigError(f"unknown drafter {kind!r}: expected one of {', '.join(DRAFTERS)}")
+        if self.config.init is not None:
+            drafter, self.before = started_from(self.config, self.target)
+            return drafter.to(self.accelerator.device)
         drafter_config = build(DRAFTERS[kind][0], self.config.model, "model")
         drafter = make_drafter(kind, drafter_config, self.target.spec, self.target.shared)
         if drafter_config.draft_vocab is not None:
@@ -178,7 +183,8 @@ class Trainer:
 
     def _validate(self) -> Validation:
         self.drafter.eval()
-        result = validate(self.drafter, self.validation_rows, self.hidden, self.config.loss)
+        with self.accelerator.autocast():
+            result = validate(self.drafter, self.validation_rows, self.hidden, self.config.loss)
         self.drafter.train()
         self._log({"step": self.progress.step, "validation": asdict(result), **self._pace()})
         self.report(f"validation at step {self.progress.step}: {result.line()}")
@@ -192,7 +198,8 @@ class Trainer:
         """Calibrate the drafter as it stands; the best one of the last step is not measured twice."""
         if self._measured is None or self._measured[0] != self.progress.step:
             rows, loss = self.validation_rows, self.config.loss
-            self._measured = (self.progress.step, *calibrate(self.drafter, rows, self.hidden, loss))
+            with self.accelerator.autocast():
+                self._measured = (self.progress.step, *calibrate(self.drafter, rows, self.hidden, loss))
         _, self.drafter.calibration, measured = self._measured
         return measured
 
@@ -208,6 +215,8 @@ class Trainer:
             "validation": measured,
             "provenance": provenance.record(),
         }
+        if self.before is not None:
+            training["before"] = self.before
         card = write_card(self.drafter, hub_name(self.target.name), training, self.config.card)
         save_drafter(self.drafter, folder, self.target.fingerprint, card=card, training=training, dtype=torch.bfloat16)
         self.drafter.calibration = None
