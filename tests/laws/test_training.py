@@ -14,6 +14,7 @@ import torch
 from amphista.drafter.amphista import Amphista, AmphistaConfig
 from amphista.drafter.card import CardConfig, read_front_matter
 from amphista.drafter.checkpoint import load_drafter
+from amphista.drafter.medusa import Medusa, MedusaConfig
 from amphista.drafter.publish import publishable_files
 from amphista.engine.decoder import decode
 from amphista.engine.params import SamplingParams
@@ -108,6 +109,15 @@ def test_a_batch_of_one_token_answers_has_a_loss_of_nothing(target):
     loss, per_head = sums.loss(LossConfig()), sums.per_head()
     loss.backward()
     assert float(loss.detach()) == 0 and per_head.tolist() == [0, 0, 0]
+
+
+def test_heads_without_an_aim_have_a_gradient_of_nothing(target):
+    """Of every weight, own LM heads too: distributed training waits for the gradient of each."""
+    drafter = shaken(Medusa(MedusaConfig(num_heads=3, lm_head="own", draft_vocab=100), target.spec, target.shared))
+    drafter.set_draft_ids(frequent_tokens([ROW], 100, [EOS]))
+    batch = batch_for(target, [TokenRow("y", "y", [1, 2, 3], [0, 0, 1])])
+    HeadLoss(drafter, LossConfig())(batch.hidden, batch.next_ids, batch.answer_rows).loss(LossConfig()).backward()
+    assert all(p.grad is not None and not p.grad.any() for p in drafter.parameters())
 
 
 def test_padding_changes_nothing(target):
