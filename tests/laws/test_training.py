@@ -259,7 +259,7 @@ def test_a_run_killed_after_its_last_step_takes_no_other(target, data_file, tmp_
     steps = OptimizerConfig(batch_size=4, epochs=2, max_steps=3, warmup_steps=1)
     config = config_for(data_file, optimizer=steps, save_every=3)
     with monkeypatch.context() as patch:
-        patch.setattr("amphista.train.trainer.calibrate", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr("amphista.train.results.calibrate", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             Trainer(target, config, tmp_path / "run", lambda line: None).run()
     assert not (tmp_path / "run" / "last").exists()

@@ -10,10 +10,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 
 class StepProgress:
-    """Reports lines and steps; use as a context manager."""
+    """Reports lines and steps; use as a context manager. One of several processes is shown, the others say nothing."""
 
-    def __init__(self) -> None:
-        console = Console(stderr=True)
+    def __init__(self, *, is_shown: bool = True) -> None:
+        console = Console(stderr=True, quiet=not is_shown)
         self._bar = Progress(
             BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}"), console=console
         )
