@@ -46,6 +46,22 @@ def is_sharded(accelerator: Accelerator) -> bool:
     return bool(accelerator.distributed_type == DistributedType.FSDP)
 
 
+def settle_sharding(accelerator: Accelerator) -> None:
+    """FSDP as the launcher's options say, as far as it can be had; raises ConfigError where it cannot."""
+    if not is_sharded(accelerator):
+        if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
+            raise ConfigError(
+                f"FSDP was asked for, but accelerate does not shard on {accelerator.device.type} "
+                f"({accelerator.num_processes} processes): leave --use_fsdp out"
+            )
+        return
+    if not accelerator.is_fsdp2:
+        raise ConfigError("FSDP 1 was asked for: launch with --fsdp_version 2")
+    # Every process makes the whole drafter anyway, from the seed, and sending it round fails at the draft vocabulary:
+    # accelerate 1.15 takes each entry of the state for a sharded weight.
+    accelerator.state.fsdp_plugin.cpu_ram_efficient_loading = False
+
+
 @dataclass(frozen=True)
 class RunData:
     """Rows to train on and rows held out."""
@@ -104,6 +120,7 @@ def assemble(target: Target, config: TrainConfig, out: Path) -> Parts:
     """Read, check and make; raises DataError naming file and line, ConfigError for what cannot be."""
     set_seed(config.seed)
     accelerator = make_accelerator(target.device, config)
+    settle_sharding(accelerator)
     data = _read_data(target, config)
     every_row = [*data.rows, *data.validation_rows]
     with accelerator.main_process_first():  # which makes the store that the others then open
