@@ -20,8 +20,11 @@ from typing import Any
 
 from accelerate import Accelerator
 
+from amphista.drafter.checkpoint import recover_drafter
 from amphista.errors import ConfigError
 from amphista.train.tensorboard import Writer, open_writer, write_record
+
+DRAFTERS_KEPT = ("best", "last")
 
 
 @dataclass
@@ -57,6 +60,8 @@ class RunFolder:
             self._accelerator.load_state(str(state))
             progress = Progress(**json.loads((state / "progress.json").read_text()))
         if self._accelerator.is_main_process:
+            for name in DRAFTERS_KEPT:
+                recover_drafter(self.path / name)
             self._cut_log(progress.step)
             if self._tensorboard:
                 self._writer = open_writer(self.path / "tensorboard", progress.step)
