@@ -30,6 +30,7 @@ from amphista.train.rows import TokenRow
 from amphista.train.run_folder import Progress, RunFolder
 from amphista.train.setup import assemble, make_optimizer, make_schedule
 
+LEAVE_AFTER_S = 1.0
 Report = Callable[[str], None]
 OnStep = Callable[[int, int, str], None]
 
@@ -78,7 +79,11 @@ class Trainer:
         return self._finish()
 
     def close(self) -> None:
-        """Leave the other processes; nothing can be trained in this one afterwards."""
+        """Leave the other processes, if there are any; nothing can be trained in this one afterwards."""
+        if self.accelerator.num_processes > 1:
+            # gloo's threads need the GIL to drop the tensors of the last exchange. Destroying the group waits for them
+            # and holds the GIL: too soon, and it waits for ever (torch 2.13; two runs in ten on a loaded machine).
+            time.sleep(LEAVE_AFTER_S)
         self.accelerator.end_training()
 
     def _batches(self) -> Iterator[list[TokenRow]]:
