@@ -17,7 +17,7 @@ class StepProgress:
         self._bar = Progress(
             BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}"), console=console
         )
-        self._is_terminal = console.is_terminal
+        self._is_shown, self._is_terminal = is_shown, console.is_terminal
         self._task = self._bar.add_task("", total=None)
 
     def __enter__(self) -> StepProgress:
@@ -35,12 +35,12 @@ class StepProgress:
         """Something worth keeping on the screen."""
         if self._is_terminal:
             self._bar.console.print(text, markup=False, highlight=False)
-        else:
+        elif self._is_shown:
             print(text, file=sys.stderr, flush=True)
 
     def step(self, done: int, total: int, text: str) -> None:
         """Where the run stands."""
         if self._is_terminal:
             self._bar.update(self._task, completed=done, total=total, description=text)
-        else:
+        elif self._is_shown:
             print(f"step {done}/{total}  {text}", file=sys.stderr, flush=True)
