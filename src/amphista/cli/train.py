@@ -38,7 +38,11 @@ def train(
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="One setting, e.g. optimizer.epochs=3; repeatable."),
     ] = None,
+    init: Annotated[
+        str | None, typer.Option(help="Go on from this drafter: a shipped name, a folder or a hub id.")
+    ] = None,
     device: options.Device = None,
+    dtype: options.Dtype = None,
     json_lines: Annotated[bool, typer.Option("--json", help="Print the result as one JSON object at the end.")] = False,
 ) -> None:
     """Train a drafter and calibrate it; OUT/best is ready for --drafter."""
@@ -48,6 +52,8 @@ def train(
     values = apply_overrides(read_recipe(recipe) if recipe else {}, settings or [])
     if drafter is not None:
         values["drafter"] = drafter
+    if init is not None:
+        values["init"] = init
     if data:
         values.setdefault("data", {})["files"] = [str(path) for path in data]
     config = build(TrainConfig, values)
@@ -61,7 +67,7 @@ def train(
     from amphista.target.loading import load_target
 
     with StepProgress(is_shown=is_first()) as progress:
-        loaded = load_target(target, device=own_device(device))
+        loaded = load_target(target, device=own_device(device), dtype=dtype)
         trainer = Trainer(loaded, config, out, progress.line, progress.step)
         folder = trainer.run()
     trainer.close()

@@ -136,9 +136,16 @@ def _trained(training: dict[str, Any]) -> list[str]:
         "",
         f"{data['rows']} training rows, {data['answer_tokens']} answer tokens, seen as "
         f"{progress['positions']} positions in {progress['step']} steps ({progress['seconds'] / 60:.0f} minutes)."
+        + _before(training.get("before"))
         + (LITTLE_DATA if data["answer_tokens"] < LITTLE_TOKENS else ""),
         "",
     ]
+
+
+def _before(before: dict[str, Any] | None) -> str:
+    if not before:
+        return ""
+    return f" It went on from a drafter that had seen {before['positions']} positions in {before['step']} steps."
 
 
 def _converted(training: dict[str, Any]) -> list[str]:

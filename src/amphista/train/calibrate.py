@@ -19,10 +19,11 @@ from amphista.drafter.base import Calibration, ParallelHeads
 from amphista.train.dataset import HiddenStates, batches_of, coverage
 from amphista.train.losses import LossConfig, draft_labels
 from amphista.train.rows import TokenRow
-from amphista.train.validation import Validation, validate
+from amphista.train.validation import Validation, exact_logits, validate
 
 GRID = torch.arange(0.6, 3.01, 0.05)
-MAX_POSITIONS = 8192  # a head's temperature is known well within a grid step by then; the rest is left out evenly
+MAX_POSITIONS = 2048  # a head's temperature is known to about a grid step by then; the rest is left out evenly
+ROWS_AT_ONCE = 64  # rows that stay in a processor's cache while all temperatures are tried on them
 SAMPLED_AT = 0.7  # the temperature of the sampled answers, when rows do not say
 
 
@@ -84,11 +85,15 @@ def head_temperatures(drafter: ParallelHeads, rows: Sequence[TokenRow], hidden: 
             wanted = labels[index + k + 1]
             index, wanted = index[wanted >= 0], wanted[wanted >= 0]
             if index.numel():
-                losses[k] += losses_by_temperature(drafter.head_logits(states[index, k], k).float(), wanted)
+                losses[k] += losses_by_temperature(exact_logits(drafter, states[index, k], k), wanted)
     return [round(float(GRID[i]), 2) for i in losses.argmin(1)]
 
 
 def losses_by_temperature(logits: Tensor, wanted: Tensor) -> Tensor:
     """Negative log-likelihood [grid] of the wanted tokens [M] under logits [M, N] divided by each temperature."""
-    picked = logits.gather(-1, wanted[:, None]).squeeze(-1)
-    return torch.stack([(torch.logsumexp(logits / t, -1) - picked / t).sum().double().cpu() for t in GRID.tolist()])
+    losses = torch.zeros(len(GRID), dtype=torch.float64)
+    for some, ids in zip(logits.split(ROWS_AT_ONCE), wanted.split(ROWS_AT_ONCE), strict=True):
+        picked = some.gather(-1, ids[:, None]).squeeze(-1)
+        found = [(torch.logsumexp(some / t, -1) - picked / t).sum() for t in GRID.tolist()]
+        losses += torch.stack(found).double().cpu()
+    return losses

@@ -59,11 +59,13 @@ class OptimizerConfig:
 class TrainConfig:
     """One training run. `model` holds the drafter's own settings (AmphistaConfig or MedusaConfig).
 
-    `precision` bf16 multiplies in bfloat16 and keeps weights, sums and the softmax in float32. `tensorboard` writes
-    the log a second time, for TensorBoard.
+    `precision` bf16 multiplies in bfloat16 and keeps weights, sums and the softmax in float32. `init`: go on from a
+    trained drafter (a shipped name, a folder or a hub id) with its settings and draft vocabulary, a new optimiser and
+    schedule. `tensorboard` writes the log a second time, for TensorBoard.
     """
 
     drafter: str = "amphista"
+    init: str | None = None
     precision: Literal["fp32", "bf16"] = "fp32"
     model: dict[str, Any] = field(default_factory=dict)
     data: DataConfig = field(default_factory=DataConfig)

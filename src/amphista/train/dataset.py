@@ -103,7 +103,8 @@ class HiddenStates:
         if not rows:
             return []
         ids = _pad([row.token_ids for row in rows]).to(self._target.device)
-        hidden = self._target.hidden_states(ids).float().clone()
+        with torch.autocast(ids.device.type, enabled=False):  # the target keeps its own precision, whoever asks
+            hidden = self._target.hidden_states(ids).float().clone()
         states = [hidden[i, : len(row.token_ids)] for i, row in enumerate(rows)]
         for row, state in zip(rows, states, strict=True):
             if not torch.isfinite(state).all():

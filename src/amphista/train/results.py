@@ -38,7 +38,8 @@ class Results:
         parts, drafter, result = self._parts, self._whole_drafter(), None
         if parts.accelerator.is_main_process:
             drafter.eval()
-            result = validate(drafter, parts.data.validation_rows, parts.hidden, parts.config.loss)
+            with parts.accelerator.autocast():
+                result = validate(drafter, parts.data.validation_rows, parts.hidden, parts.config.loss)
             drafter.train()
             if result.tau[BEST_BY_NODES] > progress.best_tau:
                 progress.best_tau = result.tau[BEST_BY_NODES]
@@ -71,7 +72,8 @@ class Results:
         parts, config = self._parts, self._parts.config
         if self._measured is None or self._measured[0] != progress.step:
             rows = parts.data.validation_rows
-            self._measured = (progress.step, *calibrate(drafter, rows, parts.hidden, config.loss))
+            with parts.accelerator.autocast():
+                self._measured = (progress.step, *calibrate(drafter, rows, parts.hidden, config.loss))
         _, drafter.calibration, measured = self._measured
         recipe = as_dict(config)
         recipe["data"]["files"] = [Path(name).name for name in config.data.files]  # no one's folders
@@ -81,6 +83,7 @@ class Results:
             "data": parts.data.record(config, drafter),
             "validation": measured,
             "provenance": provenance.record(),
+            **({"before": parts.before} if parts.before is not None else {}),
         }
         card = write_card(drafter, hub_name(parts.target.name), training, config.card)
         fingerprint = parts.target.fingerprint

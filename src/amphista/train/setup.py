@@ -23,6 +23,7 @@ from amphista.errors import ConfigError
 from amphista.target.target import Target
 from amphista.train.config import OptimizerConfig, TrainConfig
 from amphista.train.dataset import HiddenStates, coverage, frequent_tokens, split_rows
+from amphista.train.init import started_from
 from amphista.train.prompts import read_rows
 from amphista.train.rows import TokenRow
 
@@ -99,6 +100,7 @@ class Parts:
     data: RunData
     hidden: HiddenStates
     drafter: ParallelHeads
+    before: dict[str, Any] | None  # of the drafter this run goes on from
 
     def identity(self) -> dict[str, Any]:
         """What a resumed run must share with the one it goes on from: all that touches a weight.
@@ -125,8 +127,8 @@ def assemble(target: Target, config: TrainConfig, out: Path) -> Parts:
     every_row = [*data.rows, *data.validation_rows]
     with accelerator.main_process_first():  # which makes the store that the others then open
         hidden = HiddenStates(target, every_row, _store_folder(accelerator, config, out))
-    drafter = _fresh_drafter(target, config, data.rows, hidden).to(accelerator.device)
-    return Parts(accelerator, target, config, data, hidden, drafter)
+    drafter, before = _first_drafter(target, config, data.rows, hidden)
+    return Parts(accelerator, target, config, data, hidden, drafter.to(accelerator.device), before)
 
 
 def _store_folder(accelerator: Accelerator, config: TrainConfig, out: Path) -> Path | None:
@@ -157,18 +159,25 @@ def _read_data(target: Target, config: TrainConfig) -> RunData:
     return RunData(*split_rows(rows, data.validation_share, data.seed))
 
 
-def _fresh_drafter(target: Target, config: TrainConfig, rows: list[TokenRow], hidden: HiddenStates) -> ParallelHeads:
-    """The drafter at step 0: its draft vocabulary from the rows, its scale from the target's hidden states."""
+def _first_drafter(
+    target: Target, config: TrainConfig, rows: list[TokenRow], hidden: HiddenStates
+) -> tuple[ParallelHeads, dict[str, Any] | None]:
+    """The drafter at step 0, and what came before where it goes on from another one.
+
+    A fresh one has its draft vocabulary from the rows, its scale from the target's hidden states.
+    """
     kind = config.drafter
     if kind not in DRAFTERS:
         raise ConfigError(f"unknown drafter {kind!r}: expected one of {', '.join(DRAFTERS)}")
+    if config.init is not None:
+        return started_from(config, target)
     drafter_config = build(DRAFTERS[kind][0], config.model, "model")
     drafter = make_drafter(kind, drafter_config, target.spec, target.shared)
     if drafter_config.draft_vocab is not None:
         drafter.set_draft_ids(frequent_tokens(rows, drafter_config.draft_vocab, sorted(target.eos_ids)))
     sample = hidden.get(rows[:8])
     drafter.match_scale(float(torch.cat(sample).pow(2).mean().sqrt()))
-    return drafter
+    return drafter, None
 
 
 def make_optimizer(drafter: ParallelHeads, config: OptimizerConfig) -> torch.optim.Optimizer:

@@ -117,11 +117,20 @@ def ranked_heads(drafter: ParallelHeads, batch: Batch, num_ranks: int, temperatu
     divisors = drafter.head_temperatures(temperature)
     tokens, log_probs = [], []
     for k in range(drafter.num_heads):
-        logits = drafter.head_logits(states[:, k], k).float() / float(divisors[k])
+        logits = exact_logits(drafter, states[:, k], k) / float(divisors[k])
         ids, values = drafter.top_ranks(logits, num_ranks)
         tokens.append(ids.cpu())
         log_probs.append(values.cpu())
     return RankedHeads(torch.stack(tokens, 1), torch.stack(log_probs, 1))
+
+
+def exact_logits(drafter: ParallelHeads, states: Tensor, head: int) -> Tensor:
+    """Float32 logits [M, N] of one head, whatever precision the states [M, D] were computed in.
+
+    Bfloat16 logits of size 16 lie an eighth apart: ties would decide the ranks.
+    """
+    with torch.autocast(states.device.type, enabled=False):
+        return drafter.head_logits(states.to(drafter.dtype), head).float()
 
 
 def count_hits(ranked: RankedHeads, batch: Batch, hits: Tensor, counts: Tensor) -> None:

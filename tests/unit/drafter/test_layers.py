@@ -14,6 +14,7 @@ from amphista.drafter.layers import (
     RMSNorm,
     SwiGLU,
     TransformerLayer,
+    mix,
     rotary_tables,
 )
 
@@ -168,3 +169,21 @@ def test_norm_under_autocast_is_the_mixed_one_without_its_warning():
         expected.float().square().sum().backward()
     assert found.dtype == torch.bfloat16 and torch.equal(found, expected)
     assert torch.equal(gradients[0], x.grad) and torch.equal(gradients[1], norm.weight.grad)
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize(("length", "dtype"), [(5, torch.float32), (5, torch.float64), (40, torch.bfloat16)])
+def test_mix_in_products_equals_torchs_attention(length, dtype, is_causal):
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(3, heads, length, 8, dtype=dtype) for heads in (6, 2, 2))
+    inputs = [t.requires_grad_() for t in (query, key, value)]
+    mixed = mix(query, key, value, None, is_causal=is_causal)
+    expected = torch.nn.functional.scaled_dot_product_attention(
+        *(t.double() for t in (query, key, value)), is_causal=is_causal, enable_gqa=True
+    )
+    tolerance = {torch.float32: 1e-6, torch.float64: 1e-12, torch.bfloat16: 3e-2}[dtype]
+    torch.testing.assert_close(mixed.double(), expected, atol=tolerance, rtol=0)
+    towards = torch.randn_like(expected)
+    gradients = torch.autograd.grad((mixed.double() * towards).sum(), inputs)
+    for found, wanted in zip(gradients, torch.autograd.grad((expected * towards).sum(), inputs), strict=True):
+        torch.testing.assert_close(found.double(), wanted.double(), atol=10 * tolerance, rtol=0)
