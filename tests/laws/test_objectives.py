@@ -68,6 +68,11 @@ OURS = {
 ONLY = dict.fromkeys(BY_HAND, 0.0)
 
 
+def test_no_objective_is_without_its_equation():
+    """A new objective is one function, one line of LossConfig, and its equation here."""
+    assert losses.objectives().keys() == BY_HAND.keys() == OURS.keys()
+
+
 def drawn(rows=7, size=11):
     """Logits, target distributions (the last of one token alone) and labels (the first outside the vocabulary)."""
     logits, aims = torch.randn(rows, size).double() * 2, torch.softmax(torch.randn(rows, size).double() * 2, -1)

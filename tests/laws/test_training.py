@@ -14,6 +14,7 @@ import torch
 from amphista.drafter.amphista import Amphista, AmphistaConfig
 from amphista.drafter.card import CardConfig, read_front_matter
 from amphista.drafter.checkpoint import load_drafter
+from amphista.drafter.medusa import Medusa, MedusaConfig
 from amphista.drafter.publish import publishable_files
 from amphista.engine.decoder import decode
 from amphista.engine.params import SamplingParams
@@ -110,6 +111,15 @@ def test_a_batch_of_one_token_answers_has_a_loss_of_nothing(target):
     assert float(loss.detach()) == 0 and per_head.tolist() == [0, 0, 0]
 
 
+def test_heads_without_an_aim_have_a_gradient_of_nothing(target):
+    """Of every weight, own LM heads too: distributed training waits for the gradient of each."""
+    drafter = shaken(Medusa(MedusaConfig(num_heads=3, lm_head="own", draft_vocab=100), target.spec, target.shared))
+    drafter.set_draft_ids(frequent_tokens([ROW], 100, [EOS]))
+    batch = batch_for(target, [TokenRow("y", "y", [1, 2, 3], [0, 0, 1])])
+    HeadLoss(drafter, LossConfig())(batch.hidden, batch.next_ids, batch.answer_rows).loss(LossConfig()).backward()
+    assert all(p.grad is not None and not p.grad.any() for p in drafter.parameters())
+
+
 def test_padding_changes_nothing(target):
     """A row alone and the same row beside a longer one give the same losses."""
     drafter = drafter_for(target)
@@ -183,16 +193,21 @@ def test_simulated_tau_equals_decoded_tau(target, num_nodes):
 # -- the trainer ------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def data_file(tmp_path, target):
-    """Answers the tiny target really gives."""
+@pytest.fixture(scope="module")
+def answers(target):
+    """Answers the tiny target really gives, as lines of a file."""
     lines = []
     for i in range(40):
         prompt = [(31 * i + j) % 250 for j in range(4)]
         sequence = decode(Engine(target, _none(), parse_tree(1)), prompt, SamplingParams(max_new_tokens=10 + i % 7))
         lines.append({"id": f"p{i}", "prompt_ids": prompt, "answer_ids": sequence.output_ids, "temperature": 0.0})
+    return "".join(json.dumps(line) + "\n" for line in lines)
+
+
+@pytest.fixture
+def data_file(tmp_path, answers):
     path = tmp_path / "answers.jsonl"
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    path.write_text(answers)
     return path
 
 
@@ -249,7 +264,7 @@ def test_a_run_killed_after_its_last_step_takes_no_other(target, data_file, tmp_
     steps = OptimizerConfig(batch_size=4, epochs=2, max_steps=3, warmup_steps=1)
     config = config_for(data_file, optimizer=steps, save_every=3)
     with monkeypatch.context() as patch:
-        patch.setattr("amphista.train.trainer.calibrate", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr("amphista.train.results.calibrate", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             Trainer(target, config, tmp_path / "run", lambda line: None).run()
     assert not (tmp_path / "run" / "last").exists()
@@ -277,6 +292,117 @@ def test_training_lowers_the_loss_and_ships_a_working_drafter(target, data_file,
         assert decode(Engine(target, drafter, parse_tree(12)), prompt, params).output_ids == expected
     card = (folder / "README.md").read_text()
     assert "base_model" in card and "tau" in card
+
+
+# -- one step, however it is split ------------------------------------------------------------------------------------
+
+
+def gradients_of(trainer, rows):
+    """(what the step logs, the gradient it leaves)."""
+    sums = trainer._gradient(rows)
+    found = {name: p.grad.clone() for name, p in trainer.drafter.named_parameters()}
+    trainer.optimizer.zero_grad()
+    return sums, found
+
+
+@pytest.mark.parametrize("parts", [2, 3, 7])
+@pytest.mark.parametrize("loss", [LossConfig(), LossConfig(accept_until_fail=True, depth_decay=0.7)])
+def test_a_step_in_parts_is_the_step_of_its_batch(target, data_file, tmp_path, parts, loss):
+    """Parts of unequal answers, some without a row at all, give the loss and the gradient of the batch at once."""
+    whole, split = (
+        Trainer(
+            target,
+            config_for(data_file, loss=loss, optimizer=OptimizerConfig(batch_size=5, accumulate=count)),
+            tmp_path / str(count),
+            lambda line: None,
+        )
+        for count in (1, parts)
+    )
+    rows = whole.parts.data.rows[:5]
+    assert len({row.num_answer_tokens for row in rows}) > 2
+    shaken(whole.drafter, scale=0.02), shaken(split.drafter, scale=0.02)
+    (sums, expected), (in_parts, found) = gradients_of(whole, rows), gradients_of(split, rows)
+    torch.testing.assert_close(in_parts.loss(loss), sums.loss(loss), rtol=1e-5, atol=0)
+    assert torch.equal(in_parts.aims, sums.aims) and torch.equal(in_parts.counted, sums.counted)
+    assert loss.accept_until_fail == bool((sums.counted < sums.aims).any())
+    for name, gradient in expected.items():
+        assert float((found[name] - gradient).norm()) < 1e-4 * float(gradient.norm()), name
+
+
+def test_a_step_s_gradient_is_that_of_its_loss(target, data_file, tmp_path):
+    """Sums first, one division behind: the same as differentiating the mean."""
+    trainer = Trainer(target, config_for(data_file), tmp_path, lambda line: None)
+    rows = trainer.parts.data.rows[:4]
+    _, found = gradients_of(trainer, rows)
+    batch = batch_for(target, rows)
+    sums = HeadLoss(trainer.drafter, LossConfig())(batch.hidden, batch.next_ids, batch.answer_rows)
+    sums.loss(LossConfig()).backward()
+    for name, parameter in trainer.drafter.named_parameters():
+        assert float((found[name] - parameter.grad).norm()) <= 1e-4 * float(parameter.grad.norm()), name
+
+
+def test_a_run_may_go_on_in_other_parts(target, data_file, tmp_path):
+    """Parts are a matter of memory: whoever ran out of it at step 8 goes on with smaller ones."""
+    Trainer(target, config_for(data_file), tmp_path, lambda line: None).run(stop_after=8)
+    steps = OptimizerConfig(learning_rate=3e-3, batch_size=4, epochs=3, warmup_steps=2, accumulate=2)
+    Trainer(target, config_for(data_file, optimizer=steps, tensorboard=True), tmp_path, lambda line: None).run()
+    assert list((tmp_path / "tensorboard").glob("events.*"))
+
+
+# -- what a row can do to a run ---------------------------------------------------------------------------------------
+
+
+def poisoned_model(target, token, value):
+    """The target, with a state of `value` wherever it reads `token`."""
+    compute = target.hidden_states
+
+    def hidden_states(ids):
+        states = compute(ids).clone()
+        states[ids == token] = value
+        return states
+
+    return hidden_states
+
+
+def one_row_with(data_file, token):
+    """Let one training row alone hold the token; returns its id."""
+    lines = [json.loads(line) for line in data_file.read_text().splitlines()]
+    for line in lines:
+        line["prompt_ids"] = [1 if t == token else t for t in line["prompt_ids"]]
+        line["answer_ids"] = [1 if t == token else t for t in line["answer_ids"]]
+    lines[7]["answer_ids"][2] = token
+    data_file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return lines[7]["id"]
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_row_whose_hidden_states_are_not_finite_is_named(target, data_file, tmp_path, monkeypatch, value):
+    name = one_row_with(data_file, 222)
+    monkeypatch.setattr(target, "hidden_states", poisoned_model(target, 222, value))
+    with pytest.raises(DataError, match=f"row '{name}': the target's hidden states hold NaN or infinity"):
+        Trainer(target, config_for(data_file), tmp_path, lambda line: None).run()
+
+
+def test_a_row_whose_loss_is_not_finite_is_named(target, data_file, tmp_path, monkeypatch):
+    """Its hidden states are finite, but too large for the target's own softmax."""
+    name = one_row_with(data_file, 222)
+    trainer = Trainer(target, config_for(data_file), tmp_path, lambda line: None)
+    before = {name: p.clone() for name, p in trainer.drafter.named_parameters()}
+    monkeypatch.setattr(target, "hidden_states", poisoned_model(target, 222, 3e38))
+    rows = next(rows for rows in trainer._batches() if name in [row.id for row in rows])
+    monkeypatch.setattr(trainer, "_batches", lambda: iter([rows]))
+    with pytest.raises(DataError, match=f"the loss is not finite for row '{name}': leave it out"):
+        trainer.run()
+    assert len(rows) > 1 and trainer.progress.step == 0
+    assert all(torch.equal(p, before[name]) for name, p in trainer.drafter.named_parameters()), "a step was taken"
+
+
+def test_weights_that_are_not_finite_are_named(target, data_file, tmp_path):
+    trainer = Trainer(target, config_for(data_file), tmp_path, lambda line: None)
+    with torch.no_grad():
+        trainer.drafter.heads[1].linear.bias[0] = math.inf
+    with pytest.raises(DataError, match=r"nor is the weight drafter\.heads\.1\.linear\.bias: lower"):
+        trainer.run()
 
 
 @pytest.mark.parametrize("temperature", [0.8, 1.5, 2.4])
@@ -367,6 +493,7 @@ def test_kill_between_old_and_new_state_is_survived(target, data_file, tmp_path)
     [
         ('{"id": "x", "prompt_ids": [1], "answer_ids": []}', "line 2 has no answer tokens"),
         ('{"id": "x", "prompt_ids": [1], "answer_ids": [300]}', "line 2 holds token id 300"),
+        ('{"id": "x", "prompt_ids": [-1], "answer_ids": [2, 299]}', "line 2 holds token id -1"),
         ('{"id": "x", "text": "hello"}', "line 2 has neither"),
         ("{broken", "line 2 is not JSON"),
         ("[1, 2]", "line 2 is a JSON list"),

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from amphista.cli import options
+from amphista.cli.launched import own_device
 from amphista.target import DEFAULT_TARGET
 
 if TYPE_CHECKING:
@@ -76,17 +77,9 @@ def distill(
     values |= {name: value for name, value in given.items() if value is not None}
     config = build(DistillConfig, values)
     share = Share.from_environment(os.environ) if shard is None else Share.parse(shard)
-    summary = _run(config, share, (target, device or _own_device(), dtype, fast), out)
+    summary = _run(config, share, (target, own_device(device), dtype, fast), out)
     if json_lines:
         print(json.dumps({"out": str(out), **summary}))
-
-
-def _own_device() -> str | None:
-    """One accelerator a process, where a launcher started several on this machine."""
-    import torch
-
-    rank = os.environ.get("LOCAL_RANK")
-    return f"cuda:{rank}" if rank is not None and torch.cuda.is_available() else None
 
 
 def _run(config: Any, share: Share, target: tuple[str, str | None, str | None, bool], out: Path) -> dict[str, Any]:

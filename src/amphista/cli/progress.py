@@ -10,14 +10,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 
 class StepProgress:
-    """Reports lines and steps; use as a context manager."""
+    """Reports lines and steps; use as a context manager. One of several processes is shown, the others say nothing."""
 
-    def __init__(self) -> None:
-        console = Console(stderr=True)
+    def __init__(self, *, is_shown: bool = True) -> None:
+        console = Console(stderr=True, quiet=not is_shown)
         self._bar = Progress(
             BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}"), console=console
         )
-        self._is_terminal = console.is_terminal
+        self._is_shown, self._is_terminal = is_shown, console.is_terminal
         self._task = self._bar.add_task("", total=None)
 
     def __enter__(self) -> StepProgress:
@@ -35,12 +35,12 @@ class StepProgress:
         """Something worth keeping on the screen."""
         if self._is_terminal:
             self._bar.console.print(text, markup=False, highlight=False)
-        else:
+        elif self._is_shown:
             print(text, file=sys.stderr, flush=True)
 
     def step(self, done: int, total: int, text: str) -> None:
         """Where the run stands."""
         if self._is_terminal:
             self._bar.update(self._task, completed=done, total=total, description=text)
-        else:
+        elif self._is_shown:
             print(f"step {done}/{total}  {text}", file=sys.stderr, flush=True)

@@ -3,6 +3,7 @@
 amphista train --data answers.jsonl.gz --out runs/amphista
 amphista train --recipe recipes/smollm2-135m-amphista.toml --data answers.jsonl.gz --out runs/amphista
 amphista train --drafter medusa --set optimizer.epochs=3 --data answers.jsonl.gz --out runs/medusa
+accelerate launch --num_processes 2 -m amphista train --data answers.jsonl.gz --out runs/amphista
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Annotated
 import typer
 
 from amphista.cli import options
+from amphista.cli.launched import is_first, own_device
 from amphista.target import DEFAULT_TARGET
 
 
@@ -64,9 +66,13 @@ def train(
     from amphista.cli.progress import StepProgress
     from amphista.target.loading import load_target
 
-    with StepProgress() as progress:
-        trainer = Trainer(load_target(target, device=device, dtype=dtype), config, out, progress.line, progress.step)
+    with StepProgress(is_shown=is_first()) as progress:
+        loaded = load_target(target, device=own_device(device), dtype=dtype)
+        trainer = Trainer(loaded, config, out, progress.line, progress.step)
         folder = trainer.run()
+    trainer.close()
+    if not is_first():
+        return
     print(f"amphista: the drafter is in {folder}; the best validated one in {out / 'best'}", file=sys.stderr)
     if json_lines:
         print(json.dumps({"out": str(folder), "best": str(out / "best"), "step": trainer.progress.step}))

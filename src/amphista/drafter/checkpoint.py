@@ -183,6 +183,15 @@ def _replace(new: Path, folder: Path) -> None:
     shutil.rmtree(old)
 
 
+def recover_drafter(folder: Path) -> None:
+    """After a kill in the middle of `save_drafter`: put the old one back if it was between the two, sweep the rest."""
+    old = folder.with_name(f".old-{folder.name}")
+    if old.exists() and not folder.exists():
+        old.rename(folder)
+    for left_over in [old, *folder.parent.glob(".saving-*")]:
+        shutil.rmtree(left_over, ignore_errors=True)
+
+
 def load_drafter(
     name: str, spec: TargetSpec, shared: SharedWeights, fingerprint: Fingerprint, *, allow_other_target: bool = False
 ) -> Drafter:

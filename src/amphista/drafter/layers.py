@@ -32,7 +32,7 @@ class LayerSizes:
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square norm in the input's dtype (arXiv 1910.07467)."""
+    """Root-mean-square norm in the input's dtype (arXiv 1910.07467), with sums and product in the wider of both."""
 
     def __init__(self, size: int, eps: float, scale: float = 1.0) -> None:
         super().__init__()
@@ -40,7 +40,11 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, (x.shape[-1],), self.weight, self.eps)
+        if x.dtype == self.weight.dtype:
+            return F.rms_norm(x, (x.shape[-1],), self.weight, self.eps)
+        # Autocast brings bfloat16 rows to float32 weights. torch does the same sums then, but warns that it found no
+        # fused kernel; asked in the weight's dtype it uses that one. Equal bit for bit, forward and backward.
+        return F.rms_norm(x.to(self.weight.dtype), (x.shape[-1],), self.weight, self.eps).to(x.dtype)
 
 
 class ResidualBlock(nn.Module):

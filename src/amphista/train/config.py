@@ -29,7 +29,8 @@ class DataConfig:
 class OptimizerConfig:
     """AdamW with linear warm-up and a cosine to `final_ratio` of the peak over all steps.
 
-    `max_steps` ends a run before its epochs do; the cosine ends there too.
+    `max_steps` ends a run before its epochs do; the cosine ends there too. `batch_size`: rows a step, over all
+    processes; each does its share in `accumulate` parts, one after the other, which changes memory and nothing else.
     """
 
     learning_rate: float = 1e-3
@@ -41,15 +42,17 @@ class OptimizerConfig:
     epochs: int = 1
     max_steps: int | None = None
     batch_size: int = 4
+    accumulate: int = 1
 
     def __post_init__(self) -> None:
         if (
             self.learning_rate <= 0
             or self.epochs < 1
             or self.batch_size < 1
+            or self.accumulate < 1
             or (self.max_steps is not None and self.max_steps < 1)
         ):
-            raise ConfigError("learning_rate must be above 0, epochs, batch_size and max_steps at least 1")
+            raise ConfigError("learning_rate must be above 0, epochs, batch_size, accumulate and max_steps at least 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +61,7 @@ class TrainConfig:
 
     `precision` bf16 multiplies in bfloat16 and keeps weights, sums and the softmax in float32. `init`: go on from a
     trained drafter (a shipped name, a folder or a hub id) with its settings and draft vocabulary, a new optimiser and
-    schedule.
+    schedule. `tensorboard` writes the log a second time, for TensorBoard.
     """
 
     drafter: str = "amphista"
@@ -73,6 +76,7 @@ class TrainConfig:
     save_every: int = 500
     validate_every: int = 0
     log_every: int = 20
+    tensorboard: bool = False
 
     def __post_init__(self) -> None:
         if self.save_every < 1 or self.log_every < 1 or self.validate_every < 0:

@@ -1,7 +1,7 @@
 """Token rows -> batches with the target's hidden states, deterministic and resumable.
 
-Hidden states come from the frozen target in process. With a store they are computed once, on first use, and kept on
-disk in float16 (2 bytes x hidden size a token: 1.2 kB for the default target).
+Hidden states come from the frozen target in process. With a store (`hidden_store.py`) they are computed once, on first
+use, and kept on disk in float16 (2 bytes x hidden size a token: 1.2 kB for the default target).
 
 Shapes: B rows, T tokens, D hidden size, Q answer rows.
 """
@@ -9,7 +9,6 @@ Shapes: B rows, T tokens, D hidden size, Q answer rows.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from torch import Tensor
 
 from amphista.errors import DataError
 from amphista.target.target import Target
+from amphista.train.hidden_store import HiddenStore
 from amphista.train.losses import AnswerRows
 from amphista.train.rows import TokenRow
 
@@ -83,46 +83,21 @@ def coverage(rows: Sequence[TokenRow], token_ids: Tensor | None) -> float:
 
 
 class HiddenStates:
-    """Hidden states of rows, straight from the target or through a store on disk.
-
-    A row is marked as stored only after its states are written: a killed run finds every marked row whole.
-    """
+    """Hidden states of rows, straight from the target or through a store on disk; never NaN or infinite."""
 
     def __init__(self, target: Target, rows: Sequence[TokenRow], folder: Path | None) -> None:
-        self._target, self._folder = target, folder
-        if folder is None:
-            return
-        lengths = [len(row.token_ids) for row in rows]
-        self._offsets = dict(zip((row.id for row in rows), np.cumsum([0, *lengths[:-1]]).tolist(), strict=True))
-        self._index = {row.id: i for i, row in enumerate(rows)}
-        if len(self._index) != len(rows):
-            raise DataError("two rows carry the same id: the hidden-state store needs distinct ids")
-        tokens = hashlib.sha256(json.dumps([(row.id, row.token_ids) for row in rows]).encode()).hexdigest()
-        identity = {"tokens_sha256": tokens, "lm_head_sha256": target.fingerprint.lm_head_sha256}
-        folder.mkdir(parents=True, exist_ok=True)
-        described = folder / "store.json"
-        if described.is_file() and json.loads(described.read_text()) != identity:
-            (folder / "done.u1").unlink(missing_ok=True)
-        described.write_text(json.dumps(identity))
-        shape = (sum(lengths), target.spec.hidden_size)
-        if not _has_size(folder / "hidden.f16", np.float16, shape):
-            (folder / "done.u1").unlink(missing_ok=True)  # marks without states would train on zeros
-        self._hidden = _open_map(folder / "hidden.f16", np.float16, shape)
-        self._done = _open_map(folder / "done.u1", np.uint8, (len(rows),))
+        """folder: of the store, or None; rows: all that will ever be asked for."""
+        self._target = target
+        self.store = None if folder is None else HiddenStore(folder, rows, target.fingerprint)
 
     def get(self, rows: Sequence[TokenRow]) -> list[Tensor]:
-        """Hidden states [T, D] of each row, float32."""
-        if self._folder is None:
+        """Hidden states [T, D] of each row, float32; raises DataError naming a row whose states are not finite."""
+        if self.store is None:
             return self._compute(rows)
-        missing = [row for row in rows if not self._done[self._index[row.id]]]
+        missing = [row for row in rows if not self.store.has(row)]
         for row, hidden in zip(missing, self._compute(missing), strict=True):
-            self._span(row)[:] = hidden.to(torch.float16).cpu().numpy()
-            self._done[self._index[row.id]] = 1
-        return [torch.from_numpy(self._span(row).astype(np.float32)) for row in rows]
-
-    def _span(self, row: TokenRow) -> np.ndarray:
-        start = self._offsets[row.id]
-        return self._hidden[start : start + len(row.token_ids)]
+            self.store.put(row, hidden)
+        return [self.store.get(row) for row in rows]
 
     def _compute(self, rows: Sequence[TokenRow]) -> list[Tensor]:
         if not rows:
@@ -130,15 +105,14 @@ class HiddenStates:
         ids = _pad([row.token_ids for row in rows]).to(self._target.device)
         with torch.autocast(ids.device.type, enabled=False):  # the target keeps its own precision, whoever asks
             hidden = self._target.hidden_states(ids).float().clone()
-        return [hidden[i, : len(row.token_ids)] for i, row in enumerate(rows)]
-
-
-def _open_map(path: Path, dtype: type, shape: tuple[int, ...]) -> np.memmap:
-    return np.memmap(path, dtype=dtype, mode="r+" if _has_size(path, dtype, shape) else "w+", shape=shape)
-
-
-def _has_size(path: Path, dtype: type, shape: tuple[int, ...]) -> bool:
-    return path.is_file() and path.stat().st_size == int(np.prod(shape)) * np.dtype(dtype).itemsize
+        states = [hidden[i, : len(row.token_ids)] for i, row in enumerate(rows)]
+        for row, state in zip(rows, states, strict=True):
+            if not torch.isfinite(state).all():
+                raise DataError(
+                    f"row {row.id!r}: the target's hidden states hold NaN or infinity: leave the row out, or load the "
+                    "target in float32"
+                )
+        return states
 
 
 def epoch_batches(rows: Sequence[TokenRow], batch_size: int, seed: int, epoch: int) -> list[list[TokenRow]]:
@@ -153,11 +127,21 @@ def epoch_batches(rows: Sequence[TokenRow], batch_size: int, seed: int, epoch: i
     return [batches[i] for i in order.permutation(len(batches))]
 
 
+def part_of(rows: Sequence[TokenRow], index: int, count: int) -> list[TokenRow]:
+    """Part `index` of `count` of a batch, which is sorted by length: every part gets short and long rows. May be []."""
+    return list(rows[index::count])
+
+
 def collate(rows: Sequence[TokenRow], hidden: Sequence[Tensor]) -> Batch:
     """Pad rows to one length and list the rows h_t whose next token x_{t+1} lies in an answer."""
-    ids = _pad([row.token_ids for row in rows])
-    next_ids = torch.cat([ids[:, 1:], ids[:, -1:]], dim=1)
-    length = ids.shape[1]
+    padded = torch.nn.utils.rnn.pad_sequence(list(hidden), batch_first=True)
+    return Batch(padded, _next_ids(rows), answer_rows(rows))
+
+
+def answer_rows(rows: Sequence[TokenRow]) -> AnswerRows:
+    """The rows h_t of a padded batch whose next token x_{t+1} lies in an answer."""
+    next_ids = _next_ids(rows)
+    length = next_ids.shape[1]
     flat, answers = [], []
     for b, row in enumerate(rows):
         for t in range(len(row.token_ids) - 1):
@@ -165,10 +149,18 @@ def collate(rows: Sequence[TokenRow], hidden: Sequence[Tensor]) -> Batch:
                 flat.append(b * length + t)
                 answers.append(b * 10000 + row.answers[t + 1])
     index = torch.tensor(flat, dtype=torch.long)
-    padded = torch.nn.utils.rnn.pad_sequence(list(hidden), batch_first=True)
-    return Batch(
-        padded, next_ids, AnswerRows(index, next_ids.flatten()[index], torch.tensor(answers, dtype=torch.long))
-    )
+    return AnswerRows(index, next_ids.flatten()[index], torch.tensor(answers, dtype=torch.long))
+
+
+def idle_batch(hidden_size: int) -> Batch:
+    """For a process that has no row of a batch: an answer of one token, at which no head aims. Its loss is 0."""
+    token = torch.zeros(1, dtype=torch.long)
+    return Batch(torch.zeros(1, 1, hidden_size), token[None], AnswerRows(token, token, token + 1))
+
+
+def _next_ids(rows: Sequence[TokenRow]) -> Tensor:
+    ids = _pad([row.token_ids for row in rows])
+    return torch.cat([ids[:, 1:], ids[:, -1:]], dim=1)
 
 
 def _pad(ids: Sequence[Sequence[int]]) -> Tensor:

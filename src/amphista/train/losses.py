@@ -19,7 +19,7 @@ Shapes: Q rows, M rows that count for a head, K heads, D hidden size, N draft vo
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -29,47 +29,6 @@ from torch.autograd.function import once_differentiable
 
 from amphista.drafter.base import ParallelHeads
 from amphista.errors import ConfigError
-
-
-@dataclass(frozen=True, kw_only=True)
-class LossConfig:
-    """Weights of the objectives (0 leaves one out) and which positions count, how much.
-
-    `soft_weight` and `text_weight` are lambda_1 and lambda_2 of ALGORITHM section 3. `variation_weight`,
-    `acceptance_weight` and `hybrid_weight` (with `hybrid_eta`) aim at sampled acceptance. `depth_decay` 1.0 is the
-    paper's uniform. `chunk_rows` bounds memory, not the loss: no more rows than these meet the vocabulary at once.
-    """
-
-    soft_weight: float = 1.0
-    text_weight: float = 0.1
-    variation_weight: float = 0.0
-    acceptance_weight: float = 0.0
-    hybrid_weight: float = 0.0
-    hybrid_eta: float = 3.0
-    depth_decay: float = 1.0
-    accept_until_fail: bool = False
-    chunk_rows: int = 512
-
-    def __post_init__(self) -> None:
-        if min(self.weights.values()) < 0 or sum(self.weights.values()) == 0:
-            raise ConfigError(f"{', '.join(self.weights)} must not be negative, nor all 0")
-        if self.hybrid_eta < 0:
-            raise ConfigError(f"hybrid_eta is {self.hybrid_eta}: expected 0 or more (0 is plain KL)")
-        if self.chunk_rows < 1:
-            raise ConfigError(f"chunk_rows is {self.chunk_rows}: expected at least 1")
-        if not 0 < self.depth_decay <= 1:
-            raise ConfigError(f"depth_decay is {self.depth_decay}: expected a number in (0, 1]")
-
-    @property
-    def aims_at_acceptance(self) -> bool:
-        """Whether anything but the two cross-entropies is asked for."""
-        return any((self.variation_weight, self.acceptance_weight, self.hybrid_weight))
-
-    @property
-    def weights(self) -> dict[str, float]:
-        """The weight of each objective by its field's name."""
-        names = ("soft_weight", "text_weight", "variation_weight", "acceptance_weight", "hybrid_weight")
-        return {name: getattr(self, name) for name in names}
 
 
 @dataclass(frozen=True)
@@ -148,6 +107,73 @@ def until_first_fail(counts: Tensor, index: Tensor, right: Tensor) -> Tensor:
     return following
 
 
+# -- which objectives, with which weight ------------------------------------------------------------------------------
+
+CROSS_ENTROPIES = ("soft_weight", "text_weight")  # these two alone have a shorter way: `_CrossEntropies`
+
+
+class Scored(NamedTuple):
+    """What an objective may look at: log q [M, N], p [M, N], labels [M] in the draft vocabulary or -1, the settings."""
+
+    log_probs: Tensor
+    target_probs: Tensor
+    labels: Tensor
+    config: LossConfig
+
+
+Objective = Callable[[Scored], Tensor]
+
+
+def weighs(objective: Objective, default: float = 0.0) -> Any:
+    """A field of `LossConfig` that holds the weight of an objective."""
+    return field(default=default, metadata={"objective": objective})
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossConfig:
+    """Weights of the objectives (0 leaves one out) and which positions count, how much.
+
+    A new objective is one function above and one line here. `soft_weight` and `text_weight` are lambda_1 and lambda_2
+    of ALGORITHM section 3; the next three (`hybrid_eta` belongs to the last) aim at sampled acceptance. `depth_decay`
+    1.0 is the paper's uniform. `chunk_rows` bounds memory, not the loss: no more rows meet the vocabulary at once.
+    """
+
+    soft_weight: float = weighs(lambda at: soft_cross_entropy(at.log_probs, at.target_probs), 1.0)
+    text_weight: float = weighs(lambda at: text_cross_entropy(at.log_probs, at.labels), 0.1)
+    variation_weight: float = weighs(lambda at: total_variation(at.log_probs, at.target_probs))
+    acceptance_weight: float = weighs(lambda at: negative_log_acceptance(at.log_probs, at.target_probs))
+    hybrid_weight: float = weighs(lambda at: hybrid_acceptance(at.log_probs, at.target_probs, at.config.hybrid_eta))
+    hybrid_eta: float = 3.0
+    depth_decay: float = 1.0
+    accept_until_fail: bool = False
+    chunk_rows: int = 512
+
+    def __post_init__(self) -> None:
+        if min(self.weights.values()) < 0 or sum(self.weights.values()) == 0:
+            raise ConfigError(f"{', '.join(self.weights)} must not be negative, nor all 0")
+        if self.hybrid_eta < 0:
+            raise ConfigError(f"hybrid_eta is {self.hybrid_eta}: expected 0 or more (0 is plain KL)")
+        if self.chunk_rows < 1:
+            raise ConfigError(f"chunk_rows is {self.chunk_rows}: expected at least 1")
+        if not 0 < self.depth_decay <= 1:
+            raise ConfigError(f"depth_decay is {self.depth_decay}: expected a number in (0, 1]")
+
+    @property
+    def aims_at_acceptance(self) -> bool:
+        """Whether anything but the two cross-entropies is asked for."""
+        return any(weight for name, weight in self.weights.items() if name not in CROSS_ENTROPIES)
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """The weight of each objective by its field's name."""
+        return {name: getattr(self, name) for name in objectives()}
+
+
+def objectives() -> dict[str, Objective]:
+    """Every objective by the name of its weight."""
+    return {f.name: f.metadata["objective"] for f in fields(LossConfig) if "objective" in f.metadata}
+
+
 # -- the loss ---------------------------------------------------------------------------------------------------------
 
 
@@ -159,14 +185,8 @@ def head_losses(logits: Tensor, target_probs: Tensor, labels: Tensor, config: Lo
         )
         return both
     log_probs = torch.log_softmax(_widened(logits), dim=-1)
-    objectives: dict[str, Callable[[], Tensor]] = {
-        "soft_weight": lambda: soft_cross_entropy(log_probs, target_probs),
-        "text_weight": lambda: text_cross_entropy(log_probs, labels),
-        "variation_weight": lambda: total_variation(log_probs, target_probs),
-        "acceptance_weight": lambda: negative_log_acceptance(log_probs, target_probs),
-        "hybrid_weight": lambda: hybrid_acceptance(log_probs, target_probs, config.hybrid_eta),
-    }
-    terms = [weight * objectives[name]() for name, weight in config.weights.items() if weight]
+    scored = Scored(log_probs, target_probs, labels, config)
+    terms = [weight * objectives()[name](scored) for name, weight in config.weights.items() if weight]
     return torch.stack(terms).sum(0)
 
 
@@ -264,10 +284,11 @@ class HeadLoss(nn.Module):
             index = index[(index >= part.start) & (index < part.start + self.config.chunk_rows)]
             index = index[counts[index]]
             counted.append(float(index.numel()))
-            if index.numel() == 0:
-                losses.append(_widened(states.new_zeros(())))
+            own = self.drafter.own_weights(k)
+            if index.numel() == 0:  # a gradient of nothing: distributed wrappers wait for one of every weight
+                losses.append(_widened(sum((weight.flatten()[0] * 0 for weight in own), states.new_zeros(()))))
                 continue
-            loss, right = part.scored(k, index, states[index, k], *self.drafter.own_weights(k))
+            loss, right = part.scored(k, index, states[index, k], *own)
             if self.config.accept_until_fail:
                 counts = until_first_fail(counts, index, right)
             losses.append(loss)

@@ -33,8 +33,8 @@ def group_of(name: str) -> str:
 def check_row(row: TokenRow, where: str, vocab_size: int) -> None:
     if not row.num_answer_tokens:
         raise DataError(f"{where} has no answer tokens: give it an assistant turn, or leave the line out")
-    worst = max(row.token_ids)
-    if worst >= vocab_size or min(row.token_ids) < 0:
+    worst = next((token for token in row.token_ids if not 0 <= token < vocab_size), None)
+    if worst is not None:
         raise DataError(
             f"{where} holds token id {worst}, but the target has {vocab_size} tokens: made for another target?"
         )

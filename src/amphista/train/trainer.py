@@ -1,61 +1,38 @@
-"""The training loop, on `accelerate`: frozen target, one drafter, resumable.
+"""The training loop, on `accelerate`: frozen target, one drafter, any number of processes, resumable.
 
     amphista train --recipe recipes/smollm2-135m-amphista.toml --data answers.jsonl.gz --out runs/amphista
+    accelerate launch --num_processes 2 -m amphista train --data answers.jsonl.gz --out runs/amphista
 
-OUT/log.jsonl      one record per `log_every` steps, one per validation
-OUT/state/         what resuming needs: weights, optimiser, schedule, progress (replaced atomically)
-OUT/best/          the drafter with the highest validated tau at 16 nodes
-OUT/last/          the drafter at the end
-A killed run started again with the same command goes on from OUT/state and equals the uninterrupted run.
+The law: a step's gradient is that of its whole batch, however the rows are split over processes and parts; and a killed
+run, started again with the same command, equals the uninterrupted run. What lies in OUT: `run_folder.py`.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-import math
-import shutil
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from contextlib import nullcontext
+from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import set_seed
 
-from amphista import provenance
-from amphista.config import as_dict, build
-from amphista.drafter.base import Calibration, ParallelHeads
-from amphista.drafter.card import write_card
-from amphista.drafter.checkpoint import DRAFTERS, make_drafter, save_drafter
-from amphista.errors import ConfigError, DataError
-from amphista.target.loading import hub_name
 from amphista.target.target import Target
-from amphista.train.calibrate import calibrate
-from amphista.train.config import OptimizerConfig, TrainConfig
-from amphista.train.dataset import Batch, HiddenStates, collate, coverage, epoch_batches, frequent_tokens, split_rows
-from amphista.train.init import started_from
-from amphista.train.losses import HeadLoss
-from amphista.train.prompts import read_rows
+from amphista.train.blame import not_finite
+from amphista.train.config import TrainConfig
+from amphista.train.dataset import Batch, answer_rows, collate, epoch_batches, idle_batch, part_of
+from amphista.train.losses import HeadLoss, HeadSums
+from amphista.train.memory import keep_freed_memory
+from amphista.train.results import Results
 from amphista.train.rows import TokenRow
-from amphista.train.validation import Validation, validate
+from amphista.train.run_folder import Progress, RunFolder
+from amphista.train.setup import assemble, make_optimizer, make_schedule
 
-BEST_BY_NODES = 16
+LEAVE_AFTER_S = 1.0
 Report = Callable[[str], None]
 OnStep = Callable[[int, int, str], None]
-
-
-@dataclass
-class Progress:
-    """Where a run stands; stored in OUT/state/progress.json."""
-
-    step: int = 0
-    positions: int = 0
-    seconds: float = 0.0
-    best_tau: float = 0.0
 
 
 class Trainer:
@@ -64,220 +41,131 @@ class Trainer:
     def __init__(
         self, target: Target, config: TrainConfig, out: Path, report: Report, on_step: OnStep | None = None
     ) -> None:
-        self.target, self.config, self.out, self.report, self.on_step = target, config, out, report, on_step
-        set_seed(config.seed)
-        self.accelerator = Accelerator(
-            cpu=target.device.type == "cpu",
-            mixed_precision="bf16" if config.precision == "bf16" else "no",
-            step_scheduler_with_optimizer=False,
-        )
-        self.rows, self.validation_rows = self._read_rows()
-        self.hidden = HiddenStates(target, [*self.rows, *self.validation_rows], self._store_folder())
-        self.before: dict[str, Any] | None = None  # of the drafter this run goes on from
-        self.drafter = self._make_drafter()
-        self.steps_per_epoch = len(epoch_batches(self.rows, config.optimizer.batch_size, config.seed, 0))
+        """report: lines for people; on_step: (steps done, of how many, a line), every `log_every` steps."""
+        keep_freed_memory()
+        self.config, self.out = config, out
+        self.parts = parts = assemble(target, config, out)
+        self.accelerator, self.drafter = parts.accelerator, parts.drafter
+        is_main = self.accelerator.is_main_process
+        self.report: Report = report if is_main else lambda line: None
+        self.on_step = on_step if is_main else None
+        self.steps_per_epoch = len(epoch_batches(parts.data.rows, config.optimizer.batch_size, config.seed, 0))
         self.num_steps = self.steps_per_epoch * config.optimizer.epochs
         self.num_steps = min(self.num_steps, config.optimizer.max_steps or self.num_steps)
         optimizer = make_optimizer(self.drafter, config.optimizer)
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, warmup_cosine(config.optimizer, self.num_steps))
+        schedule = make_schedule(optimizer, config.optimizer, self.num_steps)
         self.model, self.optimizer, self.schedule = self.accelerator.prepare(
             HeadLoss(self.drafter, config.loss), optimizer, schedule
         )
+        self.folder = RunFolder(out, self.accelerator, parts.identity(), tensorboard=config.tensorboard)
+        self.results = Results(parts, self.model, out)
         self.progress = Progress()
-        self._measured: tuple[int, Calibration, dict[str, Any]] | None = None  # at which step, what
-
-    # -- setting up -----------------------------------------------------------------------------------------------
-
-    def _read_rows(self) -> tuple[list[TokenRow], list[TokenRow]]:
-        data = self.config.data
-        if not data.files:
-            raise ConfigError("no training data: give --data FILE (or data.files in the recipe)")
-        max_len = min(data.max_len, self.target.spec.max_positions)
-        paths = [Path(name).expanduser() for name in data.files]
-        rows = read_rows(
-            paths,
-            self.target.text,
-            self.target.eos_ids,
-            vocab_size=self.target.spec.vocab_size,
-            max_len=max_len,
-            fingerprint=self.target.fingerprint,
-        )
-        return split_rows(rows, data.validation_share, data.seed)
-
-    def _store_folder(self) -> Path | None:
-        return self.out.parent / "hidden-store" if self.config.data.store else None
-
-    def _make_drafter(self) -> ParallelHeads:
-        kind = self.config.drafter
-        if kind not in DRAFTERS:
-            raise ConfigError(f"unknown drafter {kind!r}: expected one of {', '.join(DRAFTERS)}")
-        if self.config.init is not None:
-            drafter, self.before = started_from(self.config, self.target)
-            return drafter.to(self.accelerator.device)
-        drafter_config = build(DRAFTERS[kind][0], self.config.model, "model")
-        drafter = make_drafter(kind, drafter_config, self.target.spec, self.target.shared)
-        if drafter_config.draft_vocab is not None:
-            ids = frequent_tokens(self.rows, drafter_config.draft_vocab, sorted(self.target.eos_ids))
-            drafter.set_draft_ids(ids)
-        sample = self.hidden.get(self.rows[:8])
-        drafter.match_scale(float(torch.cat(sample).pow(2).mean().sqrt()))
-        return drafter.to(self.accelerator.device)
-
-    # -- the loop -------------------------------------------------------------------------------------------------
 
     def run(self, stop_after: int | None = None) -> Path:
         """Train to the end (or for `stop_after` steps of this call); returns the folder of the final drafter."""
-        self._resume()
-        self.report(self._summary())
+        self._begin()
         started, spent = time.perf_counter(), self.progress.seconds
-        for taken, batch in enumerate(islice(self._batches(), self.num_steps - self.progress.step), start=1):
-            sums = self.model(batch.hidden, batch.next_ids, batch.answer_rows)
-            loss, per_head = sums.loss(self.config.loss), sums.per_head()
-            if not torch.isfinite(loss):
-                raise DataError(
-                    f"the loss is {float(loss)} at step {self.progress.step}: lower optimizer.learning_rate"
-                )
-            self.accelerator.backward(loss)
+        for taken, rows in enumerate(islice(self._batches(), self.num_steps - self.progress.step), start=1):
+            sums = self._gradient(rows)
             self.accelerator.clip_grad_norm_(self.model.parameters(), self.config.optimizer.clip)
             self.optimizer.step()
             self.schedule.step()
             self.optimizer.zero_grad()
             self.progress.step += 1
-            self.progress.positions += batch.answer_rows.rows.numel()
             self.progress.seconds = spent + time.perf_counter() - started
-            self._after_step(float(loss.detach()), per_head)
+            self._after_step(sums)
             if taken == stop_after:
                 return self.out / "state"
         return self._finish()
 
-    def _batches(self) -> Iterator[Batch]:
-        """All batches from where the run stands to the last epoch's end."""
+    def close(self) -> None:
+        """Leave the other processes, if there are any; nothing can be trained in this one afterwards."""
+        if self.accelerator.num_processes > 1:
+            # gloo's threads need the GIL to drop the tensors of the last exchange. Destroying the group waits for them
+            # and holds the GIL: too soon, and it waits for ever (torch 2.13; two runs in ten on a loaded machine).
+            time.sleep(LEAVE_AFTER_S)
+        self.accelerator.end_training()
+
+    def _batches(self) -> Iterator[list[TokenRow]]:
+        """The rows of every step from where the run stands to the last epoch's end."""
         size = self.config.optimizer.batch_size
         for epoch in range(self.progress.step // self.steps_per_epoch, self.config.optimizer.epochs):
             skip = self.progress.step - epoch * self.steps_per_epoch
-            for rows in epoch_batches(self.rows, size, self.config.seed, epoch)[skip:]:
-                mine = rows[self.accelerator.process_index :: self.accelerator.num_processes] or rows[:1]
-                yield collate(mine, self.hidden.get(mine)).to(self.accelerator.device)
+            yield from epoch_batches(self.parts.data.rows, size, self.config.seed, epoch)[skip:]
 
-    def _after_step(self, loss: float, per_head: torch.Tensor) -> None:
+    def _gradient(self, rows: list[TokenRow]) -> HeadSums:
+        """Leave the gradient of these rows' loss on the drafter; the same on every process, however they are split.
+
+        A mean would weight the parts wrongly: a part's sums are divided by the aims of the whole batch.
+        """
+        loss, count = self.config.loss, self.config.optimizer.accumulate
+        whole = answer_rows(rows)
+        aims = torch.tensor([float(whole.aims(k).numel()) for k in range(self.drafter.num_heads)])
+        aims = aims.to(self.accelerator.device)
+        sums = HeadSums(torch.zeros_like(aims), torch.zeros_like(aims), aims)
+        for index in range(count):
+            batch = self._part(rows, index)
+            is_last = index == count - 1
+            with nullcontext() if is_last else self.accelerator.no_sync(self.model):
+                part = self.model(batch.hidden, batch.next_ids, batch.answer_rows)
+                # Wrappers take the mean of the processes' gradients, and ours add up.
+                self.accelerator.backward(part.weighted(aims, loss) * self.accelerator.num_processes)
+            sums = HeadSums(sums.losses + part.losses.detach(), sums.counted + part.counted, aims)
+        losses, counted = self.accelerator.reduce(torch.stack([sums.losses, sums.counted]), "sum")
+        sums = HeadSums(losses, counted, aims)
+        if not torch.isfinite(losses).all():
+            raise not_finite(self.accelerator, self.model, rows, self.parts.hidden)
+        weight = float(sums.weight(aims, loss))
+        for parameter in self.model.parameters():
+            if parameter.grad is not None:
+                parameter.grad /= weight
+        self.progress.positions += whole.rows.numel()
+        return sums
+
+    def _part(self, rows: list[TokenRow], index: int) -> Batch:
+        """One of this process's parts of a batch; every process has as many, some of them idle."""
+        accelerator, count = self.accelerator, self.config.optimizer.accumulate
+        share = part_of(rows, accelerator.process_index, accelerator.num_processes)
+        some = part_of(share, index, count)
+        batch = collate(some, self.parts.hidden.get(some)) if some else idle_batch(self.drafter.spec.hidden_size)
+        return batch.to(accelerator.device)
+
+    def _begin(self) -> None:
+        self.progress = self.folder.resume()
+        weights = sum(p.numel() for p in self.drafter.parameters()) / 1e6
+        self.report(
+            f"{self.drafter.name} with {weights:.1f} M weights: {self.num_steps} steps, "
+            f"{self.parts.data.summary(self.config, self.drafter)}"
+        )
+        if self.parts.hidden.store is not None:
+            self.report(self.parts.hidden.store.about)
+        if self.progress.step:
+            self.report(f"resuming at step {self.progress.step} of {self.num_steps}")
+
+    def _after_step(self, sums: HeadSums) -> None:
         step, config = self.progress.step, self.config
         if step % config.log_every == 0:
-            record = {"step": step, "loss": loss, "head_loss": per_head.tolist(), **self._pace()}
-            self._log(record)
+            loss = float(sums.loss(config.loss))
+            self.folder.log({"step": step, "loss": loss, "head_loss": sums.per_head().tolist(), **self._pace()})
             if self.on_step is not None:
                 self.on_step(step, self.num_steps, f"loss {loss:.4f}  {self._time_left()}")
         if config.validate_every and step % config.validate_every == 0:
             self._validate()
         if step % config.save_every == 0:
-            self._save_state()
+            self.folder.save_state(self.progress)
+
+    def _validate(self) -> None:
+        result = self.results.validate(self.progress)
+        if result is not None:
+            self.folder.log({"step": self.progress.step, "validation": asdict(result), **self._pace()})
+            self.report(f"validation at step {self.progress.step}: {result.line()}")
 
     def _finish(self) -> Path:
         every = self.config.validate_every
         if not every or self.progress.step % every:
             self._validate()
-        self._save_state()
-        self._save_drafter(self.out / "last", self._calibrated())
-        return self.out / "last"
-
-    # -- validation, checkpoints, records -------------------------------------------------------------------------
-
-    def _validate(self) -> Validation:
-        self.drafter.eval()
-        with self.accelerator.autocast():
-            result = validate(self.drafter, self.validation_rows, self.hidden, self.config.loss)
-        self.drafter.train()
-        self._log({"step": self.progress.step, "validation": asdict(result), **self._pace()})
-        self.report(f"validation at step {self.progress.step}: {result.line()}")
-        tau = result.tau[BEST_BY_NODES]
-        if tau > self.progress.best_tau:
-            self.progress.best_tau = tau
-            self._save_drafter(self.out / "best", self._calibrated())
-        return result
-
-    def _calibrated(self) -> dict[str, Any]:
-        """Calibrate the drafter as it stands; the best one of the last step is not measured twice."""
-        if self._measured is None or self._measured[0] != self.progress.step:
-            rows, loss = self.validation_rows, self.config.loss
-            with self.accelerator.autocast():
-                self._measured = (self.progress.step, *calibrate(self.drafter, rows, self.hidden, loss))
-        _, self.drafter.calibration, measured = self._measured
-        return measured
-
-    def _save_drafter(self, folder: Path, measured: dict[str, Any]) -> None:
-        if not self.accelerator.is_main_process:
-            return
-        recipe = as_dict(self.config)
-        recipe["data"]["files"] = [Path(name).name for name in self.config.data.files]  # no one's folders
-        training = {
-            "recipe": recipe,
-            "progress": asdict(self.progress),
-            "data": self._data_record(),
-            "validation": measured,
-            "provenance": provenance.record(),
-        }
-        if self.before is not None:
-            training["before"] = self.before
-        card = write_card(self.drafter, hub_name(self.target.name), training, self.config.card)
-        save_drafter(self.drafter, folder, self.target.fingerprint, card=card, training=training, dtype=torch.bfloat16)
-        self.drafter.calibration = None
-
-    def _data_record(self) -> dict[str, Any]:
-        return {
-            "files": [Path(name).name for name in self.config.data.files],
-            "rows": len(self.rows),
-            "answer_tokens": sum(row.num_answer_tokens for row in self.rows),
-            "validation_rows": len(self.validation_rows),
-            "validation_answer_tokens": sum(row.num_answer_tokens for row in self.validation_rows),
-            "validation_coverage": coverage(self.validation_rows, self.drafter.draft_ids),
-        }
-
-    def _save_state(self) -> None:
-        temporary = self.out / "state.new"
-        shutil.rmtree(temporary, ignore_errors=True)
-        self.accelerator.save_state(str(temporary))
-        if self.accelerator.is_main_process:
-            (temporary / "progress.json").write_text(json.dumps(asdict(self.progress)))
-            (temporary / "config.json").write_text(json.dumps(self._identity()))
-            old = self.out / "state.old"
-            if (self.out / "state").exists():
-                shutil.rmtree(old, ignore_errors=True)
-                (self.out / "state").rename(old)
-            temporary.rename(self.out / "state")
-            shutil.rmtree(old, ignore_errors=True)
-        self.accelerator.wait_for_everyone()
-
-    def _resume(self) -> None:
-        self.out.mkdir(parents=True, exist_ok=True)
-        state = next((self.out / n for n in ("state", "state.old") if (self.out / n / "progress.json").is_file()), None)
-        if state is None:
-            (self.out / "log.jsonl").write_text("")
-            return
-        if json.loads((state / "config.json").read_text()) != json.loads(json.dumps(self._identity())):
-            raise ConfigError(
-                f"{self.out} holds a run with other settings, data or target: choose another --out or delete it"
-            )
-        self.accelerator.load_state(str(state))
-        self.progress = Progress(**json.loads((state / "progress.json").read_text()))
-        log = self.out / "log.jsonl"  # records after the saved step will be written again
-        kept = [line for line in log.read_text().splitlines() if _step_of(line) <= self.progress.step]
-        rewritten = self.out / "log.new"
-        rewritten.write_text("".join(line + "\n" for line in kept))
-        rewritten.replace(log)
-        self.report(f"resuming at step {self.progress.step} of {self.num_steps}")
-
-    def _identity(self) -> dict[str, Any]:
-        """What a resumed run must share with the one it goes on from."""
-        rows = json.dumps([(row.id, row.token_ids, row.answers) for row in [*self.rows, *self.validation_rows]])
-        return {
-            "config": {**as_dict(self.config), "card": None},  # a card may be worded anew in mid-run
-            "rows_sha256": hashlib.sha256(rows.encode()).hexdigest(),
-            "target": asdict(self.target.fingerprint),
-        }
-
-    def _log(self, record: dict[str, Any]) -> None:
-        if self.accelerator.is_main_process:
-            with (self.out / "log.jsonl").open("a") as stream:
-                stream.write(json.dumps(record) + "\n")
+        self.folder.save_state(self.progress)
+        return self.results.save_last(self.progress)
 
     def _pace(self) -> dict[str, Any]:
         rate = self.schedule.get_last_lr()[0]
@@ -287,41 +175,3 @@ class Trainer:
         pace = self.progress.seconds / max(self.progress.step, 1)
         minutes = pace * (self.num_steps - self.progress.step) / 60
         return f"{self.progress.positions / max(self.progress.seconds, 1e-9):.0f} positions/s, {minutes:.0f} min left"
-
-    def _summary(self) -> str:
-        weights = sum(p.numel() for p in self.drafter.parameters()) / 1e6
-        record = self._data_record()
-        return (
-            f"{self.drafter.name} with {weights:.1f} M weights: {record['rows']} rows, {record['answer_tokens']} "
-            f"answer tokens, {self.num_steps} steps; {record['validation_rows']} validation rows, "
-            f"draft vocabulary covers {record['validation_coverage']:.1%} of their tokens"
-        )
-
-
-def _step_of(line: str) -> float:
-    """The step of a log record; a line cut short by a kill belongs to no step."""
-    try:
-        return float(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):
-        return math.inf
-
-
-def make_optimizer(drafter: ParallelHeads, config: OptimizerConfig) -> torch.optim.Optimizer:
-    """AdamW; norms, biases and position encodings are not decayed."""
-    decayed = [p for name, p in drafter.named_parameters() if p.dim() > 1 and "position" not in name]
-    plain = [p for name, p in drafter.named_parameters() if not (p.dim() > 1 and "position" not in name)]
-    groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, config.beta2))
-
-
-def warmup_cosine(config: OptimizerConfig, num_steps: int) -> Callable[[int], float]:
-    """The learning-rate factor by step."""
-    warmup = min(config.warmup_steps, max(1, num_steps // 10))
-
-    def factor(step: int) -> float:
-        if step < warmup:
-            return (step + 1) / warmup
-        done = min(1.0, (step - warmup) / max(1, num_steps - warmup))
-        return config.final_ratio + (1 - config.final_ratio) * 0.5 * (1 + math.cos(math.pi * done))
-
-    return factor

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from amphista.drafter import checkpoint
 from amphista.drafter.amphista import AmphistaConfig
 from amphista.drafter.base import Calibration
-from amphista.drafter.checkpoint import load_drafter, make_drafter, read_checkpoint, save_drafter
+from amphista.drafter.checkpoint import load_drafter, make_drafter, read_checkpoint, recover_drafter, save_drafter
 from amphista.drafter.medusa import MedusaConfig
 from amphista.drafter.none import NoDrafter
 from amphista.errors import ConfigError, DrafterError
@@ -236,6 +237,18 @@ def test_a_save_that_fails_at_its_very_end_leaves_the_old_one_whole(folder, targ
 
 
 # -- where checkpoints are found --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("between_renames", [True, False])
+def test_after_a_kill_in_mid_save_one_drafter_stands_and_nothing_else(folder, between_renames):
+    """Killed between the two renames only the old one is there; behind them, the new one and the old."""
+    before = load_file(folder / "model.safetensors")
+    old = folder.with_name(f".old-{folder.name}")
+    folder.rename(old) if between_renames else shutil.copytree(folder, old)
+    (folder.parent / ".saving-x1").mkdir()
+    recover_drafter(folder)
+    assert [path.name for path in folder.parent.iterdir()] == [folder.name]
+    assert load_file(folder / "model.safetensors").keys() == before.keys()
 
 
 def test_none_is_plain_decoding(target):

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 
 import pytest
 import torch
@@ -145,6 +146,29 @@ def test_cache_grows_and_trims():
     cache.trim(10)
     keys, values = cache.append(*numbered(900, 902))
     assert keys[0, 0, :, 0].tolist() == [*range(10), 900, 901] and torch.equal(values, -keys)
+
+
+def test_norm_under_autocast_is_the_mixed_one_without_its_warning():
+    """bfloat16 rows, float32 weight: torch's own mixed result bit for bit, and warnings are errors here."""
+    norm = RMSNorm(48, 1e-5)
+    with torch.no_grad():
+        norm.weight.uniform_(0.5, 3.0)
+    x = torch.randn(7, 48).bfloat16().requires_grad_()
+    torch.set_warn_always(True)  # not only once a process
+    try:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            found = norm(x)
+            found.float().square().sum().backward()
+    finally:
+        torch.set_warn_always(False)
+    gradients = x.grad, norm.weight.grad
+    x.grad = norm.weight.grad = None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        expected = torch.nn.functional.rms_norm(x, (48,), norm.weight, 1e-5)
+        expected.float().square().sum().backward()
+    assert found.dtype == torch.bfloat16 and torch.equal(found, expected)
+    assert torch.equal(gradients[0], x.grad) and torch.equal(gradients[1], norm.weight.grad)
 
 
 @pytest.mark.parametrize("is_causal", [False, True])

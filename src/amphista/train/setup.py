@@ -1,0 +1,208 @@
+"""What a training run is made of, from its config: accelerator, rows, hidden states, a fresh drafter, its optimizer."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType, GradientAccumulationPlugin, InitProcessGroupKwargs, set_seed
+
+from amphista.config import as_dict, build
+from amphista.drafter.base import ParallelHeads
+from amphista.drafter.checkpoint import DRAFTERS, make_drafter
+from amphista.errors import ConfigError
+from amphista.target.target import Target
+from amphista.train.config import OptimizerConfig, TrainConfig
+from amphista.train.dataset import HiddenStates, coverage, frequent_tokens, split_rows
+from amphista.train.init import started_from
+from amphista.train.prompts import read_rows
+from amphista.train.rows import TokenRow
+
+MAIN_MAY_TAKE = timedelta(hours=6)  # the others wait while one process validates; torch's default is 10 to 30 minutes
+
+
+def make_accelerator(device: torch.device, config: TrainConfig) -> Accelerator:
+    """One process, or one of those that a launcher started."""
+    return Accelerator(
+        cpu=device.type == "cpu",
+        mixed_precision="bf16" if config.precision == "bf16" else "no",
+        step_scheduler_with_optimizer=False,
+        # The parts of a step are ours: what a launcher's config file says of accumulation must not divide them again.
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=MAIN_MAY_TAKE)],
+    )
+
+
+def is_sharded(accelerator: Accelerator) -> bool:
+    """Whether no process holds all weights (FSDP)."""
+    return bool(accelerator.distributed_type == DistributedType.FSDP)
+
+
+def settle_sharding(accelerator: Accelerator) -> None:
+    """FSDP as the launcher's options say, as far as it can be had; raises ConfigError where it cannot."""
+    if not is_sharded(accelerator):
+        if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
+            raise ConfigError(
+                f"FSDP was asked for, but accelerate does not shard on {accelerator.device.type} "
+                f"({accelerator.num_processes} processes): leave --use_fsdp out"
+            )
+        return
+    if not accelerator.is_fsdp2:
+        raise ConfigError("FSDP 1 was asked for: launch with --fsdp_version 2")
+    # Every process makes the whole drafter anyway, from the seed, and sending it round fails at the draft vocabulary:
+    # accelerate 1.15 takes each entry of the state for a sharded weight.
+    accelerator.state.fsdp_plugin.cpu_ram_efficient_loading = False
+
+
+@dataclass(frozen=True)
+class RunData:
+    """Rows to train on and rows held out."""
+
+    rows: list[TokenRow]
+    validation_rows: list[TokenRow]
+
+    def record(self, config: TrainConfig, drafter: ParallelHeads) -> dict[str, Any]:
+        """Of what a drafter was made, for its checkpoint."""
+        return {
+            "files": [Path(name).name for name in config.data.files],
+            "rows": len(self.rows),
+            "answer_tokens": sum(row.num_answer_tokens for row in self.rows),
+            "validation_rows": len(self.validation_rows),
+            "validation_answer_tokens": sum(row.num_answer_tokens for row in self.validation_rows),
+            "validation_coverage": coverage(self.validation_rows, drafter.draft_ids),
+        }
+
+    def summary(self, config: TrainConfig, drafter: ParallelHeads) -> str:
+        """One line for people."""
+        record = self.record(config, drafter)
+        return (
+            f"{record['rows']} rows, {record['answer_tokens']} answer tokens; {record['validation_rows']} validation "
+            f"rows, draft vocabulary covers {record['validation_coverage']:.1%} of their tokens"
+        )
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Everything of a run that is there before its first step."""
+
+    accelerator: Accelerator
+    target: Target
+    config: TrainConfig
+    data: RunData
+    hidden: HiddenStates
+    drafter: ParallelHeads
+    before: dict[str, Any] | None  # of the drafter this run goes on from
+
+    def identity(self) -> dict[str, Any]:
+        """What a resumed run must share with the one it goes on from: all that touches a weight.
+
+        Not the wording of the card, nor how the same sums are split and shown; FSDP, since its state has another form.
+        """
+        config = {**as_dict(self.config), "card": None}
+        del config["tensorboard"], config["optimizer"]["accumulate"]
+        every_row = [(row.id, row.token_ids, row.answers) for row in [*self.data.rows, *self.data.validation_rows]]
+        return {
+            "config": config,
+            "rows_sha256": hashlib.sha256(json.dumps(every_row).encode()).hexdigest(),
+            "target": asdict(self.target.fingerprint),
+            **({"sharded": True} if is_sharded(self.accelerator) else {}),
+        }
+
+
+def assemble(target: Target, config: TrainConfig, out: Path) -> Parts:
+    """Read, check and make; raises DataError naming file and line, ConfigError for what cannot be."""
+    set_seed(config.seed)
+    accelerator = make_accelerator(target.device, config)
+    settle_sharding(accelerator)
+    data = _read_data(target, config)
+    every_row = [*data.rows, *data.validation_rows]
+    with accelerator.main_process_first():  # which makes the store that the others then open
+        hidden = HiddenStates(target, every_row, _store_folder(accelerator, config, out))
+    drafter, before = _first_drafter(target, config, data.rows, hidden)
+    return Parts(accelerator, target, config, data, hidden, drafter.to(accelerator.device), before)
+
+
+def _store_folder(accelerator: Accelerator, config: TrainConfig, out: Path) -> Path | None:
+    if not config.data.store:
+        return None
+    on_this_machine = int(os.environ.get("LOCAL_WORLD_SIZE", accelerator.num_processes))
+    if on_this_machine != accelerator.num_processes:
+        raise ConfigError(
+            f"data.store = true with {accelerator.num_processes} processes, {on_this_machine} of them on this machine: "
+            "the store is for one machine; train with data.store=false"
+        )
+    return out.parent / "hidden-store"
+
+
+def _read_data(target: Target, config: TrainConfig) -> RunData:
+    """The files' rows, split; raises DataError naming file and line."""
+    data = config.data
+    if not data.files:
+        raise ConfigError("no training data: give --data FILE (or data.files in the recipe)")
+    rows = read_rows(
+        [Path(name).expanduser() for name in data.files],
+        target.text,
+        target.eos_ids,
+        vocab_size=target.spec.vocab_size,
+        max_len=min(data.max_len, target.spec.max_positions),
+        fingerprint=target.fingerprint,
+    )
+    return RunData(*split_rows(rows, data.validation_share, data.seed))
+
+
+def _first_drafter(
+    target: Target, config: TrainConfig, rows: list[TokenRow], hidden: HiddenStates
+) -> tuple[ParallelHeads, dict[str, Any] | None]:
+    """The drafter at step 0, and what came before where it goes on from another one.
+
+    A fresh one has its draft vocabulary from the rows, its scale from the target's hidden states.
+    """
+    kind = config.drafter
+    if kind not in DRAFTERS:
+        raise ConfigError(f"unknown drafter {kind!r}: expected one of {', '.join(DRAFTERS)}")
+    if config.init is not None:
+        return started_from(config, target)
+    drafter_config = build(DRAFTERS[kind][0], config.model, "model")
+    drafter = make_drafter(kind, drafter_config, target.spec, target.shared)
+    if drafter_config.draft_vocab is not None:
+        drafter.set_draft_ids(frequent_tokens(rows, drafter_config.draft_vocab, sorted(target.eos_ids)))
+    sample = hidden.get(rows[:8])
+    drafter.match_scale(float(torch.cat(sample).pow(2).mean().sqrt()))
+    return drafter, None
+
+
+def make_optimizer(drafter: ParallelHeads, config: OptimizerConfig) -> torch.optim.Optimizer:
+    """AdamW; norms, biases and position encodings are not decayed."""
+    decayed = [p for name, p in drafter.named_parameters() if p.dim() > 1 and "position" not in name]
+    plain = [p for name, p in drafter.named_parameters() if not (p.dim() > 1 and "position" not in name)]
+    groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, config.beta2))
+
+
+def make_schedule(
+    optimizer: torch.optim.Optimizer, config: OptimizerConfig, num_steps: int
+) -> torch.optim.lr_scheduler.LambdaLR:
+    """Linear warm-up, then a cosine over what is left of `num_steps`."""
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, warmup_cosine(config, num_steps))
+
+
+def warmup_cosine(config: OptimizerConfig, num_steps: int) -> Callable[[int], float]:
+    """The learning-rate factor by step."""
+    warmup = min(config.warmup_steps, max(1, num_steps // 10))
+
+    def factor(step: int) -> float:
+        if step < warmup:
+            return (step + 1) / warmup
+        done = min(1.0, (step - warmup) / max(1, num_steps - warmup))
+        return config.final_ratio + (1 - config.final_ratio) * 0.5 * (1 + math.cos(math.pi * done))
+
+    return factor
