@@ -1,7 +1,8 @@
 """Training in two processes is training in one: the same batches, the same losses, the same weights up to rounding.
 
-Stated tolerance: losses within 1e-5 of each other, relative, at every step (found: 2e-7); weights within 1e-4, absolute
-(found: 3e-6; Adam divides small gradients by themselves, and so spreads rounding). All in float32 on CPU, over gloo.
+Stated tolerance: losses within 1e-5 of each other, relative, at every step (found: 2e-7); weights after 18 steps within
+1e-4, absolute (found: 3e-6; Adam divides small gradients by themselves, and so spreads rounding); sharded ones as far as
+the bfloat16 of OUT/last shows. All in float32 on CPU, over gloo.
 """
 
 from __future__ import annotations
@@ -57,9 +58,15 @@ def settings(rows_file, **changes):
 def launched(*command):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT / 'src'}{os.pathsep}{ROOT}"}
     words = [sys.executable, "-m", *map(str, command)]
-    done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr[-4000:]
-    return done.stderr
+    process = subprocess.Popen(words, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        _, said = process.communicate(timeout=300)  # seconds; it takes 5 on an idle machine
+    except BaseException:
+        process.terminate()  # the launcher ends its processes on this signal, and could not on a kill
+        process.wait(60)
+        raise
+    assert process.returncode == 0, said[-4000:]
+    return said
 
 
 def torchrun(target_folder, values, out, stops, *kind):
@@ -88,11 +95,12 @@ def assert_same_run(one, other, num_steps=18):
             assert theirs["loss"] == pytest.approx(ours["loss"], rel=1e-5)
             assert theirs["head_loss"] == pytest.approx(ours["head_loss"], rel=1e-5)
     assert len({record["loss"] for record in expected[:-1]}) == num_steps
-    for name, weight in load_file(one / "last" / "model.safetensors").items():
-        rounding = 1e-2 if weight.is_floating_point() else 0  # shipped in bfloat16
-        torch.testing.assert_close(
-            load_file(other / "last" / "model.safetensors")[name], weight, rtol=rounding, atol=1e-3
-        )
+    whole = (other / "state" / "model.safetensors").is_file()
+    part, tolerance = ("state", {"rtol": 0, "atol": 1e-4}) if whole else ("last", {"rtol": 1e-2, "atol": 1e-3})
+    ours, theirs = (load_file(run / part / "model.safetensors") for run in (one, other))
+    assert ours.keys() == theirs.keys()
+    for name, weight in ours.items():
+        torch.testing.assert_close(theirs[name], weight, **tolerance)
 
 
 def test_accelerate_launch_gives_the_loss_curve_of_one_process(target_folder, rows_file, tmp_path):

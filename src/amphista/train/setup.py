@@ -27,7 +27,7 @@ from amphista.train.init import started_from
 from amphista.train.prompts import read_rows
 from amphista.train.rows import TokenRow
 
-MAIN_MAY_TAKE = timedelta(hours=6)  # the others wait while one process validates; torch's default is 10 to 30 minutes
+MAIN_MAY_TAKE = timedelta(hours=2)  # the others wait while one process validates; torch's default is 10 to 30 minutes
 
 
 def make_accelerator(device: torch.device, config: TrainConfig) -> Accelerator:
