@@ -39,7 +39,9 @@ Device = Annotated[
 Dtype = Annotated[
     str | None,
     typer.Option(
-        help="float32, bfloat16 or float16. Default: float32 on CPU, else the model's.", rich_help_panel=MODEL
+        help="float32, bfloat16, float16, or int8 (weights of 8 bits, on CPU: another target, exact against itself). "
+        "Default: float32 on CPU, else the model's.",
+        rich_help_panel=MODEL,
     ),
 ]
 Fast = Annotated[
