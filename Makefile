@@ -34,7 +34,7 @@ check: $(READY)
 
 bench: $(READY)
 	@$(BIN)/amphista evaluate spec_bench $(if $(DATA),--data $(DATA)) --limit 12 --max-new-tokens 40 \
-	  --methods none,hf,hf-lookup,medusa,amphista --out $(BENCH_OUT)
+	  --methods none,hf,hf-lookup,medusa,amphista,amphista+lookup --out $(BENCH_OUT)
 
 # Plain decoding against HF generate with time by phase, then forwards by tree size and context, limits and memory.
 bench-speed: $(READY)
