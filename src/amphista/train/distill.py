@@ -258,7 +258,7 @@ class Distiller:
             **self.config.answers_alike(),
             "prompts": self._prompts.sources,
             "processes": self._share.count,
-            "dtype": str(self.target.dtype).removeprefix("torch."),
+            "dtype": "int8" if self.target.has_int8 else str(self.target.dtype).removeprefix("torch."),
             "chat_template_sha256": hashlib.sha256(json.dumps(template).encode()).hexdigest(),
             "target": asdict(self.target.fingerprint),
         }
