@@ -4,6 +4,7 @@
 #   make test     the whole test suite
 #   make check    formatting, lint, types, architecture
 #   make bench    the small benchmark, under 15 minutes on 2 cores; DATA=folder with spec_bench.jsonl, else fetched
+#   make bench-speed  where the time goes: T(n) against the machine's limits, phases, growing contexts, memory; DTYPE=
 #   make format   let ruff put the code in order
 #   make clean    remove .venv and caches
 
@@ -14,8 +15,10 @@ PIP_INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check -c c
 TORCH := $(shell sed -n 's/^torch==[^ ;]*/&/p' constraints.txt)
 
 BENCH_OUT ?= runs/bench
+SPEED_OUT ?= runs/bench-speed
+DTYPE ?= float32
 
-.PHONY: demo test check bench format clean
+.PHONY: demo test check bench bench-speed format clean
 
 demo: $(READY)
 	@$(BIN)/amphista generate --compare --max-new-tokens 96 "Why is the sky blue?"
@@ -32,6 +35,13 @@ check: $(READY)
 bench: $(READY)
 	@$(BIN)/amphista evaluate spec_bench $(if $(DATA),--data $(DATA)) --limit 12 --max-new-tokens 40 \
 	  --methods none,hf,hf-lookup,medusa,amphista --out $(BENCH_OUT)
+
+# Plain decoding against HF generate with time by phase, then forwards by tree size and context, limits and memory.
+bench-speed: $(READY)
+	@$(BIN)/amphista evaluate spec_bench $(if $(DATA),--data $(DATA)) --limit 6 --max-new-tokens 128 \
+	  --methods none,hf,amphista --dtype $(DTYPE) --out $(SPEED_OUT)/evaluate
+	@$(BIN)/amphista latency --nodes 1,2,4,8,16 --contexts 128,512,1024,2048,4096 --memory \
+	  --dtype $(DTYPE) --out $(SPEED_OUT)/latency
 
 format: $(READY)
 	@$(BIN)/ruff format src tests

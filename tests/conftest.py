@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that reaches for the hub is a mistake
 
@@ -17,6 +18,18 @@ torch.set_num_threads(1)  # tiny tensors: more threads only wait for each other,
 @pytest.fixture(autouse=True)
 def _fixed_seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _costs_of_their_own(tmp_path_factory):
+    """What tiny targets cost is kept apart from what real ones do, and measured in no time."""
+    folder = tmp_path_factory.mktemp("costs")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            "amphista.engine.cost_cache.cache_folder", lambda: Path(os.environ.get("AMPHISTA_CACHE") or folder)
+        )
+        patch.setattr("amphista.engine.timing.BUDGET_SECONDS", 0.1)
+        yield
 
 
 @pytest.fixture(scope="session")

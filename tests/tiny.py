@@ -23,12 +23,15 @@ from transformers import (
 
 from amphista.drafter.amphista import Amphista, AmphistaConfig
 from amphista.drafter.base import Drafter, ParallelHeads
+from amphista.drafter.lookup import WithLookup
 from amphista.drafter.medusa import Medusa, MedusaConfig
 from amphista.drafter.none import NoDrafter
 from amphista.target.attention import preferred_attention
 from amphista.target.target import Target
 from amphista.target.text import Text
-from amphista.tree.candidates import Candidates
+from amphista.tree.candidates import Candidates, Graft
+from amphista.tree.grow import AutoGrower
+from amphista.tree.tune import Costs
 
 VOCAB = 300
 EOS = 257
@@ -204,6 +207,29 @@ HOSTILE = {
 }
 
 
+class Grafting(WithLookup):
+    """Another drafter, and a graft that a function makes of what the sequence will be, from the pending token on."""
+
+    def __init__(self, inner: Drafter, tokens: list[int], graft) -> None:
+        super().__init__(inner)
+        self._tokens, self._graft = tokens, graft
+
+    def recall(self, state, token_ids, max_depth) -> Graft | None:
+        coming = self._tokens[len(token_ids) : len(token_ids) + max_depth]
+        said = [token % VOCAB for token in self._graft(token_ids, coming)][:max_depth]
+        return Graft(said, [-0.05] * len(said)) if said else None
+
+
+GRAFTS = {
+    "right": lambda known, coming: coming,
+    "wrong": lambda known, coming: [token + 1 for token in coming],
+    "right-then-wrong": lambda known, coming: [*coming[:2], *(token + 1 for token in coming[2:])],
+    "ends-early": lambda known, coming: [*coming[:1], EOS, *coming[2:]],
+    "repeating": lambda known, coming: known[-1:] * 9,
+    "now-and-then": lambda known, coming: coming if len(known) % 3 else [],
+}
+
+
 def shaken(drafter: ParallelHeads, seed: int = 0, scale: float = 0.3) -> ParallelHeads:
     """Random weights everywhere: zero-started projections would hide whole branches from a test."""
     generator = torch.Generator().manual_seed(seed)
@@ -213,6 +239,11 @@ def shaken(drafter: ParallelHeads, seed: int = 0, scale: float = 0.3) -> Paralle
             parameter.add_((noise * scale).to(parameter.dtype))
     return drafter.eval()
 
+
+AUTO_TREES = {
+    "auto-cheap": AutoGrower(Costs.measured({1: 1.0, 2: 1.05, 8: 1.2, 24: 1.6}, draft=0.15)),
+    "auto-dear": AutoGrower(Costs.measured({1: 1.0, 2: 1.25, 8: 2.4}, draft=0.5)),  # the heads rest more often than not
+}
 
 AMPHISTA_SWITCHES = {
     "full": {},
@@ -243,11 +274,16 @@ def real_drafters(target: Target) -> dict[str, Drafter]:
         found[f"amphista-{name}"] = shaken(Amphista(AmphistaConfig(**switches), target.spec, target.shared))
     for name, switches in MEDUSA_SWITCHES.items():
         found[f"medusa-{name}"] = shaken(Medusa(MedusaConfig(**switches), target.spec, target.shared))
+    found |= {f"{name}+lookup": WithLookup(found[name]) for name in BESIDE_LOOKUP}
     return {name: drafter.to(target.dtype) for name, drafter in found.items()}
+
+
+BESIDE_LOOKUP = ["none", "amphista-full", "medusa-own"]
 
 
 REAL_DRAFTERS = [
     "none",
     *(f"amphista-{name}" for name in AMPHISTA_SWITCHES),
     *(f"medusa-{name}" for name in MEDUSA_SWITCHES),
+    *(f"{name}+lookup" for name in BESIDE_LOOKUP),
 ]

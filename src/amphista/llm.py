@@ -16,7 +16,9 @@ from typing import Any
 
 from amphista.drafter.base import Drafter, ParallelHeads
 from amphista.drafter.checkpoint import load_drafter, shipped_for
+from amphista.drafter.lookup import LOOKUP
 from amphista.drafter.none import NoDrafter
+from amphista.engine.costs import costs_for
 from amphista.engine.decoder import Decoding
 from amphista.engine.params import FinishReason, SamplingParams
 from amphista.engine.sequence import Context
@@ -27,7 +29,7 @@ from amphista.target import DEFAULT_TARGET
 from amphista.target.loading import load_target, say
 from amphista.target.target import Target
 from amphista.target.text import Message
-from amphista.tree.grow import check_tree, parse_tree
+from amphista.tree.grow import AUTO, DEFAULT_TREE, Measured, check_tree, parse_tree
 
 Prompt = str | Sequence[Message]
 PREFERRED_DRAFTER = "amphista"
@@ -87,9 +89,11 @@ class LLM:
     def __init__(self, target: Target, drafter: Drafter | None = None, *, tree: str | int | None = None) -> None:
         self.target = target
         self.drafter = drafter or NoDrafter()
-        if isinstance(self.drafter, ParallelHeads):
-            self.drafter.freeze()
-        self.engine = Engine(target, self.drafter, parse_tree(tree, calibrated_accuracy(self.drafter)))
+        if isinstance(self.drafter.inner, ParallelHeads):
+            self.drafter.inner.freeze()
+        costs = costs_for(target, self.drafter) if str(tree or DEFAULT_TREE) == AUTO else None
+        measured = Measured(accuracy=calibrated_accuracy(self.drafter), costs=costs)
+        self.engine = Engine(target, self.drafter, parse_tree(tree, measured))
 
     def with_drafter(self, drafter: Drafter, *, tree: str | int | None = None) -> LLM:
         """The same target with another drafter."""
@@ -221,9 +225,10 @@ def load(
 ) -> LLM:
     """Load a target (named default, folder, GGUF file or hub id) and a drafter.
 
-    drafter: 'none', a name shipped for this target ('amphista', 'medusa'), a folder or a hub id. By default Amphista
-    where one is shipped for the target, else none, said on standard error. fast: the fast forward where the target
-    qualifies (`llm.target.path`), else the stock model.
+    drafter: 'none', a name shipped for this target ('amphista', 'medusa'), a folder or a hub id; 'lookup', which drafts
+    what followed the same tokens before; or any of them with '+lookup'. By default 'amphista+lookup' where an Amphista
+    drafter is shipped for the target, else 'lookup', said on standard error. tree: see `parse_tree`; 'auto' measures
+    this machine once. fast: the fast forward where the target qualifies (`llm.target.path`), else the stock model.
     """
     check_tree(tree)
     loaded = load_target(target, device=device, dtype=dtype, fast=fast)
@@ -232,17 +237,17 @@ def load(
 
 def calibrated_accuracy(drafter: Drafter) -> list[list[float]] | None:
     """What a static tree is built from, where the drafter has it."""
-    calibration = drafter.calibration if isinstance(drafter, ParallelHeads) else None
+    calibration = drafter.inner.calibration if isinstance(drafter.inner, ParallelHeads) else None
     return None if calibration is None else calibration.accuracy
 
 
 def choose_drafter(target: Target, name: str | None, *, allow_other_target: bool = False) -> Drafter:
-    """The named drafter, or the preferred shipped one, or none."""
+    """The named drafter; by default lookup, beside the preferred drafter where one is shipped."""
     if name is None:
         shipped = shipped_for(PREFERRED_DRAFTER, target.fingerprint)
         if shipped is not None and shipped.fingerprint != target.fingerprint and not allow_other_target:
             shipped = None
         if shipped is None:
-            say(f"no drafter is shipped for {target.name}: decoding autoregressively (see `amphista train`)")
-        name = PREFERRED_DRAFTER if shipped is not None else "none"
+            say(f"no drafter is shipped for {target.name}: drafting by lookup alone (see `amphista train`)")
+        name = LOOKUP if shipped is None else f"{PREFERRED_DRAFTER}+{LOOKUP}"
     return load_drafter(name, target.spec, target.shared, target.fingerprint, allow_other_target=allow_other_target)

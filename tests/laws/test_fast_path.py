@@ -12,10 +12,12 @@ import dataclasses
 import pytest
 import torch
 
+from amphista.drafter.none import NoDrafter
 from amphista.engine.decoder import decode
 from amphista.engine.params import SamplingParams
 from amphista.engine.step import Engine
 from amphista.errors import TargetError
+from amphista.kernels.int8 import can_quantise
 from amphista.target import lean
 from amphista.target.lean import LeanModel
 from amphista.target.target import Target
@@ -162,13 +164,48 @@ def test_bfloat16_is_as_close_to_the_truth_as_the_stock_path():
     assert difference(fast.verify(TREE, cache).logits, stock.verify(TREE, other).logits) < 0.1
 
 
+# -- weights of 8 bits: another target, lossless to itself ------------------------------------------------------------
+
+needs_int8 = pytest.mark.skipif(not can_quantise(torch.empty(0)), reason="this CPU has no 8-bit dot products")
+
+
+@needs_int8
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "mistral-windowed"])
+def test_int8_is_near_the_stock_model_and_trees_are_their_paths(family):
+    model = shaken_model(family)
+    fast, stock = Target(model), Target(model)
+    assert fast.speed_up(int8=True) and fast.path == "fast-int8" and fast.dtype is torch.float32
+    assert 1e-4 < worst_difference(fast, stock, 2 * WINDOW) < 0.2
+    cache = fast.new_cache()
+    fast.prefill(prompt_of(9), cache)
+    whole = fast.verify(TREE, cache)
+    for path in ([0, 2, 5], [0, 1, 3, 6, 7, 8, 9]):
+        cache.trim(9)
+        tokens = [TREE.tokens[node] for node in path]
+        chain = fast.verify(TokenTree(tokens, list(range(-1, len(path) - 1))), cache)
+        assert difference(chain.logits, whole.logits[path]) < 5e-3  # a value between two numbers may go either way
+
+
+@needs_int8
+@pytest.mark.parametrize("kind", HOSTILE)
+def test_int8_decoding_is_lossless(kind):
+    target = tiny_target("qwen3")
+    assert target.speed_up(int8=True)
+    for params in (SamplingParams(max_new_tokens=20), SamplingParams(max_new_tokens=20, temperature=0.8, seed=7)):
+        for start in (3, 8):
+            prompt = [start, *prompt_of(WINDOW)]
+            expected = decode(Engine(target, NoDrafter(), parse_tree(1)), prompt, params).output_ids
+            found = decode(Engine(target, HOSTILE[kind](prompt + expected), parse_tree(9)), prompt, params)
+            assert found.output_ids == expected
+
+
 # -- what must not pass -----------------------------------------------------------------------------------------------
 
 
 def _rotated_late(monkeypatch):
     original = LeanModel._rotation
     monkeypatch.setattr(
-        LeanModel, "_rotation", lambda self, states, positions, n: original(self, states, 2 * positions, n)
+        LeanModel, "_rotation", lambda self, positions, num_sequences: original(self, 2 * positions, num_sequences)
     )
 
 

@@ -8,9 +8,11 @@ from __future__ import annotations
 import pytest
 import torch
 
+from amphista.drafter.lookup import WithLookup
 from amphista.engine.params import SamplingParams
+from amphista.engine.sequence import Context
 from amphista.engine.step import Engine
-from amphista.tree.grow import parse_tree
+from amphista.tree.grow import DynamicGrower, parse_tree
 from tests.tiny import real_drafters, tiny_target
 
 PROMPTS = [[5, 17, 230, 44, 9, 61, 3, 4], [5, 17, 230, 44, 80, 81, 82, 83, 84]]  # the second rewinds into the first
@@ -31,8 +33,20 @@ def precise():
     return target, real_drafters(target)
 
 
+class Seldom(DynamicGrower):
+    """Asks the heads in one step of four: what they missed is fed in one go."""
+
+    calls = 0
+
+    def wants_heads(self, pace, graft) -> bool:
+        type(self).calls += 1
+        return type(self).calls % 4 == 0
+
+
 def difference(target, drafter, context):
     """Between the head logits of the state in service and those of the training form."""
+    context.feed(drafter)
+    drafter = drafter.inner
     ids = context.token_ids
     rows = context.draft_state.num_rows
     assert rows == len(ids) - 1 == context.cache.num_committed
@@ -43,9 +57,9 @@ def difference(target, drafter, context):
         return float((expected - drafter.head_logits(drafter.draft_states(context.draft_state))).abs().max())
 
 
-def worst_difference(target, drafter, temperature=0.0):
-    """(worst difference over two requests on one context, accepted tokens)."""
-    engine = Engine(target, drafter, parse_tree(250))
+def worst_difference(target, drafter, temperature=0.0, grower=parse_tree(250), every=1):  # noqa: B008
+    """(worst difference over two requests on one context, accepted tokens); looked at after each `every` steps."""
+    engine = Engine(target, drafter, grower)
     context = engine.new_context()
     worst, accepted = 0.0, 0
     for prompt in PROMPTS:
@@ -54,7 +68,8 @@ def worst_difference(target, drafter, temperature=0.0):
         worst = max(worst, difference(target, drafter, context))
         while sequence.finish_reason is None:
             engine.step(sequence)
-            worst = max(worst, difference(target, drafter, context))
+            if sequence.stats.num_steps % every == 0:
+                worst = max(worst, difference(target, drafter, context))
         accepted += sum(sequence.stats.accepted)
     return worst, accepted
 
@@ -71,6 +86,70 @@ def test_state_in_service_equals_training_form(precise, name, temperature):
     worst, accepted = worst_difference(target, drafters[name], temperature)
     assert worst < 1e-9
     assert accepted > 3, "nothing was accepted: paths of several nodes were never fed"
+
+
+@pytest.mark.parametrize("every", [1, 6, 999])  # 999: only after the next request has rewound
+@pytest.mark.parametrize("name", ["amphista-full", "amphista-draft-vocabulary", "medusa-own"])
+def test_rows_fed_late_make_the_same_state(precise, name, every):
+    target, drafters = precise
+    waited = []
+    commit = drafters[name].commit
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(drafters[name], "commit", lambda *given: (waited.append(len(given[2])), commit(*given))[1])
+        worst, accepted = worst_difference(target, WithLookup(drafters[name]), 0.0, Seldom(250), every)
+    assert worst < 1e-9 and accepted > 0
+    assert every == 1 or max(waited[1:]) > 4, "nothing was fed late"
+
+
+def test_a_feeding_broken_off_is_done_again(precise, monkeypatch):
+    """An interrupt when the first stage has read the rows and the second has not."""
+    target, drafters = precise
+    drafter = drafters["amphista-full"]
+    engine = Engine(target, drafter, parse_tree(250))
+    sequence, _ = engine.start(PROMPTS[0], SamplingParams(max_new_tokens=20))
+    engine.step(sequence)
+
+    def interrupt(*given, **named):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(drafter.stages[1].layer, "forward", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            engine.step(sequence)
+    while sequence.finish_reason is None:
+        assert difference(target, drafter, sequence.context) < 1e-9
+        engine.step(sequence)
+
+
+def forgets_a_row(context, drafter, feed):
+    del context.unfed[1:2]
+    feed(context, drafter)
+
+
+def in_the_wrong_order(context, drafter, feed):
+    context.unfed.reverse()
+    feed(context, drafter)
+
+
+@pytest.mark.parametrize("mutation", [forgets_a_row, in_the_wrong_order])
+def test_mutation_of_late_feeding_is_seen(precise, monkeypatch, mutation):
+    target, drafters = precise
+    feed = Context.feed
+    monkeypatch.setattr(Context, "feed", lambda context, drafter: mutation(context, drafter, feed))
+    with pytest.raises(AssertionError):
+        worst, _ = worst_difference(target, drafters["amphista-full"], 0.0, Seldom(250), 6)
+        assert worst < 1e-6
+
+
+def test_rows_do_not_wait_without_end(precise, monkeypatch):
+    monkeypatch.setattr("amphista.engine.sequence.MAX_UNFED", 5)
+    target, drafters = precise
+    engine = Engine(target, drafters["amphista-full"], Seldom(1))
+    sequence, _ = engine.start(PROMPTS[0], SamplingParams(max_new_tokens=40))
+    while sequence.finish_reason is None:
+        engine.step(sequence)
+        assert len(sequence.context.unfed) <= 5
+    assert difference(target, drafters["amphista-full"], sequence.context) < 1e-9
 
 
 def wrong_next_ids(commit, state, hidden, next_ids):

@@ -9,13 +9,18 @@ from __future__ import annotations
 import pytest
 import torch
 
+from amphista.cache.static import KVCache
+from amphista.drafter.lookup import WithLookup
+from amphista.drafter.none import NoDrafter
 from amphista.engine.decoder import decode
 from amphista.engine.params import FinishReason, SamplingParams
 from amphista.engine.step import Engine
+from amphista.errors import CapacityError
 from amphista.tree.grow import StaticGrower, parse_tree
 from amphista.tree.template import TreeTemplate
+from amphista.tree.token_tree import TokenTree
 from tests.oracle.decode import decode_plainly
-from tests.tiny import EOS, HOSTILE, REAL_DRAFTERS, real_drafters
+from tests.tiny import AUTO_TREES, EOS, GRAFTS, HOSTILE, REAL_DRAFTERS, Grafting, real_drafters, tiny_target
 
 PROMPT = [5, 17, 230, 44, 9]
 TREES = {
@@ -25,6 +30,7 @@ TREES = {
     "7": parse_tree(7),
     "24": parse_tree(24),
     "static": StaticGrower(TreeTemplate.from_paths([[0], [1], [2], [0, 0], [0, 1], [1, 0], [0, 0, 0], [0, 0, 0, 0]])),
+    **AUTO_TREES,
 }
 SAMPLINGS = {
     "greedy": SamplingParams(max_new_tokens=24),
@@ -74,7 +80,7 @@ def test_hostile_drafters(target, expected, name, tree, sampling):
 
 
 @pytest.mark.parametrize("sampling", ["greedy", "sampled", "penalised-sampled"])
-@pytest.mark.parametrize("tree", ["chain", "7", "24"])
+@pytest.mark.parametrize("tree", ["chain", "7", "24", *AUTO_TREES])
 @pytest.mark.parametrize("name", REAL_DRAFTERS)
 def test_real_drafters(target, drafters, expected, name, tree, sampling):
     check(target, drafters[name], tree, sampling, expected)
@@ -85,10 +91,46 @@ def test_real_drafters_are_accepted_somewhere(target, drafters, expected):
     steps = [
         n
         for name in REAL_DRAFTERS
-        if name != "none"
+        if not name.startswith("none")
         for n in decode(Engine(target, drafters[name], parse_tree(200)), PROMPT, SAMPLINGS["greedy"]).stats.accepted
     ]
     assert sum(n > 0 for n in steps) >= 10
+
+
+@pytest.mark.parametrize("sampling", ["greedy", "penalised-sampled"])
+@pytest.mark.parametrize("tree", ["chain", "7", "static", *AUTO_TREES])
+@pytest.mark.parametrize("name", ["none", "always-right", "always-wrong", "ends-early"])
+@pytest.mark.parametrize("graft", GRAFTS)
+def test_hostile_grafts(target, expected, graft, name, tree, sampling):
+    """Beside heads that help, that mislead and that are not there."""
+    tokens = PROMPT + expected[sampling]
+    inner = NoDrafter() if name == "none" else HOSTILE[name](tokens)
+    sequence = check(target, Grafting(inner, tokens, GRAFTS[graft]), tree, sampling, expected)
+    if graft == "right" and tree in ("chain", "auto-cheap"):
+        assert max(sequence.stats.accepted) > 4, "a right graft goes deeper than any heads"
+    if graft == "wrong" and name in ("always-wrong", "none"):
+        assert set(sequence.stats.accepted) == {0}
+
+
+@pytest.mark.parametrize("tree", ["chain", "7", *AUTO_TREES])
+@pytest.mark.parametrize("inner", ["none", "random", "always-right"])
+def test_lookup_is_accepted_where_the_target_repeats_itself(inner, tree):
+    """Real lookup beside heads finds what comes, deeper than they reach, and the tokens stay."""
+    repeating = tiny_target(tie_word_embeddings=True)
+    params = SamplingParams(max_new_tokens=100, temperature=1.0, seed=1)
+    prompt = [5, 17, 230, 44, 9] * 3
+    expected = decode_plainly(repeating.model, prompt, params, {EOS})
+    heads = NoDrafter() if inner == "none" else HOSTILE[inner](prompt + expected)
+    sequence = decode(Engine(repeating, WithLookup(heads), TREES[tree]), prompt, params)
+    assert sequence.output_ids == expected
+    assert max(sequence.stats.accepted) > 4 and sum(sequence.stats.accepted) > 20
+
+
+def test_the_dear_tree_rests_its_heads_and_the_cheap_one_does_not(target, expected):
+    """So that the cases above cover steps without heads, and steps after them whose rows were fed late."""
+    for tree, name, least, most in (("auto-cheap", "always-right", 0.8, 1.0), ("auto-dear", "always-wrong", 0.01, 0.5)):
+        drafted = check(target, HOSTILE[name](PROMPT + expected["greedy"]), tree, "greedy", expected).stats.drafted
+        assert least <= sum(drafted) / len(drafted) <= most
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -147,8 +189,6 @@ def test_end_token_inside_an_accepted_path(target, expected, index):
 @pytest.mark.parametrize("name", ["always-right", "random", "always-wrong"])
 def test_context_end_is_a_length_finish(name):
     """Reaching the context's end finishes with `length` at the same token with and without drafts."""
-    from tests.tiny import tiny_target
-
     small = tiny_target(max_position_embeddings=20)
     params = SamplingParams(max_new_tokens=100)
     expected = decode_plainly(small.model, PROMPT, params)
@@ -179,3 +219,35 @@ def test_threads_do_not_disturb_each_other(target, drafters, expected):
     with ThreadPoolExecutor(4) as pool:
         outputs = list(pool.map(lambda name: decode(engine, PROMPT, SAMPLINGS[name]).output_ids, list(SAMPLINGS) * 4))
     assert outputs == list(expected.values()) * 4
+
+
+# -- mutations --------------------------------------------------------------------------------------------------------
+
+
+def _follows_any_child(monkeypatch):
+    """A draft is taken at its word."""
+    monkeypatch.setattr(
+        TokenTree, "child", lambda tree, node, token: tree.parents.index(node) if node in tree.parents else None
+    )
+
+
+def _positions_of_a_chain(monkeypatch):
+    """Every node of the tree is given the next position, siblings too."""
+    monkeypatch.setattr(TokenTree, "depths", property(lambda tree: list(range(tree.num_nodes))))
+
+
+def _commits_the_first_rows(monkeypatch):
+    """The rows of other nodes are kept for those of the accepted path."""
+    commit = KVCache.commit
+    monkeypatch.setattr(KVCache, "commit", lambda cache, path: commit(cache, range(len(path))))
+
+
+@pytest.mark.parametrize("tree", ["24", "static"])
+@pytest.mark.parametrize("mutation", [_follows_any_child, _positions_of_a_chain, _commits_the_first_rows])
+def test_a_mutation_is_seen(target, expected, monkeypatch, mutation, tree):
+    """Heads that are right beside a graft that is wrong, so that what is accepted does not come first in the tree."""
+    tokens = PROMPT + expected["greedy"]
+    drafter = Grafting(HOSTILE["always-right"](tokens), tokens, GRAFTS["wrong"])
+    mutation(monkeypatch)
+    with pytest.raises((AssertionError, CapacityError)):
+        check(target, drafter, tree, "greedy", expected)

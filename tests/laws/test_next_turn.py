@@ -2,32 +2,39 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
+from amphista.drafter.lookup import Lookup
+from amphista.drafter.ngrams import NgramIndex
 from amphista.engine.decoder import decode
 from amphista.engine.params import SamplingParams
+from amphista.engine.sequence import Context
 from amphista.engine.step import Engine
 from amphista.errors import RequestError
 from amphista.llm import LLM
 from amphista.tree.grow import parse_tree
-from tests.tiny import TEMPLATE, real_drafters, tiny_target
+from tests.tiny import AUTO_TREES, TEMPLATE, real_drafters, tiny_target
 
 FORGETFUL = (  # drops the text of all earlier answers, as templates of reasoning models do with their thinking
     "{% for m in messages %}{{ '<s>' + m['role'] + '\n' + (m['content'] if m['role'] == 'user' or loop.last else '-')"
     " + '</s>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<s>assistant\n' }}{% endif %}"
 )
 PARAMS = SamplingParams(max_new_tokens=12, temperature=0.8, seed=5)
-NAMES = ["none", "amphista-full", "amphista-one-stage", "medusa-shared"]
+NAMES = ["none", "amphista-full", "amphista-one-stage", "medusa-shared", "none+lookup", "amphista-full+lookup"]
+TREES = {"7": parse_tree(7), **AUTO_TREES}
 
 
+@pytest.mark.parametrize("tree", TREES)
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("template", [TEMPLATE, FORGETFUL], ids=["plain", "forgetful"])
-def test_next_turn_equals_fresh_prefill(name, template):
+def test_next_turn_equals_fresh_prefill(name, template, tree):
     target = tiny_target(with_text=True)
     target.text.tokenizer.chat_template = template
     drafter = real_drafters(target)[name]
     llm = LLM(target, drafter, tree=7)
+    llm.engine.grower = TREES[tree]
     kept = llm.conversation()
     reused = 0
     for message in ("Hello there", "And then?", "Über\u00e4ll 日本"):
@@ -36,16 +43,19 @@ def test_next_turn_equals_fresh_prefill(name, template):
         answer = kept.send(message, params=PARAMS)
         assert answer.token_ids == fresh.output_ids
         assert answer.stats.accepted == fresh.stats.accepted, "the drafter's caches differ from fresh ones"
+        assert answer.stats.expected == pytest.approx(fresh.stats.expected, abs=1e-4), "what it expects differs"
+        assert answer.stats.drafted == fresh.stats.drafted
         reused += answer.stats.num_cached_tokens
     assert reused > 20, "nothing was reused: the law would be vacuous"
 
 
+@pytest.mark.parametrize("tree", TREES)
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("shared", [0, 1, 3, 5])
-def test_rewound_caches_equal_fresh_ones(target, name, shared):
+def test_rewound_caches_equal_fresh_ones(target, name, shared, tree):
     """Continue with a prompt that shares only its first tokens with what is cached."""
     drafter = real_drafters(target)[name]
-    engine = Engine(target, drafter, parse_tree(7))
+    engine = Engine(target, drafter, TREES[tree])
     context = engine.new_context()
     first = [5, 17, 230, 44, 9, 61]
     decode(engine, first, PARAMS, context)
@@ -55,6 +65,8 @@ def test_rewound_caches_equal_fresh_ones(target, name, shared):
     sequence = decode(engine, second, PARAMS, context)
     assert sequence.output_ids == expected.output_ids
     assert sequence.stats.num_cached_tokens == max(0, shared - 1)
+    assert sequence.stats.expected == pytest.approx(expected.stats.expected, abs=1e-4)
+    context.feed(drafter)
     assert context.draft_state.num_rows == context.cache.num_committed
     for ours, theirs in zip(context.cache.layers, fresh.cache.layers, strict=True):
         rows = theirs.num_rows
@@ -104,6 +116,7 @@ def test_prefill_broken_off_between_chunks_leaves_usable_caches(target, monkeypa
     assert context.draft_state.num_rows < context.cache.num_committed
     again, fresh = decode(engine, prompt, PARAMS, context), decode(engine, prompt, PARAMS)
     assert (again.output_ids, again.stats.accepted) == (fresh.output_ids, fresh.stats.accepted)
+    context.feed(engine.drafter)
     assert context.draft_state.num_rows == context.cache.num_committed
 
 
@@ -161,3 +174,52 @@ def test_failed_forward_leaves_usable_caches(path, monkeypatch):
     while sequence.finish_reason is None:
         engine.step(sequence)
     assert sequence.output_ids == decode(engine, [5, 17, 230], PARAMS).output_ids
+
+
+def _keeps_the_old_text(monkeypatch):
+    monkeypatch.setattr(NgramIndex, "trim", lambda index, num_tokens: None)
+
+
+def _forgets_only_the_tokens(monkeypatch):
+    def cut(index, num_tokens):
+        del index.tokens[num_tokens:]
+
+    monkeypatch.setattr(NgramIndex, "trim", cut)
+
+
+def _keeps_the_old_outcomes(monkeypatch):
+    monkeypatch.setattr(Lookup, "trim", lambda lookup, num_tokens: lookup.index.trim(num_tokens))
+
+
+def _forgets_rows_that_wait(monkeypatch):
+    monkeypatch.setattr(Context, "feed", lambda context, drafter: context.unfed.clear())
+
+
+@pytest.mark.parametrize(
+    "mutation", [_keeps_the_old_text, _forgets_only_the_tokens, _keeps_the_old_outcomes, _forgets_rows_that_wait]
+)
+def test_a_mutation_of_the_rewind_is_seen(monkeypatch, mutation):
+    """A target that repeats itself, so that lookup often has something to say."""
+    target = tiny_target(tie_word_embeddings=True)
+    drafter = real_drafters(target)["amphista-full+lookup"]
+    prompts = [[5, 6, 7, 8] * 4, [5, 6, 7, 8, 5, 6, 9, 6] * 2, [5, 6, 7, 8] * 4]
+
+    def expectations(engine, contexts):
+        return [
+            decode(engine, prompt, PARAMS, context).stats.expected
+            for prompt, context in zip(prompts, contexts, strict=True)
+        ]
+
+    engine = Engine(target, drafter, AUTO_TREES["auto-cheap"])
+    fresh = expectations(engine, [None] * 3)
+    kept = engine.new_context()
+    assert np.allclose(np.concatenate(expectations(engine, [kept] * 3)), np.concatenate(fresh), atol=1e-4)
+    mutation(monkeypatch)
+    kept = engine.new_context()
+    try:
+        mutated = expectations(engine, [kept] * 3)
+    except (IndexError, KeyError, AssertionError, RuntimeError, TypeError):
+        return
+    assert list(map(len, mutated)) != list(map(len, fresh)) or not np.allclose(
+        np.concatenate(mutated), np.concatenate(fresh), atol=1e-4
+    )

@@ -28,6 +28,7 @@ FIELDS = {
     "num_tokens",
     "num_steps",
     "tau",
+    "expected_tau",
     "seconds",
     "prefill_seconds",
     "tokens_per_second",
@@ -104,12 +105,15 @@ def test_json_contract(target_folder, trained):
     assert one["finish_reason"] in ("stop", "length")
 
 
-@pytest.mark.parametrize("drafter", ["amphista", "medusa", "none"])
+@pytest.mark.parametrize("tree", [6, "auto"])
+@pytest.mark.parametrize("drafter", ["amphista", "medusa", "none", "lookup", "amphista+lookup"])
 @pytest.mark.parametrize("temperature", [0, 0.7])
-def test_compare_says_identical(target_folder, trained, drafter, temperature):
-    path = drafter if drafter == "none" else trained / drafter / "best"
-    settings = ["--compare", "--temperature", temperature, "--max-new-tokens", 24, "--tree", 6]
+def test_compare_says_identical(target_folder, trained, drafter, temperature, tree):
+    kind, plus, beside = drafter.partition("+")
+    path = drafter if drafter in ("none", "lookup") else f"{trained / kind / 'best'}{plus}{beside}"
+    settings = ["--compare", "--temperature", temperature, "--max-new-tokens", 24, "--tree", tree]
     (record,) = records("Hello", "--target", target_folder, "--drafter", path, *settings)
+    assert record["drafter"] == drafter and record["expected_tau"] >= 1
     assert set(record) == FIELDS | {"baseline", "identical", "speedup", "decode_speedup", "divergence"}
     assert record["identical"] is True and record["divergence"] is None
     assert record["baseline"]["token_ids"] == record["token_ids"] and record["baseline"]["drafter"] == "none"
@@ -119,7 +123,8 @@ def test_compare_says_identical(target_folder, trained, drafter, temperature):
 
 def test_one_token_has_no_tau(target_folder):
     (record,) = records("Hello", "--target", target_folder, "--drafter", "none", "--max-new-tokens", 1)
-    assert record["num_steps"] == 0 and record["tau"] is None and record["num_tokens"] == 1
+    assert record["num_steps"] == 0 and record["num_tokens"] == 1
+    assert record["tau"] is None and record["expected_tau"] is None
 
 
 def test_standard_input_and_turns_and_output(target_folder, tmp_path):
@@ -155,9 +160,9 @@ def test_trees_give_the_same_tokens(target_folder, trained, tmp_path):
     outputs = [
         records("Hello", "--target", target_folder, "--drafter", trained / "amphista" / "best", "--tree", tree,
                 "--max-new-tokens", 16)[0]["token_ids"]
-        for tree in ("chain", "1", "12", "static:9", template)
+        for tree in ("chain", "1", "12", "static:9", template, "auto")
     ]  # fmt: skip
-    assert outputs == [outputs[0]] * 5
+    assert outputs == [outputs[0]] * 6
 
 
 def test_human_output_has_text_on_stdout_and_numbers_on_stderr(target_folder):
@@ -170,7 +175,7 @@ def test_human_output_has_text_on_stdout_and_numbers_on_stderr(target_folder):
 def test_missing_drafter_is_said(target_folder):
     result = amphista("generate", "Hello", "--target", target_folder, "--max-new-tokens", 2, "--json")
     assert "no drafter is shipped" in result.stderr
-    assert json.loads(result.stdout)["drafter"] == "none"
+    assert json.loads(result.stdout)["drafter"] == "lookup"
 
 
 BAD = {
@@ -181,7 +186,7 @@ BAD = {
     "unknown drafter": (["generate", "x", "--target", "FOLDER", "--drafter", "nothing"], "unknown drafter 'nothing'"),
     "not shipped": (["generate", "x", "--target", "FOLDER", "--drafter", "amphista"], "no amphista drafter is shipped"),
     "tree of none": (["generate", "x", "--tree", "0"], "a tree of 0 nodes"),
-    "tree of words": (["generate", "x", "--tree", "big"], "neither 'chain'"),
+    "tree of words": (["generate", "x", "--tree", "big"], "neither auto, chain"),
     "uncalibrated static tree": (
         ["generate", "x", "--target", "FOLDER", "--tree", "static:8"],
         "calibrated accuracies",
@@ -304,11 +309,28 @@ def test_chat_interrupt_ends_the_answer_not_the_chat(target_folder):
     assert "interrupted" in err
 
 
+def test_tune_shows_the_curve_and_refreshes_it(target_folder, trained, tmp_path, monkeypatch):
+    monkeypatch.setenv("AMPHISTA_CACHE", str(tmp_path))
+    arguments = ("tune", "--target", target_folder, "--drafter", f"{trained / 'medusa' / 'best'}+lookup")
+    first = json.loads(amphista(*arguments, "--json").stdout)
+    assert first["drafter"] == "medusa+lookup" and first["path"] == "fast" and first["dtype"] == "float32"
+    assert [row["nodes"] for row in first["verify"]][:3] == [1, 2, 3]
+    assert first["verify"][0]["forwards"] == 1 and first["draft_ms"] > 0 and first["spread"] >= 1
+    single = first["verify"][0]
+    assert single["pays_above_with_heads"] == pytest.approx(1 + first["draft_forwards"])
+    assert first["heads"]["nodes"] >= 1 and [row["match"] for row in first["lookup"]] == [1, 2, 4, 8, 16]
+    assert json.loads(amphista(*arguments, "--json").stdout)["verify"] == first["verify"], "kept"
+    told = amphista(*arguments)
+    assert f"{single['ms']:.1f}" in told.stdout and "lookup alone" in told.stdout and told.stderr == ""
+    refreshed = amphista(*arguments, "--json", "--refresh")
+    assert "measuring" in refreshed.stderr and json.loads(refreshed.stdout)["verify"] != first["verify"]
+
+
 def test_info_shows_versions_and_checks(target_folder, trained):
     result = amphista("info", "--json")
     report = json.loads(result.stdout)
     assert {"python", "torch", "transformers", "amphista"} <= set(report["versions"])
-    assert report["target"]["name"] == "smollm2-135m-instruct" and report["default_tree_nodes"] == 2
+    assert report["target"]["name"] == "smollm2-135m-instruct" and report["default_tree"] == "auto"
     checked = amphista("info", "--target", target_folder, "--drafter", trained / "medusa" / "best", "--check")
     assert checked.returncode == 0 and "the same tokens as plain decoding" in checked.stdout
 

@@ -187,7 +187,7 @@ class Chooser:
 
 def choose_each(choosers: Sequence[Chooser], logits: Tensor, positions: Sequence[int]) -> list[int]:
     """What each of B choosers makes of its own row of logits [B, V] at its own position; one pass for all argmaxes."""
-    tokens: list[int] = logits.argmax(-1).tolist()
+    tokens: list[int] = logits.float().argmax(-1).tolist()
     others = [index for index, chooser in enumerate(choosers) if not chooser.is_argmax]
     for index, row in zip(others, logits[others].cpu(), strict=True):
         tokens[index] = choosers[index].choose(row, positions[index])

@@ -4,7 +4,11 @@ All slots of a layer lie in one tensor [slots, H, capacity, E], and each slot is
 into it: a slot is prefilled, trimmed and committed like the cache of a sequence alone, and a batched forward reads the
 first B slots as one tensor without copying a row. Slots that decode are kept dense at the front (`move`).
 
-Shapes: B slots that decode, H key-value heads, S rows of the longest, E head size.
+A batched forward reads all rows there is room for, and the room follows the longest sequence in steps of ROOM_STEP: so
+what it reads lies in one piece, in a shape that stays the same for many forwards. Some products copy what has gaps and
+are planned anew for every shape; together that costs several times the few rows read in vain.
+
+Shapes: B slots that decode, H key-value heads, S rows there is room for, E head size.
 """
 
 from __future__ import annotations
@@ -13,6 +17,9 @@ import torch
 from torch import Tensor
 
 from amphista.cache.static import KVCache, LayerRows, grown
+
+ROOM_STEP = 64
+SPARE_STEPS = 3  # so much more room than needed is given back
 
 
 class SlotRows(LayerRows):
@@ -25,6 +32,10 @@ class SlotRows(LayerRows):
     def reserve(self, keys: Tensor, values: Tensor, capacity: int) -> None:
         self._layer.reserve(keys, values, capacity)
 
+    def next_capacity(self, num_rows: int) -> int:
+        """Never less than now: other slots may need it."""
+        return max(self.capacity, -(-num_rows // ROOM_STEP) * ROOM_STEP)
+
 
 class SlotLayer:
     """Keys and values of one layer, all slots together."""
@@ -35,7 +46,7 @@ class SlotLayer:
         self.values: Tensor | None = None
 
     def reserve(self, keys: Tensor, values: Tensor, capacity: int) -> None:
-        """Make room for `capacity` rows like these [*, H, *, E] in every slot; earlier views go stale."""
+        """Have room for `capacity` rows like these [*, H, *, E] in every slot; earlier views go stale."""
         self.keys = grown(self.keys, keys, len(self.slots), capacity)
         self.values = grown(self.values, values, len(self.slots), capacity)
         for index, rows in enumerate(self.slots):
@@ -54,15 +65,20 @@ class SlotLayer:
 class SlotWriter:
     """One layer in one forward of a ragged batch: one new row for each of the first B slots, at its own position."""
 
-    def __init__(self, layer: SlotLayer, slots: Tensor, positions: Tensor, num_rows: int) -> None:
-        self._layer, self._slots, self._positions, self.num_rows = layer, slots, positions, num_rows
+    def __init__(self, layer: SlotLayer, slots: Tensor, positions: Tensor) -> None:
+        self._layer, self._slots, self._positions = layer, slots, positions
+
+    @property
+    def num_rows(self) -> int:
+        """Rows read of each slot: its own, then what the mask must hide."""
+        return self._layer.slots[0].capacity
 
     def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Write rows [B, H, 1, E]; returns views of the first S rows [B, H, S, E] of these slots."""
+        """Write rows [B, H, 1, E]; returns views of all rows [B, H, S, E] of these slots."""
         layer, num_slots = self._layer, len(self._slots)
         layer.write(keys, values, self._slots, self._positions)
         assert layer.keys is not None and layer.values is not None
-        return layer.keys[:num_slots, :, : self.num_rows], layer.values[:num_slots, :, : self.num_rows]
+        return layer.keys[:num_slots], layer.values[:num_slots]
 
 
 class Slot(KVCache):
@@ -84,19 +100,27 @@ class SlotCache:
         """Committed rows of each of the first `num_active` slots: the position of its next token."""
         return [slot.num_committed for slot in self.slots[:num_active]]
 
+    @property
+    def capacity(self) -> int:
+        """Rows there is room for in every slot: what a batched forward reads."""
+        return self.layers[0].slots[0].capacity
+
     @torch.inference_mode()
     def make_room(self, num_active: int) -> None:
-        """Let one more row fit into each of the first `num_active` slots, all of which have been prefilled."""
-        needed = 1 + max(self.lengths(num_active))
+        """Let one more row fit into each of the first `num_active` slots, all of which have been prefilled; give room
+        back that long sequences have left."""
+        held = max(1 + max(self.lengths(num_active)), *self.lengths(len(self.slots)))
+        needed = -(-held // ROOM_STEP) * ROOM_STEP
+        if needed <= self.capacity < needed + SPARE_STEPS * ROOM_STEP:
+            return
         for layer in self.layers:
             assert layer.keys is not None and layer.values is not None
-            if needed > layer.slots[0].capacity:
-                layer.reserve(layer.keys, layer.values, layer.slots[0].next_capacity(needed))
+            layer.reserve(layer.keys, layer.values, needed)
 
-    def writers(self, positions: Tensor, num_rows: int) -> list[SlotWriter]:
-        """What a forward writes one row a slot with, at `positions` [B]; `num_rows` counts the longest with it."""
+    def writers(self, positions: Tensor) -> list[SlotWriter]:
+        """What a forward writes one row a slot with, at `positions` [B]."""
         slots = torch.arange(len(positions), device=positions.device)
-        return [SlotWriter(layer, slots, positions, num_rows) for layer in self.layers]
+        return [SlotWriter(layer, slots, positions) for layer in self.layers]
 
     def advance(self, num_active: int) -> None:
         """Commit the row just written to each of the first `num_active` slots."""

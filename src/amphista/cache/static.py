@@ -20,13 +20,13 @@ GROWTH = 1.5
 
 
 def grown(old: Tensor | None, like: Tensor, num_slots: int, capacity: int) -> Tensor:
-    """New storage [num_slots, H, capacity, E], with what `old` held; heads, type and device are those of `like`.
+    """New storage [num_slots, H, capacity, E] with what `old` held and fits; the rest is as in `like`.
 
     Zeros: a batched forward multiplies rows not yet written by a weight of 0, which a NaN left in memory would survive.
     """
     new = like.new_zeros(num_slots, like.shape[1], capacity, like.shape[3])
     if old is not None:
-        new[:, :, : old.shape[2]] = old
+        new[:, :, : old.shape[2]] = old[:, :, :capacity]
     return new
 
 
@@ -49,10 +49,10 @@ class LayerRows:
         if end > self.capacity:
             self.reserve(keys, values, self.next_capacity(end))
         assert self.keys is not None and self.values is not None
-        self.keys[:, :, start:end] = keys
-        self.values[:, :, start:end] = values
+        self.keys.narrow(2, start, end - start).copy_(keys)
+        self.values.narrow(2, start, end - start).copy_(values)
         self.num_rows = end
-        return self.keys[:, :, :end], self.values[:, :, :end]
+        return self.keys.narrow(2, 0, end), self.values.narrow(2, 0, end)
 
     def next_capacity(self, num_rows: int) -> int:
         """What to grow to when `num_rows` rows no longer fit."""

@@ -150,6 +150,7 @@ def _measures(answer: Answer) -> dict[str, Any]:
         "num_tokens": stats.num_tokens,
         "num_steps": stats.num_steps,
         "tau": stats.tau,
+        "expected_tau": stats.expected_tau,
         "seconds": stats.seconds,
         "prefill_seconds": stats.prefill_seconds,
         "tokens_per_second": stats.tokens_per_second,
@@ -200,6 +201,8 @@ def summary(record: dict[str, Any]) -> str:
 
 def _line(measures: dict[str, Any]) -> str:
     tau = "" if measures["tau"] is None else f", {measures['tau']:.2f} tokens per target forward"
+    if measures["drafter"] != "none" and measures["tau"] is not None:
+        tau += f" ({measures['expected_tau']:.2f} expected)"
     speed = measures["tokens_per_second"]
     return (
         f"  {measures['drafter']:>10} {measures['num_tokens']} tokens in {measures['seconds']:.2f} s, "

@@ -22,6 +22,7 @@ from amphista.cli.latency import latency
 from amphista.cli.push import push
 from amphista.cli.report import report
 from amphista.cli.train import train
+from amphista.cli.tune import tune
 from amphista.errors import AmphistaError
 
 app = typer.Typer(
@@ -44,6 +45,7 @@ app.command()(push)
 app.command()(evaluate)
 app.command()(report)
 app.command()(latency)
+app.command()(tune)
 app.command()(info)
 
 EXIT_USER_ERROR = 2

@@ -27,8 +27,8 @@ def evaluate(
         str,
         typer.Option(
             metavar="NAME[=DRAFTER][@TREE],...",
-            help="none, hf, hf-lookup, hf-assisted=MODEL, a shipped drafter (amphista, medusa), or name=PATH; "
-            "none is added where it is missing.",
+            help="none, hf, hf-lookup, hf-assisted=MODEL, a shipped drafter (amphista, medusa: heads alone), lookup, "
+            "amphista+lookup, medusa+lookup, or name=PATH; none is added where it is missing.",
         ),
     ],
     out: Annotated[Path, typer.Option(help="Folder for records and report; the same command again resumes it.")],

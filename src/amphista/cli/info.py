@@ -35,13 +35,13 @@ def info(
     from amphista.drafter.checkpoint import shipped_checkpoints
     from amphista.target.gguf import cache_folder
     from amphista.target.loading import describe_target
-    from amphista.tree.grow import DEFAULT_NUM_NODES
+    from amphista.tree.grow import DEFAULT_TREE
 
     report: dict[str, Any] = {
         "versions": provenance.versions(),
         "machine": provenance.machine(),
         "cache_folder": str(cache_folder()),
-        "default_tree_nodes": DEFAULT_NUM_NODES,
+        "default_tree": DEFAULT_TREE,
         "target": describe_target(target),
         "drafters": [_describe(c) for found in shipped_checkpoints().values() for c in found],
     }
@@ -114,7 +114,7 @@ def _text(report: dict[str, Any]) -> str:
         )
     if not report["drafters"]:
         lines.append("drafter     none shipped")
-    lines.append(f"tree        dynamic, {report['default_tree_nodes']} nodes by default")
+    lines.append(f"tree        {report['default_tree']} by default")
     if "check" in report:
         check = report["check"]
         verdict = "the same tokens as plain decoding" if check["identical"] else f"DIFFERENT: {check['divergence']}"

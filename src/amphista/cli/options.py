@@ -20,8 +20,8 @@ Target = Annotated[
 Drafter = Annotated[
     str | None,
     typer.Option(
-        help="none, a name shipped for this target (amphista, medusa), a folder or a hub id. "
-        "Default: amphista where one is shipped, else none.",
+        help="none, a name shipped for this target (amphista, medusa), a folder or a hub id; lookup, which drafts what "
+        "followed the same tokens before; or NAME+lookup. Default: amphista+lookup where one is shipped, else lookup.",
         rich_help_panel=MODEL,
     ),
 ]
@@ -39,7 +39,9 @@ Device = Annotated[
 Dtype = Annotated[
     str | None,
     typer.Option(
-        help="float32, bfloat16 or float16. Default: float32 on CPU, else the model's.", rich_help_panel=MODEL
+        help="float32, bfloat16, float16, or int8 (weights of 8 bits, on CPU: another target, exact against itself). "
+        "Default: float32 on CPU, else the model's.",
+        rich_help_panel=MODEL,
     ),
 ]
 Fast = Annotated[
@@ -53,9 +55,10 @@ Fast = Annotated[
 Tree = Annotated[
     str | None,
     typer.Option(
-        metavar="chain|N|static:N|FILE",
-        help="chain; N nodes chosen anew in each step (root included, 1 is plain decoding); static:N from "
-        "the drafter's calibration; or a template file. Default 2.",
+        metavar="auto|chain|N|static:N|FILE",
+        help="auto: as large as pays here, in each step (measured once, `amphista tune` shows it); chain; N nodes "
+        "chosen anew in each step (root included, 1 is plain decoding); static:N from the drafter's calibration; or "
+        "a template file. Default auto.",
         rich_help_panel=TREE,
     ),
 ]

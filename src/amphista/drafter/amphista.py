@@ -159,6 +159,8 @@ class Amphista(ParallelHeads):
 
     @torch.inference_mode()
     def commit(self, state: DrafterState, hidden: Tensor, next_ids: Tensor) -> None:
+        for cache in state.caches:
+            cache.trim(state.num_rows)  # what a commit that was broken off has left
         positions = torch.arange(state.num_rows, state.num_rows + hidden.shape[0], device=hidden.device)[None]
         hidden = hidden[None].to(self.dtype)
         stages = self._adapt(hidden, next_ids[None], positions, state.caches)

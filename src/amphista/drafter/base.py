@@ -23,7 +23,7 @@ from amphista.errors import ConfigError, DrafterError
 from amphista.kernels.frozen import pack_linears
 from amphista.kernels.linear import PackedLinear
 from amphista.target.spec import SharedWeights, TargetSpec
-from amphista.tree.candidates import Candidates
+from amphista.tree.candidates import Candidates, Graft
 
 
 @dataclass
@@ -33,6 +33,7 @@ class DrafterState:
     num_rows: int = 0
     features: Any = None
     caches: list[Any] = field(default_factory=list)
+    lookup: Any = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,9 +78,21 @@ class Drafter(nn.Module):
         """Number of heads K, which is the depth of the deepest tree."""
         return self.config.num_heads
 
+    @property
+    def inner(self) -> Drafter:
+        """The drafter that has weights: itself, unless it stands inside another."""
+        return self
+
     def start(self) -> DrafterState:
         """An empty state for a new sequence."""
         return DrafterState()
+
+    def recall(self, state: DrafterState, token_ids: list[int], max_depth: int) -> Graft | None:
+        """What the sequence itself suggests after `token_ids`, the pending one included; costs no pass over anything.
+
+        The ids grow at their end between two calls, or begin anew after a `trim`.
+        """
+        return None
 
     @abstractmethod
     def commit(self, state: DrafterState, hidden: Tensor, next_ids: Tensor) -> None:
@@ -255,10 +268,11 @@ class ParallelHeads(Drafter):
 
         A head knows nothing of tokens outside its vocabulary: what it says is conditional on the text staying inside.
         """
-        best = torch.log_softmax(logits, dim=-1).topk(min(num_ranks, logits.shape[-1]), dim=-1)
+        best = logits.topk(min(num_ranks, logits.shape[-1]), dim=-1)
         token_ids = best.indices if self.draft_ids is None else self.draft_ids[best.indices]
         coverage = 1.0 if self.calibration is None else self.calibration.coverage
-        return token_ids, best.values + math.log(max(coverage, 1e-9))
+        log_total = torch.logsumexp(logits, dim=-1, keepdim=True)
+        return token_ids, best.values - log_total + math.log(max(coverage, 1e-9))
 
     def head_temperatures(self, temperature: float) -> Tensor:
         """What divides each head's logits [K] at this request temperature."""

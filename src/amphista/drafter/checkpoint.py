@@ -24,6 +24,7 @@ from amphista.config import as_dict, build
 from amphista.drafter.amphista import Amphista, AmphistaConfig
 from amphista.drafter.base import Calibration, Drafter, DrafterConfig, ParallelHeads
 from amphista.drafter.hub import fetch
+from amphista.drafter.lookup import LOOKUP, WithLookup
 from amphista.drafter.medusa import Medusa, MedusaConfig
 from amphista.drafter.none import NoDrafter
 from amphista.errors import ConfigError, DrafterError
@@ -88,7 +89,7 @@ def locate_checkpoint(name: str, fingerprint: Fingerprint) -> Checkpoint:
     if path.is_dir():
         return read_checkpoint(path)
     if path.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1:
-        known = ", ".join(["none", *DRAFTERS])
+        known = ", ".join(["none", LOOKUP, *DRAFTERS])
         raise DrafterError(
             f"unknown drafter {name!r}: expected {known}, a folder with config.json, or a hub id (owner/name)"
         )
@@ -194,9 +195,14 @@ def recover_drafter(folder: Path) -> None:
 def load_drafter(
     name: str, spec: TargetSpec, shared: SharedWeights, fingerprint: Fingerprint, *, allow_other_target: bool = False
 ) -> Drafter:
-    """Load a drafter for a target: 'none', a shipped name, a folder or a hub id."""
+    """Load a drafter for a target: 'none', a shipped name, a folder or a hub id; 'lookup', or any of them '+lookup'."""
     if name == "none":
         return NoDrafter()
+    if name == LOOKUP:
+        return WithLookup(NoDrafter())
+    if name.endswith(f"+{LOOKUP}") and not Path(name).expanduser().exists():
+        inner = name.removesuffix(f"+{LOOKUP}")
+        return WithLookup(load_drafter(inner, spec, shared, fingerprint, allow_other_target=allow_other_target))
     checkpoint = locate_checkpoint(name, fingerprint)
     refuse_other_target(checkpoint, fingerprint, allow_other_target=allow_other_target)
     drafter = make_drafter(checkpoint.kind, checkpoint.config, spec, shared)

@@ -133,6 +133,8 @@ class BatchDecoder(Generic[Tag]):
         """Take a row out; the last one moves into its place."""
         last = self._rows.pop()
         if index == len(self._rows):
+            self._contexts[index].cache.trim(0)
+            self._contexts[index].draft_state.num_rows = 0
             return
         self._rows[index] = last
         self._slots.move(len(self._rows), index)

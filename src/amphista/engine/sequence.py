@@ -1,11 +1,15 @@
 """Sequence: one request's tokens, caches and counters; Context: what survives it into the next chat turn.
 
-Invariant between steps: the caches hold every token but the last. The last one is the pending token.
+Invariant between steps: the caches hold every token but the last. The last one is the pending token. The drafter's
+cache holds what it was fed; rows wait in `unfed` until it is asked again, and are then given to it in one go.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
 
 from amphista.accept.sampling import Chooser
 from amphista.cache.static import KVCache
@@ -14,6 +18,9 @@ from amphista.engine.params import FinishReason, SamplingParams
 from amphista.engine.stats import DecodeStats
 from amphista.errors import RequestError
 from amphista.target.text import IncrementalText
+from amphista.tree.tune import Pace
+
+MAX_UNFED = 512
 
 
 @dataclass
@@ -24,6 +31,21 @@ class Context:
     draft_state: DrafterState
     token_ids: list[int] = field(default_factory=list)
     num_requests: int = 0
+    unfed: list[tuple[Tensor, list[int]]] = field(default_factory=list)
+
+    def defer(self, drafter: Drafter, hidden: Tensor, next_ids: list[int]) -> None:
+        """Keep rows [T, D] and the tokens that followed each for the drafter; they do not pile up without end."""
+        self.unfed.append((hidden, next_ids))
+        if drafter.num_heads == 0 or sum(len(ids) for _, ids in self.unfed) > MAX_UNFED:
+            self.feed(drafter)
+
+    def feed(self, drafter: Drafter) -> None:
+        """Give the drafter every row it has not read. Row j is made of h_j and x_{j+1}, and never rolled back."""
+        if self.unfed:
+            hidden = torch.cat([rows for rows, _ in self.unfed])
+            ids = torch.tensor([token for _, tokens in self.unfed for token in tokens], device=hidden.device)
+            drafter.commit(self.draft_state, hidden, ids)
+            self.unfed.clear()  # last: a feeding that is broken off is done again, from the first row
 
     def rewind(self, prompt_ids: list[int], drafter: Drafter) -> int:
         """Keep what a new prompt shares with the cached rows; returns how many rows that is.
@@ -32,6 +54,7 @@ class Context:
         be another. The last prompt token is always read again, because its logits are needed. A prefill that broke off
         has left fewer rows in the drafter than in the target.
         """
+        self.feed(drafter)
         cached = self.token_ids[: self.cache.num_committed]
         common = 0
         for old, new in zip(cached, prompt_ids, strict=False):
@@ -59,6 +82,7 @@ class Sequence:
     max_positions: int
     text: IncrementalText | None = None
     stats: DecodeStats = field(default_factory=DecodeStats)
+    pace: Pace = field(default_factory=Pace)
     finish_reason: FinishReason | None = None
     output_ids: list[int] = field(default_factory=list)  # everything emitted, the end token included
 

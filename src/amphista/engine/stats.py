@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 
 import torch
 
+from amphista.tree.grow import Growth
+
 PHASES = ("prefill", "draft", "verify", "accept", "commit")
 
 
@@ -20,7 +22,8 @@ PHASES = ("prefill", "draft", "verify", "accept", "commit")
 class DecodeStats:
     """Counters of one answer. Seconds are wall time; `phase_seconds` sums to a little less than `seconds`.
 
-    Per decode step: `accepted` draft tokens, `tree_nodes` verified, `step_seconds`. `num_dropped`: tokens the target
+    Per decode step: `accepted` draft tokens, how many were `expected` by the drafter's own probabilities, `tree_nodes`
+    verified, whether heads were asked (`drafted`), `step_seconds`. `num_dropped`: tokens the target
     chose behind the end of the answer; they are neither emitted nor counted.
     """
 
@@ -28,7 +31,9 @@ class DecodeStats:
     num_cached_tokens: int = 0
     num_tokens: int = 0
     accepted: list[int] = field(default_factory=list)
+    expected: list[float] = field(default_factory=list)
     tree_nodes: list[int] = field(default_factory=list)
+    drafted: list[bool] = field(default_factory=list)
     step_seconds: list[float] = field(default_factory=list)
     num_dropped: int = 0
     prefill_seconds: float = 0.0
@@ -43,6 +48,11 @@ class DecodeStats:
     def tau(self) -> float | None:
         """Mean tokens committed per target decode forward; None without a step."""
         return (self.num_tokens - 1) / self.num_steps if self.num_steps else None
+
+    @property
+    def expected_tau(self) -> float | None:
+        """What tau should have been by the drafter's own probabilities; None without a step."""
+        return 1 + sum(self.expected) / self.num_steps if self.num_steps else None
 
     @property
     def decode_seconds(self) -> float:
@@ -69,6 +79,13 @@ class DecodeStats:
         deepest = max(self.accepted, default=0)
         return [sum(n >= depth for n in self.accepted) / self.num_steps for depth in range(1, deepest + 1)]
 
+    def count(self, growth: Growth, num_accepted: int, *, drafted: bool) -> None:
+        """Add a decode step; its tokens are counted as they are taken."""
+        self.accepted.append(num_accepted)
+        self.expected.append(growth.expected)
+        self.tree_nodes.append(growth.tree.num_nodes)
+        self.drafted.append(drafted)
+
 
 class Clock:
     """Times phases into stats; waits for the device first where work is queued."""
@@ -85,6 +102,11 @@ class Clock:
 
     def now(self) -> float:
         """Seconds, after all queued device work is done."""
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
-        return time.perf_counter()
+        return now(self._device)
+
+
+def now(device: torch.device) -> float:
+    """Wall seconds, after all work queued on the device is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()

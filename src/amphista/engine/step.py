@@ -5,9 +5,7 @@ This is the only place where target, drafter, acceptance and cache meet.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
-import torch
+from dataclasses import dataclass, replace
 
 from amphista.accept.sampling import Chooser
 from amphista.accept.walk import walk
@@ -18,8 +16,10 @@ from amphista.engine.stats import Clock, DecodeStats
 from amphista.errors import RequestError
 from amphista.target.target import Target
 from amphista.target.text import IncrementalText
+from amphista.tree.candidates import Candidates
 from amphista.tree.grow import Grower
-from amphista.tree.token_tree import TokenTree
+
+NO_CANDIDATES = Candidates([], [])
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,8 @@ class Engine:
             keep = context.rewind(prompt_ids, self.drafter)
             output = self.target.prefill(prompt_ids[keep:], context.cache)
             pending = chooser.choose(output.logits[-1], len(prompt_ids))
-            self._commit_draft(context, output.hidden, [*prompt_ids[keep + 1 :], pending])
+            context.defer(self.drafter, output.hidden, [*prompt_ids[keep + 1 :], pending])
+            context.feed(self.drafter)
         sequence = Sequence(
             context=context,
             request=context.num_requests,
@@ -81,35 +82,36 @@ class Engine:
         started = clock.now()
         context, root_position = sequence.context, sequence.root_position
         with clock.phase("draft"):
-            tree = self._grow(sequence)
+            candidates = self._propose(sequence)
+            growth = self.grower.grow(sequence.pending, candidates, sequence.max_depth)
         with clock.phase("verify"):
-            output = self.target.verify(tree, context.cache)
+            output = self.target.verify(growth.tree, context.cache)
         with clock.phase("accept"):
-            acceptance = walk(tree, output.logits, sequence.chooser, root_position)
+            acceptance = walk(growth.tree, output.logits, sequence.chooser, root_position)
             taken, text = sequence.take(acceptance.tokens)
             sequence.stats.num_dropped += len(acceptance.tokens) - taken
             acceptance = acceptance.cut(taken)
         with clock.phase("commit"):
             context.cache.commit(acceptance.path)
-            self._commit_draft(context, output.hidden[acceptance.path], acceptance.tokens)
-        sequence.stats.accepted.append(acceptance.num_accepted)
-        sequence.stats.tree_nodes.append(tree.num_nodes)
+            context.defer(self.drafter, output.hidden[acceptance.path], acceptance.tokens)
+            self.grower.learn(sequence.pace, candidates, growth.tree.num_nodes, acceptance.accepted)
+        sequence.stats.count(growth, acceptance.num_accepted, drafted=candidates.num_heads > 0)
         sequence.stats.step_seconds.append(clock.now() - started)
         return StepResult(acceptance.tokens, text, acceptance.num_accepted)
 
-    def _grow(self, sequence: Sequence) -> TokenTree:
-        """The tree of this step; where nothing may be drafted, the root alone, and the drafter rests."""
-        depth = min(sequence.max_depth, self.grower.max_depth, self.drafter.num_heads)
-        if depth == 0 or self.grower.num_ranks == 0:
-            return TokenTree.root_alone(sequence.pending)
-        state, temperature = sequence.context.draft_state, sequence.params.temperature
-        candidates = self.drafter.draft(state, self.grower.num_ranks, temperature, depth)
-        return self.grower.grow(sequence.pending, candidates, depth)
-
-    def _commit_draft(self, context: Context, hidden: torch.Tensor, next_ids: list[int]) -> None:
-        """Drafter row j is made of h_j and x_{j+1}: written once x_{j+1} is chosen, never rolled back."""
-        ids = torch.tensor(next_ids, device=hidden.device)
-        self.drafter.commit(context.draft_state, hidden, ids)
+    def _propose(self, sequence: Sequence) -> Candidates:
+        """What may follow: what the sequence itself suggests, and what the heads say where it pays to ask them."""
+        context, state = sequence.context, sequence.context.draft_state
+        depth = min(sequence.max_depth, self.grower.max_depth)
+        if depth == 0:
+            return NO_CANDIDATES
+        graft = self.drafter.recall(state, context.token_ids, depth)
+        if self.drafter.num_heads == 0 or not self.grower.wants_heads(sequence.pace, graft):
+            return replace(NO_CANDIDATES, graft=graft)
+        context.feed(self.drafter)
+        depth = min(depth, self.drafter.num_heads)
+        drafted = self.drafter.draft(state, self.grower.num_ranks, sequence.params.temperature, depth)
+        return replace(drafted, graft=graft)
 
     def _check(self, prompt_ids: list[int]) -> None:
         if not prompt_ids:

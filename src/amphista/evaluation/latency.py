@@ -223,7 +223,7 @@ def _drafter_cells(
 
             def draft(grower: DynamicGrower = grower) -> TokenTree:
                 candidates = drafter.draft(ready, grower.num_ranks, 0.0, grower.max_depth)
-                return grower.grow(0, candidates, drafter.num_heads)
+                return grower.grow(0, candidates, drafter.num_heads).tree
 
             cells.append(Cell({"what": "draft", **key, "nodes": nodes}, draft, _nothing, []))
     for rows in FED_ROWS:

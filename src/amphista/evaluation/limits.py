@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from amphista.evaluation.stock import now
+from amphista.kernels.int8 import Int8Linear
 from amphista.target.target import Target
 
 READ_BYTES = 256 << 20  # far beyond any cache
@@ -34,12 +35,16 @@ class Limits:
 
 @dataclass(frozen=True)
 class ForwardWork:
-    """What one forward must read and compute: `weights` once for all nodes, `row_values` a cached row."""
+    """What one forward must read and compute: `weights` once for all nodes, `row_values` a cached row.
+
+    itemsize: bytes of what is cached; weight_size: of a weight, where that is another type.
+    """
 
     weights: int
     row_values: int
     attention_width: int
     itemsize: int
+    weight_size: int | None = None
 
     @classmethod
     def of(cls, target: Target, num_layers: int | None = None) -> ForwardWork:
@@ -53,11 +58,13 @@ class ForwardWork:
             row_values=2 * layers * spec.num_key_value_heads * spec.head_size,
             attention_width=layers * spec.num_attention_heads * spec.head_size,
             itemsize=target.dtype.itemsize,
+            weight_size=1 if target.has_int8 else None,
         )
 
     def num_bytes(self, batch: int, context: int) -> int:
         """Bytes that must be read by a forward of `batch` sequences with `context` rows each."""
-        return self.itemsize * (self.weights + batch * context * self.row_values)
+        weights = self.weights * (self.weight_size or self.itemsize)
+        return weights + self.itemsize * batch * context * self.row_values
 
     def num_operations(self, batch: int, context: int, nodes: int) -> int:
         """Multiplications and additions over `nodes` per sequence."""
@@ -73,13 +80,15 @@ class ForwardWork:
 def measure_limits(target: Target) -> Limits:
     """The best of a few rounds each, in the target's dtype on its device.
 
-    Reading sums an array of 256 MiB; the matrix rate is that of a square product of 2048 rows.
+    Reading sums an array of 256 MiB; the matrix rate is that of a square product of 2048 rows, of the target's own
+    kernel where its weights have 8 bits.
     """
     numbers = torch.ones(READ_BYTES // 4, device=target.device)
     matrix = torch.full((MATRIX_SIZE, MATRIX_SIZE), 0.5, device=target.device, dtype=target.dtype)
+    product = Int8Linear(matrix) if target.has_int8 else matrix.matmul
     return Limits(
         bytes_per_second=READ_BYTES / _best(target, lambda: numbers.sum()),
-        operations_per_second=2 * MATRIX_SIZE**3 / _best(target, lambda: matrix @ matrix),
+        operations_per_second=2 * MATRIX_SIZE**3 / _best(target, lambda: product(matrix)),
     )
 
 

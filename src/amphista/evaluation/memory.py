@@ -105,6 +105,7 @@ def _measure(job: MemoryJob) -> dict[str, int]:
 
 
 def _drafter_bytes(drafter: Drafter) -> int:
+    drafter = drafter.inner
     if not isinstance(drafter, ParallelHeads):
         return 0
     head = 0 if drafter.draft_ids is None else drafter.draft_vocab * drafter.spec.hidden_size  # gathered rows

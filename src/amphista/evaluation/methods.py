@@ -1,8 +1,8 @@
 """What can be compared, and how each is run: our engine with any drafter and tree, and stock `generate`.
 
 A method is written `name[=drafter][@tree]`. Names of METHODS are built in; any other name is a drafter: a shipped one
-(`amphista`, `medusa`) or, with `=`, a folder or hub id under a name of the user's choice. A new kind of method is one
-line in METHODS.
+(`amphista`, `medusa`: heads alone), `lookup`, both (`amphista+lookup`) or, with `=`, a folder or hub id under a name of
+the user's choice. A new kind of method is one line in METHODS.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from amphista.llm import LLM
 from amphista.target.loading import say
 from amphista.target.shapes import free_bytes
 from amphista.target.target import Target
-from amphista.tree.grow import DEFAULT_NUM_NODES, check_tree
+from amphista.tree.grow import DEFAULT_TREE, AutoGrower, check_tree
 
 NONE, HF = "none", "hf"
 
@@ -64,7 +64,7 @@ def parse_methods(text: str | Sequence[str]) -> list[MethodSpec]:
     specs.sort(key=lambda spec: spec.kind != NONE)
     counts = Counter(spec.name for spec in specs)
     named = [
-        MethodSpec(f"{spec.name}@{spec.tree or DEFAULT_NUM_NODES}", spec.kind, spec.drafter, spec.tree)
+        MethodSpec(f"{spec.name}@{spec.tree or DEFAULT_TREE}", spec.kind, spec.drafter, spec.tree)
         if counts[spec.name] > 1
         else spec
         for spec in specs
@@ -133,6 +133,7 @@ class Ours:
             "token_ids": answer.token_ids,
             "pieces": pieces,
             "accepted": stats.accepted,
+            "expected": [round(expected, 4) for expected in stats.expected],
             "tree_nodes": stats.tree_nodes,
             "step_seconds": stats.step_seconds,
             "num_dropped": stats.num_dropped,
@@ -143,8 +144,18 @@ class Ours:
         }
 
 
+def costs_of(method: Method) -> dict[str, Any] | None:
+    """The measured costs that a method's `auto` trees weigh, in milliseconds; they belong to the machine, not to the
+    settings of a run."""
+    grower = method.llm.engine.grower if isinstance(method, Ours) else None
+    if not isinstance(grower, AutoGrower):
+        return None
+    costs = grower.costs
+    return {"verify_ms": [round(1000 * seconds, 3) for seconds in costs.verify], "draft_ms": 1000 * costs.draft}
+
+
 def _none(spec: MethodSpec, target: Target, settings: Settings) -> Method:
-    return Ours(target, NoDrafter(), None, {"engine": "amphista", "drafter": "none", "tree": "1"})
+    return Ours(target, NoDrafter(), "1", {"engine": "amphista", "drafter": "none", "tree": "1"})
 
 
 def _drafter(spec: MethodSpec, target: Target, settings: Settings) -> Method:
@@ -160,9 +171,9 @@ def _drafter(spec: MethodSpec, target: Target, settings: Settings) -> Method:
     described = {
         "engine": "amphista",
         "drafter": drafter.name,
-        "tree": str(tree or DEFAULT_NUM_NODES),
-        "drafter_weights": drafter.num_weights if isinstance(drafter, ParallelHeads) else 0,
-        "drafter_sha256": _weights_sha256(drafter),
+        "tree": str(tree or DEFAULT_TREE),
+        "drafter_weights": drafter.inner.num_weights if isinstance(drafter.inner, ParallelHeads) else 0,
+        "drafter_sha256": _weights_sha256(drafter.inner),
     }
     return Ours(target, drafter, tree, described)
 

@@ -61,7 +61,8 @@ class Measures:
 
     acceptance_by_depth[d]: share of decode steps that accepted more than d draft tokens. tokens_per_step[n]: steps that
     committed n tokens. identical: share of compared answers with the same tokens as `none`'s. speedup_hf: over stock
-    `generate`, None without it. mean_tree_nodes: rows per target forward, root included.
+    `generate`, None without it. expected_tau: tau by the drafter's own probabilities. mean_tree_nodes: rows per target
+    forward, root included.
     """
 
     num_answers: int
@@ -69,6 +70,7 @@ class Measures:
     num_tokens: int
     num_steps: int
     tau: float | None
+    expected_tau: float | None
     tau_loop_free: float | None
     tokens_per_second: float | None
     decode_tokens_per_second: float | None
@@ -118,6 +120,7 @@ def _measures(name: str, records: Sequence[Record]) -> Measures:
         num_tokens=sum(len(r.token_ids) for r in mine),
         num_steps=sum(steps.values()),
         tau=_tau(name, mine, loop_free=False),
+        expected_tau=_expected_tau(mine),
         tau_loop_free=_tau(name, mine, loop_free=True),
         tokens_per_second=_rate(mine, whole),
         decode_tokens_per_second=_rate(mine, decode_only),
@@ -152,6 +155,11 @@ def _tau(name: str, records: Sequence[Record], *, loop_free: bool) -> float | No
     if steps:
         return tokens / steps
     return 1.0 if records and name in PLAIN else None
+
+
+def _expected_tau(records: Sequence[Record]) -> float | None:
+    expected = [value for record in records for value in record.expected]
+    return 1 + sum(expected) / len(expected) if expected else None
 
 
 def _rate(records: Sequence[Record], counting: Any) -> float | None:

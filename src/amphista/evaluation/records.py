@@ -26,9 +26,10 @@ class Record:
     """One answer by one method. Times are wall seconds; lists hold one entry per decode step of the target.
 
     seconds: prefill and decoding, without loading and tokenising. prefill_tokens: tokens that came out of the prefill
-    forward (1, or more where a method drafts into the prefill). num_dropped: tokens chosen behind the end of the
-    answer. recount: tokens of the text when tokenised again (`protocol.py`). divergence: where the answer first differs
-    from the one of `none` to the same prompt; `matches` is None where the two cannot be compared.
+    forward (1, or more where a method drafts into the prefill). expected: draft tokens that should be accepted by the
+    drafter's own probabilities. num_dropped: tokens chosen behind the end of the answer. recount: tokens of the text
+    when tokenised again (`protocol.py`). divergence: where the answer first differs from the one of `none` to the same
+    prompt; `matches` is None where the two cannot be compared.
     """
 
     id: str
@@ -43,6 +44,7 @@ class Record:
     token_ids: list[int] = field(default_factory=list)
     pieces: list[str] = field(default_factory=list)
     accepted: list[int] = field(default_factory=list)
+    expected: list[float] = field(default_factory=list)
     tree_nodes: list[int] = field(default_factory=list)
     step_seconds: list[float] = field(default_factory=list)
     prefill_tokens: int = 1

@@ -114,6 +114,7 @@ def detail_rows(measures: dict[str, dict[str, Any]]) -> tuple[list[str], list[li
     """How each method spends its forwards."""
     headers = [
         "method",
+        "expected tau",
         "nodes per forward",
         "plain steps",
         "accepted at depth 1, 2, ...",
@@ -123,6 +124,7 @@ def detail_rows(measures: dict[str, dict[str, Any]]) -> tuple[list[str], list[li
     rows = [
         [
             name,
+            number(m["expected_tau"]),
             number(m["mean_tree_nodes"]),
             number(m["plain_step_share"], ".0%"),
             " ".join(f"{value:.2f}" for value in m["acceptance_by_depth"]) or DASH,

@@ -20,7 +20,7 @@ from amphista.config import as_dict
 from amphista.engine.params import SamplingParams
 from amphista.errors import AmphistaError, ConfigError, RequestError
 from amphista.evaluation.lossless import first_divergence
-from amphista.evaluation.methods import HF, NONE, Method, MethodSpec, Settings, build_method
+from amphista.evaluation.methods import HF, NONE, Method, MethodSpec, Settings, build_method, costs_of
 from amphista.evaluation.protocol import recount, warm_up_plan
 from amphista.evaluation.quality import score
 from amphista.evaluation.questions import Question, QuestionSet
@@ -70,7 +70,8 @@ class Evaluation:
     def _open(self, out: Path) -> None:
         """Create the folder, or take up what a run with the very same settings has left in it."""
         settings = json.loads(json.dumps(self._settings()))  # as it will be read back: tuples are lists there
-        environment = provenance.record()
+        costs = {name: costs_of(method) for name, method in self.methods.items()}
+        environment = provenance.record() | {"costs": {name: known for name, known in costs.items() if known}}
         try:
             out.mkdir(parents=True, exist_ok=True)
         except OSError as error:

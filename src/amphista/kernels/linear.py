@@ -10,6 +10,10 @@ Shapes: N rows, I inputs, O outputs.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Self
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -27,7 +31,42 @@ def can_pack(weight: Tensor) -> bool:
     return hasattr(torch.ops.mkldnn, "_linear_pointwise") and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
 
 
-class PackedLinear:
+class Product(ABC):
+    """y = x W^T + b for rows x, with a frozen weight kept as a kernel likes it best."""
+
+    num_outputs: int
+    num_inputs: int
+
+    @abstractmethod
+    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None: ...
+
+    @classmethod
+    def of(cls, *layers: nn.Linear) -> Self:
+        """One layer, or several of the same input side by side: their outputs follow each other."""
+        return cls.side_by_side([layer.weight for layer in layers], [layer.bias for layer in layers])
+
+    @classmethod
+    def side_by_side(cls, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> Self:
+        """Weights [O, I] of the same I and their biases, None for 0, as one product."""
+        if all(bias is None for bias in biases):
+            return cls(torch.cat(list(weights)))
+        columns = [w.new_zeros(len(w)) if b is None else b for w, b in zip(weights, biases, strict=True)]
+        return cls(torch.cat(list(weights)), torch.cat(columns))
+
+    @abstractmethod
+    def __call__(self, rows: Tensor) -> Tensor:
+        """[N, I] -> [N, O]; under `torch.inference_mode` or `no_grad` only."""
+
+    @abstractmethod
+    def added(self, rows: Tensor, residual: Tensor) -> Tensor:
+        """residual [N, O] + the product."""
+
+    def __deepcopy__(self, memo: object) -> Self:
+        """Itself: nothing in it ever changes, and packed storage cannot be copied as a tensor."""
+        return self
+
+
+class PackedLinear(Product):
     """y = x W^T + b for x [N, I]; W [O, I] is copied, the caller may free its own."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None, *, pack: bool = True) -> None:
@@ -42,19 +81,6 @@ class PackedLinear:
             else:
                 self._weight = plain
 
-    @classmethod
-    def of(cls, *layers: nn.Linear) -> PackedLinear:
-        """One layer, or several of the same input side by side: their outputs follow each other."""
-        if len(layers) == 1:
-            return cls(layers[0].weight, layers[0].bias)
-        biases = [layer.bias for layer in layers]
-        if any(bias is None for bias in biases) and any(bias is not None for bias in biases):
-            biases = [
-                layer.weight.new_zeros(len(layer.weight)) if layer.bias is None else layer.bias for layer in layers
-            ]
-        bias = None if biases[0] is None else torch.cat([b for b in biases if b is not None])
-        return cls(torch.cat([layer.weight for layer in layers]), bias)
-
     def __call__(self, rows: Tensor) -> Tensor:
         """[N, I] -> [N, O]; under `torch.inference_mode` or `no_grad` only."""
         if not self.is_packed:
@@ -68,10 +94,6 @@ class PackedLinear:
             return residual + functional.linear(rows, self._weight, self.bias)
         total: Tensor = torch.ops.mkldnn._linear_pointwise.binary(rows, residual, self._weight, self.bias, "add")
         return total
-
-    def __deepcopy__(self, memo: object) -> PackedLinear:
-        """Itself: nothing in it ever changes, and packed storage cannot be copied as a tensor."""
-        return self
 
     def plain_weight(self) -> Tensor:
         """A copy of W [O, I] in its plain order."""

@@ -2,7 +2,9 @@
 
 Llama, Mistral, Qwen2 and Qwen3 (qualify.py decides): projections of one input fused into one packed product, residuals
 added inside products, grouped-query attention without repeating keys and values, one mask for all layers, rows of the
-cache written in place. Everything else runs on the stock model; both are tested equal.
+cache written in place. The two numbers of a head that are rotated together are stored side by side, so that rotating is
+one product of complex numbers, which also scales the queries. Everything else runs on the stock model; both are tested
+equal.
 
 Shapes: B sequences, N new rows each, S cached rows with them, H query heads, J key-value heads, G = H / J, E head size,
 D hidden size, V vocabulary.
@@ -18,9 +20,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from amphista.kernels.linear import PackedLinear
+from amphista.kernels.linear import PackedLinear, Product
 
-FUSED_ATTENTION_ROWS = 128  # from so many query rows on, torch's own attention is faster than three plain operations
+# From so many scores a sequence on, torch's own attention is faster than two products and a softmax.
+FUSED_ATTENTION_SCORES = {torch.float32: 1 << 20, torch.bfloat16: 1 << 24}
+FIRST_POSITIONS = 1024
 Mask = Tensor | dict[str, Tensor] | None
 
 
@@ -49,8 +53,29 @@ class Norm:
     def of(cls, module: Any) -> Norm:
         return cls(module.weight.detach(), module.variance_epsilon)
 
+    @classmethod
+    def of_heads(cls, module: Any) -> Norm:
+        """Over each head [E], whose numbers are stored in pairs."""
+        weight = module.weight.detach()
+        return cls(_paired(weight, len(weight)), module.variance_epsilon)
+
     def __call__(self, rows: Tensor) -> Tensor:
         return torch.rms_norm(rows, self.weight.shape, self.weight, self.eps)
+
+
+def _paired(rows: Tensor, head_size: int) -> Tensor:
+    """Rows [heads * E, ...], of which i and i + E / 2 of a head are rotated together: these two side by side."""
+    heads = rows.detach().view(-1, 2, head_size // 2, *rows.shape[1:])
+    return heads.transpose(1, 2).reshape(rows.shape)
+
+
+def _projections(attention: Any, product: type[Product]) -> Product:
+    """Queries, keys and values of one layer as one product."""
+    layers = [attention.q_proj, attention.k_proj, attention.v_proj]
+    size = attention.head_dim
+    weights = [_paired(layer.weight, size) for layer in layers[:2]]
+    biases = [None if layer.bias is None else _paired(layer.bias, size) for layer in layers[:2]]
+    return product.side_by_side([*weights, layers[2].weight], [*biases, layers[2].bias])
 
 
 @dataclass(frozen=True)
@@ -58,28 +83,28 @@ class LeanLayer:
     """One decoder layer's weights. `kind` is its entry in the configuration's layer types."""
 
     attention_norm: Norm
-    qkv: PackedLinear
+    qkv: Product
     query_norm: Norm | None
     key_norm: Norm | None
-    output: PackedLinear
+    output: Product
     mlp_norm: Norm
-    gate_up: PackedLinear
-    down: PackedLinear
+    gate_up: Product
+    down: Product
     kind: str
 
     @classmethod
-    def of(cls, layer: Any, kind: str) -> LeanLayer:
+    def of(cls, layer: Any, kind: str, product: type[Product]) -> LeanLayer:
         attention, mlp = layer.self_attn, layer.mlp
         normed = hasattr(attention, "q_norm")
         return cls(
             attention_norm=Norm.of(layer.input_layernorm),
-            qkv=PackedLinear.of(attention.q_proj, attention.k_proj, attention.v_proj),
-            query_norm=Norm.of(attention.q_norm) if normed else None,
-            key_norm=Norm.of(attention.k_norm) if normed else None,
-            output=PackedLinear.of(attention.o_proj),
+            qkv=_projections(attention, product),
+            query_norm=Norm.of_heads(attention.q_norm) if normed else None,
+            key_norm=Norm.of_heads(attention.k_norm) if normed else None,
+            output=product.of(attention.o_proj),
             mlp_norm=Norm.of(layer.post_attention_layernorm),
-            gate_up=PackedLinear.of(mlp.gate_proj, mlp.up_proj),
-            down=PackedLinear.of(mlp.down_proj),
+            gate_up=product.of(mlp.gate_proj, mlp.up_proj),
+            down=product.of(mlp.down_proj),
             kind=kind,
         )
 
@@ -87,19 +112,24 @@ class LeanLayer:
 class LeanModel:
     """A causal LM of the Llama family as packed weights and one function."""
 
-    def __init__(self, model: Any, *, release: bool = False) -> None:
-        """release: free the stock model's layers one by one as they are packed, so that no weight exists twice."""
+    def __init__(self, model: Any, *, product: type[Product] = PackedLinear, release: bool = False) -> None:
+        """product: the kernel of all products with weights. release: free the stock model's layers one by one as they
+        are packed, so that no weight exists twice."""
         config, decoder = model.config, model.get_decoder()
         attention = decoder.layers[0].self_attn
-        self._head_size, self.scale = attention.head_dim, attention.scaling
+        self._head_size = attention.head_dim
         self.num_heads, self.num_key_value_heads = config.num_attention_heads, config.num_key_value_heads
-        self._embedding, self._rotary = decoder.embed_tokens.weight.detach(), decoder.rotary_emb
+        self._embedding = decoder.embed_tokens.weight.detach()
+        self._turns = Turns(decoder.rotary_emb)
+        self._heads_scale = torch.ones(self.num_heads + self.num_key_value_heads, 1)
+        self._heads_scale[: self.num_heads] = attention.scaling
         self._norm = Norm.of(decoder.norm)
-        self.head = PackedLinear.of(model.get_output_embeddings())
+        self.head = product.of(model.get_output_embeddings())
         kinds = getattr(config, "layer_types", None) or ["full_attention"] * len(decoder.layers)
+        self._kinds = set(kinds)
         self.layers: list[LeanLayer] = []
         for index, kind in enumerate(kinds):
-            self.layers.append(LeanLayer.of(decoder.layers[index], kind))
+            self.layers.append(LeanLayer.of(decoder.layers[index], kind, product))
             if release:
                 decoder.layers[index] = torch.nn.Identity()
 
@@ -117,14 +147,14 @@ class LeanModel:
         """
         num_sequences, num_rows = token_ids.shape
         states = functional.embedding(token_ids.reshape(-1), self._embedding)
-        turned = self._rotation(states, positions, num_sequences)
+        turn = self._rotation(positions, num_sequences)
         attention = {
             kind: _Attention.of(self, (num_sequences, num_rows), mask[kind] if isinstance(mask, dict) else mask)
-            for kind in {layer.kind for layer in self.layers}
+            for kind in self._kinds
         }
         for index, layer in enumerate(self.layers):
             rows = NoRows() if cache is None else cache[index]
-            states = self._layer(layer, states, turned, attention[layer.kind], rows)
+            states = self._layer(layer, states, turn, attention[layer.kind], rows)
         return self._norm(states).view(num_sequences, num_rows, -1)
 
     @torch.inference_mode()
@@ -132,33 +162,51 @@ class LeanModel:
         """Hidden states [..., D] -> logits [..., V]."""
         return self.head(hidden.reshape(-1, hidden.shape[-1])).view(*hidden.shape[:-1], -1)
 
-    def _layer(
-        self, layer: LeanLayer, states: Tensor, turned: tuple[Tensor, Tensor], attention: _Attention, rows: Rows
-    ) -> Tensor:
+    def _layer(self, layer: LeanLayer, states: Tensor, turn: Tensor, attention: _Attention, rows: Rows) -> Tensor:
         heads, key_heads, size = self.num_heads, self.num_key_value_heads, self._head_size
-        projected = layer.qkv(layer.attention_norm(states)).view(len(states), heads + 2 * key_heads, size)
-        pairs = projected[:, : heads + key_heads]
+        projected = layer.qkv(layer.attention_norm(states)).view(len(states), -1, size)
         if layer.query_norm is not None and layer.key_norm is not None:
-            pairs = torch.cat([layer.query_norm(pairs[:, :heads]), layer.key_norm(pairs[:, heads:])], dim=1)
-        pairs = torch.addcmul(pairs * turned[0], pairs.roll(size // 2, -1), turned[1])
-        mixed = attention(pairs[:, :heads], pairs[:, heads:], projected[:, heads + key_heads :], rows)
+            parts = projected.split((heads, key_heads, key_heads), dim=1)
+            projected = torch.cat([layer.query_norm(parts[0]), layer.key_norm(parts[1]), parts[2]], dim=1)
+        exact = projected.float()
+        pairs = torch.view_as_complex(exact.view(len(states), -1, size // 2, 2))
+        pairs.narrow(1, 0, heads + key_heads).mul_(turn)  # in place: nobody else reads the projections
+        queries, keys, values = exact.to(states.dtype).split((heads, key_heads, key_heads), dim=1)
+        mixed = attention(queries, keys, values, rows)
         states = layer.output.added(mixed, states)
         gate, up = layer.gate_up(layer.mlp_norm(states)).chunk(2, dim=-1)
         return layer.down.added(functional.silu(gate) * up, states)
 
-    def _rotation(self, states: Tensor, positions: Tensor, num_sequences: int) -> tuple[Tensor, Tensor]:
-        """Cosines and sines [B * N, 1, E] of the rotary positions; the sines carry the sign of `rotate_half`."""
-        cosine, sine = self._rotary(states, positions)
-        half = self._head_size // 2
-        sine = torch.cat([-sine[..., :half], sine[..., half:]], dim=-1)
+    def _rotation(self, positions: Tensor, num_sequences: int) -> Tensor:
+        """What queries and keys are multiplied by: complex [B * N, H + J, E / 2]."""
+        turns = self._turns.at(positions)
         if len(positions) != num_sequences:
-            cosine, sine = (table.expand(num_sequences, -1, -1) for table in (cosine, sine))
-        return cosine.reshape(-1, 1, self._head_size), sine.reshape(-1, 1, self._head_size)
+            turns = turns.expand(num_sequences, -1, -1)
+        return turns.reshape(-1, 1, turns.shape[-1]) * self._heads_scale
+
+
+class Turns:
+    """Rotary positions as complex numbers, kept for all positions seen so far."""
+
+    def __init__(self, rotary: Any) -> None:
+        self._rotary = rotary
+        self._table = torch.empty(0)
+
+    def at(self, positions: Tensor) -> Tensor:
+        """complex [..., E / 2] of positions [...]."""
+        highest = int(positions.max())
+        if highest >= len(self._table):
+            size = max(FIRST_POSITIONS, 2 * highest)
+            cosine, sine = self._rotary(torch.empty(0, dtype=torch.float32), torch.arange(size)[None])
+            half = cosine.shape[-1] // 2
+            self._table = torch.complex(cosine[0, :, :half], sine[0, :, :half])
+        return self._table[positions]
 
 
 @dataclass(frozen=True)
 class _Attention:
-    """Attention of one kind of layer in one forward. Query heads of a group share keys and values as they lie.
+    """Attention of one kind of layer in one forward, of queries scaled already. Query heads of a group share keys and
+    values as they lie.
 
     mask: bool [B or 1, 1, N, S] where torch's own attention is used, else additive [B * J or 1, G * N, S]; None: every
     row sees all (N = 1) or, without a cache, all before it.
@@ -167,18 +215,21 @@ class _Attention:
     shape: tuple[int, int]
     num_key_value_heads: int
     num_groups: int
-    scale: float
     mask: Tensor | None
     is_fused: bool
 
     @classmethod
     def of(cls, model: LeanModel, shape: tuple[int, int], mask: Tensor | None) -> _Attention:
         key_heads, groups = model.num_key_value_heads, model.num_heads // model.num_key_value_heads
-        is_causal = mask is None and shape[1] > 1
-        is_fused = is_causal or shape[1] * groups >= FUSED_ATTENTION_ROWS or model.dtype is not torch.float32
+        is_fused = mask is None and shape[1] > 1
+        if shape == (1, 1) and mask is not None and bool(mask.all()):
+            mask = None
+        if mask is not None:
+            num_scores = shape[1] * model.num_heads * mask.shape[-1]
+            is_fused = num_scores > FUSED_ATTENTION_SCORES[model.dtype]
         if mask is not None and not is_fused:
             mask = _grouped(mask[:, 0], shape[0] * key_heads, groups, model.dtype)
-        return cls(shape, key_heads, groups, model.scale, mask, is_fused)
+        return cls(shape, key_heads, groups, mask, is_fused)
 
     def __call__(self, queries: Tensor, keys: Tensor, values: Tensor, rows: Rows) -> Tensor:
         """Queries [B * N, H, E], new keys and values [B * N, J, E] -> [B * N, H * E]."""
@@ -186,33 +237,35 @@ class _Attention:
         new_keys, new_values = (part.view(batch, length, *part.shape[1:]).transpose(1, 2) for part in (keys, values))
         all_keys, all_values = rows.append(new_keys, new_values)
         mix = self._fused if self.is_fused else self._grouped
-        return mix(queries.view(batch, length, *queries.shape[1:]), all_keys, all_values).reshape(batch * length, -1)
+        return mix(queries, all_keys, all_values)
 
     def _fused(self, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        (batch, length), rows = self.shape, len(queries)
         mixed = functional.scaled_dot_product_attention(
-            queries.transpose(1, 2),
+            queries.view(batch, length, *queries.shape[1:]).transpose(1, 2),
             keys,
             values,
             attn_mask=self.mask,
-            is_causal=self.mask is None and self.shape[1] > 1,
-            scale=self.scale,
+            is_causal=self.mask is None and length > 1,
+            scale=1.0,
             enable_gqa=self.num_groups > 1,
         )
-        return mixed.transpose(1, 2)
+        return mixed.transpose(1, 2).reshape(rows, -1)
 
     def _grouped(self, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         """A few rows: two batched products and a softmax cost less than torch's attention and its repeated heads."""
         (batch, length), heads, groups = self.shape, self.num_key_value_heads, self.num_groups
-        size = queries.shape[-1]
-        grouped = queries.view(batch, length, heads, groups, size).permute(0, 2, 3, 1, 4)
-        grouped = grouped.reshape(batch * heads, groups * length, size)
+        rows, size = len(queries), queries.shape[-1]
+        if length > 1:
+            queries = queries.view(batch, length, heads, groups, size).permute(0, 2, 3, 1, 4)
+        grouped = queries.reshape(batch * heads, groups * length, size)
         transposed = keys.flatten(0, 1).transpose(1, 2)
-        if self.mask is None:
-            scores = torch.bmm(grouped * self.scale, transposed)
-        else:
-            scores = torch.baddbmm(self.mask, grouped, transposed, alpha=self.scale)
+        mask = self.mask
+        scores = torch.bmm(grouped, transposed) if mask is None else torch.baddbmm(mask, grouped, transposed)
         mixed = torch.bmm(torch.softmax(scores, dim=-1), values.flatten(0, 1))
-        return mixed.view(batch, heads, groups, length, size).permute(0, 3, 1, 2, 4)
+        if length > 1:
+            mixed = mixed.view(batch, heads, groups, length, size).permute(0, 3, 1, 2, 4)
+        return mixed.reshape(rows, -1)
 
 
 def _grouped(visible: Tensor, num_pairs: int, groups: int, dtype: torch.dtype) -> Tensor:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from amphista.errors import TargetError
+from amphista.kernels.int8 import can_quantise
 from amphista.target import DEFAULT_TARGET
 from amphista.target.attention import preferred_attention, refuse_unsupported
 from amphista.target.gguf import (
@@ -28,6 +29,7 @@ from amphista.target.text import Text
 
 NAMED_TARGETS: dict[str, PackagedTarget] = {DEFAULT_TARGET: SMOLLM2_135M}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+INT8 = "int8"
 
 
 def say(line: str) -> None:
@@ -47,10 +49,13 @@ def load_target(
     """Load a target and check that it verifies trees.
 
     name: a key of NAMED_TARGETS, a folder, a .gguf file or a hub id. device: 'cpu', 'cuda', ...; default CUDA where
-    there is one. dtype: a key of DTYPES; default float32 on CPU, the model's own elsewhere. fast: take the fast path
-    where the model qualifies (`Target.path`, `Target.why_stock`).
+    there is one. dtype: a key of DTYPES; default float32 on CPU, the model's own elsewhere; int8: weights of 8 bits on
+    the fast path. fast: take the fast path where the model qualifies (`Target.path`, `Target.why_stock`).
     """
     place = device_of(device)
+    int8 = dtype == INT8
+    if int8:
+        _refuse_int8(place, fast)
     folder = locate(name, progress)
     model = _load_model(name, folder, place, _dtype(dtype, place))  # first: it refuses families by name
     text = _load_text(name, folder)
@@ -65,9 +70,20 @@ def load_target(
             "depend on the tree: check with --compare before trusting it"
         )
     probe(target)
-    if fast and target.speed_up(release=True):
-        target.load_stock = lambda: load_target(name, device=device, dtype=dtype, fast=False, progress=progress)
+    if fast and target.speed_up(release=True, int8=int8):
+        stock_dtype = "float32" if int8 else dtype
+        target.load_stock = lambda: load_target(name, device=device, dtype=stock_dtype, fast=False, progress=progress)
+    elif int8:
+        raise TargetError(f"{name} cannot be loaded in int8: {target.why_stock}")
     return target
+
+
+def _refuse_int8(place: torch.device, fast: bool) -> None:
+    """Raise TargetError where 8-bit weights cannot be used."""
+    if not fast:
+        raise TargetError("int8 weights need the fast path: leave out --no-fast (fast=False)")
+    if not can_quantise(torch.empty(0, device=place)):
+        raise TargetError("int8 weights need a CPU with 8-bit dot products (VNNI) and a torch built with oneDNN")
 
 
 def locate(name: str, progress: Progress = say) -> str:
@@ -110,8 +126,10 @@ def device_of(device: str | None) -> torch.device:
 def _dtype(dtype: str | None, place: torch.device) -> Any:
     if dtype is None:
         return torch.float32 if place.type == "cpu" else "auto"
+    if dtype == INT8:
+        return torch.float32  # what is rounded, and what flows between the products
     if dtype not in DTYPES:
-        raise TargetError(f"unknown dtype {dtype!r}: expected one of {', '.join(DTYPES)}")
+        raise TargetError(f"unknown dtype {dtype!r}: expected one of {', '.join([*DTYPES, INT8])}")
     return DTYPES[dtype]
 
 

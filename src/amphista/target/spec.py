@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from amphista.errors import TargetError
-from amphista.kernels.linear import PackedLinear
+from amphista.kernels.linear import Product
 
 NUM_FINGERPRINT_ROWS = 64
 
@@ -109,7 +109,7 @@ class SharedWeights:
 
     def __init__(self, embedding: nn.Module, lm_head: nn.Linear, transform: LogitTransform) -> None:
         self._embedding, self._lm_head, self._transform = embedding, lm_head, transform
-        self._packed: PackedLinear | None = None
+        self._packed: Product | None = None
 
     @torch.no_grad()
     def embed(self, token_ids: Tensor) -> Tensor:
@@ -127,7 +127,7 @@ class SharedWeights:
             return self.transform(self._packed(states.reshape(-1, states.shape[-1])).view(*states.shape[:-1], -1))
         return self.transform(self._lm_head(states))
 
-    def use_packed(self, head: PackedLinear) -> None:
+    def use_packed(self, head: Product) -> None:
         """Decode with a packed copy of the LM head; training, which needs gradients, keeps the plain one."""
         self._packed = head
 

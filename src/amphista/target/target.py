@@ -24,6 +24,8 @@ from amphista.cache.hf import as_transformers_cache, as_transformers_slots
 from amphista.cache.slots import SlotCache, SlotWriter
 from amphista.cache.static import KVCache
 from amphista.errors import CapacityError, TargetError
+from amphista.kernels.int8 import Int8Linear
+from amphista.kernels.linear import PackedLinear
 from amphista.target.attention import MaskPlan
 from amphista.target.lean import LeanModel
 from amphista.target.qualify import why_not_fast
@@ -33,7 +35,8 @@ from amphista.tree.token_tree import TokenTree
 
 PREFILL_CHUNK = 512
 PROBE_ROWS = 12
-PROBE_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 1e-1}  # of the hidden states' scale, fast against stock
+# Of the hidden states' scale, fast against stock.
+PROBE_TOLERANCE = {"float32": 1e-4, "bfloat16": 1e-1, "int8": 0.3}
 
 
 @dataclass(frozen=True)
@@ -92,13 +95,21 @@ class Target:
 
     @property
     def path(self) -> str:
-        """Which forward runs: `fast` (lean.py) or `stock`."""
-        return "stock" if self._lean is None else "fast"
+        """Which forward runs: `fast` or `fast-int8` (lean.py), or `stock`."""
+        if self._lean is None:
+            return "stock"
+        return "fast-int8" if self.has_int8 else "fast"
 
-    def speed_up(self, *, release: bool = False) -> bool:
+    @property
+    def has_int8(self) -> bool:
+        """Whether its weights have 8 bits; what flows between them is of `dtype`."""
+        return self._lean is not None and isinstance(self._lean.head, Int8Linear)
+
+    def speed_up(self, *, release: bool = False, int8: bool = False) -> bool:
         """Take the fast path where the model qualifies and a forward of both agrees; `why_stock` tells why not.
 
-        release: give up the stock model, so that its weights are not there twice.
+        release: give up the stock model, so that its weights are not there twice. int8: round the weights to 8 bits,
+        which makes another target of it (kernels/int8.py); only where `can_quantise` says so.
         """
         if self._lean is not None or self.why_stock is not None:
             return self._lean is not None
@@ -106,12 +117,13 @@ class Target:
         expected = self.hidden_states(ids)
         if release:
             self._hook.remove()
-        self._lean = LeanModel(self._model, release=release)
+        self._lean = LeanModel(self._model, product=Int8Linear if int8 else PackedLinear, release=release)
         difference = float((self.hidden_states(ids) - expected).abs().max() / expected.abs().max())
-        if difference > PROBE_TOLERANCE[self.dtype]:
+        allowed = PROBE_TOLERANCE["int8" if int8 else str(self.dtype).removeprefix("torch.")]
+        if difference > allowed:
             raise TargetError(
                 f"the fast path of {self.name} differs from its stock model by {difference:.2g} of the hidden states' "
-                f"scale (allowed {PROBE_TOLERANCE[self.dtype]:.2g}): load it with fast=False (--no-fast) and report it"
+                f"scale (allowed {allowed:.2g}): load it with fast=False (--no-fast) and report it"
             )
         self.shared.use_packed(self._lean.head)
         if release:
@@ -235,18 +247,18 @@ class Target:
         """Read and commit one token for each of the first B slots: logits [B, V], hidden states [B, D].
 
         Rows are left-aligned, so slot b sees the rows 0..length_b of its own; what lies behind is another sequence's
-        rest. raises CapacityError when a slot is at the end of the context.
+        rest, or nothing yet. raises CapacityError when a slot is at the end of the context.
         """
         cache.make_room(len(token_ids))
         lengths = cache.lengths(len(token_ids))
         if max(lengths) >= self.spec.max_positions:
             raise CapacityError(f"position {max(lengths)} is beyond the context of {self.spec.max_positions}")
         positions = torch.tensor(lengths, device=self.device)
-        keys = torch.arange(max(lengths) + 1, device=self.device)
+        keys = torch.arange(cache.capacity, device=self.device)
         visible = keys[None] <= positions[:, None]
         mask = self.mask_plan.write_rows(visible[:, None], positions[:, None], keys[None], self.dtype)
         ids = torch.tensor(token_ids, device=self.device)[:, None]
-        output = self.run(ids, positions[:, None], mask, cache.writers(positions, len(keys)))
+        output = self.run(ids, positions[:, None], mask, cache.writers(positions))
         cache.advance(len(token_ids))
         return TargetOutput(output.logits[:, 0], output.hidden[:, 0])
 

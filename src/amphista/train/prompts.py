@@ -11,7 +11,9 @@ per answer instead.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -35,21 +37,32 @@ def read_rows(
 ) -> list[TokenRow]:
     """All token rows of some files and distillation folders, cut to `max_len` tokens.
 
-    fingerprint: the target's; a folder distilled with another tokenizer is refused. raises DataError naming file and
-    line.
+    fingerprint: the target's; a folder distilled with another tokenizer is refused. An id that was there before (two
+    files that answer the same prompt) becomes `id#2`, `id#3`, ... raises DataError naming file and line.
     """
     rows: list[TokenRow] = []
+    seen: Counter[str] = Counter()
     for path in paths:
         for row, where in _rows_in(path, text, eos_ids, fingerprint):
             check_row(row, where, vocab_size)
             cut = cut_row(row, max_len)
             if cut.num_answer_tokens:
-                rows.append(cut)
+                rows.append(_told_apart(cut, seen))
     if not rows:
         raise DataError(
             f"no answer tokens in {', '.join(map(str, paths))} within the first {max_len} tokens of any row"
         )
     return rows
+
+
+def _told_apart(row: TokenRow, seen: Counter[str]) -> TokenRow:
+    """The row under an id that no other has; its group stays, and with it its side of the validation split."""
+    name = row.id
+    while seen[name]:
+        seen[row.id] += 1
+        name = f"{row.id}#{seen[row.id]}"
+    seen[name] += 1
+    return replace(row, id=name)
 
 
 def _rows_in(

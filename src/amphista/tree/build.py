@@ -19,13 +19,18 @@ def build_template(accuracy: Sequence[Sequence[float]], num_nodes: int) -> TreeT
     """The template of at most `num_nodes` nodes, root included, with the highest expected number of accepted tokens."""
     if num_nodes < 1:
         raise ConfigError(f"a tree of {num_nodes} nodes was asked for: expected at least 1, the root")
-    by_rank = [_best_ranks(ranks) for ranks in accuracy]
-    log_values = [[_log(ranks[r]) for r in order] for ranks, order in zip(accuracy, by_rank, strict=True)]
-    grown = best_first(-1, Candidates(by_rank, log_values), num_nodes, len(accuracy))
+    grown = best_first(-1, ranked(accuracy), num_nodes, len(accuracy))
     paths: list[list[int]] = [[]]
     for token, parent in zip(grown.tokens[1:], grown.parents[1:], strict=True):
         paths.append([*paths[parent], token])
     return TreeTemplate.from_paths(paths)
+
+
+def ranked(accuracy: Sequence[Sequence[float]]) -> Candidates:
+    """Candidates whose tokens are ranks, as likely as they are accurate."""
+    by_rank = [_best_ranks(ranks) for ranks in accuracy]
+    log_values = [[_log(ranks[r]) for r in order] for ranks, order in zip(accuracy, by_rank, strict=True)]
+    return Candidates(by_rank, log_values)
 
 
 def expected_tau(accuracy: Sequence[Sequence[float]], template: TreeTemplate) -> float:

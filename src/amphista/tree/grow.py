@@ -1,41 +1,95 @@
-"""From what a user says about trees (`chain`, a number of nodes, `static:N`, a file) to what grows one in each step."""
+"""From what a user says about trees (`auto`, `chain`, a number of nodes, ...) to what grows one in each step."""
 
 from __future__ import annotations
 
 import re
 import sys
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 from amphista.errors import ConfigError
 from amphista.tree.build import build_template
-from amphista.tree.candidates import Candidates
-from amphista.tree.dynamic import dynamic_tree
+from amphista.tree.candidates import Candidates, Graft
+from amphista.tree.dynamic import best_first
+from amphista.tree.offers import GrownNodes
 from amphista.tree.template import TreeTemplate
 from amphista.tree.token_tree import TokenTree
+from amphista.tree.tune import NOTHING_PAYS, Costs, Pace, best_size
 
-DEFAULT_NUM_NODES = 2  # one fixed size for every drafter: what breaks even on the machine of benchmarks/
+AUTO = "auto"
+DEFAULT_TREE = AUTO
+MAX_RANKS = 10  # of one head; a budget that pays hardly ever holds more
 
 
-class Grower(Protocol):
+@dataclass(frozen=True)
+class Growth:
+    """The tree of one step, and how many of its drafted tokens are expected to be accepted."""
+
+    tree: TokenTree
+    expected: float
+
+    @classmethod
+    def of(cls, grown: GrownNodes, num_nodes: int | None = None) -> Growth:
+        """The first `num_nodes` nodes; by default all."""
+        return cls(grown.tree(num_nodes), grown.expected(num_nodes))
+
+
+class Grower(ABC):
     """Grows the tree of one step."""
 
     @property
+    @abstractmethod
     def num_ranks(self) -> int:
         """Ranks it wants from each head."""
 
     @property
+    @abstractmethod
     def max_depth(self) -> int:
-        """No tree of its grows deeper: heads beyond need not be asked."""
+        """No tree of its grows deeper: what lies beyond need not be asked for."""
 
-    def grow(self, pending: int, candidates: Candidates, max_depth: int) -> TokenTree:
+    @abstractmethod
+    def grow(self, pending: int, candidates: Candidates, max_depth: int) -> Growth:
         """A tree over the pending token, at most `max_depth` deep."""
+
+    def wants_heads(self, pace: Pace, graft: Graft | None) -> bool:
+        """Whether the heads shall be asked in this step; to be called once a step."""
+        return True
+
+    def learn(self, pace: Pace, candidates: Candidates, num_nodes: int, accepted: Sequence[int]) -> None:  # noqa: B027
+        """Take note of what became of a step's tree; most need not."""
 
 
 @dataclass(frozen=True)
-class DynamicGrower:
+class AutoGrower(Grower):
+    """As large as pays on this machine: best-first, cut where tokens per second are highest."""
+
+    costs: Costs
+
+    @property
+    def num_ranks(self) -> int:
+        return min(MAX_RANKS, self.max_depth)
+
+    @property
+    def max_depth(self) -> int:
+        return self.costs.max_nodes - 1
+
+    def grow(self, pending: int, candidates: Candidates, max_depth: int) -> Growth:
+        grown = best_first(pending, candidates, self.costs.max_nodes, max_depth)
+        return Growth.of(grown, best_size(grown.scores, self.costs, drafted=candidates.num_heads > 0))
+
+    def wants_heads(self, pace: Pace, graft: Graft | None) -> bool:
+        return pace.wants_heads(self.costs, [] if graft is None else graft.log_probs)
+
+    def learn(self, pace: Pace, candidates: Candidates, num_nodes: int, accepted: Sequence[int]) -> None:
+        graft = candidates.graft
+        if candidates.num_heads and not (graft is not None and list(accepted[:1]) == graft.tokens[:1]):
+            pace.record(self.costs, num_nodes, len(accepted))
+
+
+@dataclass(frozen=True)
+class DynamicGrower(Grower):
     """Best-first under a node budget, root included."""
 
     num_nodes: int
@@ -52,23 +106,29 @@ class DynamicGrower:
     def max_depth(self) -> int:
         return self.num_nodes - 1
 
-    def grow(self, pending: int, candidates: Candidates, max_depth: int) -> TokenTree:
-        return dynamic_tree(pending, candidates, self.num_nodes, max_depth)
+    def grow(self, pending: int, candidates: Candidates, max_depth: int) -> Growth:
+        return Growth.of(best_first(pending, candidates, self.num_nodes, max_depth))
 
 
 @dataclass(frozen=True)
-class ChainGrower:
-    """The best token of each head, one below the other."""
+class ChainGrower(Grower):
+    """The best token of each depth, one below the other."""
 
-    num_ranks: int = 1
-    max_depth: int = sys.maxsize
+    @property
+    def num_ranks(self) -> int:
+        return 1
 
-    def grow(self, pending: int, candidates: Candidates, max_depth: int) -> TokenTree:
-        return TreeTemplate.chain(min(candidates.num_heads, max_depth)).fill(pending, candidates, max_depth)
+    @property
+    def max_depth(self) -> int:
+        return sys.maxsize
+
+    def grow(self, pending: int, candidates: Candidates, max_depth: int) -> Growth:
+        chain = TreeTemplate.chain(min(candidates.max_depth, max_depth))
+        return Growth.of(chain.grow(pending, candidates, max_depth))
 
 
 @dataclass(frozen=True)
-class StaticGrower:
+class StaticGrower(Grower):
     """One template in every step."""
 
     template: TreeTemplate
@@ -81,33 +141,46 @@ class StaticGrower:
     def max_depth(self) -> int:
         return self.template.max_depth
 
-    def grow(self, pending: int, candidates: Candidates, max_depth: int) -> TokenTree:
-        return self.template.fill(pending, candidates, max_depth)
+    def grow(self, pending: int, candidates: Candidates, max_depth: int) -> Growth:
+        return Growth.of(self.template.grow(pending, candidates, max_depth))
 
 
-def parse_tree(text: str | int | None, accuracy: Sequence[Sequence[float]] | None = None) -> Grower:
-    """`chain`, a number of nodes (root included), `static:N` or a template file; None is the default number.
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """What some trees are made of: the drafter's calibrated accuracy by depth and rank, the machine's costs."""
 
-    `static:N` is the best template of N nodes for the drafter's calibrated `accuracy` by depth and rank.
+    accuracy: Sequence[Sequence[float]] | None = None
+    costs: Costs | None = None
+
+
+NOT_MEASURED = Measured()
+
+
+def parse_tree(text: str | int | None, measured: Measured = NOT_MEASURED) -> Grower:
+    """`auto`, `chain`, a number of nodes (root included), `static:N` or a template file; None is the default, `auto`.
+
+    `auto` needs the costs, `static:N` (the best template of N nodes) the accuracy.
     """
-    if text is None:
-        return DynamicGrower(DEFAULT_NUM_NODES)
-    name = str(text)
+    name = str(DEFAULT_TREE if text is None else text)
+    if name == AUTO:
+        if measured.costs is None:
+            raise ConfigError("--tree auto needs measured costs: load the target and the drafter together")
+        return AutoGrower(measured.costs)
     if name == "chain":
         return ChainGrower()
     if re.fullmatch(r"[+-]?\d+", name):
         return DynamicGrower(int(name))
     if name.startswith("static:"):
-        return _static(name, accuracy)
+        return _static(name, measured.accuracy)
     path = Path(name).expanduser()
     if not path.is_file():
-        raise ConfigError(f"--tree {name!r} is neither 'chain', a number of nodes, 'static:N', nor a template file")
+        raise ConfigError(f"--tree {name!r} is neither auto, chain, a number of nodes, static:N, nor a template file")
     return StaticGrower(TreeTemplate.read(path))
 
 
 def check_tree(text: str | int | None) -> None:
     """Raise ConfigError for what no drafter could make a tree of, before minutes of loading."""
-    parse_tree(text, accuracy=[[1.0]])
+    parse_tree(text, Measured(accuracy=[[1.0]], costs=NOTHING_PAYS))
 
 
 def _static(name: str, accuracy: Sequence[Sequence[float]] | None) -> StaticGrower:

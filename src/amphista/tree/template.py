@@ -13,6 +13,7 @@ from pathlib import Path
 
 from amphista.errors import ConfigError
 from amphista.tree.candidates import Candidates
+from amphista.tree.offers import GrownNodes, Offers
 from amphista.tree.token_tree import TokenTree
 
 
@@ -90,16 +91,18 @@ class TreeTemplate:
 
     def fill(self, pending: int, candidates: Candidates, max_depth: int) -> TokenTree:
         """A token tree of this shape; nodes that are too deep or that no candidate fills are left out."""
+        return self.grow(pending, candidates, max_depth).tree()
+
+    def grow(self, pending: int, candidates: Candidates, max_depth: int) -> GrownNodes:
+        """The same, with the nodes' scores."""
         kept = {0: 0}
-        tokens, parents = [pending], [-1]
+        grown, offers = GrownNodes.root(pending), Offers(candidates, max_depth)
         depths = self.depths
         for node in range(1, self.num_nodes):
-            depth, rank, parent = depths[node], self.ranks[node], self.parents[node]
-            if depth > min(max_depth, candidates.num_heads) or parent not in kept:
+            if (parent := kept.get(self.parents[node])) is None:
                 continue
-            if rank >= len(candidates.tokens[depth - 1]):
-                continue
-            kept[node] = len(tokens)
-            tokens.append(candidates.tokens[depth - 1][rank])
-            parents.append(kept[parent])
-        return TokenTree(tokens, parents)
+            ranks = offers.below(depths[node], on_graft=grown.on_graft[parent])
+            if self.ranks[node] < len(ranks):
+                kept[node] = grown.num_nodes
+                grown.add(parent, ranks[self.ranks[node]])
+        return grown

@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -62,7 +63,7 @@ class TokenTree:
 
     def ancestor_mask(self) -> Tensor:
         """bool [N, N]: row i is True at i and at every ancestor of i."""
-        mask = torch.eye(self.num_nodes, dtype=torch.bool)
+        mask = np.eye(self.num_nodes, dtype=bool)
         for node in range(1, self.num_nodes):
             mask[node] |= mask[self.parents[node]]
-        return mask
+        return torch.from_numpy(mask)

@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from amphista.cache.slots import SlotCache
-from amphista.cache.static import FIRST_CAPACITY
+from amphista.cache.slots import ROOM_STEP, SPARE_STEPS, SlotCache
 from amphista.errors import CapacityError
 from tests.tiny import tiny_target
 
@@ -34,7 +33,7 @@ def held(cache, slot):
 
 def test_slots_are_rows_of_one_tensor(cache):
     assert cache.lengths(3) == [2, 5, 3]
-    assert cache.layers[0].keys.shape == (3, 2, FIRST_CAPACITY, 4)
+    assert cache.layers[0].keys.shape == (3, 2, ROOM_STEP, 4)
     assert held(cache, 1) == ([2.0] * 5, [-2.0] * 5)
     assert cache.layers[0].keys[0, :, 2:].abs().sum() == 0, "rows not written are zeros, never what memory held"
     cache.check_integrity()
@@ -42,11 +41,11 @@ def test_slots_are_rows_of_one_tensor(cache):
 
 def test_growth_of_one_slot_keeps_the_others(cache):
     for layer in cache.slots[2].layers:
-        layer.append(rows(9, FIRST_CAPACITY), rows(9, FIRST_CAPACITY))
-    cache.slots[2].commit(range(FIRST_CAPACITY))
-    assert cache.layers[0].keys.shape[2] > FIRST_CAPACITY
+        layer.append(rows(9, ROOM_STEP), rows(9, ROOM_STEP))
+    cache.slots[2].commit(range(ROOM_STEP))
+    assert cache.layers[0].keys.shape[2] > ROOM_STEP
     assert held(cache, 0) == ([1.0] * 2, [-1.0] * 2) and held(cache, 1) == ([2.0] * 5, [-2.0] * 5)
-    assert held(cache, 2)[0] == [3.0] * 3 + [9.0] * FIRST_CAPACITY
+    assert held(cache, 2)[0] == [3.0] * 3 + [9.0] * ROOM_STEP
     for slot in cache.slots:  # the views follow
         assert slot.layers[0].keys.data_ptr() != 0 and slot.layers[0].capacity == cache.layers[0].keys.shape[2]
 
@@ -65,13 +64,27 @@ def test_a_row_each(cache):
 
 def test_room_is_made_before_it_is_needed(cache):
     for layer in cache.slots[1].layers:
-        layer.append(rows(4, FIRST_CAPACITY - 5), rows(4, FIRST_CAPACITY - 5))
-    cache.slots[1].commit(range(FIRST_CAPACITY - 5))
-    assert cache.layers[0].keys.shape[2] == FIRST_CAPACITY
+        layer.append(rows(4, ROOM_STEP - 5), rows(4, ROOM_STEP - 5))
+    cache.slots[1].commit(range(ROOM_STEP - 5))
+    assert cache.layers[0].keys.shape[2] == ROOM_STEP
     cache.make_room(1)
-    assert cache.layers[0].keys.shape[2] == FIRST_CAPACITY, "the full slot does not decode"
+    assert cache.layers[0].keys.shape[2] == ROOM_STEP, "the full slot does not decode"
     cache.make_room(2)
-    assert cache.layers[0].keys.shape[2] > FIRST_CAPACITY and held(cache, 0)[0] == [1.0] * 2
+    assert cache.layers[0].keys.shape[2] > ROOM_STEP and held(cache, 0)[0] == [1.0] * 2
+
+
+def test_room_that_long_sequences_have_left_is_given_back(cache):
+    length = SPARE_STEPS * ROOM_STEP
+    for layer in cache.slots[2].layers:
+        layer.append(rows(9, length), rows(9, length))
+    cache.slots[2].commit(range(length))
+    before = cache.capacity
+    cache.make_room(2)
+    assert cache.capacity == before, "a slot that does not decode now holds its rows"
+    cache.slots[2].trim(3)
+    cache.make_room(2)
+    assert cache.capacity == ROOM_STEP < before and cache.layers[0].keys.shape[2] == ROOM_STEP
+    assert held(cache, 1) == ([2.0] * 5, [-2.0] * 5) and held(cache, 2) == ([3.0] * 3, [-3.0] * 3)
 
 
 def test_move(cache):

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from amphista.evaluation.latency import typical_tree
 from amphista.evaluation.limits import ForwardWork, Limits, measure_limits
+from amphista.kernels.int8 import can_quantise
 from amphista.target.target import Target
 from tests.tiny import VOCAB, tiny_model, tiny_target
 
@@ -66,3 +69,18 @@ def test_measured_rates_are_positive(monkeypatch):
     monkeypatch.setattr("amphista.evaluation.limits.MATRIX_SIZE", 32)
     limits = measure_limits(tiny_target(dtype=torch.float64))
     assert limits.bytes_per_second > 0 and limits.operations_per_second > 0
+
+
+def test_weights_of_8_bits_are_read_at_a_byte_each():
+    wide = ForwardWork(weights=1000, row_values=10, attention_width=5, itemsize=4)
+    narrow = dataclasses.replace(wide, weight_size=1)
+    assert wide.num_bytes(2, 3) - narrow.num_bytes(2, 3) == 3 * 1000
+    assert narrow.num_operations(2, 3, 4) == wide.num_operations(2, 3, 4)
+
+
+@pytest.mark.skipif(not can_quantise(torch.empty(0)), reason="this CPU has no 8-bit dot products")
+def test_an_int8_target_is_held_against_its_own_kernel(monkeypatch):
+    monkeypatch.setattr("amphista.evaluation.limits.MATRIX_SIZE", 64)
+    target = tiny_target("llama")
+    assert target.speed_up(int8=True) and ForwardWork.of(target).weight_size == 1
+    assert measure_limits(target).operations_per_second > 0

@@ -25,9 +25,13 @@ def test_names():
     ]
     assert [s.name for s in parse_methods("amphista,amphista@16,medusa@16")] == [
         "none",
-        "amphista@2",
+        "amphista@auto",
         "amphista@16",
         "medusa",
+    ]
+    assert parse_methods("lookup,amphista+lookup@8")[1:] == [
+        MethodSpec("lookup", "drafter", "lookup"),
+        MethodSpec("amphista+lookup", "drafter", "amphista+lookup", "8"),
     ]
     assert parse_methods("hf-assisted=small")[1] == MethodSpec("hf-assisted", "hf-assisted", "small")
 
@@ -50,9 +54,9 @@ def test_a_path_may_hold_the_separator(tmp_path):
         ("hf-assisted", "needs a draft model"),
         ("hf-lookup@chain", "at least 2"),
         ("hf-lookup@1", "at least 2"),
-        ("medusa@bush", "neither 'chain'"),
+        ("medusa@bush", "neither auto"),
         ("medusa@0", "at least 1"),
-        ("a=x,a=y", "names 'a@2' twice"),
+        ("a=x,a=y", "names 'a@auto' twice"),
         ("none,none", "twice"),
     ],
 )

@@ -132,3 +132,10 @@ def test_the_contract():
         "num_tokens",
         "failed",
     }
+
+
+def test_expected_tau_is_the_mean_over_all_steps():
+    told = [record("fast", "a1", tokens=5, seconds=3.0, accepted=[1, 1], expected=[0.5, 1.5])]
+    told.append(record("fast", "b1", tokens=3, seconds=3.0, accepted=[1], expected=[0.4]))
+    assert summarise(told, ["fast"])["all"]["fast"]["expected_tau"] == pytest.approx(1 + 2.4 / 3)
+    assert summarise(RECORDS, ["none", "fast"])["all"]["fast"]["expected_tau"] is None, "older records do not say"

@@ -243,3 +243,15 @@ def test_a_question_longer_than_the_context_fails_by_name(text_target, tmp_path)
     evaluation, _ = evaluate(text_target, load_questions(str(path)), tmp_path / "out")
     errors = [r.error for r in evaluation.records]
     assert all("context holds 512" in error for error in errors[:3]) and errors[3:] == [None] * 3
+
+
+def test_the_costs_behind_auto_trees_stand_in_the_record_and_bind_no_resumed_run(text_target, asked, tmp_path):
+    """They belong to the machine: measured anew, the same command still goes on in its folder."""
+    _, summary = evaluate(text_target, asked, tmp_path, methods="lookup,drafts")
+    assert list(summary["run"]["costs"]) == ["lookup"]
+    known = summary["run"]["costs"]["lookup"]
+    assert known["draft_ms"] == 0 and known["verify_ms"] == sorted(known["verify_ms"]) and len(known["verify_ms"]) > 1
+    record = json.loads((tmp_path / "run.json").read_text())
+    record["costs"]["lookup"]["verify_ms"] = [1.0, 9.0]
+    (tmp_path / "run.json").write_text(json.dumps(record))
+    assert evaluate(text_target, asked, tmp_path, methods="lookup,drafts")[1]["measures"] == summary["measures"]

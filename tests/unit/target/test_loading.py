@@ -2,8 +2,10 @@ from __future__ import annotations
 
 import pytest
 
+from amphista.errors import TargetError
 from amphista.target import DEFAULT_TARGET
-from amphista.target.loading import hub_name
+from amphista.target.loading import hub_name, load_target
+from tests.tiny import tiny_model
 
 
 @pytest.mark.parametrize(
@@ -24,3 +26,12 @@ def test_a_folder_that_reads_like_a_hub_id_is_a_folder(tmp_path, monkeypatch):
     (tmp_path / "owner" / "name").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
     assert hub_name("owner/name") == "name" and hub_name("owner/other") == "owner/other"
+
+
+def test_int8_is_refused_where_it_cannot_be(tmp_path, monkeypatch):
+    tiny_model("gpt2").save_pretrained(tmp_path)
+    with pytest.raises(TargetError, match="need the fast path"):
+        load_target(str(tmp_path), dtype="int8", fast=False)
+    monkeypatch.setattr("amphista.target.loading.can_quantise", lambda weight: False)
+    with pytest.raises(TargetError, match="8-bit dot products"):
+        load_target(str(tmp_path), dtype="int8")

@@ -1,0 +1,119 @@
+"""Lookup: what followed the last tokens where they stood before, in the prompt or in the answer so far.
+
+No weights and no pass over anything (prompt lookup; SAM decoding, arXiv 2411.10666, is the same idea on a suffix
+automaton). It gives one chain of tokens, a `Graft` on the tree of whatever heads it stands beside, and it may be
+deeper than they are.
+
+How likely a token of the chain is: a token d deep behind a match of m tokens is right about as often as one behind a
+match of m + d - 1, for by then so many are known to agree. PRIOR is that share on greedy and sampled answers of the
+default target; each request moves it by its own outcomes.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from itertools import pairwise
+
+from torch import Tensor
+
+from amphista.drafter.base import Drafter, DrafterState
+from amphista.drafter.ngrams import LONGEST_MATCH, NgramIndex
+from amphista.drafter.none import NoDrafter
+from amphista.tree.candidates import Candidates, Graft
+
+LOOKUP = "lookup"
+PRIOR = {1: 0.24, 2: 0.52, 3: 0.6, 4: 0.66, 6: 0.74, 9: 0.84, 12: 0.87, 16: 0.95}  # from that many agreeing tokens on
+PRIOR_WEIGHT = 10  # outcomes of the request that weigh as much as the prior
+DEEPEST = 16
+
+
+class Lookup:
+    """Proposals for one sequence, and how they have fared."""
+
+    def __init__(self) -> None:
+        self.index = NgramIndex()
+        self._outcomes = {start: [0, 0] for start in PRIOR}  # right, all
+        self._proposed: tuple[int, int, list[int]] | None = None  # tokens known then, the match's length, what it said
+
+    def propose(self, token_ids: list[int], max_depth: int) -> Graft | None:
+        """The chain that may follow `token_ids`, which begin with what was given before (or since the last trim)."""
+        self.index.extend(token_ids[len(self.index) :])
+        self._learn()
+        found = self.index.match()
+        depth = min(max_depth, DEEPEST)
+        if found is None or depth < 1:
+            return None
+        place, length = found
+        tokens = self.index.continuation(place, depth)
+        self._proposed = (len(self.index), length, tokens)
+        return Graft(tokens, [math.log(self.likelihood(length + ahead)) for ahead in range(depth)])
+
+    def likelihood(self, num_agreeing: int) -> float:
+        """How likely the next token is the one that followed before, so many tokens having agreed."""
+        start = _bucket(num_agreeing)
+        right, total = self._outcomes[start]
+        return (right + PRIOR_WEIGHT * PRIOR[start]) / (total + PRIOR_WEIGHT)
+
+    def trim(self, num_tokens: int) -> None:
+        """Forget the tokens behind the first `num_tokens`, and all outcomes: another request begins."""
+        self.index.trim(num_tokens)
+        self._outcomes = {start: [0, 0] for start in PRIOR}
+        self._proposed = None
+
+    def _learn(self) -> None:
+        """Compare the last proposal with the tokens that have come since, up to its first mistake."""
+        if self._proposed is None:
+            return
+        known, length, tokens = self._proposed
+        self._proposed = None
+        for ahead, (said, came) in enumerate(zip(tokens, self.index.tokens[known:], strict=False)):
+            outcome = self._outcomes[_bucket(length + ahead)]
+            outcome[0] += said == came
+            outcome[1] += 1
+            if said != came:
+                return
+
+
+def _bucket(num_agreeing: int) -> int:
+    return _BUCKETS[min(num_agreeing, LONGEST_MATCH)]
+
+
+_STARTS = [*PRIOR, LONGEST_MATCH + 1]
+_BUCKETS = {length: start for start, after in pairwise(_STARTS) for length in range(start, after)}
+
+
+class WithLookup(Drafter):
+    """Another drafter with lookup beside it; beside `none`, lookup alone."""
+
+    def __init__(self, inner: Drafter) -> None:
+        super().__init__()
+        self._inner = inner
+        self.name = LOOKUP if isinstance(inner, NoDrafter) else f"{inner.name}+{LOOKUP}"
+
+    @property
+    def inner(self) -> Drafter:
+        return self._inner
+
+    @property
+    def num_heads(self) -> int:
+        return self._inner.num_heads
+
+    def start(self) -> DrafterState:
+        return replace(self._inner.start(), lookup=Lookup())
+
+    def commit(self, state: DrafterState, hidden: Tensor, next_ids: Tensor) -> None:
+        self._inner.commit(state, hidden, next_ids)
+
+    def draft(
+        self, state: DrafterState, num_ranks: int, temperature: float = 0.0, max_depth: int | None = None
+    ) -> Candidates:
+        return self._inner.draft(state, num_ranks, temperature, max_depth)
+
+    def recall(self, state: DrafterState, token_ids: list[int], max_depth: int) -> Graft | None:
+        assert isinstance(state.lookup, Lookup)
+        return state.lookup.propose(token_ids, max_depth)
+
+    def trim(self, state: DrafterState, num_rows: int) -> None:
+        self._inner.trim(state, num_rows)
+        state.lookup.trim(num_rows)

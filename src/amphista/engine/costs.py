@@ -1,0 +1,109 @@
+"""The costs that `--tree auto` weighs, measured once for each combination of what they depend on.
+
+That is processor, threads and accelerator, versions, the code of the forward, the target, its type, path and device,
+the batch; for drafting also the drafter's dimensions. Drafting is kept in forwards of one row, so that the two stay
+comparable when they were measured on different days.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from amphista import provenance
+from amphista.config import as_dict
+from amphista.drafter.base import Drafter, ParallelHeads
+from amphista.engine.cost_cache import kept
+from amphista.engine.timing import NOISY, draft_ratio, verify_seconds
+from amphista.target.loading import say
+from amphista.target.target import Target
+from amphista.tree.tune import NOTHING_PAYS, Costs
+
+FORMAT = 1
+TIMED_CODE = ("cache", "drafter", "engine", "kernels", "target", "tree")
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """Measured seconds by tree size, their worst spread (median over shortest), and the costs made from them."""
+
+    verify: dict[int, float]
+    spread: float
+    costs: Costs
+
+
+def costs_for(target: Target, drafter: Drafter) -> Costs:
+    """What steps cost with this target and drafter on this machine: kept from before, or measured now (some seconds).
+
+    A drafter that never proposes anything needs none.
+    """
+    if drafter.num_heads == 0 and drafter.start().lookup is None:
+        return NOTHING_PAYS
+    return tune(target, drafter).costs
+
+
+def tune(target: Target, drafter: Drafter, *, refresh: bool = False) -> Tuned:
+    """The costs with what they were made from; refresh: measured anew, whatever is kept."""
+    key, inner = target_key(target), drafter.inner
+    record = kept({"what": "verify", **key}, lambda: _measure_verify(target), _is_curve, refresh=refresh)
+    verify = {int(size): seconds for size, seconds in record["seconds"].items()}
+    draft = 0.0
+    if isinstance(inner, ParallelHeads):
+        key = {"what": "draft", **key, "drafter": drafter_key(inner)}
+        ratio = kept(key, lambda: {"ratio": draft_ratio(target, inner)}, _is_ratio, refresh=refresh)["ratio"]
+        draft = verify[1] * ratio
+    return Tuned(verify, record["spread"], Costs.measured(verify, draft))
+
+
+def target_key(target: Target) -> dict[str, Any]:
+    """All that the seconds of a forward depend on."""
+    versions = provenance.versions()
+    return {
+        "format": FORMAT,
+        "machine": provenance.machine(),
+        "versions": {name: versions[name] for name in ("torch", "transformers")},
+        "code": _code_sha256(),
+        "target": asdict(target.fingerprint) | asdict(target.spec),
+        "dtype": str(target.dtype),
+        "path": target.path,
+        "device": str(target.device),
+        "batch": 1,
+    }
+
+
+def drafter_key(drafter: ParallelHeads) -> dict[str, Any]:
+    """All that the seconds of drafting depend on beside the target: dimensions, not weights."""
+    return {"name": drafter.name, "config": as_dict(drafter.config), "dtype": str(drafter.dtype)}
+
+
+def _measure_verify(target: Target) -> dict[str, Any]:
+    say("measuring what a forward costs here (some seconds, once; `amphista tune` shows it)")
+    seconds, spread = verify_seconds(target)
+    if spread > NOISY:
+        say("the measurement was disturbed by other programs: `amphista tune --refresh` repeats it")
+    return {"seconds": {str(size): value for size, value in seconds.items()}, "spread": spread}
+
+
+def _is_curve(record: dict[str, Any]) -> bool:
+    seconds = record["seconds"]
+    sizes = [int(size) for size in seconds]
+    return sizes[:1] == [1] and sizes == sorted(sizes) and all(map(_is_positive, [*seconds.values(), record["spread"]]))
+
+
+def _is_ratio(record: dict[str, Any]) -> bool:
+    return _is_positive(record["ratio"])
+
+
+def _is_positive(value: Any) -> bool:
+    return type(value) is float and 0 < value < float("inf")
+
+
+def _code_sha256() -> str:
+    """Of the code that is timed: another version of it measures anew."""
+    digest = hashlib.sha256()
+    for folder in TIMED_CODE:
+        for file in sorted((Path(__file__).parents[1] / folder).glob("*.py")):
+            digest.update(file.read_bytes())
+    return digest.hexdigest()

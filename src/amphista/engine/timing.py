@@ -1,0 +1,129 @@
+"""What a step costs here, timed: forwards over 1, 2, ... rows, and drafting.
+
+Everything is timed in turns, round after round, so that a drifting machine hits all alike, and the shortest time is
+kept: other programs only ever make a run longer, and they need not be there tomorrow. A forward is timed with what
+follows it in a step (the root's token is chosen and committed), drafting with growing a tree and with feeding the rows
+of two tokens.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+
+from amphista.cache.static import KVCache
+from amphista.drafter.base import Drafter
+from amphista.engine.stats import now
+from amphista.target.target import Target
+from amphista.tree.dynamic import best_first
+from amphista.tree.grow import MAX_RANKS
+from amphista.tree.token_tree import TokenTree
+
+SIZES = {"cpu": (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48), "cuda": (1, 2, 4, 8, 16, 32, 48, 64, 96, 128)}
+CONTEXT = 256  # rows behind the forward, or what the target's context leaves room for
+DEAREST = 5.0  # forwards of one row; a tree that costs more is not looked at
+BUDGET_SECONDS, MIN_ROUNDS, MAX_ROUNDS = 4.0, 3, 15
+NOISY = 1.3  # median over shortest
+FED_ROWS = 2
+GROWN_NODES = 16
+
+
+@dataclass
+class Cell:
+    """One thing to time; `reset` undoes it, outside the clock."""
+
+    run: Callable[[], object]
+    reset: Callable[[], object] = lambda: None
+    seconds: list[float] = field(default_factory=list)
+
+    def time(self, device: torch.device) -> float:
+        """Run it once."""
+        started = now(device)
+        self.run()
+        took = now(device) - started
+        self.reset()
+        return took
+
+    @property
+    def shortest(self) -> float:
+        """What it takes undisturbed."""
+        return min(self.seconds)
+
+    @property
+    def spread(self) -> float:
+        """The median over the shortest."""
+        return statistics.median(self.seconds) / self.shortest
+
+
+def verify_seconds(target: Target) -> tuple[dict[int, float], float]:
+    """Seconds of a forward over a tree of n rows, by n, and the worst spread; the first n is 1."""
+    cache, rows = _filled(target)
+    cells: dict[int, Cell] = {}
+    for size in _sizes(target, rows):
+        cells[size] = _forward(target, size, cache, rows)
+        cells[size].time(target.device)  # the first time of a shape is not like the others
+        cells[size].seconds.append(cells[size].time(target.device))
+        if cells[size].seconds[0] > DEAREST * cells[1].seconds[0]:
+            break
+    _time(target, cells)
+    return {size: cell.shortest for size, cell in cells.items()}, max(cell.spread for cell in cells.values())
+
+
+def draft_ratio(target: Target, drafter: Drafter) -> float:
+    """Seconds of asking the heads, in forwards of one row."""
+    cache, rows = _filled(target)
+    hidden = torch.randn(rows, target.spec.hidden_size, generator=torch.Generator().manual_seed(0))
+    hidden = hidden.to(target.device, target.dtype)
+    ids = torch.arange(rows, device=target.device) % target.spec.vocab_size
+    state = drafter.start()
+    drafter.commit(state, hidden, ids)
+
+    def draft() -> None:
+        drafter.commit(state, hidden[-FED_ROWS:], ids[-FED_ROWS:])
+        best_first(0, drafter.draft(state, MAX_RANKS), GROWN_NODES, drafter.num_heads)
+
+    cells = {0: Cell(draft, lambda: drafter.trim(state, rows)), 1: _forward(target, 1, cache, rows)}
+    for cell in cells.values():
+        cell.time(target.device)
+    _time(target, cells)
+    return cells[0].shortest / cells[1].shortest
+
+
+def _filled(target: Target) -> tuple[KVCache, int]:
+    """A cache with rows of random tokens, and how many."""
+    rows = max(1, min(CONTEXT, target.spec.max_positions // 2))
+    cache = target.new_cache()
+    generator = torch.Generator().manual_seed(0)
+    target.prefill(torch.randint(target.spec.vocab_size, (rows,), generator=generator).tolist(), cache)
+    return cache, rows
+
+
+def _sizes(target: Target, rows: int) -> list[int]:
+    largest = min(target.spec.max_positions - rows, target.spec.vocab_size)
+    return [size for size in SIZES.get(target.device.type, SIZES["cuda"]) if size <= largest]
+
+
+def _forward(target: Target, num_nodes: int, cache: KVCache, rows: int) -> Cell:
+    tree = TokenTree(list(range(num_nodes)), [-1, *((node - 1) // 2 for node in range(1, num_nodes))])
+
+    def run() -> None:
+        logits = target.verify(tree, cache).logits
+        int(logits[0].argmax())
+        cache.commit([0])
+
+    return Cell(run, lambda: cache.trim(rows))
+
+
+def _time(target: Target, cells: Mapping[int, Cell]) -> None:
+    """Round after round, each begun at another cell, until the budget is spent: three of it on a disturbed machine."""
+    order, started = list(cells.values()), now(target.device)
+    for turn in range(MAX_ROUNDS):
+        spent = (now(target.device) - started) / BUDGET_SECONDS
+        if turn >= MIN_ROUNDS and spent > (3 if max(cell.spread for cell in order) > NOISY else 1):
+            break
+        first = turn % len(order)
+        for cell in order[first:] + order[:first]:
+            cell.seconds.append(cell.time(target.device))

@@ -1,0 +1,118 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from amphista.drafter.checkpoint import load_drafter
+from amphista.drafter.lookup import DEEPEST, PRIOR, PRIOR_WEIGHT, Lookup, WithLookup
+from amphista.drafter.none import NoDrafter
+from amphista.errors import DrafterError
+from tests.tiny import always_right
+
+TEXT = [1, 2, 3, 4, 5, 6, 7, 8, 9, 1, 2, 3]
+
+
+def test_it_proposes_what_followed_before():
+    graft = Lookup().propose(TEXT, 4)
+    assert graft.tokens == [4, 5, 6, 7]
+    expected = [PRIOR[3], PRIOR[4], PRIOR[4], PRIOR[6]]  # 3 tokens agree, then 4, 5, 6
+    assert [math.exp(value) for value in graft.log_probs] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(("text", "depth"), [([1, 2, 3], 4), ([], 4), ([7], 4), (TEXT, 0)])
+def test_nothing_to_say(text, depth):
+    assert Lookup().propose(text, depth) is None
+
+
+def test_depth_is_bounded():
+    assert len(Lookup().propose([1, 1], 99).tokens) == DEEPEST
+
+
+def test_outcomes_move_the_likelihood():
+    lookup = Lookup()
+    lookup.propose(TEXT, 4)
+    lookup.propose([*TEXT, 4, 5, 0], 4)  # right at agreeing lengths 3 and 4, wrong at 5
+    assert lookup.likelihood(3) == pytest.approx((1 + PRIOR_WEIGHT * PRIOR[3]) / (1 + PRIOR_WEIGHT))
+    assert (
+        lookup.likelihood(4)
+        == lookup.likelihood(5)
+        == pytest.approx((1 + PRIOR_WEIGHT * PRIOR[4]) / (2 + PRIOR_WEIGHT))
+    )
+    assert lookup.likelihood(2) == PRIOR[2] and lookup.likelihood(6) == PRIOR[6]
+
+
+def test_what_lies_behind_a_mistake_teaches_nothing():
+    lookup = Lookup()
+    lookup.propose(TEXT, 4)
+    lookup.propose([*TEXT, 0, 5, 6, 7], 4)
+    assert lookup.likelihood(4) == PRIOR[4] and lookup.likelihood(3) < PRIOR[3]
+
+
+def test_likelihood_meets_the_truth():
+    """A text whose every token follows its predecessor in 3 of 4 cases: expected acceptance becomes realised."""
+    source = torch.Generator().manual_seed(0)
+    lookup, tokens, expected, realised = Lookup(), [0, 1, 2, 3], 0.0, 0
+    for _ in range(3000):
+        graft = lookup.propose(tokens, 1)
+        usual = (tokens[-1] + 1) % 50
+        token = usual if torch.rand((), generator=source) < 0.75 else int(torch.randint(50, (), generator=source))
+        if graft is not None and len(tokens) > 500:
+            expected += math.exp(graft.log_probs[0])
+            realised += graft.tokens[0] == token
+        tokens.append(token)
+    assert expected == pytest.approx(realised, rel=0.08)
+
+
+def test_a_new_request_begins_with_the_prior_and_without_the_last_proposal():
+    lookup = Lookup()
+    lookup.propose(TEXT, 4)
+    lookup.propose([*TEXT, 4, 5, 6, 7], 4)
+    lookup.trim(5)
+    assert lookup.propose([*TEXT[:5], 3], 2) == Lookup().propose([*TEXT[:5], 3], 2)
+    assert lookup.likelihood(3) == PRIOR[3]
+
+
+def test_priors_rise():
+    assert list(PRIOR) == sorted(PRIOR) and list(PRIOR.values()) == sorted(PRIOR.values())
+
+
+# -- as a drafter -----------------------------------------------------------------------------------------------------
+
+
+def test_names():
+    assert WithLookup(NoDrafter()).name == "lookup"
+    assert WithLookup(always_right([1, 2])).name == "scripted+lookup"
+
+
+def test_lookup_alone_has_no_heads_and_recalls():
+    drafter = WithLookup(NoDrafter())
+    state = drafter.start()
+    assert drafter.num_heads == 0
+    assert drafter.recall(state, TEXT, 2).tokens == [4, 5]
+    drafter.commit(state, torch.zeros(11, 4), torch.tensor(TEXT[1:]))
+    drafter.trim(state, 4)
+    assert state.num_rows == 4 and len(state.lookup.index) == 4
+
+
+def test_beside_another_it_leaves_the_others_word_as_it_is():
+    alone = always_right(TEXT)
+    both = WithLookup(alone)
+    states = [alone.start(), both.start()]
+    for drafter, state in zip((alone, both), states, strict=True):
+        drafter.commit(state, torch.zeros(3, 4), torch.tensor(TEXT[1:4]))
+    assert both.draft(states[1], 3) == alone.draft(states[0], 3)
+    assert both.num_heads == alone.num_heads and both.inner is alone
+    assert states[0].lookup is None and alone.recall(states[0], TEXT, 4) is None
+
+
+def test_names_that_load(target):
+    def load(name):
+        return load_drafter(name, target.spec, target.shared, target.fingerprint)
+
+    assert load("lookup").name == load("none+lookup").name == "lookup"
+    with pytest.raises(DrafterError, match="no amphista drafter is shipped"):
+        load("amphista+lookup")
+    with pytest.raises(DrafterError, match="unknown drafter 'nothing'"):
+        load("nothing+lookup")

@@ -1,0 +1,182 @@
+"""Measured costs: kept in the cache folder, measured anew for anything else, damaged or not there."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from amphista.drafter.lookup import WithLookup
+from amphista.drafter.medusa import Medusa, MedusaConfig
+from amphista.drafter.none import NoDrafter
+from amphista.engine import cost_cache, costs
+from amphista.engine.costs import costs_for, target_key, tune
+from amphista.tree.tune import NOTHING_PAYS
+from tests.tiny import tiny_target
+
+
+@pytest.fixture
+def measured(tmp_path, monkeypatch):
+    """A cache folder of its own, and what was measured instead of timed."""
+    monkeypatch.setenv("AMPHISTA_CACHE", str(tmp_path))
+    calls = []
+
+    def verify(target):
+        calls.append("verify")
+        return {1: 1.0, 2: 1.0 + 0.5 * len(calls), 4: 1.5}, 1.1
+
+    def draft(target, drafter):
+        calls.append("draft")
+        return 0.25
+
+    monkeypatch.setattr(costs, "verify_seconds", verify)
+    monkeypatch.setattr(costs, "draft_ratio", draft)
+    return calls
+
+
+def medusa(target, **settings):
+    return Medusa(MedusaConfig(**settings), target.spec, target.shared)
+
+
+def test_measured_once(target, measured, tmp_path):
+    first = costs_for(target, medusa(target))
+    assert first == costs_for(target, medusa(target)) and measured == ["verify", "draft"]
+    assert first.draft == 0.25 and first.verify == [1.0, 1.5, 1.5, 1.5]
+    assert len(list((tmp_path / "costs").glob("*.json"))) == len(list((tmp_path / "costs").iterdir())) == 2
+
+
+def test_forwards_are_shared_by_all_drafters(target, measured):
+    costs_for(target, WithLookup(NoDrafter()))
+    with_heads = costs_for(target, medusa(target))
+    assert measured == ["verify", "draft"]
+    assert costs_for(target, WithLookup(medusa(target))) == with_heads and measured == ["verify", "draft"]
+    assert costs_for(target, WithLookup(NoDrafter())).draft == 0.0
+    costs_for(target, medusa(target, num_heads=2))
+    assert measured == ["verify", "draft", "draft"]
+
+
+def test_no_drafter_measures_nothing(target, measured):
+    assert costs_for(target, NoDrafter()) == NOTHING_PAYS and measured == []
+
+
+def test_everything_else_measures_anew(target, measured, monkeypatch):
+    drafter = WithLookup(NoDrafter())
+    costs_for(target, drafter)
+    others = [tiny_target("qwen3"), tiny_target(dtype=torch.float64), tiny_target()]  # the last one: on the stock path
+    for number, other in enumerate(others, start=2):
+        costs_for(other, drafter)
+        assert len(measured) == number
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads + 1)
+        costs_for(target, drafter)
+    finally:
+        torch.set_num_threads(threads)
+    assert len(measured) == 5
+    for name, value in (("machine", {"processor": "another"}), ("versions", {"torch": "9", "transformers": "9"})):
+        with monkeypatch.context() as patch:
+            patch.setattr(costs.provenance, name, lambda value=value: value)
+            costs_for(target, drafter)
+    assert len(measured) == 7
+    monkeypatch.setattr(costs, "_code_sha256", lambda: "other code")
+    costs_for(target, drafter)
+    assert len(measured) == 8
+
+
+def test_refresh_measures_anew_and_is_kept(target, measured):
+    drafter = medusa(target)
+    old = tune(target, drafter)
+    new = tune(target, drafter, refresh=True)
+    assert measured == ["verify", "draft"] * 2 and new.verify != old.verify
+    assert tune(target, drafter) == new and len(measured) == 4
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda text: "",
+        lambda text: text[: len(text) // 2],
+        lambda text: "[]",
+        lambda text: "null",
+        lambda text: text.replace('"seconds"', '"minutes"'),
+        lambda text: text.replace("1.5", '"fast"'),
+        lambda text: text.replace("1.5", "-1.5"),
+        lambda text: text.replace("1.5", "NaN"),
+        lambda text: text.replace('"1": 1.0,', ""),
+        lambda text: text.replace("torch.float32", "torch.int3"),
+        lambda text: "\x00\xff",
+    ],
+)
+def test_a_damaged_file_is_measured_again(target, measured, damage):
+    drafter = WithLookup(NoDrafter())
+    costs_for(target, drafter)
+    (file,) = cost_cache.costs_folder().glob("*.json")
+    damaged = damage(file.read_text())
+    assert damaged != file.read_text()
+    file.write_bytes(damaged.encode("latin-1"))
+    costs_for(target, drafter)
+    assert measured == ["verify"] * 2
+    assert json.loads(file.read_text())["key"] == json.loads(json.dumps({"what": "verify", **target_key(target)}))
+    costs_for(target, drafter)
+    assert measured == ["verify"] * 2
+
+
+def test_a_folder_that_cannot_be_written_is_said_and_no_more(target, measured, tmp_path, capsys):
+    (tmp_path / "costs").write_text("a file where the folder should be")
+    assert costs_for(target, WithLookup(NoDrafter())).max_nodes == 4
+    assert "cannot be kept" in capsys.readouterr().err
+
+
+def test_a_write_that_is_killed_leaves_the_old_record(target, measured, monkeypatch):
+    drafter = WithLookup(NoDrafter())
+    old = tune(target, drafter)
+
+    def killed(*where):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cost_cache.os, "replace", killed)
+        with pytest.raises(KeyboardInterrupt):
+            tune(target, drafter, refresh=True)
+    assert tune(target, drafter) == old
+
+
+# -- the clock itself -------------------------------------------------------------------------------------------------
+
+
+def test_real_seconds(target, tmp_path, monkeypatch):
+    monkeypatch.setenv("AMPHISTA_CACHE", str(tmp_path))
+    monkeypatch.setattr("amphista.engine.timing.BUDGET_SECONDS", 0.2)
+    rows = target.spec.max_positions // 2
+    found = tune(target, WithLookup(medusa(target)))
+    assert found.costs.max_nodes > 2 and found.costs.max_nodes + rows <= target.spec.max_positions
+    assert found.costs.verify == sorted(found.costs.verify) and found.costs.draft > 0 and found.spread >= 1
+
+
+def test_sizes_end_where_a_tree_costs_too_much(target, monkeypatch):
+    from amphista.engine import timing
+
+    class Slow(timing.Cell):
+        def time(self, device):
+            self.run()
+            self.reset()
+            return float(self.size)
+
+    def forward(target, num_nodes, cache, rows):
+        cell = Slow(lambda: None)
+        cell.size = num_nodes
+        return cell
+
+    monkeypatch.setattr(timing, "_forward", forward)
+    seconds, spread = timing.verify_seconds(target)
+    assert list(seconds) == [1, 2, 3, 4, 6] and spread == 1
+
+
+def test_measuring_leaves_cache_and_drafter_as_they_were(target):
+    from amphista.engine import timing
+
+    cache, rows = timing._filled(target)
+    before = cache.layers[0].keys[:, :, :rows].clone()
+    timing._forward(target, 4, cache, rows).time(target.device)
+    assert cache.num_committed == cache.num_rows == rows and torch.equal(cache.layers[0].keys[:, :, :rows], before)
