@@ -24,12 +24,12 @@ def llm():
     torch.set_num_threads(threads)
 
 
-def test_amphista_is_the_default_drafter(llm):
-    assert llm.drafter.name == "amphista"
+def test_amphista_with_lookup_is_the_default_drafter(llm):
+    assert llm.drafter.name == "amphista+lookup"
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.7])
-@pytest.mark.parametrize("name", ["amphista", "medusa"])
+@pytest.mark.parametrize("name", ["amphista", "medusa", "amphista+lookup"])
 def test_same_tokens_and_drafts_accepted(llm, name, temperature):
     spec, shared, fingerprint = llm.target.spec, llm.target.shared, llm.target.fingerprint
     ours = LLM(llm.target, load_drafter(name, spec, shared, fingerprint), tree=8)
