@@ -102,8 +102,7 @@ def mix(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *, is_ca
     """Attention of queries [B, H, T, E] over keys and values [B, J, S, E], H a multiple of J; -> [B, H, T, E].
 
     On a CPU torch's own attention is slow where rows are few (the slots of the heads: 5, thousands of times) and in
-    bfloat16: two batched products took a third to a seventh of its time. They hold all scores at once, so long rows
-    stay with torch.
+    bfloat16, where two batched products are faster. They hold all scores at once, so long rows stay with torch.
     """
     few = query.shape[2] <= FEW_ROWS
     halved = query.dtype is torch.bfloat16 and query.shape[2] <= MANY_ROWS

@@ -1,8 +1,7 @@
 """Keep freed memory in the process while training: a step frees and asks for the same blocks again and again.
 
 glibc gives blocks above 128 kB (a limit that grows to 32 MB as they are freed) back to the kernel, and trims the top of
-the heap; every page that comes back is faulted in and zeroed anew. Measured on 2 cores with SmolLM2-135M, from the
-environment: 1407 positions/s as it is, 1500 with MALLOC_TRIM_THRESHOLD_ and MALLOC_MMAP_THRESHOLD_ set.
+the heap; every page that comes back is faulted in and zeroed anew.
 """
 
 from __future__ import annotations
