@@ -9,6 +9,8 @@ import copy
 import pytest
 import torch
 
+from amphista.drafter import base
+from amphista.errors import DrafterError
 from tests.tiny import REAL_DRAFTERS, real_drafters
 
 IDS = [5, 17, 230, 44, 9, 61, 62, 63, 99, 100, 7, 250]
@@ -36,7 +38,7 @@ def test_training_logits_equal_decoding_logits(target, drafters, name, pieces, f
     drafter = drafters[name]
     hidden, next_ids, expected = training_logits(target, drafter)
     if frozen:  # as it decodes: packed once it is trained
-        drafter = copy.deepcopy(drafter).freeze()
+        drafter = copy.deepcopy(drafter).freeze(exact=True)
         assert drafter.num_weights == drafters[name].num_weights
     state, row = drafter.start(), 0
     for size in pieces:
@@ -46,6 +48,29 @@ def test_training_logits_equal_decoding_logits(target, drafters, name, pieces, f
             logits = drafter.head_logits(drafter.draft_states(state))
         torch.testing.assert_close(logits, expected[row - 1], atol=1e-4, rtol=1e-5)
     assert state.num_rows == len(IDS)
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_products_in_bfloat16_stay_close(target, drafters, name, monkeypatch):
+    """What decodes where the processor has them: every state within a few of bfloat16's last digits."""
+    drafter = copy.deepcopy(drafters[name])
+    hidden, next_ids, expected = training_logits(target, drafter)
+    monkeypatch.setattr(base, "quick_type", lambda dtype, device: torch.bfloat16)
+    drafter.freeze()
+    state = drafter.start()
+    drafter.commit(state, hidden, next_ids)
+    with torch.inference_mode():
+        logits = drafter.head_logits(drafter.draft_states(state))
+    error = (logits - expected[-1]).norm() / expected[-1].norm()
+    assert 0 < float(error) < 0.03
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_what_decodes_cannot_be_saved(drafters, name):
+    frozen = copy.deepcopy(drafters[name]).freeze()
+    assert frozen.num_weights == drafters[name].num_weights and frozen.dtype == drafters[name].dtype
+    with pytest.raises(DrafterError, match="load it again"):
+        frozen.state_dict()
 
 
 @pytest.mark.parametrize("name", HEADS)

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from amphista.drafter.base import DrafterConfig, DrafterState, ParallelHeads
 from amphista.drafter.layers import LayerCache, LayerSizes, ResidualBlock, RMSNorm, TransformerLayer
+from amphista.drafter.lean import LeanAmphista
 from amphista.errors import ConfigError
 from amphista.target.spec import SharedWeights, TargetSpec
 
@@ -121,6 +122,7 @@ class Amphista(ParallelHeads):
         encoder_sizes = _sizes(spec, config.encoder_intermediate_size)
         self.auto_embedding = AutoEmbedding(config, encoder_sizes) if config.auto_embedding else None
         self.output_norm = RMSNorm(spec.hidden_size, spec.norm_eps)
+        self._lean: LeanAmphista | None = None
 
     def match_scale(self, hidden_rms: float) -> None:
         """The LM head expects post-norm states of a certain size: give the output norm the measured rms of h."""
@@ -154,21 +156,32 @@ class Amphista(ParallelHeads):
         normed: Tensor = self.output_norm(states)
         return normed
 
+    def pack(self, dtype: torch.dtype) -> None:
+        self._lean = LeanAmphista(self, _sizes(self.spec, self.config.intermediate_size), dtype)
+        self.embedding_norm = self.hidden_norm = self.auto_embedding = None
+        self.stages, self.heads = nn.ModuleList(), nn.ModuleList()
+
     def start(self) -> DrafterState:
-        return DrafterState(caches=[LayerCache() for _ in self.stages])
+        return DrafterState(caches=[LayerCache() for _ in range(self.config.stages)])
 
     @torch.inference_mode()
     def commit(self, state: DrafterState, hidden: Tensor, next_ids: Tensor) -> None:
         for cache in state.caches:
             cache.trim(state.num_rows)  # what a commit that was broken off has left
-        positions = torch.arange(state.num_rows, state.num_rows + hidden.shape[0], device=hidden.device)[None]
-        hidden = hidden[None].to(self.dtype)
-        stages = self._adapt(hidden, next_ids[None], positions, state.caches)
-        state.features = [stage[:, -1] for stage in stages]
-        state.num_rows += hidden.shape[1]
+        hidden = hidden.to(self.dtype)
+        if self._lean is not None:
+            embedded = self._shared.embed(next_ids).to(hidden.dtype)
+            state.features = self._lean.adapt(hidden, embedded, state.num_rows, state.caches)
+        else:
+            positions = torch.arange(state.num_rows, state.num_rows + len(hidden), device=hidden.device)[None]
+            stages = self._adapt(hidden[None], next_ids[None], positions, state.caches)
+            state.features = [stage[:, -1] for stage in stages]
+        state.num_rows += len(hidden)
 
     @torch.inference_mode()
     def draft_states(self, state: DrafterState) -> Tensor:
+        if self._lean is not None:
+            return self._lean.head_states(state.features)
         return self._heads(state.features)[0]
 
     def trim(self, state: DrafterState, num_rows: int) -> None:

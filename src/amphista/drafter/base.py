@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from amphista.errors import ConfigError, DrafterError
 from amphista.kernels.frozen import pack_linears
-from amphista.kernels.linear import PackedLinear
+from amphista.kernels.linear import PackedLinear, quick_type
 from amphista.target.spec import SharedWeights, TargetSpec
 from amphista.tree.candidates import Candidates, Graft
 
@@ -122,6 +122,7 @@ class ParallelHeads(Drafter):
         self._shared_rows: tuple[Tensor, Tensor | None] | None = None
         self._packed_rows: PackedLinear | None = None
         self._frozen: tuple[torch.dtype, torch.device, int] | None = None
+        self._product_type: torch.dtype | None = None
         size = config.draft_vocab
         if size is not None and size > spec.vocab_size:
             raise ConfigError(f"draft_vocab is {size}, but the target has only {spec.vocab_size} tokens")
@@ -135,12 +136,27 @@ class ParallelHeads(Drafter):
 
     # -- once trained -------------------------------------------------------------------------------------------
 
-    def freeze(self) -> ParallelHeads:
-        """Pack for decoding what can be packed on this device; training and moving end here. Repeating it is free."""
+    def freeze(self, *, exact: bool = False) -> ParallelHeads:
+        """Make ready for decoding on this device; training, moving and saving end here. Repeating it is free.
+
+        exact: products in the drafter's own type also where bfloat16 would be faster (`quick_type`).
+        """
         if self._frozen is None:
             self._frozen = (self.dtype, self.device, self.num_weights)
-            pack_linears(self.eval().requires_grad_(False))
+            self._product_type = self.dtype if exact else quick_type(self.dtype, self.device)
+            self.eval().requires_grad_(False)
+            with torch.inference_mode():
+                self.pack(self._product_type)
         return self
+
+    def pack(self, dtype: torch.dtype) -> None:
+        """Replace what was trained by what decodes, its products in `dtype`."""
+        pack_linears(self)
+
+    def _save_to_state_dict(self, *args: Any) -> None:
+        if self._frozen is not None:
+            raise DrafterError(f"this {self.name} drafter was made ready for decoding: load it again to save it")
+        super()._save_to_state_dict(*args)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -208,7 +224,10 @@ class ParallelHeads(Drafter):
 
     def _packed_head(self, hidden: Tensor) -> Tensor:
         if self._packed_rows is None:
-            self._packed_rows = PackedLinear(*self._gather_head())
+            weight, bias = self._gather_head()
+            self._packed_rows = PackedLinear(
+                weight.to(self._product_type), None if bias is None else bias.to(self._product_type)
+            )
         rows = hidden.reshape(-1, hidden.shape[-1]).to(self._packed_rows.dtype)
         return self._packed_rows(rows).view(*hidden.shape[:-1], -1)
 

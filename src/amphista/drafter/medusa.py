@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from amphista.drafter.base import DrafterConfig, DrafterState, ParallelHeads
 from amphista.drafter.layers import ResidualBlock
+from amphista.drafter.lean import LeanHeads
 from amphista.errors import ConfigError
 from amphista.target.spec import SharedWeights, TargetSpec
 
@@ -42,6 +43,7 @@ class Medusa(ParallelHeads):
             nn.Sequential(*(ResidualBlock(spec.hidden_size) for _ in range(config.num_layers)))
             for _ in range(config.num_heads)
         )
+        self._lean: LeanHeads | None = None
 
     def match_scale(self, hidden_rms: float) -> None:
         """Nothing to do: zero-started residual heads already give LM(h_t)."""
@@ -52,6 +54,11 @@ class Medusa(ParallelHeads):
     def _heads(self, hidden: Tensor) -> Tensor:
         return torch.stack([head(hidden) for head in self.heads], dim=-2)
 
+    def pack(self, dtype: torch.dtype) -> None:
+        blocks: list[list[ResidualBlock]] = [list(head) for head in self.heads]  # type: ignore[call-overload]
+        self._lean = LeanHeads(blocks, dtype)
+        self.heads = nn.ModuleList()
+
     @torch.inference_mode()
     def commit(self, state: DrafterState, hidden: Tensor, next_ids: Tensor) -> None:
         state.features = hidden[-1].to(self.dtype)
@@ -59,7 +66,7 @@ class Medusa(ParallelHeads):
 
     @torch.inference_mode()
     def draft_states(self, state: DrafterState) -> Tensor:
-        return self._heads(state.features)
+        return self._heads(state.features) if self._lean is None else self._lean(state.features[None])
 
     def trim(self, state: DrafterState, num_rows: int) -> None:
         state.num_rows = min(state.num_rows, num_rows)

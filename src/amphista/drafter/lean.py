@@ -1,0 +1,242 @@
+"""Drafters to decode with: the same weights as the modules they were trained as, in as few and as cheap steps.
+
+Projections of one input stand side by side in one packed product, the numbers of a head that are rotated together side
+by side in their rows, the scale of attention inside the query's weights. Of the last staged layer only keys and values
+are needed of every row: its output, and what follows, is made for the last row alone.
+
+Where the processor multiplies bfloat16 itself, weights are held and products made in it, half the bytes to read: a
+draft can afford it, since it decides nothing. Rows, sums and attention stay in the drafter's own type.
+
+Equal to the training form (tests/laws/test_parity.py); what was trained is gone from the module once this stands.
+
+Shapes: N rows, S rows with those before them, K heads, D hidden size, H query heads, J key-value heads, E head size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from amphista.drafter.layers import LayerCache, LayerSizes, ResidualBlock, RMSNorm, TransformerLayer
+from amphista.kernels.linear import PackedLinear
+
+FIRST_POSITIONS = 1024
+MANY_SCORES = 1 << 18  # of one head; beyond, torch's own attention holds fewer of them at a time
+
+
+@dataclass(frozen=True)
+class Norm:
+    """A root-mean-square norm (arXiv 1910.07467) without its module."""
+
+    weight: Tensor
+    eps: float
+
+    @classmethod
+    def of(cls, norm: RMSNorm) -> Norm:
+        return cls(norm.weight.detach(), norm.eps)
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        return torch.rms_norm(rows, self.weight.shape, self.weight, self.eps)
+
+
+class Projection:
+    """A product in the type of its weights, for rows of another: [N, I] -> [N, O]."""
+
+    def __init__(
+        self, weights: Sequence[Tensor], biases: Sequence[Tensor | None] | None = None, *, dtype: torch.dtype
+    ) -> None:
+        """Weights [O, I] of one I, their outputs one behind the other; a bias each, None for 0."""
+        held = [None if bias is None else bias.detach().to(dtype) for bias in biases or [None] * len(weights)]
+        self._product = PackedLinear.side_by_side([weight.detach().to(dtype) for weight in weights], held)
+
+    @classmethod
+    def of(cls, *layers: nn.Linear, dtype: torch.dtype) -> Projection:
+        return cls([layer.weight for layer in layers], [layer.bias for layer in layers], dtype=dtype)
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        return self._product(rows.to(self._product.dtype)).to(rows.dtype)
+
+    def added(self, rows: Tensor, residual: Tensor) -> Tensor:
+        """residual [N, O] + the product, in the residual's type."""
+        if self._product.dtype is residual.dtype:
+            return self._product.added(rows, residual)
+        return residual + self._product(rows.to(self._product.dtype))
+
+
+class Turns:
+    """Rotary positions (arXiv 2104.09864) as complex numbers, kept for all positions seen so far."""
+
+    def __init__(self, head_size: int, theta: float) -> None:
+        self._head_size, self._theta = head_size, theta
+        self._table = torch.empty(0)
+
+    def at(self, first: int, num_rows: int, device: torch.device) -> Tensor:
+        """complex [N, 1, E / 2] of the positions from `first` on."""
+        end = first + num_rows
+        if end > len(self._table):
+            exponents = torch.arange(0, self._head_size, 2, device=device, dtype=torch.float32) / self._head_size
+            positions = torch.arange(max(FIRST_POSITIONS, 2 * end), device=device, dtype=torch.float32)
+            angles = positions[:, None] * self._theta**-exponents
+            self._table = torch.polar(torch.ones_like(angles), angles)[:, None]
+        return self._table[first:end]
+
+
+class LeanLayer:
+    """One transformer layer of a drafter; rows [N, D]."""
+
+    def __init__(self, layer: TransformerLayer, dtype: torch.dtype) -> None:
+        attention, mlp = layer.attention, layer.mlp
+        self._sizes = layer.sizes
+        size = layer.sizes.head_size
+        query = _paired(attention.query.weight, size) * size**-0.5
+        key = _paired(attention.key.weight, size)
+        self._attention_norm, self._mlp_norm = Norm.of(layer.attention_norm), Norm.of(layer.mlp_norm)
+        self._qkv = Projection([query, key, attention.value.weight], dtype=dtype)
+        self._output = Projection.of(attention.output, dtype=dtype)
+        self._gate_up = Projection.of(mlp.gate, mlp.up, dtype=dtype)
+        self._down = Projection.of(mlp.down, dtype=dtype)
+
+    def __call__(
+        self,
+        rows: Tensor,
+        *,
+        turn: Tensor | None = None,
+        cache: LayerCache | None = None,
+        is_causal: bool = False,
+        only_last: bool = False,
+    ) -> Tensor:
+        """Rows [N, D] -> [N, D], or [1, D] where only the last one's output is asked for.
+
+        turn: complex [N, 1, E / 2], None without positions. With a cache rows see all before them and themselves.
+        """
+        sizes = self._sizes
+        heads, key_heads, size = sizes.num_attention_heads, sizes.num_key_value_heads, sizes.head_size
+        projected = self._qkv(self._attention_norm(rows)).view(len(rows), -1, size)
+        if turn is not None:
+            pairs = torch.view_as_complex(projected.view(len(rows), -1, size // 2, 2))
+            pairs.narrow(1, 0, heads + key_heads).mul_(turn)  # in place: nobody else reads the projections
+        queries, keys, values = projected.split((heads, key_heads, key_heads), dim=1)
+        keys, values = keys.transpose(0, 1), values.transpose(0, 1)
+        if cache is not None:
+            keys, values = (part[0] for part in cache.append(keys[None], values[None]))
+        if only_last:
+            rows, queries = rows[-1:], queries[-1:]
+        rows = self._output.added(_mix(queries, keys, values, is_causal=is_causal), rows)
+        gate, up = self._gate_up(self._mlp_norm(rows)).chunk(2, dim=-1)
+        return self._down.added(functional.silu(gate) * up, rows)
+
+
+def _paired(weight: Tensor, size: int) -> Tensor:
+    """Rows [heads * E, I], of which i and i + E / 2 of a head are rotated together: these two side by side."""
+    heads = weight.detach().view(-1, 2, size // 2, weight.shape[1])
+    return heads.transpose(1, 2).reshape(weight.shape)
+
+
+def _mix(queries: Tensor, keys: Tensor, values: Tensor, *, is_causal: bool) -> Tensor:
+    """Queries [N, H, E], scaled already, over keys and values [J, S, E] -> [N, H * E].
+
+    Causal: the last query sees all S, each one before it one less.
+    """
+    num_rows, num_heads, size = queries.shape
+    key_heads, num_keys, _ = keys.shape
+    hidden = _future(num_rows, num_keys, queries) if is_causal and num_rows > 1 else None
+    if num_rows * num_keys > MANY_SCORES:
+        mask = None if hidden is None else hidden[None]
+        turned = queries.transpose(0, 1)[None]
+        mixed = functional.scaled_dot_product_attention(
+            turned, keys[None], values[None], attn_mask=mask, scale=1.0, enable_gqa=num_heads > key_heads
+        )
+        return mixed[0].transpose(0, 1).reshape(num_rows, -1)
+    groups = num_heads // key_heads
+    below = queries.view(num_rows, key_heads, groups, size).permute(1, 2, 0, 3).reshape(key_heads, -1, size)
+    turned_keys = keys.transpose(1, 2)
+    if hidden is None:
+        scores = torch.bmm(below, turned_keys)
+    else:
+        scores = torch.baddbmm(hidden.repeat(groups, 1), below, turned_keys)
+    mixed = torch.bmm(scores.softmax(-1), values).view(key_heads, groups, num_rows, size)
+    return mixed.permute(2, 0, 1, 3).reshape(num_rows, -1)
+
+
+def _future(num_rows: int, num_keys: int, like: Tensor) -> Tensor:
+    """Additive [N, S]: what each row may not see yet."""
+    return like.new_full((num_rows, num_keys), -torch.inf).triu_(num_keys - num_rows + 1)
+
+
+class LeanStage:
+    """One staged adaptation layer: a state fused with the next token's embedding, then a causal layer."""
+
+    def __init__(self, state_norm: RMSNorm, fuse: nn.Linear, layer: TransformerLayer, dtype: torch.dtype) -> None:
+        self._norm, self._fuse = Norm.of(state_norm), Projection.of(fuse, dtype=dtype)
+        self._layer = LeanLayer(layer, dtype)
+
+    def __call__(self, rows: Tensor, embedded: Tensor, turn: Tensor, cache: LayerCache, *, only_last: bool) -> Tensor:
+        """Rows [N, D] and normed embeddings [N, embedding size] -> [N, D] or [1, D]."""
+        fused = self._fuse(torch.cat([self._norm(rows), embedded], dim=-1))
+        return self._layer(fused, turn=turn, cache=cache, is_causal=True, only_last=only_last)
+
+
+class LeanHeads:
+    """Residual heads: those that read one state in one product for the first block of each."""
+
+    def __init__(self, heads: Sequence[Sequence[ResidualBlock]], dtype: torch.dtype) -> None:
+        """Blocks of each head, first to last; all heads have as many."""
+        first, *further = zip(*heads, strict=True)
+        self._num_heads = len(first)
+        self._first = Projection.of(*(block.linear for block in first), dtype=dtype)
+        self._further = [[Projection.of(block.linear, dtype=dtype) for block in blocks] for blocks in further]
+
+    def __call__(self, state: Tensor) -> Tensor:
+        """State [1, D] -> [heads, D]."""
+        states = state + functional.silu(self._first(state)).view(self._num_heads, -1)
+        for blocks in self._further:
+            inner = torch.cat([block(states[k : k + 1]) for k, block in enumerate(blocks)])
+            states = states + functional.silu(inner)
+        return states
+
+
+class LeanAmphista:
+    """Staged adaptation, heads and auto-embedding block of a trained Amphista drafter."""
+
+    def __init__(self, drafter: Any, sizes: LayerSizes, dtype: torch.dtype) -> None:
+        """drafter: the Amphista whose weights are taken; sizes: of its staged layers."""
+        self._embedding_norm = Norm.of(drafter.embedding_norm) if drafter.stages else None
+        self._hidden_norm = None if drafter.stages else Norm.of(drafter.hidden_norm)
+        self._stages = [LeanStage(stage.state_norm, stage.fuse, stage.layer, dtype) for stage in drafter.stages]
+        parts = (drafter.heads[: drafter.split], drafter.heads[drafter.split :])
+        self._heads = [LeanHeads([[head] for head in part], dtype) if part else None for part in parts]
+        block = drafter.auto_embedding
+        self._encoder = [LeanLayer(layer, dtype) for layer in block.layers] if block is not None else []
+        self._position = None if block is None or block.position is None else block.position.detach()
+        self._is_causal = block is not None and block.is_causal
+        self._output_norm = Norm.of(drafter.output_norm)
+        self._turns = Turns(sizes.head_size, sizes.rope_theta)
+
+    def adapt(self, hidden: Tensor, embedded: Tensor, first: int, caches: Sequence[LayerCache]) -> list[Tensor]:
+        """Hidden states [N, D] from row `first` on, embeddings of the next tokens -> what the heads read, [1, D] each:
+        those up to the split, those above."""
+        if self._embedding_norm is None:
+            assert self._hidden_norm is not None
+            return [self._hidden_norm(hidden[-1:])] * 2
+        embedded = self._embedding_norm(embedded)
+        turn = self._turns.at(first, len(hidden), hidden.device)
+        rows, read = hidden, []
+        for index, (stage, cache) in enumerate(zip(self._stages, caches, strict=True)):
+            rows = stage(rows, embedded, turn, cache, only_last=index + 1 == len(self._stages))
+            read.append(rows[-1:])
+        return [read[0], read[-1]]
+
+    def head_states(self, read: Sequence[Tensor]) -> Tensor:
+        """What `adapt` gave -> [K, D]."""
+        slots = [heads(state) for heads, state in zip(self._heads, read, strict=True) if heads is not None]
+        states = torch.cat(slots)
+        if self._position is not None:
+            states = states + self._position
+        for layer in self._encoder:
+            states = layer(states, is_causal=self._is_causal)
+        return self._output_norm(states)
