@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from amphista.drafter.base import ParallelHeads
 from amphista.drafter.lookup import Lookup
 from amphista.drafter.ngrams import NgramIndex
 from amphista.engine.decoder import decode
@@ -33,6 +34,8 @@ def test_next_turn_equals_fresh_prefill(name, template, tree):
     target = tiny_target(with_text=True)
     target.text.tokenizer.chat_template = template
     drafter = real_drafters(target)[name]
+    if isinstance(drafter.inner, ParallelHeads):
+        drafter.inner.freeze(exact=True)  # in bfloat16 other numbers of rows round otherwise
     llm = LLM(target, drafter, tree=7)
     llm.engine.grower = TREES[tree]
     kept = llm.conversation()
