@@ -87,7 +87,7 @@ class Engine:
         with clock.phase("verify"):
             output = self.target.verify(growth.tree, context.cache)
         with clock.phase("accept"):
-            acceptance = walk(growth.tree, output.logits, sequence.chooser, root_position)
+            acceptance = walk(growth.tree, output.logits, sequence.chooser, root_position, output.choices)
             taken, text = sequence.take(acceptance.tokens)
             sequence.stats.num_dropped += len(acceptance.tokens) - taken
             acceptance = acceptance.cut(taken)
