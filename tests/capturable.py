@@ -26,7 +26,7 @@ WAITS = {
     "repeat_interleave",
     "_assert_async",
 }
-COMES_FROM_THE_HOST = {"lift", "lift_fresh", "lift_fresh_copy", "scalar_tensor"}  # torch.tensor([...]), as_tensor(...)
+COMES_FROM_THE_HOST = {"lift", "lift_fresh", "lift_fresh_copy"}  # torch.tensor([...]), as_tensor(...)
 
 
 class Capturable(TorchDispatchMode):
@@ -70,7 +70,8 @@ def _refused(name):
 def buffers_of(region) -> dict[str, tuple[int, torch.Size, tuple[int, ...]]]:
     """Address, shape and strides of every tensor a region keeps."""
     found = {}
-    for name, value in vars(region).items():
+    fields = {**vars(region), "staged": region._inputs._staged} if hasattr(region, "_inputs") else vars(region)
+    for name, value in fields.items():
         for place, tensor in enumerate(value if isinstance(value, list | tuple) else [value]):
             parts = vars(tensor) if hasattr(tensor, "append") and hasattr(tensor, "slots") else {"": tensor}
             for part, held in parts.items():

@@ -88,10 +88,8 @@ class ResidentCache(KVCache):
         if home is None:
             return
         for layer, (keys, values) in zip(self.layers, home.views, strict=True):
-            if layer.keys is keys:
-                layer.keys = keys[:, :, : layer.num_rows].clone()
-            if layer.values is values:
-                layer.values = values[:, :, : layer.num_rows].clone()
+            layer.keys = _own(layer.keys, keys, layer.num_rows)
+            layer.values = _own(layer.values, values, layer.num_rows)
 
     def _move(self, source: Tensor, to: int) -> None:
         """At home, all layers at once: two kernels instead of four a layer."""
@@ -100,3 +98,8 @@ class ResidentCache(KVCache):
             return
         rows = self.home.rows
         rows[:, :, :, to : to + len(source)] = rows.index_select(3, source)
+
+
+def _own(rows: Tensor | None, view: Tensor, num_rows: int) -> Tensor | None:
+    """What is a view into a residence, copied; what is not, as it is."""
+    return view[:, :, :num_rows].clone() if rows is view else rows

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from amphista.accept.sampling import Chooser
 from amphista.accept.walk import walk
 from amphista.drafter.base import Drafter
+from amphista.drafter.captured import captured
 from amphista.engine.params import SamplingParams
 from amphista.engine.sequence import Context, Sequence
 from amphista.engine.stats import Clock, DecodeStats
@@ -35,7 +36,8 @@ class Engine:
     """Decodes sequences with one target, drafter and grower; keeps no state of its own."""
 
     def __init__(self, target: Target, drafter: Drafter, grower: Grower) -> None:
-        self.target, self.drafter, self.grower = target, drafter, grower
+        self.target, self.grower = target, grower
+        self.drafter = captured(drafter, is_static=target.is_static)
 
     def new_context(self) -> Context:
         """Empty caches for one conversation."""

@@ -12,11 +12,16 @@ Source: CUDA graphs as torch.cuda.graph captures them (pytorch.org/docs, "CUDA s
 
 from __future__ import annotations
 
+import threading
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from typing import Any, Generic, Protocol, TypeVar
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
+from torch import Tensor
 
 from amphista.errors import CaptureError
 
@@ -91,6 +96,50 @@ class Recorded(Generic[R]):
     def clear(self) -> None:
         """Drop everything recorded."""
         self._kept.clear()
+
+
+class Inputs:
+    """Integers that change from one replay to the next: written on the host, brought to the device in one copy.
+
+    parts: how many integers each of `device` (tensors) and `host` (arrays over pinned memory) has.
+    """
+
+    def __init__(self, parts: tuple[int, ...], device: torch.device) -> None:
+        is_cuda = device.type == "cuda"
+        self._staged = torch.zeros(sum(parts), dtype=torch.int64, pin_memory=is_cuda)
+        self._tensor = torch.zeros(sum(parts), dtype=torch.int64, device=device)
+        self._arrived = torch.cuda.Event() if is_cuda else None
+        self.device: tuple[Tensor, ...] = self._tensor.split(parts)
+        self._host = np.split(self._staged.numpy(), np.cumsum(parts)[:-1])
+
+    def host(self) -> list[NDArray[np.int64]]:
+        """The arrays to write, once the device has what was sent before."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        return self._host
+
+    def send(self) -> None:
+        """Bring them over."""
+        self._tensor.copy_(self._staged, non_blocking=True)
+        if self._arrived is not None:
+            self._arrived.record()
+
+
+class OneThread:
+    """Buffers serve one thread: the first that asks, until it ends."""
+
+    def __init__(self) -> None:
+        self._holder: weakref.ref[threading.Thread] | None = None
+        self._lock = threading.Lock()
+
+    def is_mine(self) -> bool:
+        """Whether the calling thread has them; it takes them if nobody does."""
+        with self._lock:
+            holder = None if self._holder is None else self._holder()
+            if holder is None or not holder.is_alive():
+                holder = threading.current_thread()
+                self._holder = weakref.ref(holder)
+            return holder is threading.current_thread()
 
 
 def bucket(size: int, sizes: tuple[int, ...]) -> int | None:

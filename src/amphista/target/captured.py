@@ -15,7 +15,6 @@ Shapes: N nodes of the bucket, n of the tree, C capacity, S = C + 1 rows, D hidd
 from __future__ import annotations
 
 import threading
-import weakref
 from collections.abc import Callable
 
 import numpy as np
@@ -25,7 +24,7 @@ from torch import Tensor
 from amphista.cache.resident import Residence, ResidentCache
 from amphista.cache.static import KVCache
 from amphista.errors import CaptureError
-from amphista.kernels.graph import Recorded, Recorder, bucket
+from amphista.kernels.graph import Inputs, OneThread, Recorded, Recorder, bucket
 from amphista.target.attention import MaskPlan
 from amphista.target.lean import LeanModel
 from amphista.target.output import TargetOutput
@@ -47,10 +46,8 @@ class VerifyRegion:
         self._model, self._plan, self.num_nodes = model, plan, num_nodes
         self._words = -(-num_nodes // BITS)
         parts = (num_nodes, num_nodes, num_nodes, 1, num_nodes * self._words)
-        self.inputs = torch.zeros(sum(parts), dtype=torch.int64, device=device)
-        self.staged = torch.zeros(sum(parts), dtype=torch.int64, pin_memory=device.type == "cuda")
-        self._host = np.split(self.staged.numpy(), np.cumsum(parts)[:-1])
-        self.tokens, self.positions, self.slots, self.num_past, self._lineage = self.inputs.split(parts)
+        self._inputs = Inputs(parts, device)
+        self.tokens, self.positions, self.slots, self.num_past, self.lineage = self._inputs.device
         self._columns = torch.arange(residence.capacity + 1, device=device)
         self._bits = torch.arange(BITS, device=device)
         self._rows = residence.scattered(self.slots)
@@ -63,14 +60,14 @@ class VerifyRegion:
     def load(self, tree: TokenTree, num_past: int) -> None:
         """Hand over a tree behind `num_past` committed rows, in one copy to the device."""
         size = tree.num_nodes
-        tokens, positions, slots, past, lineage = self._host
+        tokens, positions, slots, past, lineage = self._inputs.host()
         tokens[:size], tokens[size:] = tree.tokens, 0
         positions[:size], positions[size:] = np.add(tree.depths, num_past), 0
         slots[:size], slots[size:] = np.arange(num_past, num_past + size), self._scratch
         past[0] = num_past
         packed = b"".join(bits.to_bytes(8 * self._words, "little") for bits in tree.ancestor_bits())
         lineage[: size * self._words], lineage[size * self._words :] = np.frombuffer(packed, np.int64), 0
-        self.inputs.copy_(self.staged, non_blocking=True)
+        self._inputs.send()
 
     def run(self) -> None:
         visible, key_positions = self._visible()
@@ -92,7 +89,7 @@ class VerifyRegion:
 
     def _ancestors(self) -> Tensor:
         """bool [N, N] from the bits that came."""
-        words = self._lineage.view(self.num_nodes, self._words, 1)
+        words = self.lineage.view(self.num_nodes, self._words, 1)
         bits: Tensor = ((words >> self._bits) & 1).bool()
         return bits.view(self.num_nodes, -1)[:, : self.num_nodes]
 
@@ -106,7 +103,7 @@ class CapturedForward:
         self._regions: Recorded[VerifyRegion] = Recorded(Recorder(self._device))
         self._residences: dict[int, Residence] = {}
         self._lock = threading.Lock()
-        self._thread: weakref.ref[threading.Thread] | None = None
+        self._thread = OneThread()
 
     def verify(self, tree: TokenTree, cache: KVCache) -> TargetOutput | None:
         """One forward over the tree; None for what the ordinary path must read: a tree beyond the largest bucket, a
@@ -128,16 +125,12 @@ class CapturedForward:
 
     def admit(self, cache: KVCache) -> bool:
         """Whether the calling thread decodes here; if not, the cache moves out, so that it may use it elsewhere."""
-        with self._lock:
-            holder = None if self._thread is None else self._thread()
-            if holder is None or not holder.is_alive():
-                self._thread = weakref.ref(threading.current_thread())
-                return True
-            if holder is threading.current_thread():
-                return True
-            if isinstance(cache, ResidentCache):
+        if self._thread.is_mine():
+            return True
+        if isinstance(cache, ResidentCache):
+            with self._lock:
                 cache.move_out()
-            return False
+        return False
 
     @property
     def num_bytes(self) -> int:
