@@ -13,9 +13,11 @@ import pytest
 import torch
 
 from amphista.drafter import captured as drafting
+from amphista.drafter.amphista import Amphista, AmphistaConfig
 from amphista.drafter.base import Calibration
 from amphista.drafter.captured import AskRegion, CapturedDrafter, FeedRegion
 from amphista.drafter.lookup import WithLookup
+from amphista.drafter.medusa import Medusa, MedusaConfig
 from amphista.drafter.none import NoDrafter
 from amphista.drafter.stage_rows import StageHome
 from amphista.engine.decoder import decode
@@ -25,11 +27,13 @@ from amphista.errors import CaptureError
 from amphista.kernels.graph import Recorder
 from amphista.llm import LLM
 from amphista.target import captured as verifying
+from amphista.target.spec import LogitTransform, SharedWeights
 from amphista.target.target import Target
 from amphista.tree.grow import parse_tree
 from tests.capturable import buffers_of, capturable
 from tests.oracle.decode import decode_plainly
 from tests.tiny import (
+    AMPHISTA_SWITCHES,
     AUTO_TREES,
     EOS,
     GRAFTS,
@@ -192,6 +196,25 @@ def test_drafting_asks_the_host_for_nothing_and_its_buffers_stay(target, drafter
         with capturable() as watch:
             region.run()
         assert len(watch.names) > 5
+
+
+@pytest.mark.parametrize("kind, switches", [*((Amphista, s) for s in AMPHISTA_SWITCHES.values()), (Medusa, {})])
+def test_everything_it_touches_is_on_its_device(target, kind, switches):
+    """On `meta`, which holds no values and joins no other device, as CUDA does not; bfloat16, as there."""
+    meta, spec = torch.device("meta"), target.spec
+    config = (AmphistaConfig if kind is Amphista else MedusaConfig)(**switches)
+    with meta:
+        embedding, head = torch.nn.Embedding(spec.vocab_size, 32), torch.nn.Linear(32, spec.vocab_size, bias=False)
+        shared = SharedWeights(embedding.bfloat16(), head.bfloat16(), LogitTransform())
+        heads = kind(config, spec, shared).bfloat16().freeze()
+    around = CapturedDrafter(heads)
+    with torch.inference_mode():
+        regions = [AskRegion(heads, around._features, around._divisors, 6)]
+        if kind is Amphista and config.stages:
+            regions.append(FeedRegion(heads, StageHome(heads, 16), around._features, 4))
+        for region in regions:
+            region.run()
+    assert regions[0].offers.device == meta
 
 
 def test_a_device_that_cannot_record_drafts_on_without(target, drafters, monkeypatch):

@@ -5,10 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
+from amphista.cache.resident import Residence
 from amphista.errors import CaptureError
 from amphista.kernels.graph import Recorder
 from amphista.target import captured
+from amphista.target.attention import MaskPlan
 from amphista.target.captured import VerifyRegion
+from amphista.target.lean import LeanModel
 from amphista.target.target import Target
 from amphista.tree.token_tree import TokenTree
 from tests.capturable import buffers_of, capturable
@@ -43,6 +46,24 @@ def test_a_recorded_forward_asks_the_host_for_nothing(family, num_nodes, dtype):
     with capturable() as watch:
         region.run()
     assert len(watch.names) > 20
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_everything_it_touches_is_on_its_device(family):
+    """On `meta`, which holds no values and joins no other device, as CUDA does not; bfloat16, as there."""
+    meta = torch.device("meta")
+    with meta:
+        model = tiny_model(family, dtype=torch.bfloat16)
+    model.requires_grad_(False)
+    lean, spec = LeanModel(model), Target(tiny_model(family)).spec
+    with torch.inference_mode():
+        home = Residence((spec.num_layers, spec.num_key_value_heads, spec.head_size), 64, torch.bfloat16, meta)
+        region = VerifyRegion(lean, MaskPlan.for_config(model.config), home, (8, spec.hidden_size, spec.vocab_size))
+        region.run()
+        assert region.logits.device == meta
+        lean._heads_scale = torch.ones(lean._heads_scale.shape)
+        with pytest.raises(RuntimeError, match="device"):
+            region.run()
 
 
 def test_what_the_watch_refuses():
