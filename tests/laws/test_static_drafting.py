@@ -404,3 +404,22 @@ def test_features_not_handed_over_are_seen(exact, monkeypatch):
     _features_not_handed_over(monkeypatch)
     with pytest.raises(AssertionError):
         test_states_take_turns(exact)
+
+
+@pytest.mark.parametrize("tree", TREES)
+@pytest.mark.parametrize("name", ["none", "amphista-full", "medusa-shared", "amphista-full+lookup"])
+def test_nothing_is_recorded_in_mid_answer_once_prepared(drafters, name, tree):
+    """So that a measurement holds no capture."""
+    target = static_target()
+    engine = Engine(target, real_drafters(target)[name], TREES[tree])
+    engine.prepare(len(PROMPT) + 24)
+
+    def recorded():
+        around = engine.drafter
+        kept = [target._captured._regions._kept]
+        kept += [around._feeds._kept, around._asks._kept] if isinstance(around, CapturedDrafter) else []
+        return {(index, key) for index, regions in enumerate(kept) for key in regions}
+
+    before = recorded()
+    decode(engine, PROMPT, SAMPLINGS["greedy"])
+    assert recorded() == before and len(before) > 1

@@ -15,6 +15,7 @@ from __future__ import annotations
 import threading
 import warnings
 import weakref
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -23,7 +24,7 @@ from amphista.drafter.amphista import Amphista
 from amphista.drafter.base import Drafter, DrafterState, ParallelHeads
 from amphista.drafter.stage_rows import StageHome, StageRows
 from amphista.errors import CaptureError
-from amphista.kernels.graph import Inputs, OneThread, Recorded, Recorder, bucket
+from amphista.kernels.graph import Inputs, OneThread, Recorded, Recorder, bucket, capacities
 from amphista.tree.candidates import Candidates, Graft
 
 ROWS = (1, 2, 4, 8, 16, 32)  # fed at once; more are read as they are
@@ -140,14 +141,27 @@ class CapturedDrafter(Drafter):
                 self._uncapture(error)
         return self._around.draft(state, num_ranks, temperature, max_depth)
 
+    @torch.inference_mode()
+    def prepare(self, num_ranks: int, num_rows: int) -> None:
+        """Record now what feeding up to so many rows and asking for so many ranks will replay."""
+        if not self._thread.is_mine() or self.why_not_captured is not None:
+            return
+        try:
+            if num_ranks > 0:
+                self._ask_region(min(num_ranks, self._heads.draft_vocab))
+            if self._staged is not None:
+                for capacity in capacities(FIRST_CAPACITY, num_rows):
+                    for size in ROWS:
+                        self._feed_region(self._staged, self._home(self._staged, capacity), size)
+        except CaptureError as error:
+            self._uncapture(error)
+
     def _feed(self, heads: Amphista, state: DrafterState, hidden: Tensor, next_ids: Tensor, num_rows: int) -> None:
         for cache in state.caches:
             cache.trim(state.num_rows)  # what a commit that was broken off has left
         size = state.num_rows + len(next_ids)
         home = self._home_for(heads, state, size)
-        region, replay = self._feeds.get(
-            (num_rows, home.capacity), lambda: FeedRegion(heads, home, self._features, num_rows)
-        )
+        region, replay = self._feed_region(heads, home, num_rows)
         with self._lock:
             home.move_in(state)
         self._take_buffers(state)
@@ -158,22 +172,28 @@ class CapturedDrafter(Drafter):
         state.features, state.num_rows = self._features, size
 
     def _ask(self, state: DrafterState, num_ranks: int, temperature: float, max_depth: int | None) -> Candidates:
-        calibration = self._heads.calibration
-        coverage = None if calibration is None else calibration.coverage  # a constant of the recorded function
-        region, replay = self._asks.get(
-            (num_ranks, coverage), lambda: AskRegion(self._heads, self._features, self._divisors, num_ranks)
-        )
+        region, replay = self._ask_region(num_ranks)
         if state.features is not self._features:
             self._take_buffers(state)
             features = state.features if isinstance(state.features, list) else [state.features]
             for buffer, feature in zip(self._features, features, strict=True):
                 buffer.copy_(feature)
-        if self._divided != (temperature, calibration):
+        if self._divided != (temperature, self._heads.calibration):
             self._divisors.copy_(self._heads.head_temperatures(temperature)[:, None])
-            self._divided = temperature, calibration
+            self._divided = temperature, self._heads.calibration
         replay()
         token_ids, log_probs = region.offers.cpu()[:, :max_depth]
         return Candidates(token_ids.long().tolist(), log_probs.tolist())
+
+    def _feed_region(self, heads: Amphista, home: StageHome, num_rows: int) -> tuple[FeedRegion, Callable[[], None]]:
+        key = num_rows, home.capacity
+        return self._feeds.get(key, lambda: FeedRegion(heads, home, self._features, num_rows))
+
+    def _ask_region(self, num_ranks: int) -> tuple[AskRegion, Callable[[], None]]:
+        calibration = self._heads.calibration
+        coverage = None if calibration is None else calibration.coverage  # a constant of the recorded function
+        key = num_ranks, coverage
+        return self._asks.get(key, lambda: AskRegion(self._heads, self._features, self._divisors, num_ranks))
 
     def _take_buffers(self, state: DrafterState) -> None:
         """Let the features in the buffers be this state's; who had them there before gets a copy."""
@@ -187,9 +207,9 @@ class CapturedDrafter(Drafter):
         for home in self._homes.values():
             if num_rows <= home.capacity and home.holds(state):
                 return home
-        capacity = FIRST_CAPACITY
-        while capacity < num_rows:
-            capacity *= 2
+        return self._home(heads, capacities(FIRST_CAPACITY, num_rows)[-1])
+
+    def _home(self, heads: Amphista, capacity: int) -> StageHome:
         if capacity not in self._homes:
             try:
                 self._homes[capacity] = StageHome(heads, capacity)

@@ -10,11 +10,13 @@ from dataclasses import dataclass, replace
 from amphista.accept.sampling import Chooser
 from amphista.accept.walk import walk
 from amphista.drafter.base import Drafter
-from amphista.drafter.captured import captured
+from amphista.drafter.captured import CapturedDrafter, captured
+from amphista.drafter.lookup import DEEPEST
 from amphista.engine.params import SamplingParams
 from amphista.engine.sequence import Context, Sequence
 from amphista.engine.stats import Clock, DecodeStats
 from amphista.errors import RequestError
+from amphista.target.captured import NODES
 from amphista.target.target import Target
 from amphista.target.text import IncrementalText
 from amphista.tree.candidates import Candidates
@@ -42,6 +44,14 @@ class Engine:
     def new_context(self) -> Context:
         """Empty caches for one conversation."""
         return Context(self.target.new_cache(), self.drafter.start())
+
+    def prepare(self, num_rows: int) -> None:
+        """Record now what decoding up to so many rows will replay: where time is measured, not in mid-answer."""
+        deepest = max(self.drafter.num_heads, DEEPEST)
+        is_chain = self.grower.max_nodes > NODES[-1]  # as long as what is offered
+        self.target.prepare(deepest + 1 if is_chain else self.grower.max_nodes, num_rows)
+        if isinstance(self.drafter, CapturedDrafter):
+            self.drafter.prepare(self.grower.num_ranks, num_rows)
 
     def start(
         self, prompt_ids: list[int], params: SamplingParams, context: Context | None = None

@@ -20,7 +20,7 @@ from amphista.config import as_dict
 from amphista.engine.params import SamplingParams
 from amphista.errors import AmphistaError, ConfigError, RequestError
 from amphista.evaluation.lossless import first_divergence
-from amphista.evaluation.methods import HF, NONE, Method, MethodSpec, Settings, build_method, costs_of
+from amphista.evaluation.methods import HF, NONE, Method, MethodSpec, Ours, Settings, build_method, costs_of
 from amphista.evaluation.protocol import recount, warm_up_plan
 from amphista.evaluation.quality import score
 from amphista.evaluation.questions import Question, QuestionSet
@@ -144,6 +144,11 @@ class Evaluation:
 
     def _warm_up(self) -> None:
         """Unmeasured. A method that crashes here will crash again where it counts."""
+        if self.target.is_static:
+            num_rows = self._most_rows()
+            for method in self.methods.values():
+                if isinstance(method, Ours):
+                    method.prepare(num_rows)
         turns, times, max_new_tokens = warm_up_plan(self.config.protocol, self.questions.questions[0])
         params = replace(self.config.params, max_new_tokens=min(max_new_tokens, self.config.params.max_new_tokens))
         for _ in range(times):
@@ -151,6 +156,15 @@ class Evaluation:
             for turn in range(turns):
                 for name in self.names:
                     self._answer(name, self.questions.questions[0], turn, conversations[name], params)
+
+    def _most_rows(self) -> int:
+        """About what the longest conversation takes if its answers are as long as they may be."""
+        longest = 0
+        for question in self.questions.questions:
+            said = "\n".join(question.turns)
+            tokens = len(self.text.encode(said)) + len(question.turns) * self.config.params.max_new_tokens
+            longest = max(longest, tokens)
+        return longest
 
     def _groups(self, done: set[tuple[int, str, int]]) -> Iterator[list[Record]]:
         for repeat in range(self.config.repeats):

@@ -26,7 +26,7 @@ from torch import Tensor
 from amphista.errors import CaptureError
 
 WARM_UPS = 3  # kernels choose their workspaces and what is made lazily is made before the capture
-MAX_RECORDED = 48  # tree sizes times capacities that one long run meets; each graph holds some MB of launch records
+MAX_RECORDED = 128  # tree sizes times capacities that a run meets; a graph holds the launch records of its kernels
 
 
 class Region(Protocol):
@@ -145,6 +145,14 @@ class OneThread:
 def bucket(size: int, sizes: tuple[int, ...]) -> int | None:
     """The smallest of the ascending sizes that holds `size`; None if none does."""
     return next((candidate for candidate in sizes if candidate >= size), None)
+
+
+def capacities(first: int, num_rows: int) -> list[int]:
+    """Doubling from `first`, up to the one that holds `num_rows`."""
+    found = [first]
+    while found[-1] < num_rows:
+        found.append(2 * found[-1])
+    return found
 
 
 def _first_line(error: Exception) -> str:

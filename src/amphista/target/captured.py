@@ -15,6 +15,7 @@ Shapes: N nodes of the bucket, n of the tree, C capacity, S = C + 1 rows, D hidd
 from __future__ import annotations
 
 import threading
+from bisect import bisect_left
 from collections.abc import Callable
 
 import numpy as np
@@ -24,7 +25,7 @@ from torch import Tensor
 from amphista.cache.resident import Residence, ResidentCache
 from amphista.cache.static import KVCache
 from amphista.errors import CaptureError
-from amphista.kernels.graph import Inputs, OneThread, Recorded, Recorder, bucket
+from amphista.kernels.graph import Inputs, OneThread, Recorded, Recorder, bucket, capacities
 from amphista.target.attention import MaskPlan
 from amphista.target.lean import LeanModel
 from amphista.target.output import TargetOutput
@@ -137,6 +138,15 @@ class CapturedForward:
         """Bytes of all residences."""
         return sum(home.rows.numel() * home.rows.element_size() for home in self._residences.values())
 
+    def prepare(self, max_nodes: int, num_rows: int) -> None:
+        """Record all sizes up to these now, so that none has to be in mid-answer. raises CaptureError."""
+        if not self._thread.is_mine():
+            return
+        with self._lock:
+            for capacity in capacities(FIRST_CAPACITY, min(num_rows, self._most_rows)):
+                for num_nodes in NODES[: bisect_left(NODES, max_nodes) + 1]:
+                    self._region(self._residence(min(capacity, self._most_rows)), num_nodes)
+
     def _region(self, residence: Residence, num_nodes: int) -> tuple[VerifyRegion, Callable[[], None]]:
         sizes = (num_nodes, self._spec.hidden_size, self._model.head.num_outputs)
         key = (num_nodes, residence.capacity, len(self._model.layers))  # layers may be taken away to time the rest
@@ -147,10 +157,14 @@ class CapturedForward:
         home = cache.home
         if home is not None and num_rows <= home.capacity and home is self._residences.get(home.capacity):
             return home
-        capacity = FIRST_CAPACITY
-        while capacity < num_rows:
-            capacity *= 2
-        capacity = min(capacity, self._spec.max_positions + NODES[-1])  # a tree is wide where positions end
+        return self._residence(min(capacities(FIRST_CAPACITY, num_rows)[-1], self._most_rows))
+
+    @property
+    def _most_rows(self) -> int:
+        """A tree is wide also where positions end."""
+        return self._spec.max_positions + NODES[-1]
+
+    def _residence(self, capacity: int) -> Residence:
         if capacity not in self._residences:
             self._residences[capacity] = self._build(capacity)
         return self._residences[capacity]

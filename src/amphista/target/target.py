@@ -240,6 +240,15 @@ class Target:
         ancestors = tree.ancestor_mask().to(self.device)
         return self._forward(tree.tokens, tree.depths, ancestors, cache, logits_to_keep=0)
 
+    @torch.inference_mode()
+    def prepare(self, max_nodes: int, num_rows: int) -> None:
+        """Record the forwards over up to so many nodes and rows now; nothing where forwards are not recorded."""
+        if self._captured is not None:
+            try:
+                self._captured.prepare(max_nodes, min(num_rows, self.spec.max_positions) + max_nodes)
+            except CaptureError as error:
+                self._uncapture(str(error))
+
     def _forward(
         self, token_ids: list[int], depths: list[int], ancestors: Tensor, cache: KVCache, *, logits_to_keep: int
     ) -> TargetOutput:
