@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+import torch
+
 from amphista.accept.sampling import Chooser
 from amphista.accept.walk import walk
 from amphista.drafter.base import Drafter
@@ -40,6 +42,12 @@ class Engine:
     def __init__(self, target: Target, drafter: Drafter, grower: Grower) -> None:
         self.target, self.grower = target, grower
         self.drafter = captured(drafter, is_static=target.is_static)
+
+    @property
+    def _waits_for(self) -> torch.device:
+        """What a step's clock waits for: nothing where replays end with a copy to the host, and more would only keep
+        the host from going ahead of the device; moving committed rows then counts into what follows it."""
+        return torch.device("cpu") if self.target.is_static else self.target.device
 
     def new_context(self) -> Context:
         """Empty caches for one conversation."""
@@ -90,7 +98,7 @@ class Engine:
     def step(self, sequence: Sequence) -> StepResult:
         """One target forward: between 1 and depth + 1 tokens."""
         sequence.check_context()
-        clock = Clock(sequence.stats, self.target.device)
+        clock = Clock(sequence.stats, self._waits_for)
         started = clock.now()
         context, root_position = sequence.context, sequence.root_position
         with clock.phase("draft"):
