@@ -19,6 +19,7 @@ import torch
 from amphista.cache.resident import Residence, ResidentCache
 from amphista.cache.static import KVCache
 from amphista.errors import CapacityError
+from amphista.kernels.int8 import can_quantise
 from amphista.target import captured
 from amphista.target.captured import VerifyRegion
 from amphista.target.target import Target
@@ -102,6 +103,20 @@ def test_every_bucket_and_what_is_beyond_one_word_of_bits(name, num_nodes):
         outputs.append(target.verify(tree, cache))
     assert difference(outputs[0].logits, outputs[1].logits) < 1e-9
     assert outputs[0].choices == outputs[1].logits.argmax(-1).tolist() and outputs[1].choices is None
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral-windowed", "qwen2-windowed"])
+def test_padding_changes_nothing(name, monkeypatch):
+    """The same trees in buckets of their own size and in one far too large: logits, and every row that is kept."""
+    rows, logits = [], []
+    for sizes in ((1, 2, 3, 10, 16), (256,)):
+        monkeypatch.setattr(captured, "NODES", sizes)
+        target = static_target(name)
+        cache = target.new_cache()
+        logits.append(outputs_of(target, cache, 9))
+        rows.append(cache.home.rows[:, :, :, : cache.num_committed].clone())
+    assert max(difference(a, b) for a, b in zip(*logits, strict=True)) < 1e-9
+    assert difference(*rows) < 1e-9
 
 
 def test_a_tree_beyond_the_largest_bucket_is_read_as_it_is():
@@ -192,6 +207,26 @@ def test_caches_take_turns():
         for ours, theirs in pairs:  # committed when another has moved in since
             ours.commit([0, 1, 4][: step + 1]), theirs.commit([0, 1, 4][: step + 1])
     assert sum(ours.home is not None and ours.home.holds(ours) for ours, _ in pairs) < 3
+
+
+def test_a_ragged_batch_is_read_as_it_is():
+    """Slots share storage of their own and take no part."""
+    target, plain = static_target("qwen2-windowed"), Target(shaken_model("qwen2-windowed").double())
+    assert plain.speed_up()
+    outputs = []
+    for each in (target, plain):
+        slots = each.new_slots(3)
+        for slot, length in zip(slots.slots, (3, WINDOW + 2, 1), strict=True):
+            each.prefill(prompt_of(length), slot)
+        outputs.append([each.extend([40 + step, 50, 60], slots).logits for step in range(3)])
+    assert all(difference(a, b) < 1e-12 for a, b in zip(*outputs, strict=True))
+
+
+@pytest.mark.skipif(not can_quantise(torch.empty(0)), reason="this CPU has no 8-bit dot products")
+def test_weights_of_8_bits():
+    target = Target(shaken_model("qwen3"), static=True)
+    assert target.speed_up(int8=True) and target.path == "fast-int8-static"
+    assert worst(target, 11) < 5e-3  # a value between two numbers may go either way
 
 
 def test_a_cache_nobody_holds_any_more_is_not_kept():

@@ -63,7 +63,7 @@ class Residence:
     def move_in(self, cache: ResidentCache) -> None:
         """Let a cache live here, with up to C rows; the tenant before moves out."""
         tenant = None if self._tenant is None else self._tenant()
-        if tenant is not None and tenant is not cache:
+        if tenant is not None and tenant is not cache and tenant.home is self:  # it may have moved on by itself
             tenant.move_out()
         for layer, (keys, values) in zip(cache.layers, self.views, strict=True):
             for mine, here in ((layer.keys, keys), (layer.values, values)):

@@ -37,7 +37,7 @@ class StepResult:
 
 
 class Engine:
-    """Decodes sequences with one target, drafter and grower; keeps no state of its own."""
+    """Decodes sequences with one target, drafter and grower; a sequence's state is its context's, wherever it lies."""
 
     def __init__(self, target: Target, drafter: Drafter, grower: Grower) -> None:
         self.target, self.grower = target, grower
@@ -113,7 +113,10 @@ class Engine:
             acceptance = acceptance.cut(taken)
         with clock.phase("commit"):
             context.cache.commit(acceptance.path)
-            context.defer(self.drafter, output.hidden[acceptance.path], acceptance.tokens)
+            read = (
+                acceptance.path if self.drafter.num_heads else slice(len(acceptance.path))
+            )  # without heads: by nobody
+            context.defer(self.drafter, output.hidden[read], acceptance.tokens)
             self.grower.learn(sequence.pace, candidates, growth.tree.num_nodes, acceptance.accepted)
         sequence.stats.count(growth, acceptance.num_accepted, drafted=candidates.num_heads > 0)
         sequence.stats.step_seconds.append(clock.now() - started)

@@ -24,6 +24,8 @@ from amphista.kernels.linear import PackedLinear, Product
 
 # From so many scores a sequence on, torch's own attention is faster than two products and a softmax.
 FUSED_ATTENTION_SCORES = {torch.float64: 1 << 20, torch.float32: 1 << 20, torch.bfloat16: 1 << 24}
+# On CUDA torch has no kernel for grouped heads under a mask and repeats keys and values: products, memory permitting.
+GROUPED_CUDA_SCORES = 1 << 28
 FIRST_POSITIONS = 1024
 Mask = Tensor | Mapping[str, Tensor | None] | None
 
@@ -242,7 +244,8 @@ class _Attention:
         is_fused = mask is None and shape[1] > 1
         if mask is not None:
             num_scores = shape[1] * model.num_heads * mask.shape[-1]
-            is_fused = num_scores > FUSED_ATTENTION_SCORES[model.dtype]
+            repeats = model.device.type == "cuda" and groups > 1
+            is_fused = num_scores > (GROUPED_CUDA_SCORES if repeats else FUSED_ATTENTION_SCORES[model.dtype])
         if mask is not None and not is_fused:
             mask = _grouped(mask[:, 0], shape[0] * key_heads, groups, model.dtype)
         return cls(shape, key_heads, groups, mask, is_fused)
