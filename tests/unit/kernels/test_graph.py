@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import inspect
 import threading
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
 import torch
 
 from amphista.errors import CaptureError
-from amphista.kernels.graph import Inputs, OneThread, Recorded, Recorder, bucket, capacities
+from amphista.kernels.graph import WARM_UPS, Inputs, OneThread, Recorded, Recorder, bucket, capacities
 
 CPU = torch.device("cpu")
 
@@ -95,3 +97,38 @@ def test_the_first_thread_has_it_until_it_ends():
     second = threading.Thread(target=lambda: answers.append(one.is_mine()))
     second.start(), second.join()
     assert answers == [True, False] and one.is_mine()
+
+
+def test_how_cuda_is_asked(monkeypatch):
+    """Warmed up aside, captured once, in memory that all recordings share; only the names are real here."""
+    assert {"pool", "capture_error_mode"} <= set(inspect.signature(torch.cuda.graph.__init__).parameters)
+    calls = []
+
+    class Stream:
+        def wait_stream(self, other):
+            calls.append("waits")
+
+    class Graph:
+        def replay(self):
+            calls.append("replay")
+
+    @contextmanager
+    def entered(name, *args, **settings):
+        calls.append((name, *settings.values()))
+        yield
+        calls.append(f"end of {name}")
+
+    here = Stream()
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: "pool")
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: here)
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: entered("device"))
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: entered("aside"))
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph, **settings: entered("capture", **settings))
+    replay = Recorder(torch.device("cuda")).record(lambda: calls.append("run"))
+    expected = [("device",), "waits", ("aside",), *["run"] * WARM_UPS, "end of aside", "waits"]
+    expected += [("capture", "pool", "thread_local"), "run", "end of capture", "end of device"]
+    assert calls == expected
+    replay()
+    assert calls[-1] == "replay"
