@@ -19,6 +19,13 @@ FIRST_CAPACITY = 128
 GROWTH = 1.5
 
 
+def sent(numbers: Sequence[int], device: torch.device | None) -> Tensor:
+    """Integers on a device; on CUDA through pinned memory, which waits for nothing that is queued there."""
+    if device is None or device.type != "cuda":
+        return torch.tensor(list(numbers), device=device)
+    return torch.tensor(list(numbers), pin_memory=True).to(device, non_blocking=True)
+
+
 def grown(old: Tensor | None, like: Tensor, num_slots: int, capacity: int) -> Tensor:
     """New storage [num_slots, H, capacity, E] with what `old` held and fits; the rest is as in `like`.
 
@@ -100,7 +107,7 @@ class KVCache:
         if fixed < len(path):  # rows before `fixed` already lie where they belong
             keys, base = self.layers[0].keys, self.num_committed
             device = None if keys is None else keys.device
-            self._move(torch.tensor([base + node for node in path[fixed:]], device=device), base + fixed)
+            self._move(sent([base + node for node in path[fixed:]], device), base + fixed)
         self.num_committed += len(path)
         for layer in self.layers:
             layer.num_rows = self.num_committed

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from amphista.accept.sampling import Chooser
-from amphista.cache.static import KVCache
+from amphista.cache.static import KVCache, sent
 from amphista.drafter.base import Drafter, DrafterState
 from amphista.engine.params import FinishReason, SamplingParams
 from amphista.engine.stats import DecodeStats
@@ -46,7 +46,7 @@ class Context:
             device = (
                 hidden.device if drafter.num_heads else None
             )  # without heads nobody reads them: no copy to wait for
-            ids = torch.tensor([token for _, tokens in self.unfed for token in tokens], device=device)
+            ids = sent([token for _, tokens in self.unfed for token in tokens], device)
             drafter.commit(self.draft_state, hidden, ids)
             self.unfed.clear()  # last: a feeding that is broken off is done again, from the first row
 

@@ -8,9 +8,11 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import torch
+from torch import Tensor
 
 from amphista.accept.sampling import Chooser
 from amphista.accept.walk import walk
+from amphista.cache.static import sent
 from amphista.drafter.base import Drafter
 from amphista.drafter.captured import CapturedDrafter, captured
 from amphista.drafter.lookup import DEEPEST
@@ -121,6 +123,10 @@ class Engine:
         sequence.stats.count(growth, acceptance.num_accepted, drafted=candidates.num_heads > 0)
         sequence.stats.step_seconds.append(clock.now() - started)
         return StepResult(acceptance.tokens, text, acceptance.num_accepted)
+
+    def _rows(self, hidden: Tensor, path: list[int]) -> Tensor:
+        """Hidden states [T, D] of a path, copied; without heads nobody reads them, so they may be any."""
+        return hidden[sent(path, hidden.device)] if self.drafter.num_heads else hidden[: len(path)]
 
     def _propose(self, sequence: Sequence) -> Candidates:
         """What may follow: what the sequence itself suggests, and what the heads say where it pays to ask them."""

@@ -30,6 +30,7 @@ from amphista.evaluation.summary import RECORDS, RUN, SUMMARY, build_summary, ta
 from amphista.target.target import Target
 
 Report = Callable[[int, int, str], None]
+TEMPLATE_TOKENS = 32  # around a message, more than those of the templates we know
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,12 +159,12 @@ class Evaluation:
                     self._answer(name, self.questions.questions[0], turn, conversations[name], params)
 
     def _most_rows(self) -> int:
-        """About what the longest conversation takes if its answers are as long as they may be."""
+        """Of the longest conversation, its answers as long as they may be, and what a template writes around each."""
         longest = 0
         for question in self.questions.questions:
-            said = "\n".join(question.turns)
-            tokens = len(self.text.encode(said)) + len(question.turns) * self.config.params.max_new_tokens
-            longest = max(longest, tokens)
+            said = [message["content"] for message in question.history] + list(question.turns)
+            tokens = sum(len(self.text.encode(text)) + TEMPLATE_TOKENS for text in said)
+            longest = max(longest, tokens + len(question.turns) * self.config.params.max_new_tokens)
         return longest
 
     def _groups(self, done: set[tuple[int, str, int]]) -> Iterator[list[Record]]:
