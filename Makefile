@@ -5,6 +5,7 @@
 #   make check    formatting, lint, types, architecture
 #   make bench    the small benchmark, under 15 minutes on 2 cores; DATA=folder with spec_bench.jsonl, else fetched
 #   make bench-speed  where the time goes: T(n) against the machine's limits, phases, growing contexts, memory; DTYPE=
+#   make bench-gpu    on a GPU machine: captured graphs checked, then measured; DATA=, GPU_DTYPE=, GPU_OUT= (docs/gpu.md)
 #   make format   let ruff put the code in order
 #   make clean    remove .venv and caches
 
@@ -17,8 +18,12 @@ TORCH := $(shell sed -n 's/^torch==[^ ;]*/&/p' constraints.txt)
 BENCH_OUT ?= runs/bench
 SPEED_OUT ?= runs/bench-speed
 DTYPE ?= float32
+GPU_OUT ?= runs/bench-gpu
+GPU_DTYPE ?= bfloat16
+GPU_SHAPES ?= llama-7b llama-13b llama-33b
+GPU_TREES := medusa@8,medusa@16,medusa@32,medusa@64,medusa@128,amphista@8,amphista@16,amphista@32,amphista@64,amphista@128
 
-.PHONY: demo test check bench bench-speed format clean
+.PHONY: demo test check bench bench-speed bench-gpu format clean
 
 demo: $(READY)
 	@$(BIN)/amphista generate --compare --max-new-tokens 96 "Why is the sky blue?"
@@ -42,6 +47,19 @@ bench-speed: $(READY)
 	  --methods none,hf,amphista --dtype $(DTYPE) --out $(SPEED_OUT)/evaluate
 	@$(BIN)/amphista latency --nodes 1,2,4,8,16 --contexts 128,512,1024,2048,4096 --memory \
 	  --dtype $(DTYPE) --out $(SPEED_OUT)/latency
+
+# A shape that does not fit says so, and the others are measured.
+bench-gpu: $(READY)
+	@$(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' \
+	  || { echo "make bench-gpu needs a CUDA device that torch sees" >&2; exit 1; }
+	@$(BIN)/python -m pytest tests/gpu
+	@$(BIN)/amphista tune --refresh --dtype $(GPU_DTYPE)
+	@$(BIN)/amphista evaluate spec_bench $(if $(DATA),--data $(DATA)) --limit 12 --max-new-tokens 128 \
+	  --methods none,hf,medusa,amphista,$(GPU_TREES),medusa+lookup,amphista+lookup --dtype $(GPU_DTYPE) --out $(GPU_OUT)/evaluate
+	@for shape in $(GPU_SHAPES); do \
+	  $(BIN)/amphista latency --shape $$shape --nodes 1,2,4,8,16,32,64,128 --contexts 512,2048 \
+	    --dtype $(GPU_DTYPE) --out $(GPU_OUT)/latency-$$shape; \
+	done
 
 format: $(READY)
 	@$(BIN)/ruff format src tests

@@ -6,6 +6,7 @@
     |-- DrafterError     a drafter that cannot be found, is damaged, or belongs to another target
     |-- DataError        a prompt or training file with an unusable line, named by its number
     |-- CapacityError    a cache or a context window that is full
+    |-- CaptureError     a forward that this device cannot record as a graph; caught, said, and done without
     `-- RequestError     a request that cannot be served (empty prompt, prompt longer than the context)
 
 The command line turns each of them into one sentence on standard error and exit code 2 (`cli/app.py`).
@@ -36,6 +37,10 @@ class DataError(AmphistaError):
 
 class CapacityError(AmphistaError):
     """A cache or context window has no room left."""
+
+
+class CaptureError(AmphistaError):
+    """The device cannot record a function as a graph."""
 
 
 class RequestError(AmphistaError):

@@ -90,7 +90,7 @@ class LLM:
         self.target = target
         self.drafter = drafter or NoDrafter()
         if isinstance(self.drafter.inner, ParallelHeads):
-            self.drafter.inner.freeze()
+            self.drafter.inner.freeze(as_trained=target.is_static)
         costs = costs_for(target, self.drafter) if str(tree or DEFAULT_TREE) == AUTO else None
         measured = Measured(accuracy=calibrated_accuracy(self.drafter), costs=costs)
         self.engine = Engine(target, self.drafter, parse_tree(tree, measured))
@@ -228,7 +228,8 @@ def load(
     drafter: 'none', a name shipped for this target ('amphista', 'medusa'), a folder or a hub id; 'lookup', which drafts
     what followed the same tokens before; or any of them with '+lookup'. By default 'amphista+lookup' where an Amphista
     drafter is shipped for the target, else 'lookup', said on standard error. tree: see `parse_tree`; 'auto' measures
-    this machine once. fast: the fast forward where the target qualifies (`llm.target.path`), else the stock model.
+    this machine once. fast: the fast forward where the target qualifies (`llm.target.path`), on CUDA as captured
+    graphs, else the stock model.
     """
     check_tree(tree)
     loaded = load_target(target, device=device, dtype=dtype, fast=fast)

@@ -9,6 +9,7 @@ Shapes: N nodes, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -42,16 +43,19 @@ class Acceptance:
         return Acceptance(self.path[:num_tokens], self.accepted[: num_tokens - 1], self.tokens[num_tokens - 1])
 
 
-def walk(tree: TokenTree, logits: Tensor, chooser: Chooser, root_position: int) -> Acceptance:
+def walk(
+    tree: TokenTree, logits: Tensor, chooser: Chooser, root_position: int, argmaxes: Sequence[int] | None = None
+) -> Acceptance:
     """Walk the target's choices from the root.
 
     logits: [N, V]. root_position: absolute position of the pending token; the token chosen at a node of depth d sits
-    at root_position + d + 1.
+    at root_position + d + 1. argmaxes: of each row of logits, where they are known already.
     """
+    known = argmaxes if argmaxes is not None and chooser.is_argmax else None
     node, path = 0, [0]
     accepted: list[int] = []
     while True:
-        token = chooser.choose(logits[node], root_position + len(path), accepted)
+        token = known[node] if known else chooser.choose(logits[node], root_position + len(path), accepted)
         child = tree.child(node, token)
         if child is None:
             return Acceptance(path, accepted, token)

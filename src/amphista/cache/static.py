@@ -19,6 +19,13 @@ FIRST_CAPACITY = 128
 GROWTH = 1.5
 
 
+def sent(numbers: Sequence[int], device: torch.device | None) -> Tensor:
+    """Integers on a device; on CUDA through pinned memory, which waits for nothing that is queued there."""
+    if device is None or device.type != "cuda":
+        return torch.tensor(list(numbers), device=device)
+    return torch.tensor(list(numbers), pin_memory=True).to(device, non_blocking=True)
+
+
 def grown(old: Tensor | None, like: Tensor, num_slots: int, capacity: int) -> Tensor:
     """New storage [num_slots, H, capacity, E] with what `old` held and fits; the rest is as in `like`.
 
@@ -63,18 +70,11 @@ class LayerRows:
         self.keys = grown(self.keys, keys, 1, capacity)
         self.values = grown(self.values, values, 1, capacity)
 
-    def keep(self, base: int, rows: Sequence[int], index: Tensor) -> None:
-        """Keep the first `base` rows and, behind them, rows `base + r` for r in `rows` (ascending); drop the rest.
-
-        index: `base + rows` as a tensor on the cache's device, made once for all layers.
-        """
+    def move(self, source: Tensor, to: int) -> None:
+        """Copy the rows `source` (indices [M], ascending) to row `to` and those behind it; none moves backwards."""
         assert self.keys is not None and self.values is not None
-        fixed = next((i for i, row in enumerate(rows) if row != i), len(rows))
-        if fixed < len(rows):  # rows before `fixed` already lie where they belong
-            source = index[fixed:]
-            self.keys[:, :, base + fixed : base + len(rows)] = self.keys.index_select(2, source)
-            self.values[:, :, base + fixed : base + len(rows)] = self.values.index_select(2, source)
-        self.num_rows = base + len(rows)
+        self.keys[:, :, to : to + len(source)] = self.keys.index_select(2, source)
+        self.values[:, :, to : to + len(source)] = self.values.index_select(2, source)
 
 
 class KVCache:
@@ -103,11 +103,18 @@ class KVCache:
             raise CapacityError(
                 f"cannot commit path {list(path)}: the tree has {tree_rows} rows, ascending and distinct"
             )
-        keys = self.layers[0].keys
-        index = torch.tensor(list(path), device=None if keys is None else keys.device) + self.num_committed
-        for layer in self.layers:
-            layer.keep(self.num_committed, path, index)
+        fixed = next((i for i, node in enumerate(path) if node != i), len(path))
+        if fixed < len(path):  # rows before `fixed` already lie where they belong
+            keys, base = self.layers[0].keys, self.num_committed
+            device = None if keys is None else keys.device
+            self._move(sent([base + node for node in path[fixed:]], device), base + fixed)
         self.num_committed += len(path)
+        for layer in self.layers:
+            layer.num_rows = self.num_committed
+
+    def _move(self, source: Tensor, to: int) -> None:
+        for layer in self.layers:
+            layer.move(source, to)
 
     def trim(self, num_rows: int) -> None:
         """Keep the first `num_rows` committed rows; also drops the rows of an uncommitted tree."""

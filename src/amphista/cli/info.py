@@ -81,6 +81,7 @@ def _check(target: str, drafter: str | None, **settings: Any) -> dict[str, Any]:
         "target": asdict(llm.target.spec),
         "path": llm.target.path,
         "why_stock": llm.target.why_stock if llm.target.path == "stock" else None,
+        "why_not_captured": llm.target.why_not_captured,
         "drafter": llm.drafter.name,
         "tau": ours.stats.tau,
         "identical": compared["identical"],
@@ -120,6 +121,7 @@ def _text(report: dict[str, Any]) -> str:
         verdict = "the same tokens as plain decoding" if check["identical"] else f"DIFFERENT: {check['divergence']}"
         tau = "" if check["tau"] is None else f", {check['tau']:.2f} tokens per target forward"
         lines.append(f"check       {check['drafter']}: {verdict}{tau}")
-        reason = f": {check['why_stock']}" if check["why_stock"] else ""
+        why = check["why_stock"] or check["why_not_captured"]
+        reason = f": {why}" if why else ""
         lines.append(f"path        {check['path']}{reason}")
     return "\n".join(lines)

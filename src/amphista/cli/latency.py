@@ -83,7 +83,7 @@ def latency(
         loaded = load_target(target, device=device, dtype=dtype, fast=fast)
     else:
         rows = (max(config.batches) + 1) * (max(config.contexts) + max(config.nodes))
-        loaded = random_target(shape, num_layers=layers, cache_rows=rows, device=device, dtype=dtype)
+        loaded = random_target(shape, num_layers=layers, cache_rows=rows, device=device, dtype=dtype, fast=fast)
     asked = _Asked(drafters, draft_vocab, allow_other_target)
     record = _measure(config, loaded, asked)
     if memory:

@@ -15,6 +15,7 @@ Shapes: B sequences, T rows, P selected rows, K heads, D hidden size.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -22,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from amphista.drafter.base import DrafterConfig, DrafterState, ParallelHeads
-from amphista.drafter.layers import LayerCache, LayerSizes, ResidualBlock, RMSNorm, TransformerLayer
+from amphista.drafter.layers import LayerCache, LayerSizes, ResidualBlock, RMSNorm, RowCache, TransformerLayer
 from amphista.drafter.lean import LeanAmphista
 from amphista.errors import ConfigError
 from amphista.target.spec import SharedWeights, TargetSpec
@@ -72,7 +73,7 @@ class StagedAdaptation(nn.Module):
             self.fuse.weight.zero_()
             self.fuse.weight[:, : sizes.hidden_size].copy_(torch.eye(sizes.hidden_size))
 
-    def forward(self, x: Tensor, embedded: Tensor, positions: Tensor, cache: LayerCache | None = None) -> Tensor:
+    def forward(self, x: Tensor, embedded: Tensor, positions: Tensor, cache: RowCache | None = None) -> Tensor:
         """x [B, T, D], normed embeddings [B, T, embedding size], positions [1, T] -> [B, T, D]."""
         x = self.fuse(torch.cat([self.state_norm(x), embedded], dim=-1))
         mask = None
@@ -130,11 +131,11 @@ class Amphista(ParallelHeads):
 
     def head_states(self, hidden: Tensor, next_ids: Tensor, select: Tensor) -> Tensor:
         positions = torch.arange(hidden.shape[1], device=hidden.device)[None]
-        stages = self._adapt(hidden, next_ids, positions, None)
+        stages = self.adapt(hidden, next_ids, positions, None)
         return self._heads([stage.flatten(0, 1)[select] for stage in stages])
 
-    def _adapt(
-        self, hidden: Tensor, next_ids: Tensor, positions: Tensor, caches: list[LayerCache] | None
+    def adapt(
+        self, hidden: Tensor, next_ids: Tensor, positions: Tensor, caches: Sequence[RowCache] | None
     ) -> list[Tensor]:
         """What the heads below and above the split read, each [B, T, D]."""
         if self.hidden_norm is not None or self.embedding_norm is None:
@@ -174,7 +175,7 @@ class Amphista(ParallelHeads):
             state.features = self._lean.adapt(hidden, embedded, state.num_rows, state.caches)
         else:
             positions = torch.arange(state.num_rows, state.num_rows + len(hidden), device=hidden.device)[None]
-            stages = self._adapt(hidden[None], next_ids[None], positions, state.caches)
+            stages = self.adapt(hidden[None], next_ids[None], positions, state.caches)
             state.features = [stage[:, -1] for stage in stages]
         state.num_rows += len(hidden)
 

@@ -136,17 +136,22 @@ class ParallelHeads(Drafter):
 
     # -- once trained -------------------------------------------------------------------------------------------
 
-    def freeze(self, *, exact: bool = False) -> ParallelHeads:
+    def freeze(self, *, exact: bool = False, as_trained: bool = False) -> ParallelHeads:
         """Make ready for decoding on this device; training, moving and saving end here. Repeating it is free.
 
-        exact: products in the drafter's own type also where bfloat16 would be faster (`quick_type`).
+        exact: products in the drafter's own type also where bfloat16 would be faster (`quick_type`). as_trained: keep
+        the form it was trained in, as on a GPU, where graphs of it are recorded (captured.py).
         """
         if self._frozen is None:
+            as_trained = as_trained or self.device.type != "cpu"
             self._frozen = (self.dtype, self.device, self.num_weights)
-            self._product_type = self.dtype if exact else quick_type(self.dtype, self.device)
+            self._product_type = self.dtype if exact or as_trained else quick_type(self.dtype, self.device)
             self.eval().requires_grad_(False)
             with torch.inference_mode():
-                self.pack(self._product_type)
+                if as_trained:
+                    pack_linears(self)
+                else:
+                    self.pack(self._product_type)
         return self
 
     def pack(self, dtype: torch.dtype) -> None:

@@ -9,6 +9,7 @@ Shapes: B sequences, T rows, S keys, D hidden size, H heads, E head size.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -60,6 +61,15 @@ class ResidualBlock(nn.Module):
         return z + F.silu(self.linear(z))
 
 
+class RowCache(Protocol):
+    """Where a causal layer keeps its keys and values."""
+
+    num_rows: int
+
+    def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Write rows [1, H, T, E] behind the `num_rows` there are; all rows."""
+
+
 class LayerCache:
     """Keys and values of one staged adaptation layer for one sequence: rows are appended, or cut off the end."""
 
@@ -79,6 +89,17 @@ class LayerCache:
         self._kv[1, :, :, self.num_rows : end] = values
         self.num_rows = end
         return self._kv[0, :, :, :end], self._kv[1, :, :, :end]
+
+    @property
+    def storage(self) -> Tensor | None:
+        """Keys and values [2, 1, H, S, E] with the room there is."""
+        return self._kv
+
+    def move_to(self, storage: Tensor) -> None:
+        """Go on in other storage, with the rows there are."""
+        if self._kv is not None:
+            storage[..., : self.num_rows, :] = self._kv[..., : self.num_rows, :]
+        self._kv = storage
 
     def trim(self, num_rows: int) -> None:
         """Keep the first `num_rows` rows."""
@@ -145,7 +166,7 @@ class Attention(nn.Module):
         rotary: tuple[Tensor, Tensor] | None = None,
         mask: Tensor | None = None,
         is_causal: bool = False,
-        cache: LayerCache | None = None,
+        cache: RowCache | None = None,
     ) -> Tensor:
         """x [B, T, D] -> [B, T, D]; mask [B or 1, 1, T, S] is True where a key may be seen."""
         batch, length, _ = x.shape
@@ -196,7 +217,7 @@ class TransformerLayer(nn.Module):
         positions: Tensor | None = None,
         mask: Tensor | None = None,
         is_causal: bool = False,
-        cache: LayerCache | None = None,
+        cache: RowCache | None = None,
     ) -> Tensor:
         """x [B, T, D] -> [B, T, D]; rotary positions [B or 1, T] when given."""
         rotary = None

@@ -52,9 +52,9 @@ def tune(target: Target, drafter: Drafter, *, refresh: bool = False) -> Tuned:
     draft = 0.0
     if isinstance(inner, ParallelHeads):
         key = {"what": "draft", **key, "drafter": drafter_key(inner)}
-        ratio = kept(key, lambda: {"ratio": draft_ratio(target, inner)}, _is_ratio, refresh=refresh)["ratio"]
+        ratio = kept(key, lambda: {"ratio": draft_ratio(target, drafter)}, _is_ratio, refresh=refresh)["ratio"]
         draft = verify[1] * ratio
-    return Tuned(verify, record["spread"], Costs.measured(verify, draft))
+    return Tuned(verify, record["spread"], Costs.measured(verify, draft, in_steps=target.is_static))
 
 
 def target_key(target: Target) -> dict[str, Any]:

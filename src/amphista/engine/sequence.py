@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from amphista.accept.sampling import Chooser
-from amphista.cache.static import KVCache
+from amphista.cache.static import KVCache, sent
 from amphista.drafter.base import Drafter, DrafterState
 from amphista.engine.params import FinishReason, SamplingParams
 from amphista.engine.stats import DecodeStats
@@ -42,8 +42,11 @@ class Context:
     def feed(self, drafter: Drafter) -> None:
         """Give the drafter every row it has not read. Row j is made of h_j and x_{j+1}, and never rolled back."""
         if self.unfed:
-            hidden = torch.cat([rows for rows, _ in self.unfed])
-            ids = torch.tensor([token for _, tokens in self.unfed for token in tokens], device=hidden.device)
+            hidden = torch.cat([rows for rows, _ in self.unfed]) if len(self.unfed) > 1 else self.unfed[0][0]
+            device = (
+                hidden.device if drafter.num_heads else None
+            )  # without heads nobody reads them: no copy to wait for
+            ids = sent([token for _, tokens in self.unfed for token in tokens], device)
             drafter.commit(self.draft_state, hidden, ids)
             self.unfed.clear()  # last: a feeding that is broken off is done again, from the first row
 

@@ -7,13 +7,20 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+import torch
+from torch import Tensor
+
 from amphista.accept.sampling import Chooser
 from amphista.accept.walk import walk
+from amphista.cache.static import sent
 from amphista.drafter.base import Drafter
+from amphista.drafter.captured import CapturedDrafter, captured
+from amphista.drafter.lookup import DEEPEST
 from amphista.engine.params import SamplingParams
 from amphista.engine.sequence import Context, Sequence
 from amphista.engine.stats import Clock, DecodeStats
 from amphista.errors import RequestError
+from amphista.target.captured import NODES
 from amphista.target.target import Target
 from amphista.target.text import IncrementalText
 from amphista.tree.candidates import Candidates
@@ -32,14 +39,29 @@ class StepResult:
 
 
 class Engine:
-    """Decodes sequences with one target, drafter and grower; keeps no state of its own."""
+    """Decodes sequences with one target, drafter and grower; a sequence's state is its context's, wherever it lies."""
 
     def __init__(self, target: Target, drafter: Drafter, grower: Grower) -> None:
-        self.target, self.drafter, self.grower = target, drafter, grower
+        self.target, self.grower = target, grower
+        self.drafter = captured(drafter, is_static=target.is_static)
+
+    @property
+    def _waits_for(self) -> torch.device:
+        """What a step's clock waits for: nothing where replays end with a copy to the host, and more would only keep
+        the host from going ahead of the device; moving committed rows then counts into what follows it."""
+        return torch.device("cpu") if self.target.is_static else self.target.device
 
     def new_context(self) -> Context:
         """Empty caches for one conversation."""
         return Context(self.target.new_cache(), self.drafter.start())
+
+    def prepare(self, num_rows: int) -> None:
+        """Record now what decoding up to so many rows will replay: where time is measured, not in mid-answer."""
+        deepest = max(self.drafter.num_heads, DEEPEST)
+        is_chain = self.grower.max_nodes > NODES[-1]  # as long as what is offered
+        self.target.prepare(deepest + 1 if is_chain else self.grower.max_nodes, num_rows)
+        if isinstance(self.drafter, CapturedDrafter):
+            self.drafter.prepare(self.grower.num_ranks, num_rows)
 
     def start(
         self, prompt_ids: list[int], params: SamplingParams, context: Context | None = None
@@ -78,7 +100,7 @@ class Engine:
     def step(self, sequence: Sequence) -> StepResult:
         """One target forward: between 1 and depth + 1 tokens."""
         sequence.check_context()
-        clock = Clock(sequence.stats, self.target.device)
+        clock = Clock(sequence.stats, self._waits_for)
         started = clock.now()
         context, root_position = sequence.context, sequence.root_position
         with clock.phase("draft"):
@@ -87,17 +109,24 @@ class Engine:
         with clock.phase("verify"):
             output = self.target.verify(growth.tree, context.cache)
         with clock.phase("accept"):
-            acceptance = walk(growth.tree, output.logits, sequence.chooser, root_position)
+            acceptance = walk(growth.tree, output.logits, sequence.chooser, root_position, output.choices)
             taken, text = sequence.take(acceptance.tokens)
             sequence.stats.num_dropped += len(acceptance.tokens) - taken
             acceptance = acceptance.cut(taken)
         with clock.phase("commit"):
             context.cache.commit(acceptance.path)
-            context.defer(self.drafter, output.hidden[acceptance.path], acceptance.tokens)
+            read = (
+                acceptance.path if self.drafter.num_heads else slice(len(acceptance.path))
+            )  # without heads: by nobody
+            context.defer(self.drafter, output.hidden[read], acceptance.tokens)
             self.grower.learn(sequence.pace, candidates, growth.tree.num_nodes, acceptance.accepted)
         sequence.stats.count(growth, acceptance.num_accepted, drafted=candidates.num_heads > 0)
         sequence.stats.step_seconds.append(clock.now() - started)
         return StepResult(acceptance.tokens, text, acceptance.num_accepted)
+
+    def _rows(self, hidden: Tensor, path: list[int]) -> Tensor:
+        """Hidden states [T, D] of a path, copied; without heads nobody reads them, so they may be any."""
+        return hidden[sent(path, hidden.device)] if self.drafter.num_heads else hidden[: len(path)]
 
     def _propose(self, sequence: Sequence) -> Candidates:
         """What may follow: what the sequence itself suggests, and what the heads say where it pays to ask them."""

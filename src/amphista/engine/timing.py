@@ -16,7 +16,9 @@ import torch
 
 from amphista.cache.static import KVCache
 from amphista.drafter.base import Drafter
+from amphista.drafter.captured import captured
 from amphista.engine.stats import now
+from amphista.target.captured import NODES
 from amphista.target.target import Target
 from amphista.tree.dynamic import best_first
 from amphista.tree.grow import MAX_RANKS
@@ -73,7 +75,8 @@ def verify_seconds(target: Target) -> tuple[dict[int, float], float]:
 
 
 def draft_ratio(target: Target, drafter: Drafter) -> float:
-    """Seconds of asking the heads, in forwards of one row."""
+    """Seconds of asking the heads, in forwards of one row; in fixed shapes where the target verifies in them."""
+    drafter = captured(drafter.inner, is_static=target.is_static)
     cache, rows = _filled(target)
     hidden = torch.randn(rows, target.spec.hidden_size, generator=torch.Generator().manual_seed(0))
     hidden = hidden.to(target.device, target.dtype)
@@ -103,15 +106,17 @@ def _filled(target: Target) -> tuple[KVCache, int]:
 
 def _sizes(target: Target, rows: int) -> list[int]:
     largest = min(target.spec.max_positions - rows, target.spec.vocab_size)
-    return [size for size in SIZES.get(target.device.type, SIZES["cuda"]) if size <= largest]
+    sizes = NODES if target.is_static else SIZES.get(target.device.type, SIZES["cuda"])
+    return [size for size in sizes if size <= largest]
 
 
 def _forward(target: Target, num_nodes: int, cache: KVCache, rows: int) -> Cell:
     tree = TokenTree(list(range(num_nodes)), [-1, *((node - 1) // 2 for node in range(1, num_nodes))])
 
     def run() -> None:
-        logits = target.verify(tree, cache).logits
-        int(logits[0].argmax())
+        output = target.verify(tree, cache)
+        if output.choices is None:
+            int(output.logits[0].argmax())
         cache.commit([0])
 
     return Cell(run, lambda: cache.trim(rows))

@@ -23,7 +23,8 @@ import torch
 
 from amphista import provenance
 from amphista.cache.static import KVCache
-from amphista.drafter.base import ParallelHeads
+from amphista.drafter.base import Drafter, ParallelHeads
+from amphista.drafter.captured import captured
 from amphista.errors import ConfigError
 from amphista.evaluation.limits import ForwardWork, Limits, measure_limits
 from amphista.evaluation.stock import now
@@ -162,11 +163,12 @@ def _cells(
         cells.append(Cell({"what": "verify", **key}, run, reset, []))
         if is_scaled:
             cells.append(
-                Cell({"what": "rest", **key}, _forward_without_layers(target, tree, batch, context), _nothing, [])
+                Cell({"what": "rest", **key}, _forward_without_layers(target, tree, cache, batch, context), reset, [])
             )
     if batch == 1:
         for name, drafter in drafters.items():
-            cells += _drafter_cells(name, drafter, output.hidden, ids, config.nodes)
+            around = [captured(drafter, is_static=target.is_static) for _ in range(2)]
+            cells += _drafter_cells(name, around, output.hidden, ids, config.nodes)
     return cells
 
 
@@ -197,25 +199,31 @@ def _run(target: Target, tree: TokenTree, cache: KVCache, batch: int, past: int)
     return target.run(ids, positions[None], mask, cache).logits
 
 
-def _forward_without_layers(target: Target, tree: TokenTree, batch: int, context: int) -> Callable[[], Any]:
+def _forward_without_layers(
+    target: Target, tree: TokenTree, cache: KVCache, batch: int, context: int
+) -> Callable[[], Any]:
     empty = KVCache(0)
 
     def run() -> Any:
         with without_layers(target):
+            if batch == 1 and target.is_static:  # the same way as the forward it is taken from
+                return target.verify(tree, cache)
             return _run(target, tree, empty, batch, context)
 
     return run
 
 
 def _drafter_cells(
-    name: str, drafter: ParallelHeads, hidden: torch.Tensor, ids: list[int], sizes: Sequence[int]
+    name: str, drafters: Sequence[Drafter], hidden: torch.Tensor, ids: list[int], sizes: Sequence[int]
 ) -> list[Cell]:
+    """drafters: the same one twice, so that what is asked and what is fed keep their places where those are fixed."""
+    drafter, feeder = drafters
     context = len(ids)
     next_ids = torch.tensor([*ids[1:], 0], device=hidden.device)
     key = {"drafter": name, "context": context}
-    ready, fed = drafter.start(), drafter.start()  # feeding is undone by a trim, after which no draft may follow
+    ready, fed = drafter.start(), feeder.start()  # feeding is undone by a trim, after which no draft may follow
     drafter.commit(ready, hidden, next_ids)
-    drafter.commit(fed, hidden, next_ids)
+    feeder.commit(fed, hidden, next_ids)
     cells = []
     for nodes in sizes:
         if nodes > 1:
@@ -230,10 +238,10 @@ def _drafter_cells(
         chunk = hidden[-1:].expand(rows, -1)
 
         def feed(chunk: torch.Tensor = chunk, rows: int = rows) -> None:
-            drafter.commit(fed, chunk, next_ids[-1:].expand(rows))
+            feeder.commit(fed, chunk, next_ids[-1:].expand(rows))
 
         def undo() -> None:
-            drafter.trim(fed, context)
+            feeder.trim(fed, context)
 
         cells.append(Cell({"what": "feed", **key, "rows": rows}, feed, undo, []))
     return cells

@@ -123,6 +123,10 @@ class Ours:
         self.llm = LLM(target, drafter, tree=tree)
         self.settings = settings
 
+    def prepare(self, num_rows: int) -> None:
+        """Record forwards and drafts now, unmeasured, where the device records them."""
+        self.llm.engine.prepare(num_rows)
+
     def run(self, prompt_ids: list[int], params: SamplingParams) -> dict[str, Any]:
         """Every turn is a fresh request: no method profits from the caches of the turn before."""
         stream = self.llm.stream_ids(prompt_ids, params)
@@ -230,7 +234,7 @@ def timed_drafters(
         )
         if isinstance(drafter, ParallelHeads):
             drafters[name] = drafter
-    return {name: drafter.freeze() for name, drafter in drafters.items()}
+    return {name: drafter.freeze(as_trained=target.is_static) for name, drafter in drafters.items()}
 
 
 def _random_drafter(kind: str, target: Target, draft_vocab: int | None) -> ParallelHeads:

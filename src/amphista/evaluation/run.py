@@ -20,7 +20,7 @@ from amphista.config import as_dict
 from amphista.engine.params import SamplingParams
 from amphista.errors import AmphistaError, ConfigError, RequestError
 from amphista.evaluation.lossless import first_divergence
-from amphista.evaluation.methods import HF, NONE, Method, MethodSpec, Settings, build_method, costs_of
+from amphista.evaluation.methods import HF, NONE, Method, MethodSpec, Ours, Settings, build_method, costs_of
 from amphista.evaluation.protocol import recount, warm_up_plan
 from amphista.evaluation.quality import score
 from amphista.evaluation.questions import Question, QuestionSet
@@ -30,6 +30,7 @@ from amphista.evaluation.summary import RECORDS, RUN, SUMMARY, build_summary, ta
 from amphista.target.target import Target
 
 Report = Callable[[int, int, str], None]
+TEMPLATE_TOKENS = 32  # around a message, more than those of the templates we know
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,6 +145,11 @@ class Evaluation:
 
     def _warm_up(self) -> None:
         """Unmeasured. A method that crashes here will crash again where it counts."""
+        if self.target.is_static:
+            num_rows = self._most_rows()
+            for method in self.methods.values():
+                if isinstance(method, Ours):
+                    method.prepare(num_rows)
         turns, times, max_new_tokens = warm_up_plan(self.config.protocol, self.questions.questions[0])
         params = replace(self.config.params, max_new_tokens=min(max_new_tokens, self.config.params.max_new_tokens))
         for _ in range(times):
@@ -151,6 +157,15 @@ class Evaluation:
             for turn in range(turns):
                 for name in self.names:
                     self._answer(name, self.questions.questions[0], turn, conversations[name], params)
+
+    def _most_rows(self) -> int:
+        """Of the longest conversation, its answers as long as they may be, and what a template writes around each."""
+        longest = 0
+        for question in self.questions.questions:
+            said = [message["content"] for message in question.history] + list(question.turns)
+            tokens = sum(len(self.text.encode(text)) + TEMPLATE_TOKENS for text in said)
+            longest = max(longest, tokens + len(question.turns) * self.config.params.max_new_tokens)
+        return longest
 
     def _groups(self, done: set[tuple[int, str, int]]) -> Iterator[list[Record]]:
         for repeat in range(self.config.repeats):

@@ -12,7 +12,7 @@ D hidden size, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -23,9 +23,11 @@ from torch.nn import functional
 from amphista.kernels.linear import PackedLinear, Product
 
 # From so many scores a sequence on, torch's own attention is faster than two products and a softmax.
-FUSED_ATTENTION_SCORES = {torch.float32: 1 << 20, torch.bfloat16: 1 << 24}
+FUSED_ATTENTION_SCORES = {torch.float64: 1 << 20, torch.float32: 1 << 20, torch.bfloat16: 1 << 24}
+# On CUDA torch has no kernel for grouped heads under a mask and repeats keys and values: products, memory permitting.
+GROUPED_CUDA_SCORES = 1 << 28
 FIRST_POSITIONS = 1024
-Mask = Tensor | dict[str, Tensor] | None
+Mask = Tensor | Mapping[str, Tensor | None] | None
 
 
 class Rows(Protocol):
@@ -117,12 +119,14 @@ class LeanModel:
         are packed, so that no weight exists twice."""
         config, decoder = model.config, model.get_decoder()
         attention = decoder.layers[0].self_attn
-        self._head_size = attention.head_dim
+        self.head_size = attention.head_dim
         self.num_heads, self.num_key_value_heads = config.num_attention_heads, config.num_key_value_heads
         self._embedding = decoder.embed_tokens.weight.detach()
-        self._turns = Turns(decoder.rotary_emb)
-        self._heads_scale = torch.ones(self.num_heads + self.num_key_value_heads, 1)
-        self._heads_scale[: self.num_heads] = attention.scaling
+        self.turns = Turns(decoder.rotary_emb, self._embedding.device)
+        self._exact = torch.promote_types(self.dtype, torch.float32)  # what is rotated in
+        scales = torch.ones(self.num_heads + self.num_key_value_heads, 1, dtype=self._exact)
+        scales[: self.num_heads] = attention.scaling
+        self._heads_scale = scales.to(self._embedding.device)
         self._norm = Norm.of(decoder.norm)
         self.head = product.of(model.get_output_embeddings())
         kinds = getattr(config, "layer_types", None) or ["full_attention"] * len(decoder.layers)
@@ -138,6 +142,11 @@ class LeanModel:
         dtype: torch.dtype = self._embedding.dtype
         return dtype
 
+    @property
+    def device(self) -> torch.device:
+        device: torch.device = self._embedding.device
+        return device
+
     @torch.inference_mode()
     def hidden(self, token_ids: Tensor, positions: Tensor, mask: Mask, cache: Sequence[Rows] | None) -> Tensor:
         """Post-norm hidden states [B, N, D] of ids [B, N] at positions [B, N] or [1, N].
@@ -145,12 +154,20 @@ class LeanModel:
         mask: bool [B or 1, 1, N, S], a dict of them by layer type, or None where every new row sees all of S (N = 1),
         or, without a cache, all rows before it.
         """
+        self.turns.reserve(int(positions.max()) + 1)
+        if token_ids.shape == (1, 1) and mask is not None:
+            mask = _without_those_that_hide_nothing(mask)
+        return self.states(token_ids, positions, mask, cache)
+
+    @torch.inference_mode()
+    def states(self, token_ids: Tensor, positions: Tensor, mask: Mask, cache: Sequence[Rows] | None) -> Tensor:
+        """The same for positions there are turns for; asks the device nothing, so that it can be recorded."""
         num_sequences, num_rows = token_ids.shape
         states = functional.embedding(token_ids.reshape(-1), self._embedding)
         turn = self._rotation(positions, num_sequences)
         attention = {
-            kind: _Attention.of(self, (num_sequences, num_rows), mask[kind] if isinstance(mask, dict) else mask)
-            for kind in self._kinds
+            kind: _Attention.of(self, (num_sequences, num_rows), mask[kind] if isinstance(mask, Mapping) else mask)
+            for kind in sorted(self._kinds)
         }
         for index, layer in enumerate(self.layers):
             rows = NoRows() if cache is None else cache[index]
@@ -163,12 +180,12 @@ class LeanModel:
         return self.head(hidden.reshape(-1, hidden.shape[-1])).view(*hidden.shape[:-1], -1)
 
     def _layer(self, layer: LeanLayer, states: Tensor, turn: Tensor, attention: _Attention, rows: Rows) -> Tensor:
-        heads, key_heads, size = self.num_heads, self.num_key_value_heads, self._head_size
+        heads, key_heads, size = self.num_heads, self.num_key_value_heads, self.head_size
         projected = layer.qkv(layer.attention_norm(states)).view(len(states), -1, size)
         if layer.query_norm is not None and layer.key_norm is not None:
             parts = projected.split((heads, key_heads, key_heads), dim=1)
             projected = torch.cat([layer.query_norm(parts[0]), layer.key_norm(parts[1]), parts[2]], dim=1)
-        exact = projected.float()
+        exact = projected.to(self._exact)
         pairs = torch.view_as_complex(exact.view(len(states), -1, size // 2, 2))
         pairs.narrow(1, 0, heads + key_heads).mul_(turn)  # in place: nobody else reads the projections
         queries, keys, values = exact.to(states.dtype).split((heads, key_heads, key_heads), dim=1)
@@ -179,28 +196,31 @@ class LeanModel:
 
     def _rotation(self, positions: Tensor, num_sequences: int) -> Tensor:
         """What queries and keys are multiplied by: complex [B * N, H + J, E / 2]."""
-        turns = self._turns.at(positions)
+        turns = self.turns.table[positions]
         if len(positions) != num_sequences:
             turns = turns.expand(num_sequences, -1, -1)
         return turns.reshape(-1, 1, turns.shape[-1]) * self._heads_scale
 
 
 class Turns:
-    """Rotary positions as complex numbers, kept for all positions seen so far."""
+    """Rotary positions as complex numbers [P, E / 2], kept for all positions seen so far.
 
-    def __init__(self, rotary: Any) -> None:
-        self._rotary = rotary
-        self._table = torch.empty(0)
+    A table that has been outgrown is replaced, never written: whoever holds it may go on using it.
+    """
 
-    def at(self, positions: Tensor) -> Tensor:
-        """complex [..., E / 2] of positions [...]."""
-        highest = int(positions.max())
-        if highest >= len(self._table):
-            size = max(FIRST_POSITIONS, 2 * highest)
-            cosine, sine = self._rotary(torch.empty(0, dtype=torch.float32), torch.arange(size)[None])
+    def __init__(self, rotary: Any, device: torch.device) -> None:
+        self._rotary, self._device = rotary, device
+        self.table = torch.empty(0, device=device)
+
+    def reserve(self, num_positions: int) -> Tensor:
+        """The table, with at least the positions 0..num_positions-1."""
+        if num_positions > len(self.table):
+            size = max(FIRST_POSITIONS, 2 * num_positions)
+            rows = torch.empty(0, dtype=torch.float32, device=self._device)
+            cosine, sine = self._rotary(rows, torch.arange(size, device=self._device)[None])
             half = cosine.shape[-1] // 2
-            self._table = torch.complex(cosine[0, :, :half], sine[0, :, :half])
-        return self._table[positions]
+            self.table = torch.complex(cosine[0, :, :half], sine[0, :, :half])
+        return self.table
 
 
 @dataclass(frozen=True)
@@ -222,11 +242,10 @@ class _Attention:
     def of(cls, model: LeanModel, shape: tuple[int, int], mask: Tensor | None) -> _Attention:
         key_heads, groups = model.num_key_value_heads, model.num_heads // model.num_key_value_heads
         is_fused = mask is None and shape[1] > 1
-        if shape == (1, 1) and mask is not None and bool(mask.all()):
-            mask = None
         if mask is not None:
             num_scores = shape[1] * model.num_heads * mask.shape[-1]
-            is_fused = num_scores > FUSED_ATTENTION_SCORES[model.dtype]
+            repeats = model.device.type == "cuda" and groups > 1
+            is_fused = num_scores > (GROUPED_CUDA_SCORES if repeats else FUSED_ATTENTION_SCORES[model.dtype])
         if mask is not None and not is_fused:
             mask = _grouped(mask[:, 0], shape[0] * key_heads, groups, model.dtype)
         return cls(shape, key_heads, groups, mask, is_fused)
@@ -266,6 +285,13 @@ class _Attention:
         if length > 1:
             mixed = mixed.view(batch, heads, groups, length, size).permute(0, 3, 1, 2, 4)
         return mixed.reshape(rows, -1)
+
+
+def _without_those_that_hide_nothing(mask: Mask) -> Mask:
+    """The mask of a single row, None instead of one through which it sees all."""
+    if isinstance(mask, Mapping):
+        return {kind: None if part is None or bool(part.all()) else part for kind, part in mask.items()}
+    return None if mask is None or bool(mask.all()) else mask
 
 
 def _grouped(visible: Tensor, num_pairs: int, groups: int, dtype: torch.dtype) -> Tensor:

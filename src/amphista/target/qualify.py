@@ -16,7 +16,8 @@ CLASSES = {
     for family, name in (("llama", "Llama"), ("mistral", "Mistral"), ("qwen2", "Qwen2"), ("qwen3", "Qwen3"))
 }
 ROPE_TYPES = {"default", "linear", "llama3", "yarn"}  # those whose rotation depends on a row's own position alone
-DTYPES = {torch.float32, torch.bfloat16}
+DTYPES = {torch.float64, torch.float32, torch.bfloat16}
+DEVICES = {"cpu", "cuda"}
 LAYER = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
 ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
 MLP = {"gate_proj", "up_proj", "down_proj", "act_fn"}
@@ -52,8 +53,8 @@ def _tensor_reason(model: Any) -> str | None:
     dtypes, devices = {w.dtype for w in weights}, {w.device for w in weights}
     if len(dtypes) > 1 or len(devices) > 1:
         return "its weights are of several types or on several devices"
-    if not devices <= {torch.device("cpu")}:
-        return "the fast path has been tested on CPU only"
+    if not {device.type for device in devices} <= DEVICES:
+        return f"the fast path has not been tried on {devices.pop().type} devices"
     if not dtypes <= DTYPES:
         return f"its weights are {str(dtypes.pop()).removeprefix('torch.')}"
     return None

@@ -85,13 +85,14 @@ def random_target(
     cache_rows: int = 0,
     device: str | None = None,
     dtype: str | None = None,
+    fast: bool = False,
     progress: Progress = say,
 ) -> Target:
     """A target of a known shape with random weights, whole or cut to its first `num_layers` layers.
 
     cache_rows: rows (sequences x context) that will be cached, counted into the memory it needs. dtype: a key of
-    DTYPES; default float32 on CPU, bfloat16 elsewhere. Its size is told before anything is allocated; raises
-    ConfigError where it does not fit.
+    DTYPES; default float32 on CPU, bfloat16 elsewhere. fast: on the fast path, as a loaded one is. Its size is told
+    before anything is allocated; raises ConfigError where it does not fit.
     """
     shape = shape_named(name)
     layers = shape.num_layers if num_layers is None else num_layers
@@ -102,7 +103,10 @@ def random_target(
     if kind not in DTYPES:
         raise ConfigError(f"unknown dtype {dtype!r}: expected one of {', '.join(DTYPES)}")
     _check_fits(name, shape, layers, cache_rows, place, DTYPES[kind], progress)
-    return Target(_random_model(shape, layers, place, DTYPES[kind]), name=name)
+    target = Target(_random_model(shape, layers, place, DTYPES[kind]), name=name)
+    if fast:
+        target.speed_up(release=True)
+    return target
 
 
 def _check_fits(

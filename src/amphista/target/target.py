@@ -12,8 +12,8 @@ Shapes: B sequences, T prompt tokens, N tree nodes, D hidden size, V vocabulary.
 from __future__ import annotations
 
 import threading
+import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -21,13 +21,16 @@ import torch
 from torch import Tensor, nn
 
 from amphista.cache.hf import as_transformers_cache, as_transformers_slots
+from amphista.cache.resident import ResidentCache
 from amphista.cache.slots import SlotCache, SlotWriter
 from amphista.cache.static import KVCache
-from amphista.errors import CapacityError, TargetError
+from amphista.errors import CapacityError, CaptureError, TargetError
 from amphista.kernels.int8 import Int8Linear
 from amphista.kernels.linear import PackedLinear
 from amphista.target.attention import MaskPlan
+from amphista.target.captured import CapturedForward
 from amphista.target.lean import LeanModel
+from amphista.target.output import TargetOutput
 from amphista.target.qualify import why_not_fast
 from amphista.target.spec import Fingerprint, LogitTransform, SharedWeights, TargetSpec
 from amphista.target.text import Text
@@ -35,29 +38,28 @@ from amphista.tree.token_tree import TokenTree
 
 PREFILL_CHUNK = 512
 PROBE_ROWS = 12
-# Of the hidden states' scale, fast against stock.
-PROBE_TOLERANCE = {"float32": 1e-4, "bfloat16": 1e-1, "int8": 0.3}
-
-
-@dataclass(frozen=True)
-class TargetOutput:
-    """One forward: logits [N, V] (prefill: [1, V], the last row) and hidden states [N, D] of all rows."""
-
-    logits: Tensor
-    hidden: Tensor
+# Of the hidden states' scale, fast against stock (whose norms are of float32 whatever its weights are).
+PROBE_TOLERANCE = {"float64": 1e-4, "float32": 1e-4, "bfloat16": 1e-1, "int8": 0.3}
+PROBE_TREE = TokenTree([7, 8, 9], [-1, 0, 0])  # padded in its bucket
 
 
 class Target:
     """A frozen causal LM that reads chains and trees of tokens.
 
-    model: a `transformers` causal LM. text: its tokenizer side, None for tests on bare token ids.
+    model: a `transformers` causal LM. text: its tokenizer side, None for tests on bare token ids. static: whether the
+    fast path verifies in fixed shapes (captured.py); by default where that is worth it, on CUDA.
     """
 
-    def __init__(self, model: Any, text: Text | None = None, *, name: str = "target") -> None:
+    def __init__(
+        self, model: Any, text: Text | None = None, *, name: str = "target", static: bool | None = None
+    ) -> None:
         self._model: Any = model.eval().requires_grad_(False)
         self.config, self.text, self.name = model.config, text, name
         self._generation_config = getattr(model, "generation_config", None)
         self._lean: LeanModel | None = None
+        self._wants_static = static
+        self._captured: CapturedForward | None = None
+        self.why_not_captured: str | None = None
         self.why_stock: str | None = why_not_fast(model)
         self.load_stock: Callable[[], Target] | None = None
         self._stock: Target | None = None
@@ -95,10 +97,19 @@ class Target:
 
     @property
     def path(self) -> str:
-        """Which forward runs: `fast` or `fast-int8` (lean.py), or `stock`."""
+        """Which forward verifies: `captured` (captured.py; off CUDA `fast-static`), `fast` or `fast-int8` (lean.py), or
+        `stock`."""
         if self._lean is None:
             return "stock"
-        return "fast-int8" if self.has_int8 else "fast"
+        fast = "fast-int8" if self.has_int8 else "fast"
+        if self._captured is None:
+            return fast
+        return "captured" if self.device.type == "cuda" else f"{fast}-static"
+
+    @property
+    def is_static(self) -> bool:
+        """Whether trees are verified in fixed shapes; drafters then draft in them too."""
+        return self._captured is not None
 
     @property
     def has_int8(self) -> bool:
@@ -119,8 +130,8 @@ class Target:
             self._hook.remove()
         self._lean = LeanModel(self._model, product=Int8Linear if int8 else PackedLinear, release=release)
         difference = float((self.hidden_states(ids) - expected).abs().max() / expected.abs().max())
-        allowed = PROBE_TOLERANCE["int8" if int8 else str(self.dtype).removeprefix("torch.")]
-        if difference > allowed:
+        allowed = self._probe_tolerance
+        if not difference <= allowed:
             raise TargetError(
                 f"the fast path of {self.name} differs from its stock model by {difference:.2g} of the hidden states' "
                 f"scale (allowed {allowed:.2g}): load it with fast=False (--no-fast) and report it"
@@ -128,7 +139,30 @@ class Target:
         self.shared.use_packed(self._lean.head)
         if release:
             self._model = self._decoder = None
+        if self.device.type == "cuda" if self._wants_static is None else self._wants_static:
+            self._captured = CapturedForward(self._lean, self.mask_plan, self.spec)
+            self._check_captured()
         return True
+
+    def _check_captured(self) -> None:
+        """A recorded forward must equal the same forward as it is; where it cannot be recorded it is done without."""
+        outputs = []
+        for cache in (self.new_cache(), KVCache(self.spec.num_layers)):
+            rows = min(PROBE_ROWS, self.spec.max_positions - PROBE_TREE.num_nodes)
+            self.prefill([token % self.spec.vocab_size for token in range(7, 7 + rows)], cache)
+            outputs.append(self.verify(PROBE_TREE, cache).hidden)
+        difference = float((outputs[0] - outputs[1]).abs().max() / outputs[1].abs().max())
+        if not difference <= self._probe_tolerance:
+            self._uncapture(f"a recorded forward differs from the same one as it is by {difference:.2g}")
+
+    @property
+    def _probe_tolerance(self) -> float:
+        return PROBE_TOLERANCE["int8" if self.has_int8 else str(self.dtype).removeprefix("torch.")]
+
+    def _uncapture(self, reason: str) -> None:
+        """Go on without recorded forwards, and say so once."""
+        self._captured, self.why_not_captured = None, reason
+        warnings.warn(f"{self.name} decodes without captured graphs, slower: {reason}", RuntimeWarning, stacklevel=2)
 
     def stock(self) -> Target:
         """This target on its stock model, loaded anew where the fast path has taken the weights."""
@@ -167,7 +201,7 @@ class Target:
 
     def new_cache(self) -> KVCache:
         """An empty cache for one sequence."""
-        return KVCache(self.spec.num_layers)
+        return KVCache(self.spec.num_layers) if self._captured is None else ResidentCache(self.spec.num_layers)
 
     def new_slots(self, num_slots: int) -> SlotCache:
         """Empty caches for a batch of up to `num_slots` sequences."""
@@ -175,6 +209,8 @@ class Target:
 
     def prefill(self, token_ids: list[int], cache: KVCache) -> TargetOutput:
         """Read and commit a prompt (or its continuation) in chunks: logits of the last token, hidden of all."""
+        if self._captured is not None:
+            self._captured.admit(cache)
         hidden = []
         logits = None
         for start in range(0, len(token_ids), PREFILL_CHUNK):
@@ -189,19 +225,36 @@ class Target:
             raise CapacityError("cannot prefill an empty prompt")
         return TargetOutput(logits, torch.cat(hidden))
 
+    @torch.inference_mode()
     def verify(self, tree: TokenTree, cache: KVCache) -> TargetOutput:
         """One forward over the tree's N nodes behind the committed rows; the caller commits the accepted path."""
+        self._check_context(cache.num_committed + max(tree.depths))
+        if self._captured is not None:
+            try:
+                output = self._captured.verify(tree, cache)
+            except CaptureError as error:
+                self._uncapture(str(error))
+            else:
+                if output is not None:
+                    return output
         ancestors = tree.ancestor_mask().to(self.device)
         return self._forward(tree.tokens, tree.depths, ancestors, cache, logits_to_keep=0)
+
+    @torch.inference_mode()
+    def prepare(self, max_nodes: int, num_rows: int) -> None:
+        """Record the forwards over up to so many nodes and rows now; nothing where forwards are not recorded."""
+        if self._captured is not None:
+            try:
+                self._captured.prepare(max_nodes, min(num_rows, self.spec.max_positions) + max_nodes)
+            except CaptureError as error:
+                self._uncapture(str(error))
 
     def _forward(
         self, token_ids: list[int], depths: list[int], ancestors: Tensor, cache: KVCache, *, logits_to_keep: int
     ) -> TargetOutput:
         past = cache.num_committed
         positions = torch.tensor(depths, device=self.device) + past
-        deepest = past + max(depths)
-        if deepest >= self.spec.max_positions:
-            raise CapacityError(f"position {deepest} is beyond the context of {self.spec.max_positions}")
+        self._check_context(past + max(depths))
         mask = self.mask_plan.write(ancestors, positions, past, self.dtype)
         try:
             output = self.run(
@@ -211,6 +264,10 @@ class Target:
             cache.trim(past)  # a failed or interrupted forward leaves no half-written rows
             raise
         return TargetOutput(output.logits[0], output.hidden[0])
+
+    def _check_context(self, position: int) -> None:
+        if position >= self.spec.max_positions:
+            raise CapacityError(f"position {position} is beyond the context of {self.spec.max_positions}")
 
     @torch.inference_mode()
     def run(
@@ -251,8 +308,7 @@ class Target:
         """
         cache.make_room(len(token_ids))
         lengths = cache.lengths(len(token_ids))
-        if max(lengths) >= self.spec.max_positions:
-            raise CapacityError(f"position {max(lengths)} is beyond the context of {self.spec.max_positions}")
+        self._check_context(max(lengths))
         positions = torch.tensor(lengths, device=self.device)
         keys = torch.arange(cache.capacity, device=self.device)
         visible = keys[None] <= positions[:, None]

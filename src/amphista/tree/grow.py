@@ -49,6 +49,11 @@ class Grower(ABC):
     def max_depth(self) -> int:
         """No tree of its grows deeper: what lies beyond need not be asked for."""
 
+    @property
+    def max_nodes(self) -> int:
+        """No tree of its grows larger, the root included."""
+        return self.max_depth + 1
+
     @abstractmethod
     def grow(self, pending: int, candidates: Candidates, max_depth: int) -> Growth:
         """A tree over the pending token, at most `max_depth` deep."""
@@ -140,6 +145,10 @@ class StaticGrower(Grower):
     @property
     def max_depth(self) -> int:
         return self.template.max_depth
+
+    @property
+    def max_nodes(self) -> int:
+        return self.template.num_nodes
 
     def grow(self, pending: int, candidates: Candidates, max_depth: int) -> Growth:
         return Growth.of(self.template.grow(pending, candidates, max_depth))

@@ -61,6 +61,13 @@ class TokenTree:
             node = self.parents[node]
         return nodes[::-1]
 
+    def ancestor_bits(self) -> list[int]:
+        """The rows of `ancestor_mask` as integers: bit j of number i is set where row i is True at j."""
+        rows = [1]
+        for node, parent in enumerate(self.parents[1:], start=1):
+            rows.append(rows[parent] | 1 << node)
+        return rows
+
     def ancestor_mask(self) -> Tensor:
         """bool [N, N]: row i is True at i and at every ancestor of i."""
         mask = np.eye(self.num_nodes, dtype=bool)

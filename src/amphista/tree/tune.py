@@ -23,9 +23,10 @@ class Costs:
     draft: float = 0.0
 
     @classmethod
-    def measured(cls, verify: Mapping[int, float], draft: float = 0.0) -> Costs:
-        """From seconds at some sizes, 1 among them."""
-        return cls(interpolated(monotone(dict(sorted(verify.items())))), draft)
+    def measured(cls, verify: Mapping[int, float], draft: float = 0.0, *, in_steps: bool = False) -> Costs:
+        """From seconds at some sizes, 1 among them; in_steps: a tree between two sizes is padded to the larger one."""
+        curve = monotone(dict(sorted(verify.items())))
+        return cls(stepped(curve) if in_steps else interpolated(curve), draft)
 
     @property
     def max_nodes(self) -> int:
@@ -58,6 +59,14 @@ def interpolated(values: Mapping[int, float]) -> list[float]:
     for (left, low), (right, high) in pairwise(points):
         curve += [low + (high - low) * step / (right - left) for step in range(1, right - left + 1)]
     return curve
+
+
+def stepped(values: Mapping[int, float]) -> list[float]:
+    """At every size from 1 to the last the value of the next given one; keys are ascending."""
+    sizes = [0, *values]
+    return [
+        value for (left, right), value in zip(pairwise(sizes), values.values(), strict=True) for _ in range(left, right)
+    ]
 
 
 def best_size(scores: Sequence[float], costs: Costs, *, drafted: bool) -> int:

@@ -7,13 +7,17 @@ import json
 import pytest
 import torch
 
+from amphista.drafter.amphista import Amphista, AmphistaConfig
+from amphista.drafter.captured import AskRegion, FeedRegion
 from amphista.drafter.lookup import WithLookup
 from amphista.drafter.medusa import Medusa, MedusaConfig
 from amphista.drafter.none import NoDrafter
-from amphista.engine import cost_cache, costs
+from amphista.engine import cost_cache, costs, timing
 from amphista.engine.costs import costs_for, target_key, tune
-from amphista.tree.tune import NOTHING_PAYS
-from tests.tiny import tiny_target
+from amphista.target.captured import NODES, VerifyRegion
+from amphista.target.target import Target
+from amphista.tree.tune import NOTHING_PAYS, Costs
+from tests.tiny import tiny_model, tiny_target
 
 
 @pytest.fixture
@@ -180,3 +184,43 @@ def test_measuring_leaves_cache_and_drafter_as_they_were(target):
     before = cache.layers[0].keys[:, :, :rows].clone()
     timing._forward(target, 4, cache, rows).time(target.device)
     assert cache.num_committed == cache.num_rows == rows and torch.equal(cache.layers[0].keys[:, :, :rows], before)
+
+
+# -- a target that verifies in fixed shapes ---------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def static():
+    target = Target(tiny_model(), static=True)
+    assert target.speed_up() and target.is_static
+    return target
+
+
+def test_between_two_sizes_a_tree_costs_what_the_larger_one_does(static, measured):
+    """It is padded to it."""
+    assert costs_for(static, medusa(static)).verify == [1.0, 1.5, 1.5, 1.5]
+    assert Costs.measured({1: 1.0, 4: 2.0, 6: 3.0}, in_steps=True).verify == [1.0, 2.0, 2.0, 2.0, 3.0, 3.0]
+    assert Costs.measured({1: 1.0, 4: 2.5, 6: 3.5}).verify == [1.0, 1.5, 2.0, 2.5, 3.0, 3.5]
+    assert target_key(static)["path"] == "fast-static"
+
+
+def test_what_is_timed_is_what_decodes(static, monkeypatch):
+    """Recorded forwards at the sizes there are, and the heads asked and fed the way the engine does."""
+    replayed = []
+    for kind in (VerifyRegion, AskRegion, FeedRegion):
+
+        def run(region, original=kind.run, kind=kind):
+            replayed.append((kind, getattr(region, "num_nodes", None)))
+            original(region)
+
+        monkeypatch.setattr(kind, "run", run)
+    fresh = Target(tiny_model(), static=True)
+    assert fresh.speed_up()
+    del replayed[:]
+    monkeypatch.setattr(timing, "DEAREST", 1e9)
+    seconds, _ = timing.verify_seconds(fresh)
+    assert list(seconds) == [size for size in NODES if size <= 256]
+    assert {size for kind, size in replayed if kind is VerifyRegion} == set(seconds)
+    drafter = Amphista(AmphistaConfig(), fresh.spec, fresh.shared).eval()
+    timing.draft_ratio(fresh, drafter)
+    assert {kind for kind, _ in replayed} == {VerifyRegion, AskRegion, FeedRegion}

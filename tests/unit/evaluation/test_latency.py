@@ -8,12 +8,15 @@ import pytest
 import torch
 
 from amphista.drafter.amphista import Amphista, AmphistaConfig
+from amphista.drafter.captured import AskRegion, FeedRegion
 from amphista.drafter.medusa import Medusa, MedusaConfig
+from amphista.drafter.stage_rows import StageHome
 from amphista.errors import ConfigError
 from amphista.evaluation import latency
 from amphista.evaluation.latency import LatencyConfig, measure_latency, project, typical_tree
 from amphista.evaluation.latency_report import latency_markdown, latency_tables, write_latency
 from amphista.evaluation.methods import timed_drafters
+from amphista.target.captured import VerifyRegion
 from amphista.target.target import Target
 from tests.tiny import VOCAB, tiny_model, tiny_target
 
@@ -153,3 +156,26 @@ def test_drafters_by_name(capsys):
     assert timed_drafters("none", target) == {} == timed_drafters("", target)
     with pytest.raises(ConfigError, match="twice"):
         timed_drafters("amphista,amphista", target)
+
+
+def test_recorded_forwards_are_what_is_timed(monkeypatch):
+    """Those of a target in fixed shapes, the cut ones included; drafters keep what is asked and what is fed apart."""
+    replayed = []
+    for kind in (VerifyRegion, AskRegion, FeedRegion):
+
+        def run(region, original=kind.run, kind=kind):
+            replayed.append((kind, getattr(region, "num_nodes", None)))
+            original(region)
+
+        monkeypatch.setattr(kind, "run", run)
+    target = Target(tiny_model(), static=True)
+    assert target.speed_up() and target.is_static
+    del replayed[:]
+    moved = []
+    monkeypatch.setattr(StageHome, "move_out", lambda home, state: moved.append(state))
+    config = LatencyConfig(nodes=(1, 2, 7), contexts=(20,), rounds=2, num_layers=4)
+    record = measure_latency(target, config, both(target))
+    assert record["path"] == "fast-static" and not moved
+    # each size whole and without layers, three rounds; all that verifies is recorded
+    assert sorted(size for kind, size in replayed if kind is VerifyRegion) == [1] * 6 + [2] * 6 + [8] * 6
+    assert {kind for kind, _ in replayed} == {VerifyRegion, AskRegion, FeedRegion}

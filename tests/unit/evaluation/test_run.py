@@ -13,7 +13,10 @@ from amphista.evaluation.questions import load_questions
 from amphista.evaluation.records import read_records
 from amphista.evaluation.run import Evaluation, EvaluationConfig, answer_seed
 from amphista.evaluation.summary import ACCEPTED, rebuild_summary
-from tests.tiny import Amphista, AmphistaConfig, shaken
+from amphista.kernels.graph import Recorder
+from amphista.target.target import Target
+from amphista.target.text import Text
+from tests.tiny import Amphista, AmphistaConfig, byte_tokenizer, shaken, tiny_model
 
 QUESTIONS = [
     {"question_id": 1, "category": "writing", "turns": ["First?", "Second?"]},
@@ -102,6 +105,29 @@ def test_a_run(text_target, asked, tmp_path, temperature):
         assert by_group[(0, "2", 0), "none"].token_ids != by_group[(1, "2", 0), "none"].token_ids
     question_text = (tmp_path / "out" / "records.jsonl").read_text() + json.dumps(summary)
     assert "Second?" not in question_text and "Ann has" not in question_text
+
+
+def test_recorded_forwards_give_the_same_run_and_none_is_recorded_in_it(asked, tmp_path, monkeypatch):
+    """What needs recording is recorded before the first answer."""
+    runs = []
+    for static in (True, False):
+        target = Target(tiny_model(), Text(byte_tokenizer()), static=static)
+        assert target.speed_up() and target.is_static == static
+        evaluation = Evaluation(target, asked, config("none,drafts"), tmp_path / str(static))
+        recorded = []
+        with monkeypatch.context() as patch:
+            if static:
+                evaluation._warm_up()
+
+            def record(recorder, run, recorded=recorded, original=Recorder.record):
+                recorded.append(run)
+                return original(recorder, run)
+
+            patch.setattr(Recorder, "record", record)
+            runs.append(evaluation.run())
+        assert recorded == [] and evaluation.run_record["settings"]["path"] == ("fast-static" if static else "fast")
+    assert tokens(runs[0]) == tokens(runs[1])
+    assert [record.accepted for record in runs[0]] == [record.accepted for record in runs[1]]
 
 
 def test_the_same_command_gives_the_same_tokens_elsewhere(text_target, asked, tmp_path):

@@ -87,10 +87,15 @@ def test_a_subclass_of_the_family_stays_stock():
     assert "MyLlama is not of the Llama family" in why_not_fast(model)
 
 
-def test_float64_stays_stock():
-    target = Target(tiny_model(dtype=torch.float64))
-    assert not target.speed_up() and target.path == "stock" and "float64" in target.why_stock
+def test_float16_stays_stock():
+    target = Target(tiny_model(dtype=torch.float16))
+    assert not target.speed_up() and target.path == "stock" and "float16" in target.why_stock
     assert target.stock() is target
+
+
+def test_float64_is_fast():
+    target = Target(tiny_model(dtype=torch.float64))
+    assert target.speed_up() and target.path == "fast"
 
 
 def test_a_loaded_target_is_fast_and_gives_its_stock_model_up(target_folder):

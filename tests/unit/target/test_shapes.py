@@ -9,6 +9,7 @@ from amphista.errors import ConfigError
 from amphista.target import shapes
 from amphista.target.probe import probe
 from amphista.target.shapes import SHAPES, Shape, free_bytes, random_target, without_layers
+from amphista.tree.token_tree import TokenTree
 
 TINY = Shape(num_layers=4, hidden_size=64, num_attention_heads=4, num_key_value_heads=2, intermediate_size=96)
 
@@ -94,3 +95,10 @@ def test_without_layers_leaves_the_embedding_and_the_head(tiny):
 
 def test_free_memory_is_what_the_machine_has():
     assert 100e6 < free_bytes(torch.device("cpu")) < 100e12
+
+
+def test_on_the_fast_path_like_a_loaded_target(tiny):
+    target = random_target("tiny", fast=True, progress=lambda line: None)
+    assert target.path == "fast"
+    with without_layers(target):
+        assert target.verify(TokenTree.root_alone(3), target.new_cache()).logits.shape == (1, target.spec.vocab_size)

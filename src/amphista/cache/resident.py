@@ -1,0 +1,105 @@
+"""KV storage whose addresses never change, for forwards recorded as graphs: one sequence lives in it at a time.
+
+A `ResidentCache` is an ordinary cache whose tensors are, while it lives in a `Residence`, views into that. So whatever
+reads and writes a `KVCache` (prefill, commit, trim, the next chat turn) does the same here, and a cache that outgrows
+its residence has simply left it. Moving in copies rows, and moves the tenant before out into storage of its own.
+
+Law: a cache that moves, grows or is moved out holds the same rows as one that never did.
+
+Shapes: L layers, J key-value heads, C capacity, E head size, N new rows.
+"""
+
+from __future__ import annotations
+
+import weakref
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from amphista.cache.static import KVCache
+
+
+@dataclass(frozen=True)
+class ScatteredRows:
+    """Keys and values [1, J, C + 1, E] of one layer; new rows go where `slots` [N], a tensor on the device, says."""
+
+    keys: Tensor
+    values: Tensor
+    slots: Tensor
+
+    def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Write rows [1, J, N, E]; all rows, used or not: the mask hides what is not there."""
+        self.keys.index_copy_(2, self.slots, keys)
+        self.values.index_copy_(2, self.slots, values)
+        return self.keys, self.values
+
+
+class Residence:
+    """Keys and values of all layers: [L, 2, J, C + 1, E]. Row C takes what padding writes and belongs to nobody.
+
+    Zeros at first: a forward multiplies rows that are not there by a weight of 0, which a NaN left in memory would
+    survive.
+    """
+
+    def __init__(self, layers: tuple[int, int, int], capacity: int, dtype: torch.dtype, device: torch.device) -> None:
+        """layers: their number L, key-value heads J and head size E."""
+        num_layers, heads, size = layers
+        self.capacity = capacity
+        self.rows = torch.zeros(num_layers, 2, heads, capacity + 1, size, dtype=dtype, device=device)
+        self.views = [(layer[0][None, :, :capacity], layer[1][None, :, :capacity]) for layer in self.rows]
+        self._tenant: weakref.ref[ResidentCache] | None = None
+
+    def scattered(self, slots: Tensor) -> list[ScatteredRows]:
+        """The layers as a recorded forward writes them."""
+        return [ScatteredRows(layer[0][None], layer[1][None], slots) for layer in self.rows]
+
+    def holds(self, cache: ResidentCache) -> bool:
+        """Whether all rows of this cache are here; a layer that has grown has left."""
+        if cache.home is not self:
+            return False
+        return all(layer.keys is keys for layer, (keys, _) in zip(cache.layers, self.views, strict=True))
+
+    def move_in(self, cache: ResidentCache) -> None:
+        """Let a cache live here, with up to C rows; the tenant before moves out."""
+        tenant = None if self._tenant is None else self._tenant()
+        if tenant is not None and tenant is not cache and tenant.home is self:  # it may have moved on by itself
+            tenant.move_out()
+        for layer, (keys, values) in zip(cache.layers, self.views, strict=True):
+            for mine, here in ((layer.keys, keys), (layer.values, values)):
+                if mine is not None and mine is not here:
+                    here[:, :, : layer.num_rows].copy_(mine[:, :, : layer.num_rows])
+            layer.keys, layer.values = keys, values
+        cache.home = self
+        self._tenant = weakref.ref(cache)
+
+
+class ResidentCache(KVCache):
+    """A cache that may live in a residence."""
+
+    def __init__(self, num_layers: int) -> None:
+        super().__init__(num_layers)
+        self.home: Residence | None = None
+
+    @torch.inference_mode()
+    def move_out(self) -> None:
+        """Take the rows along into storage of its own."""
+        home, self.home = self.home, None
+        if home is None:
+            return
+        for layer, (keys, values) in zip(self.layers, home.views, strict=True):
+            layer.keys = _own(layer.keys, keys, layer.num_rows)
+            layer.values = _own(layer.values, values, layer.num_rows)
+
+    def _move(self, source: Tensor, to: int) -> None:
+        """At home, all layers at once: two kernels instead of four a layer."""
+        if self.home is None or not self.home.holds(self):
+            super()._move(source, to)
+            return
+        rows = self.home.rows
+        rows[:, :, :, to : to + len(source)] = rows.index_select(3, source)
+
+
+def _own(rows: Tensor | None, view: Tensor, num_rows: int) -> Tensor | None:
+    """What is a view into a residence, copied; what is not, as it is."""
+    return view[:, :, :num_rows].clone() if rows is view else rows

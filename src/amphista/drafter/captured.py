@@ -1,0 +1,241 @@
+"""Drafting in fixed shapes: what a parallel-head drafter computes, on buffers that stay, recorded once and replayed.
+
+Two functions are recorded. *Feeding* gives up to T rows to the staged adaptation layers, whose caches then lie at fixed
+addresses (stage_rows.py); padded rows write to a row that belongs to nobody and are seen by none. *Asking* makes the
+best R tokens of all heads, which come to the host in one copy. Everything else (lookup, trims, the rows of a prompt) is
+the drafter's own. One thread drafts here at a time; others use the drafter as it is meanwhile.
+
+Law: the same candidates as the drafter as it is, whatever the order of feeding, trimming and asking.
+
+Shapes: T rows of the bucket, t of the call, C capacity, D hidden size, K heads, R ranks.
+"""
+
+from __future__ import annotations
+
+import threading
+import warnings
+import weakref
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from amphista.drafter.amphista import Amphista
+from amphista.drafter.base import Drafter, DrafterState, ParallelHeads
+from amphista.drafter.stage_rows import StageHome, StageRows
+from amphista.errors import CaptureError
+from amphista.kernels.graph import Inputs, OneThread, Recorded, Recorder, bucket, capacities
+from amphista.tree.candidates import Candidates, Graft
+
+ROWS = (1, 2, 4, 8, 16, 32)  # fed at once; more are read as they are
+FIRST_CAPACITY = 256
+
+
+class FeedRegion:
+    """Up to T rows through the staged adaptation layers: the features [1, D] of the last one, the rest into `home`."""
+
+    def __init__(self, heads: Amphista, home: StageHome, features: list[Tensor], num_rows: int) -> None:
+        device, self._scratch = home.rows.device, home.capacity
+        self._heads, self.features, self.num_rows = heads, features, num_rows
+        parts = (num_rows, num_rows, num_rows, 1)
+        self._inputs = Inputs(parts, device)
+        self.positions, self.slots, self.next_ids, self.last = self._inputs.device
+        self.hidden = torch.zeros(num_rows, heads.spec.hidden_size, dtype=heads.dtype, device=device)
+        self.caches = [StageRows(rows, self.slots) for rows in home.rows]
+        self.slots.fill_(self._scratch)  # recorded on padding alone
+
+    def load(self, hidden: Tensor, next_ids: Tensor, num_past: int) -> None:
+        """Hand over rows [t, D] and the tokens [t] that followed them, behind `num_past` other rows."""
+        size = len(next_ids)
+        positions, slots, _, last = self._inputs.host()
+        rows = range(num_past, num_past + size)
+        positions[:size], positions[size:] = rows, 0
+        slots[:size], slots[size:] = rows, self._scratch
+        last[0] = size - 1
+        self._inputs.send()
+        self.next_ids[:size].copy_(next_ids)
+        self.hidden[:size].copy_(hidden)
+
+    def run(self) -> None:
+        stages = self._heads.adapt(self.hidden[None], self.next_ids[None], self.positions[None], self.caches)
+        for feature, stage in zip(self.features, stages, strict=True):
+            feature.copy_(stage.index_select(1, self.last)[0])
+
+
+class AskRegion:
+    """The best R tokens of all heads: tokens and log-probabilities [2, K, R] in float64, which holds both exactly, so
+    that one copy brings them."""
+
+    def __init__(self, heads: ParallelHeads, features: list[Tensor], divisors: Tensor, num_ranks: int) -> None:
+        self._heads, self.divisors, self._num_ranks = heads, divisors, num_ranks
+        self._state = DrafterState(features=features if isinstance(heads, Amphista) else features[0])
+        self.offers = torch.zeros(2, heads.num_heads, num_ranks, dtype=torch.float64, device=heads.device)
+
+    def run(self) -> None:
+        logits = self._heads.head_logits(self._heads.draft_states(self._state)).float()
+        token_ids, log_probs = self._heads.top_ranks(logits / self.divisors, self._num_ranks)
+        self.offers[0].copy_(token_ids)
+        self.offers[1].copy_(log_probs)
+
+
+class CapturedDrafter(Drafter):
+    """A drafter whose heads draft in fixed shapes; in everything else it is the drafter it stands around."""
+
+    def __init__(self, around: Drafter) -> None:
+        super().__init__()
+        heads = around.inner
+        assert isinstance(heads, ParallelHeads)
+        self.name, self._around, self._heads = around.name, around, heads
+        self._staged = heads if isinstance(heads, Amphista) and len(heads.stages) else None
+        size, device = heads.spec.hidden_size, heads.device
+        shapes = [(1, size)] * 2 if isinstance(heads, Amphista) else [(size,)]
+        with torch.inference_mode():
+            self._features = [torch.zeros(shape, dtype=heads.dtype, device=device) for shape in shapes]
+            self._divisors = torch.ones(heads.num_heads, 1, device=device)
+        self._divided: tuple[float, object] | None = None
+        self._owner: weakref.ref[DrafterState] | None = None  # whose features are in the buffers
+        recorder = Recorder(device)
+        self._feeds: Recorded[FeedRegion] = Recorded(recorder)
+        self._asks: Recorded[AskRegion] = Recorded(recorder)
+        self._homes: dict[int, StageHome] = {}
+        self._thread, self._lock = OneThread(), threading.Lock()
+        self.why_not_captured: str | None = None
+
+    @property
+    def inner(self) -> Drafter:
+        return self._around.inner
+
+    @property
+    def num_heads(self) -> int:
+        return self._around.num_heads
+
+    def start(self) -> DrafterState:
+        return self._around.start()
+
+    def recall(self, state: DrafterState, token_ids: list[int], max_depth: int) -> Graft | None:
+        return self._around.recall(state, token_ids, max_depth)
+
+    def trim(self, state: DrafterState, num_rows: int) -> None:
+        self._around.trim(state, num_rows)
+
+    @torch.inference_mode()
+    def commit(self, state: DrafterState, hidden: Tensor, next_ids: Tensor) -> None:
+        num_rows = bucket(len(next_ids), ROWS)
+        if self._admits(state) and self._staged is not None and num_rows is not None:
+            try:
+                self._feed(self._staged, state, hidden, next_ids, num_rows)
+            except CaptureError as error:
+                self._uncapture(error)
+            else:
+                return
+        self._around.commit(state, hidden, next_ids)
+
+    @torch.inference_mode()
+    def draft(
+        self, state: DrafterState, num_ranks: int, temperature: float = 0.0, max_depth: int | None = None
+    ) -> Candidates:
+        if self._admits(state):
+            try:
+                return self._ask(state, min(num_ranks, self._heads.draft_vocab), temperature, max_depth)
+            except CaptureError as error:
+                self._uncapture(error)
+        return self._around.draft(state, num_ranks, temperature, max_depth)
+
+    @torch.inference_mode()
+    def prepare(self, num_ranks: int, num_rows: int) -> None:
+        """Record now what feeding up to so many rows and asking for so many ranks will replay."""
+        if not self._thread.is_mine() or self.why_not_captured is not None:
+            return
+        try:
+            if num_ranks > 0:
+                self._ask_region(min(num_ranks, self._heads.draft_vocab))
+            if self._staged is not None:
+                for capacity in capacities(FIRST_CAPACITY, num_rows):
+                    for size in ROWS:
+                        self._feed_region(self._staged, self._home(self._staged, capacity), size)
+        except CaptureError as error:
+            self._uncapture(error)
+
+    def _feed(self, heads: Amphista, state: DrafterState, hidden: Tensor, next_ids: Tensor, num_rows: int) -> None:
+        for cache in state.caches:
+            cache.trim(state.num_rows)  # what a commit that was broken off has left
+        size = state.num_rows + len(next_ids)
+        home = self._home_for(heads, state, size)
+        region, replay = self._feed_region(heads, home, num_rows)
+        with self._lock:
+            home.move_in(state)
+        self._take_buffers(state)
+        region.load(hidden, next_ids, state.num_rows)
+        replay()
+        for cache in state.caches:
+            cache.num_rows = size
+        state.features, state.num_rows = self._features, size
+
+    def _ask(self, state: DrafterState, num_ranks: int, temperature: float, max_depth: int | None) -> Candidates:
+        region, replay = self._ask_region(num_ranks)
+        if state.features is not self._features:
+            self._take_buffers(state)
+            features = state.features if isinstance(state.features, list) else [state.features]
+            for buffer, feature in zip(self._features, features, strict=True):
+                buffer.copy_(feature)
+        if self._divided != (temperature, self._heads.calibration):
+            self._divisors.copy_(self._heads.head_temperatures(temperature)[:, None])
+            self._divided = temperature, self._heads.calibration
+        replay()
+        token_ids, log_probs = region.offers.cpu()[:, :max_depth]
+        return Candidates(token_ids.long().tolist(), log_probs.tolist())
+
+    def _feed_region(self, heads: Amphista, home: StageHome, num_rows: int) -> tuple[FeedRegion, Callable[[], None]]:
+        key = num_rows, home.capacity
+        return self._feeds.get(key, lambda: FeedRegion(heads, home, self._features, num_rows))
+
+    def _ask_region(self, num_ranks: int) -> tuple[AskRegion, Callable[[], None]]:
+        calibration = self._heads.calibration
+        coverage = None if calibration is None else calibration.coverage  # a constant of the recorded function
+        key = num_ranks, coverage
+        return self._asks.get(key, lambda: AskRegion(self._heads, self._features, self._divisors, num_ranks))
+
+    def _take_buffers(self, state: DrafterState) -> None:
+        """Let the features in the buffers be this state's; who had them there before gets a copy."""
+        owner = None if self._owner is None else self._owner()
+        if owner is not None and owner is not state and owner.features is self._features:
+            owner.features = [feature.clone() for feature in self._features]
+        self._owner = weakref.ref(state)
+
+    def _home_for(self, heads: Amphista, state: DrafterState, num_rows: int) -> StageHome:
+        """Where a state has room for so many rows: where it lives, if that will do."""
+        for home in self._homes.values():
+            if num_rows <= home.capacity and home.holds(state):
+                return home
+        return self._home(heads, capacities(FIRST_CAPACITY, num_rows)[-1])
+
+    def _home(self, heads: Amphista, capacity: int) -> StageHome:
+        if capacity not in self._homes:
+            try:
+                self._homes[capacity] = StageHome(heads, capacity)
+            except torch.OutOfMemoryError as error:
+                raise CaptureError(f"no memory for {capacity} rows at fixed addresses") from error
+        return self._homes[capacity]
+
+    def _admits(self, state: DrafterState) -> bool:
+        """Whether the calling thread drafts here; if not, the state moves out, so that it may be used elsewhere."""
+        if self._thread.is_mine() and self.why_not_captured is None:
+            return True
+        with self._lock:
+            for home in self._homes.values():
+                home.move_out(state)
+        if state.features is self._features:
+            state.features = [feature.clone() for feature in self._features]
+        return False
+
+    def _uncapture(self, error: CaptureError) -> None:
+        """Go on with the drafter as it is, and say so once."""
+        self.why_not_captured = str(error)
+        warnings.warn(f"{self.name} drafts without captured graphs, slower: {error}", RuntimeWarning, stacklevel=3)
+
+
+def captured(drafter: Drafter, *, is_static: bool) -> Drafter:
+    """The drafter for a target that verifies in fixed shapes, or does not; without heads it stays as it is."""
+    if not is_static or not isinstance(drafter.inner, ParallelHeads) or isinstance(drafter, CapturedDrafter):
+        return drafter
+    return CapturedDrafter(drafter)

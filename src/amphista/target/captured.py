@@ -1,0 +1,185 @@
+"""Verification in fixed shapes: the forward of lean.py on buffers that stay, recorded once for each size and replayed.
+
+One recorded forward serves all trees of up to N nodes (a *bucket*) behind up to C rows. What changes from step to step
+(tokens, positions, who descends from whom, how many rows are committed) arrives in one tensor of integers, and the mask
+is made from it on the device. A smaller tree is padded: a padded node writes its keys and values to a row that belongs
+to nobody, sees that row beside the committed ones, and is seen by no node of the tree.
+
+Kept: one residence of keys and values for each capacity met (they double, so all of them together take less than twice
+the largest) and the recorded forwards that were used last. One thread decodes here at a time; others take the ordinary
+path of the same forward meanwhile.
+
+Shapes: N nodes of the bucket, n of the tree, C capacity, S = C + 1 rows, D hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import threading
+from bisect import bisect_left
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from amphista.cache.resident import Residence, ResidentCache
+from amphista.cache.static import KVCache
+from amphista.errors import CaptureError
+from amphista.kernels.graph import Inputs, OneThread, Recorded, Recorder, bucket, capacities
+from amphista.target.attention import MaskPlan
+from amphista.target.lean import LeanModel
+from amphista.target.output import TargetOutput
+from amphista.target.spec import TargetSpec
+from amphista.tree.token_tree import TokenTree
+
+NODES = (1, 2, 4, 8, 16, 32, 48, 64, 96, 128, 192, 256)
+FIRST_CAPACITY = 256
+BITS = 64
+
+
+class VerifyRegion:
+    """The forward over trees of up to N nodes behind the rows of one residence, with its buffers."""
+
+    def __init__(self, model: LeanModel, plan: MaskPlan, residence: Residence, sizes: tuple[int, int, int]) -> None:
+        """sizes: nodes N, hidden size D, vocabulary V."""
+        num_nodes, hidden_size, vocab_size = sizes
+        device, self._scratch = residence.rows.device, residence.capacity
+        self._model, self._plan, self.num_nodes = model, plan, num_nodes
+        self._words = -(-num_nodes // BITS)
+        parts = (num_nodes, num_nodes, num_nodes, 1, num_nodes * self._words)
+        self._inputs = Inputs(parts, device)
+        self.tokens, self.positions, self.slots, self.num_past, self.lineage = self._inputs.device
+        self._columns = torch.arange(residence.capacity + 1, device=device)
+        self._bits = torch.arange(BITS, device=device)
+        self._rows = residence.scattered(self.slots)
+        self._turns = model.turns.reserve(residence.capacity)  # held: the recorded forward reads this very table
+        self.logits = torch.zeros(num_nodes, vocab_size, dtype=model.dtype, device=device)
+        self.hidden = torch.zeros(num_nodes, hidden_size, dtype=model.dtype, device=device)
+        self.choices = torch.zeros(num_nodes, dtype=torch.int64, device=device)
+        self.slots.fill_(self._scratch)  # recorded on a tree of padding alone: it runs without touching any row
+
+    def load(self, tree: TokenTree, num_past: int) -> None:
+        """Hand over a tree behind `num_past` committed rows, in one copy to the device."""
+        size = tree.num_nodes
+        tokens, positions, slots, past, lineage = self._inputs.host()
+        tokens[:size], tokens[size:] = tree.tokens, 0
+        positions[:size], positions[size:] = np.add(tree.depths, num_past), 0
+        slots[:size], slots[size:] = np.arange(num_past, num_past + size), self._scratch
+        past[0] = num_past
+        packed = b"".join(bits.to_bytes(8 * self._words, "little") for bits in tree.ancestor_bits())
+        lineage[: size * self._words], lineage[size * self._words :] = np.frombuffer(packed, np.int64), 0
+        self._inputs.send()
+
+    def run(self) -> None:
+        visible, key_positions = self._visible()
+        mask = self._plan.write_rows(visible[None], self.positions[None], key_positions[None], self._model.dtype)
+        hidden = self._model.states(self.tokens[None], self.positions[None], mask, self._rows)[0]
+        logits = self._model.logits(hidden)
+        self.hidden.copy_(hidden)
+        self.logits.copy_(logits)
+        self.choices.copy_(logits.argmax(-1))
+
+    def _visible(self) -> tuple[Tensor, Tensor]:
+        """bool [N, S], True where a node may see a row (the window permitting), and the rows' positions [S]."""
+        node = self._columns - self.num_past  # which node of the tree a row is; below 0 it is a committed row
+        known = node.clamp(0, self.num_nodes - 1)
+        is_past, is_node = node < 0, (node >= 0) & (node < self.num_nodes)
+        own = self.slots[:, None] == self._columns  # for padding too: a softmax over nothing would be a NaN
+        visible = is_past | (is_node & self._ancestors().index_select(1, known)) | own
+        return visible, torch.where(is_past, self._columns, self.positions.index_select(0, known))
+
+    def _ancestors(self) -> Tensor:
+        """bool [N, N] from the bits that came."""
+        words = self.lineage.view(self.num_nodes, self._words, 1)
+        bits: Tensor = ((words >> self._bits) & 1).bool()
+        return bits.view(self.num_nodes, -1)[:, : self.num_nodes]
+
+
+class CapturedForward:
+    """Verification of one target, recorded by size."""
+
+    def __init__(self, model: LeanModel, plan: MaskPlan, spec: TargetSpec) -> None:
+        self._model, self._plan, self._spec = model, plan, spec
+        self._device = model.device
+        self._regions: Recorded[VerifyRegion] = Recorded(Recorder(self._device))
+        self._residences: dict[int, Residence] = {}
+        self._lock = threading.Lock()
+        self._thread = OneThread()
+
+    def verify(self, tree: TokenTree, cache: KVCache) -> TargetOutput | None:
+        """One forward over the tree; None for what the ordinary path must read: a tree beyond the largest bucket, a
+        cache that cannot live here, another thread. raises CaptureError where the device cannot record it."""
+        num_nodes = bucket(tree.num_nodes, NODES)
+        if num_nodes is None or not isinstance(cache, ResidentCache) or not self.admit(cache):
+            return None
+        with self._lock:
+            past, size = cache.num_committed, tree.num_nodes
+            residence = self._home_for(cache, past + size)
+            region, replay = self._region(residence, num_nodes)
+            residence.move_in(cache)
+            region.load(tree, past)
+            replay()
+            choices: list[int] = region.choices.tolist()
+            for layer in cache.layers:
+                layer.num_rows = past + size
+        return TargetOutput(region.logits[:size], region.hidden[:size], choices[:size])
+
+    def admit(self, cache: KVCache) -> bool:
+        """Whether the calling thread decodes here; if not, the cache moves out, so that it may use it elsewhere."""
+        if self._thread.is_mine():
+            return True
+        if isinstance(cache, ResidentCache):
+            with self._lock:
+                cache.move_out()
+        return False
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all residences."""
+        return sum(home.rows.numel() * home.rows.element_size() for home in self._residences.values())
+
+    def prepare(self, max_nodes: int, num_rows: int) -> None:
+        """Record all sizes up to these now, so that none has to be in mid-answer. raises CaptureError."""
+        if not self._thread.is_mine():
+            return
+        with self._lock:
+            for capacity in capacities(FIRST_CAPACITY, min(num_rows, self._most_rows)):
+                for num_nodes in NODES[: bisect_left(NODES, max_nodes) + 1]:
+                    self._region(self._residence(min(capacity, self._most_rows)), num_nodes)
+
+    def _region(self, residence: Residence, num_nodes: int) -> tuple[VerifyRegion, Callable[[], None]]:
+        sizes = (num_nodes, self._spec.hidden_size, self._model.head.num_outputs)
+        key = (num_nodes, residence.capacity, len(self._model.layers))  # layers may be taken away to time the rest
+        return self._regions.get(key, lambda: VerifyRegion(self._model, self._plan, residence, sizes))
+
+    def _home_for(self, cache: ResidentCache, num_rows: int) -> Residence:
+        """Where a cache has room for so many rows: where it lives, if that will do."""
+        home = cache.home
+        if home is not None and num_rows <= home.capacity and home is self._residences.get(home.capacity):
+            return home
+        return self._residence(min(capacities(FIRST_CAPACITY, num_rows)[-1], self._most_rows))
+
+    @property
+    def _most_rows(self) -> int:
+        """A tree is wide also where positions end."""
+        return self._spec.max_positions + NODES[-1]
+
+    def _residence(self, capacity: int) -> Residence:
+        if capacity not in self._residences:
+            self._residences[capacity] = self._build(capacity)
+        return self._residences[capacity]
+
+    def _build(self, capacity: int) -> Residence:
+        """A new residence; where memory is short, everything kept for other capacities goes first."""
+        spec = self._spec
+        layers = (spec.num_layers, spec.num_key_value_heads, self._model.head_size)
+        try:
+            return Residence(layers, capacity, self._model.dtype, self._device)
+        except torch.OutOfMemoryError:
+            self._regions.clear()
+            self._residences.clear()
+            torch.cuda.empty_cache()
+        try:
+            return Residence(layers, capacity, self._model.dtype, self._device)
+        except torch.OutOfMemoryError as error:
+            raise CaptureError(f"no memory for a cache of {capacity} rows at fixed addresses") from error
