@@ -6,7 +6,7 @@ per-depth candidates (`draft`). All K heads come from one pass; nothing drafted 
 Index convention (ALGORITHM section 1): row j pairs hidden state h_j with the next token x_{j+1}. After the row of
 position t, head k (1..K) predicts x_{t+1+k}, which is depth k of the draft tree below the pending token x_{t+1}.
 
-Shapes: B sequences, T rows, P selected rows, K heads, R ranks, D hidden size, N draft vocabulary.
+Shapes: B sequences, T rows, P selected rows, K heads, R ranks, S shortlist, D hidden size, N draft vocabulary.
 """
 
 from __future__ import annotations
@@ -19,11 +19,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from amphista.drafter.path import PathCorrection, conditional, moved
 from amphista.errors import ConfigError, DrafterError
 from amphista.kernels.frozen import pack_linears
 from amphista.kernels.linear import PackedLinear
 from amphista.target.spec import SharedWeights, TargetSpec
-from amphista.tree.candidates import Candidates, Graft
+from amphista.tree.candidates import Below, Candidates, Graft
 
 
 @dataclass
@@ -32,17 +33,24 @@ class DrafterState:
 
     num_rows: int = 0
     features: Any = None
+    pending: Tensor | None = None
     caches: list[Any] = field(default_factory=list)
     lookup: Any = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class DrafterConfig:
-    """Settings common to all parallel-head drafters."""
+    """Settings common to all parallel-head drafters.
+
+    `path_rank`: rank of the path correction (`path.py`, not in the paper), None for heads that know no paths;
+    `path_shortlist`: the best tokens of each head that it is worked out for, as children and as parents.
+    """
 
     num_heads: int = 5
     lm_head: Literal["shared", "own"] = "shared"
     draft_vocab: int | None = None
+    path_rank: int | None = None
+    path_shortlist: int = 16
 
     def __post_init__(self) -> None:
         if self.num_heads < 1:
@@ -51,6 +59,10 @@ class DrafterConfig:
             raise ConfigError(f"lm_head is {self.lm_head!r}: expected 'shared' or 'own'")
         if self.draft_vocab is not None and self.draft_vocab < 1:
             raise ConfigError(f"draft_vocab is {self.draft_vocab}: give at least 1, or leave it out for all tokens")
+        if self.path_rank is not None and self.path_rank < 1:
+            raise ConfigError(f"path_rank is {self.path_rank}: give at least 1, or leave it out for no path correction")
+        if self.path_shortlist < 1:
+            raise ConfigError(f"path_shortlist is {self.path_shortlist}: expected at least 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,6 +144,7 @@ class ParallelHeads(Drafter):
             self.own_head = nn.Parameter(weight.float().expand(config.num_heads, -1, -1).clone())
             own_bias = None if bias is None else bias.float().expand(config.num_heads, -1).clone()
             self.own_bias = None if own_bias is None else nn.Parameter(own_bias)
+        self.path = None if config.path_rank is None else PathCorrection(config.path_rank, spec)
 
     # -- once trained -------------------------------------------------------------------------------------------
 
@@ -255,13 +268,24 @@ class ParallelHeads(Drafter):
         self, state: DrafterState, num_ranks: int, temperature: float = 0.0, max_depth: int | None = None
     ) -> Candidates:
         states = self.draft_states(state)[:max_depth]  # the LM head is the larger part of a draft
-        return self.rank(self.head_logits(states).float(), num_ranks, temperature)
+        return self.rank(self.head_logits(states).float(), num_ranks, temperature, states)
 
-    def rank(self, logits: Tensor, num_ranks: int, temperature: float = 0.0) -> Candidates:
-        """Logits [k, N] of the first k heads -> the best tokens of each under the calibrated temperatures."""
+    def rank(
+        self, logits: Tensor, num_ranks: int, temperature: float = 0.0, states: Tensor | None = None
+    ) -> Candidates:
+        """Logits [k, N] of the first k heads -> the best tokens of each under the calibrated temperatures.
+
+        states [k, D] are what the logits were made from; without them nothing is said of paths.
+        """
         divisors = self.head_temperatures(temperature)[: logits.shape[0]].to(logits.device)
-        token_ids, log_probs = self.top_ranks(logits / divisors[:, None], num_ranks)
-        return Candidates(token_ids.tolist(), log_probs.tolist())
+        knows_paths = self.path is not None and states is not None and len(logits) > 1
+        width = max(num_ranks, self.config.path_shortlist) if knows_paths else num_ranks
+        token_ids, log_probs = self.top_ranks(logits / divisors[:, None], width)
+        below = None
+        if knows_paths and states is not None:
+            ranks, values = self.ranks_below(states, token_ids, log_probs, divisors, num_ranks)
+            below = Below(ranks.tolist(), values.tolist())
+        return Candidates(token_ids.tolist(), log_probs.tolist(), below=below)
 
     def top_ranks(self, logits: Tensor, num_ranks: int) -> tuple[Tensor, Tensor]:
         """Tempered logits [..., N] -> token ids and log-probabilities [..., R], discounted by the coverage.
@@ -269,10 +293,16 @@ class ParallelHeads(Drafter):
         A head knows nothing of tokens outside its vocabulary: what it says is conditional on the text staying inside.
         """
         best = logits.topk(min(num_ranks, logits.shape[-1]), dim=-1)
-        token_ids = best.indices if self.draft_ids is None else self.draft_ids[best.indices]
-        coverage = 1.0 if self.calibration is None else self.calibration.coverage
         log_total = torch.logsumexp(logits, dim=-1, keepdim=True)
-        return token_ids, best.values - log_total + math.log(max(coverage, 1e-9))
+        return self._token_ids(best.indices), best.values - log_total + self._log_coverage
+
+    @property
+    def _log_coverage(self) -> float:
+        return math.log(max(1.0 if self.calibration is None else self.calibration.coverage, 1e-9))
+
+    def _token_ids(self, index: Tensor) -> Tensor:
+        """Places in the draft vocabulary -> token ids."""
+        return index if self.draft_ids is None else self.draft_ids[index]
 
     def head_temperatures(self, temperature: float) -> Tensor:
         """What divides each head's logits [K] at this request temperature."""
@@ -281,3 +311,70 @@ class ParallelHeads(Drafter):
         if temperature > 0:
             return torch.tensor(self.calibration.sampled) * temperature
         return torch.tensor(self.calibration.greedy)
+
+    # -- paths: what a head says once it knows the token above (path.py) ------------------------------------------
+
+    @property
+    def trains_heads(self) -> bool:
+        """Whether anything but the path correction has a gradient."""
+        return any(weight.requires_grad for name, weight in self.named_parameters() if not name.startswith("path."))
+
+    def freeze_heads(self) -> None:
+        """Train the path correction alone."""
+        for name, weight in self.named_parameters():
+            weight.requires_grad_(name.startswith("path."))
+
+    def correction(self, states: Tensor, above: Tensor) -> Tensor:
+        """What is added to head states [..., D] below the tokens `above` [...], broadcast -> [..., D]."""
+        assert self.path is not None
+        correction: Tensor = self.path(states, self._shared.embed(above).to(states.dtype))
+        return correction
+
+    def given_pending(self, states: Tensor, pending: Tensor) -> Tensor:
+        """For heads that have not read the pending tokens [...]: states [..., K, D] with the first head's corrected."""
+        if self.path is None:
+            return states
+        first = states[..., 0, :]
+        return torch.cat([(first + self.correction(first, pending))[..., None, :], states[..., 1:, :]], dim=-2)
+
+    def given_above(self, logits: Tensor, states: Tensor, correction: Tensor, own: tuple[Tensor, ...]) -> Tensor:
+        """Training form: one head's logits [M, N] of states [M, D], each row given the token above it.
+
+        correction [M, D] is what `correction` gave for these tokens; own: what the head scores with.
+        """
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        index = logits.detach().topk(min(self.config.path_shortlist, logits.shape[-1]), dim=-1).indices
+        rows = self._rows(self._token_ids(index), own)
+        moves = moved(states, correction[:, None], *rows, self._shared.transform)
+        return logits.scatter_add(-1, index, moves[:, 0].to(logits.dtype))
+
+    def ranks_below(
+        self, states: Tensor, token_ids: Tensor, log_probs: Tensor, divisors: Tensor, num_ranks: int
+    ) -> tuple[Tensor, Tensor]:
+        """Decoding form, all heads' shortlists at once: `Below` as tensors [..., K - 1, S parents, R best children].
+
+        states [..., K, D]; token_ids and log_probs [..., K, S or more] as `top_ranks` gives them; divisors [K].
+        """
+        token_ids, log_probs = (ranked[..., : self.config.path_shortlist] for ranked in (token_ids, log_probs))
+        corrections = self.correction(states[..., 1:, None, :], token_ids[..., :-1, :])
+        rows = self._shortlist_rows(token_ids[..., 1:, :])
+        moves = moved(states[..., 1:, :], corrections, *rows, self._shared.transform)
+        children = log_probs[..., 1:, None, :] - self._log_coverage
+        given = conditional(children, moves.float() / divisors[1:, None, None])
+        best = given.topk(min(num_ranks, given.shape[-1]), dim=-1)
+        return best.indices, best.values + self._log_coverage
+
+    def _rows(self, token_ids: Tensor, own: tuple[Tensor, ...]) -> tuple[Tensor, Tensor | None]:
+        """What scores tokens [..., S]: rows [..., S, D] of the LM head (or of one head's own), and their biases."""
+        if not own:
+            return self._shared.head_rows(token_ids)
+        index = token_ids if self.draft_ids is None else torch.searchsorted(self.draft_ids, token_ids)
+        return own[0][index], own[1][index] if len(own) > 1 else None
+
+    def _shortlist_rows(self, token_ids: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The same for all heads but the first, [..., K - 1, S, D]."""
+        if self.config.lm_head == "shared":
+            return self._rows(token_ids, ())
+        rows = [self._rows(ids, self.own_weights(k)) for k, ids in enumerate(token_ids.unbind(-2), start=1)]
+        biases = [bias for _, bias in rows if bias is not None]
+        return torch.stack([weight for weight, _ in rows], -3), torch.stack(biases, -2) if biases else None
