@@ -215,7 +215,8 @@ class ParallelHeads(Drafter):
         if self._frozen is not None:
             return self._shared.transform(self._packed_head(hidden))
         if self._shared_rows is None:
-            self._shared_rows = self._gather_head()
+            with torch.inference_mode(False):  # who asks first may be a validation, who asks next a training step
+                self._shared_rows = self._gather_head()
         weight, bias = self._shared_rows
         return self._shared.transform(torch.nn.functional.linear(hidden.to(weight.dtype), weight, bias))
 
