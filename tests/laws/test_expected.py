@@ -13,7 +13,7 @@ import pytest
 
 from amphista.tree.candidates import Candidates, Graft
 from amphista.tree.grow import AutoGrower, ChainGrower, DynamicGrower, StaticGrower
-from amphista.tree.offers import Offers
+from amphista.tree.offers import NO_RANK, Offers
 from amphista.tree.template import TreeTemplate
 from amphista.tree.tune import Costs, best_size
 from tests.unit.tree.test_offers import all_paths, best_plainly, children_plainly, with_paths
@@ -102,7 +102,8 @@ def test_mutations_are_seen(mutation, monkeypatch):
             "amphista.tree.grow.best_size", lambda scores, costs, drafted: best_size(scores, costs, drafted=False)
         )
     elif mutation == "paths-forgotten":
-        monkeypatch.setattr(Offers, "_children", lambda offers, _, depth, __: offers._plain[depth - 1])
+        children = Offers._children
+        monkeypatch.setattr(Offers, "_children", lambda offers, depth, _: children(offers, depth, NO_RANK))
     else:
         monkeypatch.setattr("amphista.tree.offers._joined", lambda heads, *_: heads)
     with pytest.raises(AssertionError):

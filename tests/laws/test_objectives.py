@@ -218,7 +218,9 @@ def forms_of(drafter, batch, rows, config):
     given = [logits[:, 0]]
     for k in range(1, NUM_HEADS):
         above = torch.roll(rows.next_ids, -k)  # the text's token at the depth above is x_{t+1} of row q + k
-        fresh = drafter.head_logits(states[:, k] + drafter.path(states[:, k], drafter._shared.embed(above)), k)
+        fresh = drafter.head_logits(
+            states[:, k] + drafter.path(states[:, k], drafter.path.read(drafter._shared.embed(above))), k
+        )
         named = torch.zeros_like(fresh, dtype=torch.bool)
         named.scatter_(-1, logits[:, k].argsort(-1, descending=True)[:, : drafter.config.path_shortlist], True)
         given.append(torch.where(named, fresh, logits[:, k]))

@@ -98,7 +98,7 @@ def test_only_the_shortlist_moves_and_only_by_the_token_above(target, kind):
     _, states, _ = fed(target, drafter)
     with torch.no_grad():
         logits, above = drafter.head_logits(states)[2], torch.tensor(77)
-        correction = drafter.path(states[2], target.shared.embed(above))
+        correction = drafter.path(states[2], drafter.path.read(target.shared.embed(above)))
         given = drafter.given_above(logits[None], states[2][None], correction[None], drafter.own_weights(2))[0]
         fresh = drafter.head_logits(states[2] + correction, 2)
     best = logits.topk(9).indices

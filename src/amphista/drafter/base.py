@@ -133,6 +133,7 @@ class ParallelHeads(Drafter):
         self._shared = shared
         self._shared_rows: tuple[Tensor, Tensor | None] | None = None
         self._packed_rows: PackedLinear | None = None
+        self._path_table: Tensor | None = None
         self._frozen: tuple[torch.dtype, torch.device, int] | None = None
         size = config.draft_vocab
         if size is not None and size > spec.vocab_size:
@@ -196,7 +197,7 @@ class ParallelHeads(Drafter):
 
     def forget_gathered_head(self) -> None:
         """Drop the gathered LM-head rows; they are gathered again at the next use (after a load or a move)."""
-        self._shared_rows = self._packed_rows = None
+        self._shared_rows = self._packed_rows = self._path_table = None
 
     def _apply(self, *args: Any, **kwargs: Any) -> ParallelHeads:
         self.forget_gathered_head()
@@ -328,7 +329,7 @@ class ParallelHeads(Drafter):
     def correction(self, states: Tensor, above: Tensor) -> Tensor:
         """What is added to head states [..., D] below the tokens `above` [...], broadcast -> [..., D]."""
         assert self.path is not None
-        correction: Tensor = self.path(states, self._shared.embed(above).to(states.dtype))
+        correction: Tensor = self.path(states, self.path.read(self._shared.embed(above).to(states.dtype)))
         return correction
 
     def given_pending(self, states: Tensor, pending: Tensor) -> Tensor:
@@ -357,7 +358,8 @@ class ParallelHeads(Drafter):
         states [..., K, D]; token_ids and log_probs [..., K, S or more] as `top_ranks` gives them; divisors [K].
         """
         token_ids, log_probs = (ranked[..., : self.config.path_shortlist] for ranked in (token_ids, log_probs))
-        corrections = self.correction(states[..., 1:, None, :], token_ids[..., :-1, :])
+        assert self.path is not None
+        corrections = self.path(states[..., 1:, None, :], self._read(token_ids[..., :-1, :], states.dtype))
         rows = self._shortlist_rows(token_ids[..., 1:, :])
         moves = moved(states[..., 1:, :], corrections, *rows, self._shared.transform)
         children = log_probs[..., 1:, None, :] - self._log_coverage
@@ -365,11 +367,25 @@ class ParallelHeads(Drafter):
         best = given.topk(min(num_ranks, given.shape[-1]), dim=-1)
         return best.indices, best.values + self._log_coverage
 
+    def _read(self, token_ids: Tensor, dtype: torch.dtype) -> Tensor:
+        """What the path correction reads of drafted tokens [...]: once trained, from a table [N, 2 * rank]."""
+        assert self.path is not None
+        if self._frozen is None:
+            return self.path.read(self._shared.embed(token_ids).to(dtype))
+        if self._path_table is None:
+            every = self._token_ids(torch.arange(self.draft_vocab, device=token_ids.device))
+            self._path_table = self.path.read(self._shared.embed(every).to(dtype))
+        return self._path_table[self._draft_index(token_ids)]
+
+    def _draft_index(self, token_ids: Tensor) -> Tensor:
+        """Token ids of the draft vocabulary -> places in it."""
+        return token_ids if self.draft_ids is None else torch.searchsorted(self.draft_ids, token_ids.contiguous())
+
     def _rows(self, token_ids: Tensor, own: tuple[Tensor, ...]) -> tuple[Tensor, Tensor | None]:
         """What scores tokens [..., S]: rows [..., S, D] of the LM head (or of one head's own), and their biases."""
         if not own:
             return self._shared.head_rows(token_ids)
-        index = token_ids if self.draft_ids is None else torch.searchsorted(self.draft_ids, token_ids)
+        index = self._draft_index(token_ids)
         return own[0][index], own[1][index] if len(own) > 1 else None
 
     def _shortlist_rows(self, token_ids: Tensor) -> tuple[Tensor, Tensor | None]:

@@ -43,9 +43,14 @@ class PathCorrection(nn.Module):
         self.output = nn.Linear(rank, spec.hidden_size, bias=False)
         nn.init.zeros_(self.output.weight)
 
+    def read(self, embedded: Tensor) -> Tensor:
+        """A n_E(E(p)) of tokens' embeddings [..., embedding size] -> [..., 2 * rank]; the same in every position."""
+        read: Tensor = self.token(self.token_norm(embedded))
+        return read
+
     def forward(self, states: Tensor, above: Tensor) -> Tensor:
-        """States o_k [..., D] and the embeddings of the tokens above [..., embedding size], broadcast -> [..., D]."""
-        up, gate = (self.state(self.state_norm(states)) + self.token(self.token_norm(above))).chunk(2, dim=-1)
+        """States o_k [..., D] and what was `read` of the tokens above [..., 2 * rank], broadcast -> [..., D]."""
+        up, gate = (self.state(self.state_norm(states)) + above).chunk(2, dim=-1)
         shift: Tensor = self.output(up * F.silu(gate))
         return shift
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import NamedTuple
 
-from amphista.tree.candidates import Below, Candidates
+from amphista.tree.candidates import Candidates
 from amphista.tree.token_tree import TokenTree
 
 NO_RANK = -1  # of a token that the heads do not name at its depth
@@ -33,13 +33,9 @@ class Offers:
     """Children on offer by depth and, of a drafter that knows paths, by parent; best first, none below `max_depth`."""
 
     def __init__(self, candidates: Candidates, max_depth: int) -> None:
-        heads = zip(candidates.tokens[:max_depth], candidates.log_probs[:max_depth], strict=True)
-        self._tokens, self._paths = candidates.tokens, candidates.below
-        self._plain = [
-            [Offer(token, log_prob, False, rank) for rank, (token, log_prob) in enumerate(zip(*head, strict=True))]
-            for head in heads
-        ]
-        self._of_parent: dict[tuple[int, int], list[Offer]] = {}
+        self._tokens, self._log_probs = candidates.tokens, candidates.log_probs
+        self._num_heads, self._paths = min(candidates.num_heads, max_depth), candidates.below
+        self._made: dict[tuple[int, int], list[Offer]] = {}  # (depth, rank above): most are never asked for
         self._grafted: list[list[Offer]] = []
         if candidates.graft is not None:
             above = NO_RANK
@@ -56,23 +52,26 @@ class Offers:
         """
         if on_graft and depth <= len(self._grafted):
             return self._grafted[depth - 1]
-        if depth > len(self._plain):
+        if depth > self._num_heads:
             return []
-        if self._paths is None or depth == 1 or not 0 <= parent_rank < len(self._paths.ranks[depth - 2]):
-            return self._plain[depth - 1]
-        known = self._of_parent.get((depth, parent_rank))
+        if self._paths is None or depth == 1 or parent_rank >= len(self._paths.ranks[depth - 2]):
+            parent_rank = NO_RANK
+        known = self._made.get((depth, parent_rank))
         if known is None:
-            known = self._of_parent[depth, parent_rank] = self._children(self._paths, depth, parent_rank)
+            known = self._made[depth, parent_rank] = self._children(depth, parent_rank)
         return known
 
-    def _children(self, paths: Below, depth: int, parent_rank: int) -> list[Offer]:
-        ranks, log_probs = paths.ranks[depth - 2][parent_rank], paths.log_probs[depth - 2][parent_rank]
+    def _children(self, depth: int, parent_rank: int) -> list[Offer]:
         tokens = self._tokens[depth - 1]
+        if self._paths is None or parent_rank == NO_RANK:
+            named = zip(tokens, self._log_probs[depth - 1], strict=True)
+            return [Offer(token, value, False, rank) for rank, (token, value) in enumerate(named)]
+        ranks, log_probs = self._paths.ranks[depth - 2][parent_rank], self._paths.log_probs[depth - 2][parent_rank]
         return [Offer(tokens[rank], value, False, rank) for rank, value in zip(ranks, log_probs, strict=True)]
 
     def _rank(self, depth: int, token: int) -> int:
         """Where a token of the graft stands among what the head of its depth offers; asked only where paths are."""
-        if self._paths is None or depth > len(self._plain) or token not in self._tokens[depth - 1]:
+        if self._paths is None or depth > self._num_heads or token not in self._tokens[depth - 1]:
             return NO_RANK
         return self._tokens[depth - 1].index(token)
 
