@@ -144,6 +144,25 @@ def test_depth_and_ranks_are_bounded(target):
     assert {len(tokens) for tokens in many.tokens} == {30} and len(many.below.ranks[0][0]) == 6
 
 
+def _rows_of_the_neighbour(monkeypatch):
+    """Each token is given the children of the one before it."""
+    ranks_below = Amphista.ranks_below
+    monkeypatch.setattr(
+        Amphista, "ranks_below", lambda *inputs: tuple(part.roll(1, dims=-2) for part in ranks_below(*inputs))
+    )
+
+
+def _tail_forgotten(monkeypatch):
+    monkeypatch.setattr("amphista.drafter.base.conditional", lambda logs, shifts: (logs + shifts).log_softmax(-1))
+
+
+@pytest.mark.parametrize("mutation", [_rows_of_the_neighbour, _tail_forgotten])
+def test_a_mutation_is_seen(mutation, monkeypatch):
+    mutation(monkeypatch)
+    with pytest.raises(AssertionError):
+        test_training_form_equals_decoding_form("llama", "amphista", None, False)
+
+
 # -- measured as it decodes -------------------------------------------------------------------------------------------
 
 
