@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
+from itertools import pairwise
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -22,14 +24,15 @@ from transformers import (
 )
 
 from amphista.drafter.amphista import Amphista, AmphistaConfig
-from amphista.drafter.base import Drafter, ParallelHeads
+from amphista.drafter.base import Drafter
+from amphista.drafter.heads import ParallelHeads
 from amphista.drafter.lookup import WithLookup
 from amphista.drafter.medusa import Medusa, MedusaConfig
 from amphista.drafter.none import NoDrafter
 from amphista.target.attention import preferred_attention
 from amphista.target.target import Target
 from amphista.target.text import Text
-from amphista.tree.candidates import Candidates, Graft
+from amphista.tree.candidates import Below, Candidates, Graft
 from amphista.tree.grow import AutoGrower
 from amphista.tree.tune import Costs
 
@@ -177,6 +180,30 @@ def randomly(tokens: list[int]) -> Scripted:
     return Scripted(5, lambda state, depth, num_ranks: source.sample(range(VOCAB), min(num_ranks, VOCAB)))
 
 
+class OnPaths(Scripted):
+    """Scripted, and below every token the next depth's in another order, as likely as chance has it."""
+
+    def draft(self, state, num_ranks, temperature=0.0, max_depth=None) -> Candidates:
+        flat = super().draft(state, num_ranks, temperature, max_depth)
+        source = random.Random(state.num_rows)
+        ranks = [
+            [source.sample(range(len(children)), min(num_ranks, len(children))) for _ in parents]
+            for parents, children in pairwise(flat.tokens)
+        ]
+        logs = [[sorted((-3 * source.random() for _ in row), reverse=True) for row in rows] for rows in ranks]
+        return replace(flat, below=Below(ranks, logs))
+
+
+def misled(tokens: list[int]) -> Scripted:
+    """Offers the right tokens among others, and says wild things of which stands below which."""
+
+    def offer(state, depth, num_ranks):
+        at = state.num_rows + depth
+        return _distinct([tokens[at] if at < len(tokens) else 0, *range(num_ranks)], num_ranks)
+
+    return OnPaths(4, offer)
+
+
 def repeating(tokens: list[int]) -> Scripted:
     """Offers the pending token again and again, then its neighbours."""
 
@@ -204,6 +231,7 @@ HOSTILE = {
     "random": randomly,
     "repeating": repeating,
     "ends-early": ends_early,
+    "misled": misled,
 }
 
 
@@ -257,6 +285,8 @@ AMPHISTA_SWITCHES = {
     "own-draft-vocabulary": {"draft_vocab": 100, "lm_head": "own"},
     "two-encoders": {"num_encoder_layers": 2, "encoder_intermediate_size": 16, "num_heads": 3},
     "split-first": {"stage_split": 0},
+    "paths": {"path_rank": 8, "path_shortlist": 6},
+    "own-paths": {"path_rank": 4, "path_shortlist": 20, "lm_head": "own", "draft_vocab": 100},
 }
 MEDUSA_SWITCHES = {
     "shared": {},
@@ -264,6 +294,7 @@ MEDUSA_SWITCHES = {
     "own-two-layers": {"lm_head": "own", "num_layers": 2, "num_heads": 3},
     "own-draft-vocabulary": {"lm_head": "own", "draft_vocab": 100},
     "two-layers": {"num_layers": 2, "num_heads": 3},
+    "paths": {"path_rank": 8, "path_shortlist": 6, "draft_vocab": 100},
 }
 
 
@@ -278,7 +309,7 @@ def real_drafters(target: Target) -> dict[str, Drafter]:
     return {name: drafter.to(target.dtype) for name, drafter in found.items()}
 
 
-BESIDE_LOOKUP = ["none", "amphista-full", "medusa-own"]
+BESIDE_LOOKUP = ["none", "amphista-full", "medusa-own", "amphista-paths"]
 
 
 REAL_DRAFTERS = [

@@ -14,8 +14,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from amphista.drafter.base import Drafter, ParallelHeads
+from amphista.drafter.base import Drafter
 from amphista.drafter.checkpoint import load_drafter, shipped_for
+from amphista.drafter.heads import ParallelHeads
 from amphista.drafter.lookup import LOOKUP
 from amphista.drafter.none import NoDrafter
 from amphista.engine.costs import costs_for

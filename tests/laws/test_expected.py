@@ -13,9 +13,10 @@ import pytest
 
 from amphista.tree.candidates import Candidates, Graft
 from amphista.tree.grow import AutoGrower, ChainGrower, DynamicGrower, StaticGrower
+from amphista.tree.offers import NO_RANK, Offers
 from amphista.tree.template import TreeTemplate
 from amphista.tree.tune import Costs, best_size
-from tests.unit.tree.test_offers import all_paths, best_plainly, children_plainly
+from tests.unit.tree.test_offers import all_paths, best_plainly, children_plainly, with_paths
 
 COSTS = {
     "cheap": Costs([1.0, 1.02, 1.04, 1.06, 1.08, 1.1], draft=0.1),
@@ -30,17 +31,21 @@ GROWERS = {
 }
 
 
-def random_candidates(seed, *, with_graft):
+KINDS = ["heads", "heads+graft", "paths", "paths+graft"]
+
+
+def random_candidates(seed, kind):
     source = random.Random(seed)
     probs = [sorted((source.random() / 2 for _ in range(2)), reverse=True) for _ in range(2)]
     tokens = [[10 * depth + rank for rank in range(2)] for depth in (1, 2)]
     graft = None
-    if with_graft:
+    if kind.endswith("graft"):
         graft = Graft(
             [source.choice([10, 11, 99]), source.choice([20, 88]), 77],
             [math.log(0.3 + 0.6 * source.random()) for _ in range(3)],
         )
-    return Candidates(tokens, [[math.log(p) for p in ranks] for ranks in probs], graft)
+    candidates = Candidates(tokens, [[math.log(p) for p in ranks] for ranks in probs], graft)
+    return with_paths(candidates, source) if kind.startswith("paths") else candidates
 
 
 def accepted_once(tree, candidates, source):
@@ -57,12 +62,12 @@ def accepted_once(tree, candidates, source):
         node, path = child, [*path, token]
 
 
-@pytest.mark.parametrize("with_graft", [False, True], ids=["heads", "heads+graft"])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", GROWERS)
-def test_expected_equals_simulated(name, with_graft):
+def test_expected_equals_simulated(name, kind):
     source, expected, realised, draws = random.Random(0), 0.0, 0, 400
     for seed in range(12):
-        candidates = random_candidates(seed, with_graft=with_graft)
+        candidates = random_candidates(seed, kind)
         growth = GROWERS[name].grow(7, candidates, 4)
         expected += draws * growth.expected
         realised += sum(accepted_once(growth.tree, candidates, source) for _ in range(draws))
@@ -70,12 +75,12 @@ def test_expected_equals_simulated(name, with_graft):
     assert expected > 0 or name == "auto-dear"
 
 
-@pytest.mark.parametrize("with_graft", [False, True], ids=["heads", "heads+graft"])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", COSTS)
-def test_no_tree_commits_more_tokens_a_second(name, with_graft):
+def test_no_tree_commits_more_tokens_a_second(name, kind):
     costs, sizes = COSTS[name], set()
     for seed in range(12):
-        candidates = random_candidates(seed, with_graft=with_graft)
+        candidates = random_candidates(seed, kind)
         growth = AutoGrower(costs).grow(7, candidates, 4)
         values = all_paths(candidates, 4)
         best = max(
@@ -86,7 +91,9 @@ def test_no_tree_commits_more_tokens_a_second(name, with_graft):
     assert {"cheap": 6, "stairs": 4, "dear": 1}[name] in sizes
 
 
-@pytest.mark.parametrize("mutation", ["one-too-many", "draft-forgotten", "probability-of-the-sibling"])
+@pytest.mark.parametrize(
+    "mutation", ["one-too-many", "draft-forgotten", "probability-of-the-sibling", "paths-forgotten"]
+)
 def test_mutations_are_seen(mutation, monkeypatch):
     if mutation == "one-too-many":
         monkeypatch.setattr("amphista.tree.grow.best_size", lambda *_, **__: 6)
@@ -94,9 +101,12 @@ def test_mutations_are_seen(mutation, monkeypatch):
         monkeypatch.setattr(
             "amphista.tree.grow.best_size", lambda scores, costs, drafted: best_size(scores, costs, drafted=False)
         )
+    elif mutation == "paths-forgotten":
+        children = Offers._children
+        monkeypatch.setattr(Offers, "_children", lambda offers, depth, _: children(offers, depth, NO_RANK))
     else:
-        monkeypatch.setattr("amphista.tree.offers._joined", lambda heads, token, log_prob: heads)
+        monkeypatch.setattr("amphista.tree.offers._joined", lambda heads, *_: heads)
     with pytest.raises(AssertionError):
         for name in COSTS:
-            test_no_tree_commits_more_tokens_a_second(name, True)
-        test_expected_equals_simulated("dynamic", True)
+            test_no_tree_commits_more_tokens_a_second(name, "paths+graft")
+        test_expected_equals_simulated("dynamic", "paths+graft")

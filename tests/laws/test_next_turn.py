@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from amphista.drafter.base import ParallelHeads
+from amphista.drafter.heads import ParallelHeads
 from amphista.drafter.lookup import Lookup
 from amphista.drafter.ngrams import NgramIndex
 from amphista.engine.decoder import decode

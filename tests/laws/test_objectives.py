@@ -152,6 +152,7 @@ NUM_HEADS = 3
 CONFIGS = {
     "default": LossConfig(),
     "decay": LossConfig(depth_decay=0.5),
+    "paths-alone": LossConfig(depth_decay=0.5, path_share=1.0),
     **{name: LossConfig(**{**ONLY, name: 1.0}) for name in BY_HAND},
     "all": LossConfig(
         soft_weight=0.7,
@@ -175,6 +176,12 @@ DRAFTERS = {
     ),
     "own": lambda target: Medusa(
         MedusaConfig(num_heads=NUM_HEADS, lm_head="own", draft_vocab=120), target.spec, target.shared
+    ),
+    "paths": lambda target: Amphista(
+        AmphistaConfig(num_heads=NUM_HEADS, draft_vocab=120, path_rank=4, path_shortlist=9), target.spec, target.shared
+    ),
+    "own-paths": lambda target: Medusa(
+        MedusaConfig(num_heads=NUM_HEADS, lm_head="own", path_rank=4, path_shortlist=9), target.spec, target.shared
     ),
 }
 
@@ -202,6 +209,25 @@ def case(target, kind):
     return drafter, batch, AnswerRows(rows.rows, labels, rows.answers)
 
 
+def forms_of(drafter, batch, rows, config):
+    """The logits [Q, K, N] that count, each with its share by head: what heads say alone, and given the token above."""
+    states = drafter(batch.hidden, batch.next_ids, rows.rows)
+    logits = drafter.head_logits(states)
+    if drafter.path is None:
+        return [([1.0] * NUM_HEADS, logits)]
+    given = [logits[:, 0]]
+    for k in range(1, NUM_HEADS):
+        above = torch.roll(rows.next_ids, -k)  # the text's token at the depth above is x_{t+1} of row q + k
+        fresh = drafter.head_logits(
+            states[:, k] + drafter.path(states[:, k], drafter.path.read(drafter._shared.embed(above))), k
+        )
+        named = torch.zeros_like(fresh, dtype=torch.bool)
+        named.scatter_(-1, logits[:, k].argsort(-1, descending=True)[:, : drafter.config.path_shortlist], True)
+        given.append(torch.where(named, fresh, logits[:, k]))
+    share = config.path_share
+    return [([1.0] + [1 - share] * (NUM_HEADS - 1), logits), ([0.0] + [share] * (NUM_HEADS - 1), torch.stack(given, 1))]
+
+
 def counted(drafter, logits, rows, config):
     """[(row, head from 0)] that count, by the rule in words: same answer; and none behind the first wrong head."""
     vocabulary = list(range(VOCAB)) if drafter.draft_ids is None else drafter.draft_ids.tolist()
@@ -226,14 +252,17 @@ def loss_by_hand(drafter, batch, rows, config):
     """The loss and each head's, in plain Python floats."""
     vocabulary = list(range(VOCAB)) if drafter.draft_ids is None else drafter.draft_ids.tolist()
     with torch.no_grad():
-        logits = drafter.head_logits(drafter(batch.hidden, batch.next_ids, rows.rows))
+        forms = forms_of(drafter, batch, rows, config)
         aims = drafter.target_logits(batch.hidden.flatten(0, 1)[rows.rows])
     sums, numbers = [0.0] * NUM_HEADS, [0] * NUM_HEADS
-    for q, k in counted(drafter, logits, rows, config):
-        p, z = probabilities(aims[q + k + 1].tolist()), probabilities(logits[q, k].tolist())
+    for q, k in counted(drafter, forms[-1][1], rows, config):
+        p = probabilities(aims[q + k + 1].tolist())
         token = int(rows.next_ids[q + k + 1])
         label = vocabulary.index(token) if token in vocabulary else -1
-        sums[k] += sum(weight * BY_HAND[name](z, p, label) for name, weight in config.weights.items() if weight)
+        for shares, logits in forms:
+            z = probabilities(logits[q, k].tolist())
+            found = sum(weight * BY_HAND[name](z, p, label) for name, weight in config.weights.items() if weight)
+            sums[k] += shares[k] * found
         numbers[k] += 1
     means = [s / n if n else 0.0 for s, n in zip(sums, numbers, strict=True)]
     weights = [config.depth_decay**k * numbers[k] / number_of_aims(rows, k) for k in range(NUM_HEADS)]
@@ -258,23 +287,25 @@ def test_the_loss_is_written_out(precise, kind, name):
 
 def reference_loss(drafter, batch, rows, config):
     """The same in one plain graph of all logits at once, none of the code under test."""
-    logits = drafter.head_logits(drafter(batch.hidden, batch.next_ids, rows.rows))
+    forms = forms_of(drafter, batch, rows, config)
     with torch.no_grad():
         aims = torch.softmax(drafter.target_logits(batch.hidden.flatten(0, 1)[rows.rows]), -1)
     vocabulary = list(range(VOCAB)) if drafter.draft_ids is None else drafter.draft_ids.tolist()
     terms, numbers = [[] for _ in range(NUM_HEADS)], [0] * NUM_HEADS
-    for q, k in counted(drafter, logits.detach(), rows, config):
-        p, z = aims[q + k + 1], torch.log_softmax(logits[q, k], -1)
-        alpha = 1 - 0.5 * (p - z.exp()).abs().sum()
-        blend = torch.exp(-config.hybrid_eta * alpha.detach())
-        token = int(rows.next_ids[q + k + 1])
-        terms[k].append(
-            -config.soft_weight * (p * z).sum()
-            - config.text_weight * (z[vocabulary.index(token)] if token in vocabulary else 0.0)
-            + config.variation_weight * (1 - alpha)
-            - config.acceptance_weight * alpha.log()
-            + config.hybrid_weight * (blend * (p * (p.log() - z)).sum() + (1 - blend) * (1 - alpha))
-        )
+    for q, k in counted(drafter, forms[-1][1].detach(), rows, config):
+        p, token = aims[q + k + 1], int(rows.next_ids[q + k + 1])
+        terms[k].append(0.0)
+        for shares, logits in forms:
+            z = torch.log_softmax(logits[q, k], -1)
+            alpha = 1 - 0.5 * (p - z.exp()).abs().sum()
+            blend = torch.exp(-config.hybrid_eta * alpha.detach())
+            terms[k][-1] += shares[k] * (
+                -config.soft_weight * (p * z).sum()
+                - config.text_weight * (z[vocabulary.index(token)] if token in vocabulary else 0.0)
+                + config.variation_weight * (1 - alpha)
+                - config.acceptance_weight * alpha.log()
+                + config.hybrid_weight * (blend * (p * (p.log() - z)).sum() + (1 - blend) * (1 - alpha))
+            )
         numbers[k] += 1
     weights = [config.depth_decay**k * numbers[k] / number_of_aims(rows, k) for k in range(NUM_HEADS)]
     means = [torch.stack(of_head).mean() for of_head in terms]

@@ -9,7 +9,7 @@ import copy
 import pytest
 import torch
 
-from amphista.drafter import base
+from amphista.drafter import heads
 from amphista.errors import DrafterError
 from tests.tiny import REAL_DRAFTERS, real_drafters
 
@@ -55,7 +55,7 @@ def test_products_in_bfloat16_stay_close(target, drafters, name, monkeypatch):
     """What decodes where the processor has them: every state within a few of bfloat16's last digits."""
     drafter = copy.deepcopy(drafters[name])
     hidden, next_ids, expected = training_logits(target, drafter)
-    monkeypatch.setattr(base, "quick_type", lambda dtype, device: torch.bfloat16)
+    monkeypatch.setattr(heads, "quick_type", lambda dtype, device: torch.bfloat16)
     drafter.freeze()
     state = drafter.start()
     drafter.commit(state, hidden, next_ids)

@@ -209,7 +209,7 @@ def test_everything_it_touches_is_on_its_device(target, kind, switches):
         heads = kind(config, spec, shared).bfloat16().freeze()
     around = CapturedDrafter(heads)
     with torch.inference_mode():
-        regions = [AskRegion(heads, around._features, around._divisors, 6)]
+        regions = [AskRegion(heads, around._features, around._pending, around._divisors, 6)]
         if kind is Amphista and config.stages:
             regions.append(FeedRegion(heads, StageHome(heads, 16), around._features, 4))
         for region in regions:

@@ -22,7 +22,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from amphista.drafter.base import DrafterConfig, DrafterState, ParallelHeads
+from amphista.drafter.base import DrafterConfig, DrafterState
+from amphista.drafter.heads import ParallelHeads
 from amphista.drafter.layers import LayerCache, LayerSizes, ResidualBlock, RMSNorm, RowCache, TransformerLayer
 from amphista.drafter.lean import LeanAmphista
 from amphista.errors import ConfigError

@@ -12,6 +12,7 @@ Shapes: T rows of the bucket, t of the call, C capacity, D hidden size, K heads,
 
 from __future__ import annotations
 
+import math
 import threading
 import warnings
 import weakref
@@ -21,7 +22,8 @@ import torch
 from torch import Tensor
 
 from amphista.drafter.amphista import Amphista
-from amphista.drafter.base import Drafter, DrafterState, ParallelHeads
+from amphista.drafter.base import Drafter, DrafterState
+from amphista.drafter.heads import ParallelHeads, Ranked
 from amphista.drafter.stage_rows import StageHome, StageRows
 from amphista.errors import CaptureError
 from amphista.kernels.graph import Inputs, OneThread, Recorded, Recorder, bucket, capacities
@@ -63,19 +65,37 @@ class FeedRegion:
 
 
 class AskRegion:
-    """The best R tokens of all heads: tokens and log-probabilities [2, K, R] in float64, which holds both exactly, so
-    that one copy brings them."""
+    """The best R tokens of all heads, and what stands below each where they know paths: all in float64, which holds ids
+    and log-probabilities exactly, one behind the other, so that one copy brings them."""
 
-    def __init__(self, heads: ParallelHeads, features: list[Tensor], divisors: Tensor, num_ranks: int) -> None:
+    def __init__(
+        self, heads: ParallelHeads, features: list[Tensor], pending: Tensor, divisors: Tensor, num_ranks: int
+    ) -> None:
         self._heads, self.divisors, self._num_ranks = heads, divisors, num_ranks
-        self._state = DrafterState(features=features if isinstance(heads, Amphista) else features[0])
-        self.offers = torch.zeros(2, heads.num_heads, num_ranks, dtype=torch.float64, device=heads.device)
+        self._state = DrafterState(features=features if isinstance(heads, Amphista) else features[0], pending=pending)
+        num_heads, vocab = heads.num_heads, heads.draft_vocab
+        shapes: list[tuple[int, ...]] = [(num_heads, num_ranks)] * 2
+        if heads.path is not None and num_heads > 1:
+            size = min(heads.config.path_shortlist, vocab)
+            width = min(max(num_ranks, heads.config.path_shortlist), vocab)
+            shapes = [(num_heads, width)] * 2 + [(num_heads - 1, size, min(num_ranks, size))] * 2
+        self._shapes, self._sizes = shapes, [math.prod(shape) for shape in shapes]
+        self.offers = torch.zeros(sum(self._sizes), dtype=torch.float64, device=heads.device)
 
     def run(self) -> None:
-        logits = self._heads.head_logits(self._heads.draft_states(self._state)).float()
-        token_ids, log_probs = self._heads.top_ranks(logits / self.divisors, self._num_ranks)
-        self.offers[0].copy_(token_ids)
-        self.offers[1].copy_(log_probs)
+        ranked = self._heads.ranked(self._heads.draft_states(self._state), self.divisors, self._num_ranks)
+        parts = [part for part in ranked if part is not None]
+        for place, part in zip(self.offers.split(self._sizes), parts, strict=True):
+            place.copy_(part.flatten())
+
+    def candidates(self, max_depth: int | None) -> Candidates:
+        """What was found, of the first `max_depth` heads, on the host."""
+        parts = self.offers.cpu().split(self._sizes)
+        token_ids, log_probs, *below = (part.view(shape) for part, shape in zip(parts, self._shapes, strict=True))
+        depth = len(token_ids) if max_depth is None else max_depth
+        if below and depth > 1:
+            below = [below[0].long()[: depth - 1], below[1][: depth - 1]]
+        return Ranked(token_ids.long()[:depth], log_probs[:depth], *(below if depth > 1 else ())).candidates()
 
 
 class CapturedDrafter(Drafter):
@@ -91,6 +111,7 @@ class CapturedDrafter(Drafter):
         shapes = [(1, size)] * 2 if isinstance(heads, Amphista) else [(size,)]
         with torch.inference_mode():
             self._features = [torch.zeros(shape, dtype=heads.dtype, device=device) for shape in shapes]
+            self._pending = torch.zeros((), dtype=torch.long, device=device)
             self._divisors = torch.ones(heads.num_heads, 1, device=device)
         self._divided: tuple[float, object] | None = None
         self._owner: weakref.ref[DrafterState] | None = None  # whose features are in the buffers
@@ -181,9 +202,10 @@ class CapturedDrafter(Drafter):
         if self._divided != (temperature, self._heads.calibration):
             self._divisors.copy_(self._heads.head_temperatures(temperature)[:, None])
             self._divided = temperature, self._heads.calibration
+        if state.pending is not None:
+            self._pending.copy_(state.pending)
         replay()
-        token_ids, log_probs = region.offers.cpu()[:, :max_depth]
-        return Candidates(token_ids.long().tolist(), log_probs.tolist())
+        return region.candidates(max_depth)
 
     def _feed_region(self, heads: Amphista, home: StageHome, num_rows: int) -> tuple[FeedRegion, Callable[[], None]]:
         key = num_rows, home.capacity
@@ -193,7 +215,9 @@ class CapturedDrafter(Drafter):
         calibration = self._heads.calibration
         coverage = None if calibration is None else calibration.coverage  # a constant of the recorded function
         key = num_ranks, coverage
-        return self._asks.get(key, lambda: AskRegion(self._heads, self._features, self._divisors, num_ranks))
+        return self._asks.get(
+            key, lambda: AskRegion(self._heads, self._features, self._pending, self._divisors, num_ranks)
+        )
 
     def _take_buffers(self, state: DrafterState) -> None:
         """Let the features in the buffers be this state's; who had them there before gets a copy."""

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from amphista.drafter.base import ParallelHeads
+from amphista.drafter.heads import ParallelHeads
 from amphista.errors import DrafterError
 
 OPEN_NOTE = {
@@ -25,6 +25,10 @@ OPEN_NOTE = {
     ),
     "medusa": "Medusa-1 heads (arXiv 2401.10774), the baseline of the family.",
 }
+PATH_NOTE = (
+    " A path correction stands on top, which is not in that paper: heads behind the first weigh their best tokens anew "
+    "given the token above (cf. arXiv 2606.03819, 2607.05147)."
+)
 ARXIV = {"amphista": "2406.13170", "medusa": "2401.10774"}
 
 LITTLE_TOKENS = 5_000_000
@@ -70,7 +74,7 @@ def write_card(
         f"vocabulary of {drafter.draft_vocab} tokens{covering}. The target is frozen and decides every token: the "
         "drafter changes speed, never output.",
         "",
-        OPEN_NOTE.get(drafter.name, ""),
+        OPEN_NOTE.get(drafter.name, "") + ("" if drafter.path is None else PATH_NOTE),
         "",
     ]
     if "converted" in training:

@@ -22,7 +22,8 @@ from safetensors.torch import load_file, save_file
 
 from amphista.config import as_dict, build
 from amphista.drafter.amphista import Amphista, AmphistaConfig
-from amphista.drafter.base import Calibration, Drafter, DrafterConfig, ParallelHeads
+from amphista.drafter.base import Calibration, Drafter, DrafterConfig
+from amphista.drafter.heads import ParallelHeads
 from amphista.drafter.hub import fetch
 from amphista.drafter.lookup import LOOKUP, WithLookup
 from amphista.drafter.medusa import Medusa, MedusaConfig

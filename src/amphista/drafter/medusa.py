@@ -2,7 +2,7 @@
 
 K heads, no interaction between them, no context beyond h_t. `lm_head="own"` is the published form; `"shared"` reads
 the target's own head, which is what ships for small targets. Unlike the published code, `num_layers` stacks distinct
-blocks. The pending token is not an input: `next_ids` is ignored.
+blocks. The pending token is not an input: `next_ids` is ignored, but by a path correction (ours) of the first head.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from amphista.drafter.base import DrafterConfig, DrafterState, ParallelHeads
+from amphista.drafter.base import DrafterConfig, DrafterState
+from amphista.drafter.heads import ParallelHeads
 from amphista.drafter.layers import ResidualBlock
 from amphista.drafter.lean import LeanHeads
 from amphista.errors import ConfigError
@@ -49,10 +50,10 @@ class Medusa(ParallelHeads):
         """Nothing to do: zero-started residual heads already give LM(h_t)."""
 
     def head_states(self, hidden: Tensor, next_ids: Tensor, select: Tensor) -> Tensor:
-        return self._heads(hidden.flatten(0, 1)[select])
+        return self._heads(hidden.flatten(0, 1)[select], next_ids.flatten()[select])
 
-    def _heads(self, hidden: Tensor) -> Tensor:
-        return torch.stack([head(hidden) for head in self.heads], dim=-2)
+    def _heads(self, hidden: Tensor, pending: Tensor) -> Tensor:
+        return self.given_pending(torch.stack([head(hidden) for head in self.heads], dim=-2), pending)
 
     def pack(self, dtype: torch.dtype) -> None:
         blocks: list[list[ResidualBlock]] = [list(head) for head in self.heads]  # type: ignore[call-overload]
@@ -61,12 +62,15 @@ class Medusa(ParallelHeads):
 
     @torch.inference_mode()
     def commit(self, state: DrafterState, hidden: Tensor, next_ids: Tensor) -> None:
-        state.features = hidden[-1].to(self.dtype)
+        state.features, state.pending = hidden[-1].to(self.dtype), next_ids[-1]
         state.num_rows += hidden.shape[0]
 
     @torch.inference_mode()
     def draft_states(self, state: DrafterState) -> Tensor:
-        return self._heads(state.features) if self._lean is None else self._lean(state.features[None])
+        assert state.pending is not None
+        if self._lean is None:
+            return self._heads(state.features, state.pending)
+        return self.given_pending(self._lean(state.features[None]), state.pending)
 
     def trim(self, state: DrafterState, num_rows: int) -> None:
         state.num_rows = min(state.num_rows, num_rows)

@@ -14,7 +14,8 @@ from typing import Any
 
 from amphista import provenance
 from amphista.config import as_dict
-from amphista.drafter.base import Drafter, ParallelHeads
+from amphista.drafter.base import Drafter
+from amphista.drafter.heads import ParallelHeads
 from amphista.engine.cost_cache import kept
 from amphista.engine.timing import NOISY, draft_ratio, verify_seconds
 from amphista.target.loading import say

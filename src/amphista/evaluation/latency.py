@@ -23,8 +23,9 @@ import torch
 
 from amphista import provenance
 from amphista.cache.static import KVCache
-from amphista.drafter.base import Drafter, ParallelHeads
+from amphista.drafter.base import Drafter
 from amphista.drafter.captured import captured
+from amphista.drafter.heads import ParallelHeads
 from amphista.errors import ConfigError
 from amphista.evaluation.limits import ForwardWork, Limits, measure_limits
 from amphista.evaluation.stock import now

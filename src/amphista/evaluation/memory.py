@@ -16,8 +16,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from amphista.drafter.base import Drafter, ParallelHeads
+from amphista.drafter.base import Drafter
 from amphista.drafter.checkpoint import DRAFTERS, shipped_for
+from amphista.drafter.heads import ParallelHeads
 from amphista.errors import AmphistaError, ConfigError
 from amphista.target.target import Target
 

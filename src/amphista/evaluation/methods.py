@@ -16,8 +16,9 @@ from typing import Any, Protocol
 
 import torch
 
-from amphista.drafter.base import Drafter, ParallelHeads
+from amphista.drafter.base import Drafter
 from amphista.drafter.checkpoint import DRAFTERS, load_drafter, make_drafter, shipped_for
+from amphista.drafter.heads import ParallelHeads
 from amphista.drafter.none import NoDrafter
 from amphista.engine.params import SamplingParams
 from amphista.errors import AmphistaError, ConfigError

@@ -2,7 +2,9 @@
 
 One temperature per head makes its probabilities honest: the value that minimises the negative log-likelihood of the
 text tokens inside the draft vocabulary (temperature scaling, arXiv 1706.04599), separately on greedy and on sampled
-answers. Accuracies by (depth, rank) build the static tree; coverage discounts what the draft vocabulary cannot say.
+answers. Of a drafter with a path correction both are taken as it decodes, given the text's token at the depth above,
+for trees multiply along paths. Accuracies by (depth, rank) build the static tree; coverage discounts what the draft
+vocabulary cannot say.
 
 Shapes: K heads, R ranks, M rows, N draft vocabulary.
 """
@@ -15,11 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from amphista.drafter.base import Calibration, ParallelHeads
+from amphista.drafter.base import Calibration
+from amphista.drafter.heads import ParallelHeads
 from amphista.train.dataset import HiddenStates, batches_of, coverage
 from amphista.train.losses import LossConfig, draft_labels
 from amphista.train.rows import TokenRow
-from amphista.train.validation import Validation, exact_logits, validate
+from amphista.train.validation import Validation, exact_logits_below, validate
 
 GRID = torch.arange(0.6, 3.01, 0.05)
 MAX_POSITIONS = 2048  # a head's temperature is known to about a grid step by then; the rest is left out evenly
@@ -85,7 +88,9 @@ def head_temperatures(drafter: ParallelHeads, rows: Sequence[TokenRow], hidden: 
             wanted = labels[index + k + 1]
             index, wanted = index[wanted >= 0], wanted[wanted >= 0]
             if index.numel():
-                losses[k] += losses_by_temperature(exact_logits(drafter, states[index, k], k), wanted)
+                above = batch.answer_rows.next_ids[index + k]
+                logits = exact_logits_below(drafter, states[index, k], k, above)
+                losses[k] += losses_by_temperature(logits, wanted)
     return [round(float(GRID[i]), 2) for i in losses.argmin(1)]
 
 

@@ -61,11 +61,13 @@ class TrainConfig:
 
     `precision` bf16 multiplies in bfloat16 and keeps weights, sums and the softmax in float32. `init`: go on from a
     trained drafter (a shipped name, a folder or a hub id) with its settings and draft vocabulary, a new optimiser and
-    schedule. `tensorboard` writes the log a second time, for TensorBoard.
+    schedule; `model` may give it a path correction it had not. `freeze` heads: train the path correction alone.
+    `tensorboard` writes the log a second time, for TensorBoard.
     """
 
     drafter: str = "amphista"
     init: str | None = None
+    freeze: Literal["none", "heads"] = "none"
     precision: Literal["fp32", "bf16"] = "fp32"
     model: dict[str, Any] = field(default_factory=dict)
     data: DataConfig = field(default_factory=DataConfig)
@@ -79,6 +81,8 @@ class TrainConfig:
     tensorboard: bool = False
 
     def __post_init__(self) -> None:
+        if self.freeze not in ("none", "heads"):
+            raise ConfigError(f"freeze is {self.freeze!r}: expected 'none' or 'heads'")
         if self.save_every < 1 or self.log_every < 1 or self.validate_every < 0:
             raise ConfigError(
                 "save_every and log_every must be at least 1, validate_every at least 0 (at the end only)"

@@ -3,6 +3,10 @@
     L = sum_k w_k s_k mean_t l_{t,k} / sum_k w_k s_k
     l_{t,k} = a weighted sum of the objectives below, for p = p_target(. | x_<=t+k) and q = softmax(z_k)
 
+q is what the head says alone; of a drafter with a path correction, l is shared between that and what the heads behind
+the first say given the token above theirs (`path_share`). Above head k that is the text's x_{t+k}: nothing is accepted
+below any other.
+
 w_k is the depth weight. s_k is the share of head k's positions that accept-until-fail leaves, 1 without it: a head
 counts in proportion to what is left of it.
 
@@ -27,7 +31,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from amphista.drafter.base import ParallelHeads
+from amphista.drafter.heads import ParallelHeads
 from amphista.errors import ConfigError
 
 
@@ -135,7 +139,9 @@ class LossConfig:
 
     A new objective is one function above and one line here. `soft_weight` and `text_weight` are lambda_1 and lambda_2
     of ALGORITHM section 3; the next three (`hybrid_eta` belongs to the last) aim at sampled acceptance. `depth_decay`
-    1.0 is the paper's uniform. `chunk_rows` bounds memory, not the loss: no more rows meet the vocabulary at once.
+    1.0 is the paper's uniform. `path_share`: how much of a head's loss is that given the token above (drafters with a
+    path correction, heads behind the first); all of it where the heads are frozen. `chunk_rows` bounds memory, not the
+    loss: no more rows meet the vocabulary at once.
     """
 
     soft_weight: float = weighs(lambda at: soft_cross_entropy(at.log_probs, at.target_probs), 1.0)
@@ -146,6 +152,7 @@ class LossConfig:
     hybrid_eta: float = 3.0
     depth_decay: float = 1.0
     accept_until_fail: bool = False
+    path_share: float = 0.5
     chunk_rows: int = 512
 
     def __post_init__(self) -> None:
@@ -155,6 +162,8 @@ class LossConfig:
             raise ConfigError(f"hybrid_eta is {self.hybrid_eta}: expected 0 or more (0 is plain KL)")
         if self.chunk_rows < 1:
             raise ConfigError(f"chunk_rows is {self.chunk_rows}: expected at least 1")
+        if not 0 < self.path_share <= 1:
+            raise ConfigError(f"path_share is {self.path_share}: expected a number in (0, 1]")
         if not 0 < self.depth_decay <= 1:
             raise ConfigError(f"depth_decay is {self.depth_decay}: expected a number in (0, 1]")
 
@@ -273,7 +282,10 @@ class HeadLoss(nn.Module):
         ]
         losses, counted = (torch.stack(column).sum(0) for column in zip(*parts, strict=True))
         aims = counted.new_tensor([answer_rows.aims(k).numel() for k in range(self.drafter.num_heads)])
-        return HeadSums(losses + states.sum() * 0, counted, aims)  # answers of one token have a loss, too: 0
+        nothing = states.sum() * 0  # answers of one token have a loss, too: 0
+        if self.drafter.path is not None:
+            nothing = nothing + self.drafter.path.nothing()
+        return HeadSums(losses + nothing, counted, aims)
 
     def _part(self, states: Tensor, part: _Part, answer_rows: AnswerRows) -> tuple[Tensor, Tensor]:
         """(summed losses [K], rows that counted [K]) of one chunk of rows."""
@@ -288,7 +300,10 @@ class HeadLoss(nn.Module):
             if index.numel() == 0:  # a gradient of nothing: distributed wrappers wait for one of every weight
                 losses.append(_widened(sum((weight.flatten()[0] * 0 for weight in own), states.new_zeros(()))))
                 continue
-            loss, right = part.scored(k, index, states[index, k], *own)
+            above: tuple[Tensor, ...] = ()
+            if k and self.drafter.path is not None:
+                above = (self.drafter.correction(states[index, k], answer_rows.next_ids[index + k]),)
+            loss, right = part.scored(k, index, states[index, k], *above, *own)
             if self.config.accept_until_fail:
                 counts = until_first_fail(counts, index, right)
             losses.append(loss)
@@ -312,16 +327,28 @@ class _Part:
         with torch.no_grad():
             return torch.softmax(_widened(self.drafter.target_logits(self.aimed_at[self.start + 1 : last])), dim=-1)
 
+    @property
+    def path_share(self) -> float:
+        """1 where nothing is trained but the correction, or where nothing is trained."""
+        return self.config.path_share if torch.is_grad_enabled() and self.drafter.trains_heads else 1.0
+
     def scored(self, head: int, index: Tensor, *inputs: Tensor) -> tuple[Tensor, Tensor]:
         """(summed loss of a head's rows, whether each row's best token is the text's, as far as anybody asks)."""
         aim = index + head + 1
+        labels, target_probs = self.labels[aim], self.target_probs[aim - self.start - 1]
+        num_corrections = 1 if head and self.drafter.path is not None else 0
 
-        def compute(states: Tensor, *own: Tensor) -> tuple[Tensor, Tensor]:
+        def compute(states: Tensor, *others: Tensor) -> tuple[Tensor, Tensor]:
+            own = others[num_corrections:]
             logits = self.drafter.score(states, own)
-            labels = self.labels[aim]
-            loss = head_losses(logits, self.target_probs[aim - self.start - 1], labels, self.config).sum()
+            forms = [(1.0, logits)]
+            if num_corrections:
+                logits = self.drafter.given_above(logits, states, others[0], own)
+                forms = [(1 - self.path_share, forms[0][1]), (self.path_share, logits)]
+            losses = [w * head_losses(form, target_probs, labels, self.config).sum() for w, form in forms if w]
             asked = self.config.accept_until_fail
-            return loss, logits.detach().argmax(-1) == labels if asked else torch.empty(0, device=labels.device)
+            right = logits.detach().argmax(-1) == labels if asked else torch.empty(0, device=labels.device)
+            return torch.stack(losses).sum(), right
 
         return _at_once(compute, *inputs)
 

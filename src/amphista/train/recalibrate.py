@@ -15,9 +15,9 @@ from typing import Any
 
 from amphista import provenance
 from amphista.config import build
-from amphista.drafter.base import ParallelHeads
 from amphista.drafter.card import CardConfig, write_card
 from amphista.drafter.checkpoint import Checkpoint, load_drafter, locate_checkpoint, make_drafter, save_drafter
+from amphista.drafter.heads import ParallelHeads
 from amphista.engine.decoder import decode
 from amphista.engine.params import SamplingParams
 from amphista.engine.step import Engine

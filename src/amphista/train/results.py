@@ -13,9 +13,10 @@ import torch
 
 from amphista import provenance
 from amphista.config import as_dict
-from amphista.drafter.base import Calibration, ParallelHeads
+from amphista.drafter.base import Calibration
 from amphista.drafter.card import write_card
 from amphista.drafter.checkpoint import make_drafter, save_drafter
+from amphista.drafter.heads import ParallelHeads
 from amphista.target.loading import hub_name
 from amphista.train.calibrate import calibrate
 from amphista.train.run_folder import Progress

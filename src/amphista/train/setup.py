@@ -17,8 +17,8 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType, GradientAccumulationPlugin, InitProcessGroupKwargs, set_seed
 
 from amphista.config import as_dict, build
-from amphista.drafter.base import ParallelHeads
 from amphista.drafter.checkpoint import DRAFTERS, make_drafter
+from amphista.drafter.heads import ParallelHeads
 from amphista.errors import ConfigError
 from amphista.target.target import Target
 from amphista.train.config import OptimizerConfig, TrainConfig
@@ -128,6 +128,10 @@ def assemble(target: Target, config: TrainConfig, out: Path) -> Parts:
     with accelerator.main_process_first():  # which makes the store that the others then open
         hidden = HiddenStates(target, every_row, _store_folder(accelerator, config, out))
     drafter, before = _first_drafter(target, config, data.rows, hidden)
+    if config.freeze == "heads":
+        if drafter.path is None:
+            raise ConfigError("freeze = 'heads' leaves nothing to train: give the drafter a model.path_rank")
+        drafter.freeze_heads()
     return Parts(accelerator, target, config, data, hidden, drafter.to(accelerator.device), before)
 
 
@@ -182,8 +186,9 @@ def _first_drafter(
 
 def make_optimizer(drafter: ParallelHeads, config: OptimizerConfig) -> torch.optim.Optimizer:
     """AdamW; norms, biases and position encodings are not decayed."""
-    decayed = [p for name, p in drafter.named_parameters() if p.dim() > 1 and "position" not in name]
-    plain = [p for name, p in drafter.named_parameters() if not (p.dim() > 1 and "position" not in name)]
+    trained = [(name, p) for name, p in drafter.named_parameters() if p.requires_grad]
+    decayed = [p for name, p in trained if p.dim() > 1 and "position" not in name]
+    plain = [p for name, p in trained if not (p.dim() > 1 and "position" not in name)]
     groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, config.beta2))
 

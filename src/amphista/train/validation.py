@@ -3,7 +3,10 @@
 A recorded answer is a walk the target really takes, so replaying it against the trees the heads would have grown gives
 the tau of decoding that answer (exactly, up to rounding). Tau counts the tokens committed per target forward.
 
-Shapes: Q answer rows, K heads, R ranks, N draft vocabulary.
+Of a drafter with a path correction, everything counts as it decodes: a head's ranks are those below the text's token at
+the depth above.
+
+Shapes: Q answer rows, K heads, R ranks, S shortlist, N draft vocabulary.
 """
 
 from __future__ import annotations
@@ -17,15 +20,16 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from amphista.drafter.base import ParallelHeads
+from amphista.drafter.heads import ParallelHeads
 from amphista.engine.loops import loop_free_length
 from amphista.train.dataset import Batch, HiddenStates, batches_of
 from amphista.train.losses import HeadLoss, LossConfig
 from amphista.train.rows import TokenRow
-from amphista.tree.candidates import Candidates
+from amphista.tree.candidates import Below, Candidates
 from amphista.tree.dynamic import best_first
 
 NUM_RANKS = 10
+ROWS_AT_ONCE = 64
 TREE_SIZES = (4, 8, 16, 32, 64)
 ACCEPTANCE_AT = 16
 
@@ -105,23 +109,69 @@ def _share_above(accepted: Counter[int], depth: int) -> float:
 
 @dataclass(frozen=True)
 class RankedHeads:
-    """Top ranks of every head at every answer row: token ids and log-probabilities [Q, K, R], on CPU."""
+    """Top ranks of every head at every answer row: token ids and log-probabilities [Q, K, R], on CPU.
+
+    Of a drafter with a path correction also `Below` as tensors [Q, K - 1, S, R]: ranks and log-probabilities.
+    """
 
     tokens: Tensor
     log_probs: Tensor
+    below: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def num_ranks(self) -> int:
+        return self.tokens.shape[-1]
+
+    def candidates(self, row: int) -> Candidates:
+        """What the drafter would offer at that row."""
+        below = None if self.below is None else Below(*(values[row].tolist() for values in self.below))
+        return Candidates(self.tokens[row].tolist(), self.log_probs[row].tolist(), below=below)
+
+    def ranked_tokens(self, head: int, index: Tensor, above: Tensor) -> Tensor:
+        """The tokens of some rows [M] as that head ranks them [M, R], below the tokens `above` [M]."""
+        plain = self.tokens[index, head, :NUM_RANKS]
+        if self.below is None or head == 0 or not index.numel():
+            return plain
+        ranks = self.below[0][index, head - 1]
+        is_parent = self.tokens[index, head - 1, : ranks.shape[1]] == above[:, None]
+        parent = is_parent.int().argmax(-1)
+        best = ranks[torch.arange(len(index)), parent, :NUM_RANKS]
+        given = torch.full_like(plain, -1)
+        given[:, : best.shape[-1]] = self.tokens[index, head].gather(-1, best)
+        return torch.where(is_parent.any(-1, keepdim=True), given, plain)
 
 
 def ranked_heads(drafter: ParallelHeads, batch: Batch, num_ranks: int, temperature: float = 0.0) -> RankedHeads:
     """All heads of all answer rows, one head at a time so that Q x K x N never exists at once."""
     states = drafter(batch.hidden, batch.next_ids, batch.answer_rows.rows)
     divisors = drafter.head_temperatures(temperature)
+    num_ranks = num_ranks if drafter.path is None else max(num_ranks, drafter.config.path_shortlist)
     tokens, log_probs = [], []
     for k in range(drafter.num_heads):
         logits = exact_logits(drafter, states[:, k], k) / float(divisors[k])
         ids, values = drafter.top_ranks(logits, num_ranks)
-        tokens.append(ids.cpu())
-        log_probs.append(values.cpu())
-    return RankedHeads(torch.stack(tokens, 1), torch.stack(log_probs, 1))
+        tokens.append(ids)
+        log_probs.append(values)
+    every_token, every_log_prob = torch.stack(tokens, 1), torch.stack(log_probs, 1)
+    below = None
+    if drafter.path is not None and drafter.num_heads > 1:
+        below = _ranked_below(drafter, states, every_token, every_log_prob, divisors.to(states.device))
+    return RankedHeads(every_token.cpu(), every_log_prob.cpu(), below)
+
+
+def _ranked_below(
+    drafter: ParallelHeads, states: Tensor, tokens: Tensor, log_probs: Tensor, divisors: Tensor
+) -> tuple[Tensor, Tensor]:
+    """`Below` at all rows, some at a time: for each of them there are K - 1 times S states. On CPU."""
+    parts = []
+    num_ranks = drafter.config.path_shortlist
+    with torch.autocast(divisors.device.type, enabled=False):  # as `exact_logits`
+        for start in range(0, len(states), ROWS_AT_ONCE):
+            rows = slice(start, start + ROWS_AT_ONCE)
+            some = states[rows].to(drafter.dtype), tokens[rows], log_probs[rows]
+            parts.append([part.cpu() for part in drafter.ranks_below(*some, divisors, num_ranks)])
+    ranks, log_probs = (torch.cat(column) for column in zip(*parts, strict=True))
+    return ranks, log_probs
 
 
 def exact_logits(drafter: ParallelHeads, states: Tensor, head: int) -> Tensor:
@@ -133,13 +183,24 @@ def exact_logits(drafter: ParallelHeads, states: Tensor, head: int) -> Tensor:
         return drafter.head_logits(states.to(drafter.dtype), head).float()
 
 
+def exact_logits_below(drafter: ParallelHeads, states: Tensor, head: int, above: Tensor) -> Tensor:
+    """The same, given the tokens [M] above, of a head behind the first of a drafter with a path correction."""
+    logits = exact_logits(drafter, states, head)
+    if drafter.path is None or head == 0:
+        return logits
+    with torch.autocast(states.device.type, enabled=False):
+        states = states.to(drafter.dtype)
+        return drafter.given_above(logits, states, drafter.correction(states, above), drafter.own_weights(head))
+
+
 def count_hits(ranked: RankedHeads, batch: Batch, hits: Tensor, counts: Tensor) -> None:
     """Add, per head and rank, how often that rank held the text's token."""
     next_ids = batch.answer_rows.next_ids.cpu()
     for k in range(ranked.tokens.shape[1]):
         index = batch.answer_rows.aims(k).cpu()
         wanted = next_ids[index + k + 1]
-        hits[k] += (ranked.tokens[index, k, :NUM_RANKS] == wanted[:, None]).float().sum(0)
+        offered = ranked.ranked_tokens(k, index, next_ids[index + k])
+        hits[k] += (offered == wanted[:, None]).float().sum(0)
         counts[k] += index.numel()
 
 
@@ -164,8 +225,9 @@ class Walks:
 class AnswerReplay:
     """One recorded answer and, at each of its rows, the nodes the heads would have grown."""
 
-    def __init__(self, next_ids: list[int], tokens: list[list[list[int]]], log_probs: list[list[list[float]]]) -> None:
-        self._next_ids, self._tokens, self._log_probs = next_ids, tokens, log_probs
+    def __init__(self, next_ids: list[int], ranked: RankedHeads, start: int) -> None:
+        """start: the row of `ranked` that is the answer's first."""
+        self._next_ids, self._ranked, self._start = next_ids, ranked, start
         self._reached: dict[int, list[int]] = {}  # row -> for each depth, the tree size that first reaches it
 
     def __len__(self) -> int:
@@ -192,8 +254,8 @@ class AnswerReplay:
     def _sizes_needed(self, row: int) -> list[int]:
         """Best-first growth is nested: the smallest tree that holds the text's path to depth 1, 2, ..."""
         if row not in self._reached:
-            candidates = Candidates(self._tokens[row], self._log_probs[row])
-            largest = len(self._tokens[row][0]) + 1
+            candidates = self._ranked.candidates(self._start + row)
+            largest = self._ranked.num_ranks + 1
             grown = best_first(self._next_ids[row], candidates, largest, candidates.num_heads)
             at = 0
             sizes: list[int] = []
@@ -215,6 +277,5 @@ def replay_answers(ranked: RankedHeads, batch: Batch) -> list[AnswerReplay]:
     replays = []
     for start, end in pairwise(bounds):
         if end - start > 1:
-            tokens, log_probs = ranked.tokens[start:end].tolist(), ranked.log_probs[start:end].tolist()
-            replays.append(AnswerReplay(next_ids[start:end], tokens, log_probs))
+            replays.append(AnswerReplay(next_ids[start:end], ranked, start))
     return replays

@@ -1,4 +1,7 @@
-"""Candidates: what a drafter offers a tree, per depth the best tokens and their log-probabilities; and a graft."""
+"""Candidates: what a drafter offers a tree, per depth the best tokens and their log-probabilities; and a graft.
+
+A drafter that knows paths also says, below each of its tokens, which of the next depth's come how likely.
+"""
 
 from __future__ import annotations
 
@@ -14,15 +17,28 @@ class Graft:
 
 
 @dataclass(frozen=True)
+class Below:
+    """The children of each token: below `tokens[k][i]`, the j-th best is `tokens[k + 1][ranks[k][i][j]]`.
+
+    Its natural log-probability, given `tokens[k][i]` above it, is `log_probs[k][i][j]`; best first.
+    """
+
+    ranks: list[list[list[int]]]
+    log_probs: list[list[list[float]]]
+
+
+@dataclass(frozen=True)
 class Candidates:
     """`tokens[k][r]` at depth k + 1 with natural log-probability `log_probs[k][r]`, and at most one graft.
 
-    Ranks are in descending probability and a head never offers a token twice.
+    Ranks are in descending probability and a head never offers a token twice. `below`: of a drafter that knows paths;
+    `log_probs` then hold at depth 1, and wherever `below` says nothing.
     """
 
     tokens: list[list[int]]
     log_probs: list[list[float]]
     graft: Graft | None = None
+    below: Below | None = None
 
     @property
     def num_heads(self) -> int:

@@ -1,7 +1,8 @@
 """The best tree of N nodes for one step: best-first over the heads' own probabilities, and the graft's.
 
-Heads are independent given the context, so a node's score is the product of its tokens' probabilities along the path,
-a child never scores above its parent, and taking the best node again and again is optimal: the expected number of
+A node's score is the product of its tokens' probabilities along the path, each given what stands above it as far as
+the drafter knows: parallel heads are independent given the context, a drafter with a path correction knows the token
+above. A child never scores above its parent, so taking the best node again and again is optimal: the expected number of
 accepted tokens is the sum of the chosen scores (OPT-Tree, arXiv 2406.17276; DDTree, arXiv 2604.12989).
 """
 
@@ -24,7 +25,7 @@ def best_first(pending: int, candidates: Candidates, num_nodes: int, max_depth: 
     frontier: list[tuple[float, int, int, int]] = []  # (-log score, depth, rank, parent): ties go to the shallow
 
     def offer(depth: int, rank: int, parent: int) -> None:
-        ranks = offers.below(depth, on_graft=grown.on_graft[parent])
+        ranks = offers.below(depth, on_graft=grown.on_graft[parent], parent_rank=grown.ranks[parent])
         if rank < len(ranks):
             score = grown.scores[parent] + ranks[rank].log_prob
             if score > -math.inf:
@@ -33,7 +34,8 @@ def best_first(pending: int, candidates: Candidates, num_nodes: int, max_depth: 
     offer(1, 0, 0)
     while frontier and grown.num_nodes < num_nodes:
         _, depth, rank, parent = heapq.heappop(frontier)
-        grown.add(parent, offers.below(depth, on_graft=grown.on_graft[parent])[rank])
+        ranks = offers.below(depth, on_graft=grown.on_graft[parent], parent_rank=grown.ranks[parent])
+        grown.add(parent, ranks[rank])
         offer(depth, rank + 1, parent)  # the next sibling
         offer(depth + 1, 0, grown.num_nodes - 1)  # the first child
     return grown

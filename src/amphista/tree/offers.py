@@ -1,9 +1,10 @@
 """What may stand below a node, heads and graft put together; and the nodes of a tree that grows from such offers.
 
-Heads know depths, not paths: every node of a depth has the same children on offer, but for the nodes of the graft,
-below which its next token joins them: as often as the graft knows, its token comes; else the heads decide. So a token
-both name is offered once and gains by it, the others lose in proportion, and no node promises more than one child. On
-answers of the default target this met the truth within a few hundredths; the higher of the two fell far short of it.
+Heads know depths, not paths: every node of a depth has the same children on offer, unless the drafter knows paths
+(`Below`): then a node has its own, those of its token. Below the nodes of the graft its next token joins them: as often
+as the graft knows, its token comes; else the heads decide. So a token both name is offered once and gains by it, the
+others lose in proportion, and no node promises more than one child. On answers of the default target this met the truth
+within a few hundredths; the higher of the two fell far short of it.
 """
 
 from __future__ import annotations
@@ -16,56 +17,90 @@ from typing import NamedTuple
 from amphista.tree.candidates import Candidates
 from amphista.tree.token_tree import TokenTree
 
+NO_RANK = -1  # of a token that the heads do not name at its depth
+
 
 class Offer(NamedTuple):
-    """One possible child: its token, its natural log-probability, and whether the graft goes on below it."""
+    """One possible child: its token, natural log-probability, whether the graft goes on below it, its head's rank."""
 
     token: int
     log_prob: float
     on_graft: bool
+    rank: int = NO_RANK
 
 
 class Offers:
-    """Children on offer by depth, best first; none deeper than `max_depth`."""
+    """Children on offer by depth and, of a drafter that knows paths, by parent; best first, none below `max_depth`."""
 
     def __init__(self, candidates: Candidates, max_depth: int) -> None:
-        heads = zip(candidates.tokens[:max_depth], candidates.log_probs[:max_depth], strict=True)
-        self._plain = [[Offer(*offered, False) for offered in zip(*head, strict=True)] for head in heads]
+        self._tokens, self._log_probs = candidates.tokens, candidates.log_probs
+        self._num_heads, self._paths = min(candidates.num_heads, max_depth), candidates.below
+        self._made: dict[tuple[int, int], list[Offer]] = {}  # (depth, rank above): most are never asked for
         self._grafted: list[list[Offer]] = []
         if candidates.graft is not None:
+            above = NO_RANK
             chain = zip(candidates.graft.tokens, candidates.graft.log_probs, strict=True)
-            for depth, (token, log_prob) in enumerate(islice(chain, max_depth)):
-                heads_below = self._plain[depth] if depth < len(self._plain) else []
-                self._grafted.append(_joined(heads_below, token, log_prob))
+            for depth, (token, log_prob) in enumerate(islice(chain, max_depth), start=1):
+                heads_below = self.below(depth, on_graft=False, parent_rank=above)
+                above = self._rank(depth, token)
+                self._grafted.append(_joined(heads_below, token, log_prob, above))
 
-    def below(self, depth: int, *, on_graft: bool) -> list[Offer]:
-        """What may stand at this depth (1 or more), below a node of the graft (the root is one) or another."""
+    def below(self, depth: int, *, on_graft: bool, parent_rank: int = NO_RANK) -> list[Offer]:
+        """What may stand at this depth (1 or more), below a node of the graft (the root is one) or another.
+
+        parent_rank: the rank of the node above among what its head offers.
+        """
         if on_graft and depth <= len(self._grafted):
             return self._grafted[depth - 1]
-        return self._plain[depth - 1] if depth <= len(self._plain) else []
+        if depth > self._num_heads:
+            return []
+        if self._paths is None or depth == 1 or parent_rank >= len(self._paths.ranks[depth - 2]):
+            parent_rank = NO_RANK
+        known = self._made.get((depth, parent_rank))
+        if known is None:
+            known = self._made[depth, parent_rank] = self._children(depth, parent_rank)
+        return known
+
+    def _children(self, depth: int, parent_rank: int) -> list[Offer]:
+        tokens = self._tokens[depth - 1]
+        if self._paths is None or parent_rank == NO_RANK:
+            named = zip(tokens, self._log_probs[depth - 1], strict=True)
+            return [Offer(token, value, False, rank) for rank, (token, value) in enumerate(named)]
+        ranks, log_probs = self._paths.ranks[depth - 2][parent_rank], self._paths.log_probs[depth - 2][parent_rank]
+        return [Offer(tokens[rank], value, False, rank) for rank, value in zip(ranks, log_probs, strict=True)]
+
+    def _rank(self, depth: int, token: int) -> int:
+        """Where a token of the graft stands among what the head of its depth offers; asked only where paths are."""
+        if self._paths is None or depth > self._num_heads or token not in self._tokens[depth - 1]:
+            return NO_RANK
+        return self._tokens[depth - 1].index(token)
 
 
-def _joined(heads: list[Offer], token: int, log_prob: float) -> list[Offer]:
+def _joined(heads: list[Offer], token: int, log_prob: float, rank: int = NO_RANK) -> list[Offer]:
     said = next((math.exp(offer.log_prob) for offer in heads if offer.token == token), 0.0)
     unknown = max(1 - math.exp(log_prob), 1e-9)
     share, left = min(1.0, math.exp(log_prob) + unknown * said), math.log(unknown)
-    others = [Offer(other.token, other.log_prob + left, False) for other in heads if other.token != token]
-    return sorted([Offer(token, math.log(share), True), *others], key=lambda offer: -offer.log_prob)
+    others = [other._replace(log_prob=other.log_prob + left) for other in heads if other.token != token]
+    return sorted([Offer(token, math.log(share), True, rank), *others], key=lambda offer: -offer.log_prob)
 
 
 @dataclass(frozen=True)
 class GrownNodes:
-    """Nodes in the order they were added; per node its log-score, the sum of log-probabilities along its path."""
+    """Nodes in the order they were added; per node its log-score, the sum of log-probabilities along its path.
+
+    `ranks`: of each node among what the head of its depth offers.
+    """
 
     tokens: list[int]
     parents: list[int]
     scores: list[float]
     on_graft: list[bool]
+    ranks: list[int]
 
     @classmethod
     def root(cls, pending: int) -> GrownNodes:
         """A tree of the pending token alone."""
-        return cls([pending], [-1], [0.0], [True])
+        return cls([pending], [-1], [0.0], [True], [NO_RANK])
 
     @property
     def num_nodes(self) -> int:
@@ -77,6 +112,7 @@ class GrownNodes:
         self.parents.append(parent)
         self.scores.append(self.scores[parent] + offer.log_prob)
         self.on_graft.append(offer.on_graft)
+        self.ranks.append(offer.rank)
 
     def tree(self, num_nodes: int | None = None) -> TokenTree:
         """The first `num_nodes` nodes as a token tree; by default all."""

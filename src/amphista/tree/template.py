@@ -1,7 +1,8 @@
 """TreeTemplate: the static shape of a tree, no tokens: parent, depth and rank per node.
 
-A template is written as rank paths: [0, 2] is the third-best token of head 2 below the best of head 1. Node 0 is the
-root (the empty path). As JSON: {"paths": [[0], [1], [0, 0], ...]}.
+A template is written as rank paths: [0, 2] is the third-best token of head 2 below the best of head 1; if the drafter
+knows paths, the third-best child of that very token. Node 0 is the root (the empty path).
+As JSON: {"paths": [[0], [1], [0, 0], ...]}.
 """
 
 from __future__ import annotations
@@ -101,7 +102,7 @@ class TreeTemplate:
         for node in range(1, self.num_nodes):
             if (parent := kept.get(self.parents[node])) is None:
                 continue
-            ranks = offers.below(depths[node], on_graft=grown.on_graft[parent])
+            ranks = offers.below(depths[node], on_graft=grown.on_graft[parent], parent_rank=grown.ranks[parent])
             if self.ranks[node] < len(ranks):
                 kept[node] = grown.num_nodes
                 grown.add(parent, ranks[self.ranks[node]])

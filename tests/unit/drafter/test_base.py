@@ -8,6 +8,7 @@ from torch import nn
 
 from amphista.drafter.amphista import AmphistaConfig
 from amphista.drafter.base import Calibration, DrafterConfig
+from amphista.drafter.heads import Ranked
 from amphista.drafter.medusa import Medusa, MedusaConfig
 from amphista.errors import ConfigError, DrafterError
 from amphista.target.spec import LogitTransform, SharedWeights
@@ -101,10 +102,15 @@ def test_more_draft_tokens_than_the_target_has_are_refused(target):
 # -- ranks and temperatures -------------------------------------------------------------------------------------------
 
 
+def rank(drafter, logits, num_ranks, temperature=0.0):
+    divisors = drafter.head_temperatures(temperature)[: len(logits), None]
+    return Ranked(*drafter.top_ranks(logits / divisors, num_ranks)).candidates()
+
+
 def test_rank_gives_token_ids_in_descending_probability(target):
     drafter = drafted(target)
     logits = torch.randn(3, 8)
-    candidates = drafter.rank(logits, 4)
+    candidates = rank(drafter, logits, 4)
     for k in range(3):
         order = sorted(range(8), key=lambda i: -float(logits[k, i]))[:4]
         assert candidates.tokens[k] == [SORTED[i] for i in order]
@@ -114,8 +120,8 @@ def test_rank_gives_token_ids_in_descending_probability(target):
 
 def test_rank_never_gives_more_than_there_is(target):
     drafter = drafted(target)
-    assert [len(tokens) for tokens in drafter.rank(torch.randn(3, 8), 50).tokens] == [8, 8, 8]
-    assert drafter.rank(torch.randn(3, 8), 0).tokens == [[], [], []]
+    assert [len(tokens) for tokens in rank(drafter, torch.randn(3, 8), 50).tokens] == [8, 8, 8]
+    assert rank(drafter, torch.randn(3, 8), 0).tokens == [[], [], []]
 
 
 def test_head_temperatures_follow_the_calibration(target):
@@ -132,7 +138,7 @@ def test_rank_divides_by_the_temperature_and_discounts_by_the_coverage(target):
     drafter.calibration = Calibration(greedy=[1.0, 1.5, 2.0], sampled=[1.0, 2.0, 4.0], coverage=0.9)
     logits = torch.randn(3, 8)
     for temperature, divisors in [(0.0, [1.0, 1.5, 2.0]), (0.7, [0.7, 1.4, 2.8])]:
-        candidates = drafter.rank(logits, 8, temperature)
+        candidates = rank(drafter, logits, 8, temperature)
         for k in range(3):
             best = torch.log_softmax(logits[k] / divisors[k], 0).max()
             assert candidates.log_probs[k][0] == pytest.approx(float(best) + math.log(0.9), abs=1e-5)
@@ -150,7 +156,7 @@ def test_draft_uses_the_last_committed_row(target):
     drafter.commit(state, hidden[2:], torch.tensor([3, 4, 5]))
     assert state.num_rows == 5
     states = drafter(hidden[None], torch.tensor([[1, 2, 3, 4, 5]]), torch.tensor([4]))[0]
-    expected = drafter.rank(drafter.head_logits(states).float(), 3)
+    expected = rank(drafter, drafter.head_logits(states), 3)
     found = drafter.draft(state, 3)
     assert found.tokens == expected.tokens
     drafter.trim(state, 9)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import itertools
 import math
 import random
+from dataclasses import replace
 
 import pytest
 
-from amphista.tree.candidates import Candidates, Graft
+from amphista.tree.candidates import Below, Candidates, Graft
 from amphista.tree.dynamic import best_first
 from amphista.tree.offers import Offers
+from amphista.tree.template import TreeTemplate
 
 
 def offered(probs, graft_probs, graft_tokens):
@@ -25,6 +27,11 @@ def children_plainly(candidates, path):
     heads = {}
     if depth < candidates.num_heads:
         heads = dict(zip(candidates.tokens[depth], map(math.exp, candidates.log_probs[depth]), strict=True))
+    if heads and depth and candidates.below and path[-1] in candidates.tokens[depth - 1]:
+        above = candidates.tokens[depth - 1].index(path[-1])
+        if above < len(candidates.below.ranks[depth - 1]):
+            ranks, logs = (part[depth - 1][above] for part in (candidates.below.ranks, candidates.below.log_probs))
+            heads = {candidates.tokens[depth][r]: math.exp(value) for r, value in zip(ranks, logs, strict=True)}
     graft = candidates.graft
     if graft is None or path != graft.tokens[:depth] or depth >= len(graft.tokens):
         return heads
@@ -65,12 +72,25 @@ def paths_of(grown):
     return paths[1:]
 
 
-@pytest.mark.parametrize("graft_tokens", [[10, 21, 77], [99, 98], [11, 20], [99]])
+def with_paths(candidates, source, num_parents=2):
+    """The same, and below each of the first tokens of a depth both of the next in some order, anyhow likely."""
+    ranks = [[source.sample(range(2), 2) for _ in range(num_parents)] for _ in candidates.tokens[1:]]
+    logs = [
+        [sorted((math.log(source.random() / 2 + 1e-3) for _ in row), reverse=True) for row in rows] for rows in ranks
+    ]
+    return replace(candidates, below=Below(ranks, logs))
+
+
+@pytest.mark.parametrize("num_parents", [None, 2, 1], ids=["heads", "paths", "paths-of-the-best"])
+@pytest.mark.parametrize("graft_tokens", [[10, 21, 77], [99, 98], [11, 20], [99], [99, 20, 31]])
 @pytest.mark.parametrize("seed", range(3))
-def test_no_subtree_of_this_size_scores_more(graft_tokens, seed):
+def test_no_subtree_of_this_size_scores_more(graft_tokens, seed, num_parents):
     source = random.Random(seed)
-    probs = [sorted((source.random() / 2 for _ in range(2)), reverse=True) for _ in range(2)]
+    depths = range(2 if num_parents is None else 3)
+    probs = [sorted((source.random() / 2 for _ in range(2)), reverse=True) for _ in depths]
     candidates = offered(probs, [source.random() for _ in graft_tokens], graft_tokens)
+    if num_parents is not None:
+        candidates = with_paths(candidates, source, num_parents)
     values = all_paths(candidates, 4)
     for num_nodes in range(1, 6):
         grown = best_first(7, candidates, num_nodes, 4)
@@ -103,3 +123,33 @@ def test_without_a_graft_nothing_changes():
     plain = Offers(Candidates([[1, 2]], [[-0.1, -2.0]]), 5)
     assert plain.below(1, on_graft=True) == plain.below(1, on_graft=False)
     assert plain.below(2, on_graft=True) == []
+
+
+def test_a_node_has_the_children_of_its_own_token():
+    below = Below([[[1, 0], [0]]], [[[-0.1, -3.0], [-0.2]]])
+    candidates = Candidates([[10, 11, 12], [20, 21]], [[-0.5, -1.5, -3.0], [-0.4, -2.0]], None, below)
+    offers = Offers(candidates, 5)
+    said = [[(o.token, o.log_prob) for o in offers.below(2, on_graft=False, parent_rank=rank)] for rank in range(3)]
+    assert said[:2] == [[(21, -0.1), (20, -3.0)], [(20, -0.2)]]
+    assert said[2] == [(20, -0.4), (21, -2.0)], "nothing is said of it: the head alone decides"
+    assert paths_of(best_first(7, candidates, 4, 2)) == [(10,), (10, 21), (11,)]
+
+
+def test_a_graft_s_token_that_heads_name_keeps_its_children():
+    below = Below([[[0], [1]]], [[[-0.1], [-0.1]]])
+    graft = Graft([11, 21], [math.log(0.5), math.log(0.5)])
+    grown = best_first(7, Candidates([[10, 11], [20, 21]], [[-1.0, -1.0], [-1.0, -1.0]], graft, below), 99, 2)
+    values = dict(zip(paths_of(grown), grown.scores[1:], strict=True))
+    assert math.exp(values[11, 21] - values[11,]) == pytest.approx(0.5 + 0.5 * math.exp(-0.1))
+    assert (11, 20) not in values and (10, 20) in values
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_template_s_ranks_are_those_below_the_node_above(seed):
+    """Static trees take the same children as grown ones: of a parent, the best are first."""
+    source = random.Random(seed)
+    candidates = with_paths(Candidates([[10, 11], [20, 21]], [[-1.0, -1.2], [-1.0, -1.5]]), source)
+    grown = TreeTemplate.from_paths([[0], [1], [0, 0], [1, 0]]).grow(7, candidates, 5)
+    for parent, token in ((10, 3), (11, 4)):
+        children = children_plainly(candidates, [parent])
+        assert grown.tokens[token] == max(children, key=children.get)
