@@ -77,10 +77,15 @@ def _scaling_line(record: Measures) -> str:
 
 def _limits_line(limits: Measures) -> str:
     return (
-        f"Measured before the tables: {limits['bytes_per_second'] / 1e9:.1f} GB/s read, "
-        f"{limits['operations_per_second'] / 1e9:.0f} G operations/s in a large matrix product. The least time reads "
-        "all weights and cached rows once, or does all products, whichever is longer.\n"
+        f"Measured on the spot, the best of several kernels: {limits['bytes_per_second'] / 1e9:.1f} GB/s read"
+        f"{_by(limits.get('read_by'))}, {limits['operations_per_second'] / 1e9:.0f} G operations/s"
+        f"{_by(limits.get('computed_by'))}. The least time reads all weights and cached rows once, or does all "
+        "products, whichever is longer; in parentheses, how many times that the forward took.\n"
     )
+
+
+def _by(kernel: str | None) -> str:
+    return f" ({kernel})" if kernel else ""
 
 
 def _against_limits(verify: list[Measures]) -> str:
