@@ -135,6 +135,7 @@ class Ours:
             "accepted": stats.accepted,
             "expected": [round(expected, 4) for expected in stats.expected],
             "tree_nodes": stats.tree_nodes,
+            "drafted": [int(asked) for asked in stats.drafted],
             "step_seconds": stats.step_seconds,
             "num_dropped": stats.num_dropped,
             "seconds": stats.seconds,

@@ -14,7 +14,7 @@ from matplotlib.ticker import MaxNLocator
 from amphista.evaluation.metrics import ALL
 
 COLOURS = ["#8a94a6", "#4c78a8", "#72b7b2", "#f58518", "#e45756", "#54a24b", "#b279a2", "#9d755d"]
-PHASES = ("prefill", "draft", "verify", "accept", "commit", "generate")
+PHASES = ("prefill", "draft", "tree", "verify", "accept", "commit", "generate")
 STYLE = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "svg.hashsalt": "amphista"}
 
 
