@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from amphista.errors import ConfigError
+from amphista.evaluation.cells import table
 from amphista.evaluation.records import write_json
-from amphista.evaluation.report import table
 
 JSON, MARKDOWN, PLOT = "latency.json", "latency.md", "latency.svg"
 Measures = dict[str, Any]
