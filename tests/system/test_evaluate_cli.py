@@ -123,6 +123,8 @@ def test_latency_of_a_target(target_folder, drafter_folder, tmp_path):
     ("arguments", "match"),
     [
         (["--memory", "--shape", "llama-7b"], "leave out --shape"),
+        (["--python", "--shape", "llama-7b"], "leave out --shape"),
+        (["--memory-dtypes", "int8"], "--memory-dtypes goes with --memory"),
         (["--layers", "2"], "--layers goes with --shape"),
         (["--shape", "llama-1t"], "llama-7b"),
         (["--nodes", "1,two"], "whole numbers"),
