@@ -131,7 +131,7 @@ def computing_ways(target: Target) -> dict[str, Way]:
     return ways
 
 
-def own_product(target: Target, num_outputs: int, num_inputs: int) -> PackedLinear | Int8Linear:
+def own_product(target: Target, num_outputs: int, num_inputs: int) -> Product:
     """A product of this size by the kernel that the fast path uses for this target."""
     weight = torch.full((num_outputs, num_inputs), 0.5, device=target.device, dtype=target.dtype)
     return Int8Linear(weight) if target.has_int8 else PackedLinear(weight)

@@ -88,7 +88,9 @@ def _measure(job: MemoryJob) -> dict[str, int]:
     import amphista.evaluation.methods  # noqa: F401
     from amphista.engine.params import SamplingParams
     from amphista.llm import finish, load
+    from amphista.target.loading import import_code
 
+    import_code(job.target)  # `transformers` imports a family's code when it loads one: an import like any other
     imports = resident_bytes("VmRSS")
     llm = load(job.target, job.drafter, **job.settings)
     context = llm.engine.new_context()

@@ -28,6 +28,7 @@ from amphista.kernels.int8 import Int8Linear
 from amphista.kernels.linear import PackedLinear
 from amphista.target.attention import MaskPlan
 from amphista.target.lean import LeanModel
+from amphista.target.pages import give_back, trim_allocator
 from amphista.target.qualify import why_not_fast
 from amphista.target.spec import Fingerprint, LogitTransform, SharedWeights, TargetSpec
 from amphista.target.text import Text
@@ -126,8 +127,13 @@ class Target:
                 f"scale (allowed {allowed:.2g}): load it with fast=False (--no-fast) and report it"
             )
         self.shared.use_packed(self._lean.head)
+        if int8:
+            embedding = self._model.get_input_embeddings().weight
+            self.num_weight_bytes = self._lean.num_product_bytes + embedding.numel() * embedding.element_size()
         if release:
+            give_back(self._model.get_input_embeddings().weight, self.shared.head_weight)  # read by single rows now
             self._model = self._decoder = None
+            trim_allocator()
         return True
 
     def stock(self) -> Target:
