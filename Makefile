@@ -4,7 +4,8 @@
 #   make test     the whole test suite
 #   make check    formatting, lint, types, architecture
 #   make bench    the small benchmark, under 15 minutes on 2 cores; DATA=folder with spec_bench.jsonl, else fetched
-#   make bench-speed  where the time goes: T(n) against the machine's limits, phases, growing contexts, memory; DTYPE=
+#   make bench-speed  where the time goes, under 20 minutes on 2 cores: possible and realised speed, phases, growing
+#                 contexts and answers, limits, Python, memory; DTYPE=, on CUDA also MEMORY_DTYPES=float32,bfloat16
 #   make format   let ruff put the code in order
 #   make clean    remove .venv and caches
 
@@ -17,6 +18,7 @@ TORCH := $(shell sed -n 's/^torch==[^ ;]*/&/p' constraints.txt)
 BENCH_OUT ?= runs/bench
 SPEED_OUT ?= runs/bench-speed
 DTYPE ?= float32
+MEMORY_DTYPES ?= float32,bfloat16,int8
 
 .PHONY: demo test check bench bench-speed format clean
 
@@ -36,12 +38,17 @@ bench: $(READY)
 	@$(BIN)/amphista evaluate spec_bench $(if $(DATA),--data $(DATA)) --limit 12 --max-new-tokens 40 \
 	  --methods none,hf,hf-lookup,medusa,amphista,amphista+lookup --out $(BENCH_OUT)
 
-# Plain decoding against HF generate with time by phase, then forwards by tree size and context, limits and memory.
+# decode: methods against plain decoding and HF generate, by phase, against what their costs promise. growth: long answers,
+# end tokens ignored, sampled so that they do not loop. latency: forwards by tree size and context against the machine's
+# limits, Python between operations, memory in all types. Then one page of all: $(SPEED_OUT)/report.md. Runs on CUDA, too.
 bench-speed: $(READY)
-	@$(BIN)/amphista evaluate spec_bench $(if $(DATA),--data $(DATA)) --limit 6 --max-new-tokens 128 \
-	  --methods none,hf,amphista --dtype $(DTYPE) --out $(SPEED_OUT)/evaluate
-	@$(BIN)/amphista latency --nodes 1,2,4,8,16 --contexts 128,512,1024,2048,4096 --memory \
-	  --dtype $(DTYPE) --out $(SPEED_OUT)/latency
+	@$(BIN)/amphista evaluate spec_bench $(if $(DATA),--data $(DATA)) --limit 12 --max-new-tokens 96 \
+	  --methods none,hf,medusa,amphista,lookup,medusa+lookup,amphista+lookup --dtype $(DTYPE) --out $(SPEED_OUT)/decode
+	@$(BIN)/amphista evaluate benchmarks/long-answers.jsonl --max-new-tokens 1024 --ignore-eos --temperature 0.7 \
+	  --methods none,amphista,amphista+lookup --dtype $(DTYPE) --out $(SPEED_OUT)/growth
+	@$(BIN)/amphista latency --nodes 1,2,4,8,16 --contexts 128,512,1024,2048,4096 --python --memory \
+	  --memory-dtypes $(MEMORY_DTYPES) --drafters amphista,medusa,amphista+lookup --dtype $(DTYPE) --out $(SPEED_OUT)/latency
+	@$(BIN)/amphista report $(SPEED_OUT)
 
 format: $(READY)
 	@$(BIN)/ruff format src tests
