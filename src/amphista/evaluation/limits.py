@@ -31,7 +31,7 @@ READ_BYTES = {"cpu": 256 << 20, "cuda": 2 << 30}  # far beyond any cache; on a G
 MATRIX_SIZE = {"cpu": 2048, "cuda": 8192}
 READ_ROWS = (1, 2, 4)  # a product over so few reads its weight and does little else
 COMPUTE_ROWS = (64, 256)
-ROUNDS = 10
+MIN_ROUNDS, MAX_ROUNDS, BUDGET_SECONDS = 3, 20, 0.3  # of each kernel
 Way = tuple[float, Callable[[], object]]  # what one call reads (bytes) or does (operations), and the call
 
 
@@ -155,10 +155,13 @@ def _fastest(target: Target, ways: dict[str, Way]) -> tuple[str, float]:
 
 def seconds_of(target: Target, work: Callable[[], object]) -> float:
     """Seconds of the fastest round, after one that is not counted."""
-    best = math.inf
-    for turn in range(ROUNDS + 1):
+    work()
+    best, spent = math.inf, 0.0
+    for turn in range(MAX_ROUNDS):
+        if turn >= MIN_ROUNDS and spent > BUDGET_SECONDS:
+            break
         started = now(target)
         work()
-        if turn:
-            best = min(best, now(target) - started)
+        seconds = now(target) - started
+        best, spent = min(best, seconds), spent + seconds
     return best
