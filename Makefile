@@ -4,7 +4,8 @@
 #   make test     the whole test suite
 #   make check    formatting, lint, types, architecture
 #   make bench    the small benchmark, under 15 minutes on 2 cores; DATA=folder with spec_bench.jsonl, else fetched
-#   make bench-speed  where the time goes: T(n) against the machine's limits, phases, growing contexts, memory; DTYPE=
+#   make bench-speed  where the time goes, under 20 minutes on 2 cores: possible and realised speed, phases, growing
+#                 contexts and answers, limits, Python, memory; DTYPE=, on CUDA also MEMORY_DTYPES=float32,bfloat16
 #   make bench-gpu    on a GPU machine: captured graphs checked, then measured; DATA=, GPU_DTYPE=, GPU_OUT= (docs/gpu.md)
 #   make format   let ruff put the code in order
 #   make clean    remove .venv and caches
@@ -22,6 +23,7 @@ GPU_OUT ?= runs/bench-gpu
 GPU_DTYPE ?= bfloat16
 GPU_SHAPES ?= llama-7b llama-13b llama-33b
 GPU_TREES := medusa@8,medusa@16,medusa@32,medusa@64,medusa@128,amphista@8,amphista@16,amphista@32,amphista@64,amphista@128
+MEMORY_DTYPES ?= float32,bfloat16,int8
 
 .PHONY: demo test check bench bench-speed bench-gpu format clean
 
@@ -41,12 +43,17 @@ bench: $(READY)
 	@$(BIN)/amphista evaluate spec_bench $(if $(DATA),--data $(DATA)) --limit 12 --max-new-tokens 40 \
 	  --methods none,hf,hf-lookup,medusa,amphista,amphista+lookup --out $(BENCH_OUT)
 
-# Plain decoding against HF generate with time by phase, then forwards by tree size and context, limits and memory.
+# decode: methods against plain decoding and HF generate, by phase, against what their costs promise. growth: long answers,
+# end tokens ignored, sampled so that they do not loop. latency: forwards by tree size and context against the machine's
+# limits, Python between operations, memory in all types. Then one page of all: $(SPEED_OUT)/report.md. Runs on CUDA, too.
 bench-speed: $(READY)
-	@$(BIN)/amphista evaluate spec_bench $(if $(DATA),--data $(DATA)) --limit 6 --max-new-tokens 128 \
-	  --methods none,hf,amphista --dtype $(DTYPE) --out $(SPEED_OUT)/evaluate
-	@$(BIN)/amphista latency --nodes 1,2,4,8,16 --contexts 128,512,1024,2048,4096 --memory \
-	  --dtype $(DTYPE) --out $(SPEED_OUT)/latency
+	@$(BIN)/amphista evaluate spec_bench $(if $(DATA),--data $(DATA)) --limit 12 --max-new-tokens 96 \
+	  --methods none,hf,medusa,amphista,lookup,medusa+lookup,amphista+lookup --dtype $(DTYPE) --out $(SPEED_OUT)/decode
+	@$(BIN)/amphista evaluate benchmarks/long-answers.jsonl --max-new-tokens 1024 --ignore-eos --temperature 0.7 \
+	  --methods none,amphista,amphista+lookup --dtype $(DTYPE) --out $(SPEED_OUT)/growth
+	@$(BIN)/amphista latency --nodes 1,2,4,8,16 --contexts 128,512,1024,2048,4096 --python --memory \
+	  --memory-dtypes $(MEMORY_DTYPES) --drafters amphista,medusa,amphista+lookup --dtype $(DTYPE) --out $(SPEED_OUT)/latency
+	@$(BIN)/amphista report $(SPEED_OUT)
 
 # A shape that does not fit says so, and the others are measured.
 bench-gpu: $(READY)

@@ -103,6 +103,23 @@ def test_bad_input_is_one_sentence(target_folder, questions, tmp_path, arguments
     assert not (tmp_path / "out").exists()
 
 
+def test_a_page_of_several_parts(target_folder, questions, tmp_path):
+    both = ["--target", target_folder]
+    run = amphista("evaluate", questions, *both, "--methods", "none,lookup", "--max-new-tokens", 140, "--ignore-eos",
+                   "--out", tmp_path / "decode")  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    text = (tmp_path / "decode" / "report.md").read_text()
+    assert "## As the answer grows" in text and "| 128 to 256 | 3 " in text and "## Realised and possible" in text
+    timed = amphista("latency", *both, "--drafters", "lookup", "--nodes", "1,2", "--contexts", 6, "--rounds", 1,
+                     "--python", "--memory", "--memory-dtypes", "float32,bfloat16",
+                     "--out", tmp_path / "latency")  # fmt: skip
+    assert timed.returncode == 0, timed.stderr
+    made = amphista("report", tmp_path)
+    assert made.returncode == 0 and "Python between operations" in made.stdout, made.stderr
+    page = (tmp_path / "report.md").read_text()
+    assert "lookup, bfloat16" in page and "## decode: " in page and "## latency: " in page
+
+
 def test_report_of_nothing(tmp_path):
     result = amphista("report", tmp_path)
     assert result.returncode == 2 and "run.json" in result.stderr
@@ -123,6 +140,8 @@ def test_latency_of_a_target(target_folder, drafter_folder, tmp_path):
     ("arguments", "match"),
     [
         (["--memory", "--shape", "llama-7b"], "leave out --shape"),
+        (["--python", "--shape", "llama-7b"], "leave out --shape"),
+        (["--memory-dtypes", "int8"], "--memory-dtypes goes with --memory"),
         (["--layers", "2"], "--layers goes with --shape"),
         (["--shape", "llama-1t"], "llama-7b"),
         (["--nodes", "1,two"], "whole numbers"),

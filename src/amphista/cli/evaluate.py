@@ -21,16 +21,19 @@ if TYPE_CHECKING:
     from amphista.evaluation.run import EvaluationConfig
 
 
+Methods = Annotated[
+    str,
+    typer.Option(
+        metavar="NAME[=DRAFTER][@TREE],...",
+        help="none, hf, hf-lookup, hf-assisted=MODEL, a shipped drafter (amphista, medusa: heads alone), lookup, "
+        "amphista+lookup, medusa+lookup, or name=PATH; none is added where it is missing.",
+    ),
+]
+
+
 def evaluate(
     questions: Annotated[str, typer.Argument(help="mt_bench, spec_bench, humaneval, gsm8k, or a JSONL file.")],
-    methods: Annotated[
-        str,
-        typer.Option(
-            metavar="NAME[=DRAFTER][@TREE],...",
-            help="none, hf, hf-lookup, hf-assisted=MODEL, a shipped drafter (amphista, medusa: heads alone), lookup, "
-            "amphista+lookup, medusa+lookup, or name=PATH; none is added where it is missing.",
-        ),
-    ],
+    methods: Methods,
     out: Annotated[Path, typer.Option(help="Folder for records and report; the same command again resumes it.")],
     data: Annotated[
         Path | None, typer.Option(help="Folder with the named sets (or AMPHISTA_DATA); else they are fetched.")
@@ -51,6 +54,7 @@ def evaluate(
     min_p: options.MinP = 0.0,
     repetition_penalty: options.RepetitionPenalty = 1.0,
     seed: options.Seed = 0,
+    ignore_eos: options.IgnoreEos = False,
     system: options.System = None,
     json_lines: Annotated[
         bool, typer.Option("--json", help="Print the numbers as one JSON object at the end.")
@@ -74,6 +78,7 @@ def evaluate(
             repetition_penalty=repetition_penalty,
             seed=seed,
             stop=None,
+            ignore_eos=ignore_eos,
         ),
         settings=Settings(tree=tree, allow_other_target=allow_other_target),
         repeats=repeats,

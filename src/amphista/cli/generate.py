@@ -39,6 +39,7 @@ def generate(
     repetition_penalty: options.RepetitionPenalty = 1.0,
     seed: options.Seed = 0,
     stop: options.Stop = None,
+    ignore_eos: options.IgnoreEos = False,
     system: options.System = None,
     raw: Annotated[bool, typer.Option("--raw", help="Plain text, no chat template.")] = False,
     compare: Annotated[
@@ -62,6 +63,7 @@ def generate(
         repetition_penalty=repetition_penalty,
         seed=seed,
         stop=stop,
+        ignore_eos=ignore_eos,
     )
     check_tree(tree)
     check_output(output)

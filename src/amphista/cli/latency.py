@@ -30,6 +30,13 @@ Drafters = Annotated[
 Memory = Annotated[
     bool, typer.Option("--memory", help="Also the peak memory of decoding, each drafter in its own process.")
 ]
+MemoryDtypes = Annotated[
+    str | None,
+    typer.Option(metavar="DTYPE,...", help="With --memory: in these types instead of --dtype, one after the other."),
+]
+Python = Annotated[
+    bool, typer.Option("--python", help="Also how much of a decode step lies outside tensor operations.")
+]
 
 
 def latency(
@@ -54,6 +61,8 @@ def latency(
         typer.Option(metavar="NODES=TAU,...", help="Tokens per forward to assume: adds projected speedups."),
     ] = None,
     memory: Memory = False,
+    memory_dtypes: MemoryDtypes = None,
+    python: Python = False,
     target: options.Target = DEFAULT_TARGET,
     allow_other_target: options.AllowOtherTarget = False,
     device: options.Device = None,
@@ -62,15 +71,11 @@ def latency(
     json_lines: Annotated[bool, typer.Option("--json", help="Print the record as one JSON object at the end.")] = False,
 ) -> None:
     """Measure what a forward and a draft cost here, and from which tau on drafting pays."""
-    from amphista.errors import ConfigError
     from amphista.evaluation.latency import LatencyConfig
     from amphista.target.loading import load_target
     from amphista.target.shapes import random_target, shape_named
 
-    if memory and shape is not None:
-        raise ConfigError("--memory decodes with a target that can be loaded: leave out --shape")
-    if layers is not None and shape is None:
-        raise ConfigError("--layers goes with --shape: a loaded target is measured whole")
+    _check(shape, layers, memory=memory, memory_dtypes=memory_dtypes, python=python)
     config = LatencyConfig(
         nodes=_numbers("--nodes", nodes),
         contexts=_numbers("--contexts", contexts),
@@ -86,10 +91,25 @@ def latency(
         loaded = random_target(shape, num_layers=layers, cache_rows=rows, device=device, dtype=dtype, fast=fast)
     asked = _Asked(drafters, draft_vocab, allow_other_target)
     record = _measure(config, loaded, asked)
+    if python:
+        record["python"] = _python(loaded, asked)
     if memory:
-        settings = {"device": device, "dtype": dtype, "fast": fast, "allow_other_target": allow_other_target}
-        record["memory"] = _memory(target, loaded, asked, settings)
+        settings = {"device": device, "fast": fast, "allow_other_target": allow_other_target}
+        types = [dtype] if memory_dtypes is None else memory_dtypes.split(",")
+        record["memory"] = _memory(target, loaded, asked, [settings | {"dtype": name} for name in types])
     _write(record, out, json_lines)
+
+
+def _check(shape: str | None, layers: int | None, *, memory: bool, memory_dtypes: str | None, python: bool) -> None:
+    """Raise ConfigError for options that do not go together."""
+    from amphista.errors import ConfigError
+
+    if (memory or python) and shape is not None:
+        raise ConfigError("--memory and --python decode with a target that can be loaded: leave out --shape")
+    if memory_dtypes is not None and not memory:
+        raise ConfigError("--memory-dtypes goes with --memory")
+    if layers is not None and shape is None:
+        raise ConfigError("--layers goes with --shape: a loaded target is measured whole")
 
 
 class _Asked(NamedTuple):
@@ -112,11 +132,28 @@ def _measure(config: LatencyConfig, target: Target, asked: _Asked) -> dict[str, 
         return measure_latency(target, config, loaded, progress.step)
 
 
-def _memory(name: str, target: Target, asked: _Asked, settings: dict[str, Any]) -> list[dict[str, Any]]:
+def _memory(name: str, target: Target, asked: _Asked, settings: list[dict[str, Any]]) -> list[dict[str, Any]]:
     from amphista.evaluation.memory import MemoryJob, decodable, peak_memory
 
     drafters = decodable(asked.drafters, target)
-    return [peak_memory(MemoryJob(target=name, drafter=drafter, settings=settings)) for drafter in drafters]
+    return [
+        peak_memory(MemoryJob(target=name, drafter=drafter, settings=each)) for each in settings for drafter in drafters
+    ]
+
+
+def _python(target: Target, asked: _Asked) -> list[dict[str, Any]]:
+    from amphista.drafter.checkpoint import load_drafter
+    from amphista.evaluation.memory import decodable
+    from amphista.evaluation.step_profile import profile_steps
+    from amphista.llm import LLM
+
+    rows = []
+    for name in decodable(asked.drafters, target):
+        drafter = load_drafter(
+            name, target.spec, target.shared, target.fingerprint, allow_other_target=asked.allow_other_target
+        )
+        rows.append(profile_steps(LLM(target, drafter), name))
+    return rows
 
 
 def _write(record: dict[str, Any], out: Path, json_lines: bool) -> None:

@@ -81,6 +81,14 @@ Seed = Annotated[int, typer.Option(help="Same seed, same text, whatever drafter 
 Stop = Annotated[
     list[str] | None, typer.Option(help="End the answer at this text (repeatable).", rich_help_panel=SAMPLING)
 ]
+IgnoreEos = Annotated[
+    bool,
+    typer.Option(
+        "--ignore-eos",
+        help="Decode on behind end tokens, to --max-new-tokens: for measuring long answers.",
+        rich_help_panel=SAMPLING,
+    ),
+]
 System = Annotated[str | None, typer.Option(help="System message.", rich_help_panel=SAMPLING)]
 
 
@@ -94,6 +102,7 @@ def sampling_params(
     repetition_penalty: float,
     seed: int,
     stop: list[str] | None,
+    ignore_eos: bool = False,
 ) -> SamplingParams:
     """Checked sampling settings; a model's generation_config never sets any of them."""
     from amphista.engine.params import SamplingParams
@@ -107,4 +116,5 @@ def sampling_params(
         repetition_penalty=repetition_penalty,
         seed=seed,
         stop=tuple(stop or ()),
+        ignore_eos=ignore_eos,
     )

@@ -19,10 +19,14 @@ class FinishReason(StrEnum):
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingParams(Sampling):
-    """Sampling settings plus limits. `stop` strings end an answer; the text excludes them."""
+    """Sampling settings plus limits. `stop` strings end an answer; the text excludes them.
+
+    ignore_eos: decode on behind end tokens, to `max_new_tokens`: for measuring answers of one length.
+    """
 
     max_new_tokens: int = 256
     stop: tuple[str, ...] = ()
+    ignore_eos: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -32,3 +36,5 @@ class SamplingParams(Sampling):
             raise RequestError(f"stop is {self.stop!r}: expected a tuple of strings")
         if any(not stop for stop in self.stop):
             raise RequestError("an empty stop string would end every answer at once")
+        if type(self.ignore_eos) is not bool:
+            raise RequestError(f"ignore_eos is {self.ignore_eos!r}: expected true or false")

@@ -15,7 +15,7 @@ import torch
 
 from amphista.tree.grow import Growth
 
-PHASES = ("prefill", "draft", "verify", "accept", "commit")
+PHASES = ("prefill", "draft", "tree", "verify", "accept", "commit")
 
 
 @dataclass

@@ -87,7 +87,7 @@ class Engine:
             params=params,
             chooser=chooser,
             prompt_ids=list(prompt_ids),
-            eos_ids=self.target.eos_ids,
+            eos_ids=frozenset() if params.ignore_eos else self.target.eos_ids,
             max_positions=self.target.spec.max_positions,
             text=None if self.target.text is None else IncrementalText(self.target.text, params.stop),
             stats=stats,
@@ -105,6 +105,7 @@ class Engine:
         context, root_position = sequence.context, sequence.root_position
         with clock.phase("draft"):
             candidates = self._propose(sequence)
+        with clock.phase("tree"):
             growth = self.grower.grow(sequence.pending, candidates, sequence.max_depth)
         with clock.phase("verify"):
             output = self.target.verify(growth.tree, context.cache)

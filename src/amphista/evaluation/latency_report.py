@@ -7,11 +7,21 @@ from pathlib import Path
 from typing import Any
 
 from amphista.errors import ConfigError
+from amphista.evaluation.cells import table
+from amphista.evaluation.memory import GOAL
 from amphista.evaluation.records import write_json
-from amphista.evaluation.report import table
+from amphista.evaluation.step_profile import GOAL_MS
 
 JSON, MARKDOWN, PLOT = "latency.json", "latency.md", "latency.svg"
 Measures = dict[str, Any]
+PYTHON_LEGEND = (
+    "Milliseconds of a mean decode step of one greedy answer, between its calls into torch: with the timer's own cost "
+    f"taken off, of which in the target's forward, and at most (nothing taken off). Wanted: at most {GOAL_MS:g} ms.\n"
+)
+MEMORY_LEGEND = (
+    "Peak of a process that loads, reads and decodes, less what it held after imports, over what decoding cannot do "
+    f"without: weights, KV cache and drafter. Wanted: at most {GOAL:g}.\n"
+)
 
 
 def write_latency(folder: Path, record: Measures) -> None:
@@ -54,8 +64,10 @@ def latency_tables(record: Measures) -> str:
     ]
     if record["draft"]:
         parts += ["\n## Drafting, one sequence\n", _drafting(record)]
+    if record.get("python"):
+        parts += ["\n## Python between tensor operations, one sequence\n", PYTHON_LEGEND, _python(record["python"])]
     if record.get("memory"):
-        parts += ["\n## Memory, one sequence\n", _memory(record["memory"])]
+        parts += ["\n## Memory, one sequence\n", MEMORY_LEGEND, _memory(record["memory"])]
     if record["projection"]:
         parts += ["\n## What it would take (projected from the times above, not decoded)\n", _projection(record)]
     return "\n".join(part for part in parts if part) + "\n"
@@ -77,10 +89,15 @@ def _scaling_line(record: Measures) -> str:
 
 def _limits_line(limits: Measures) -> str:
     return (
-        f"Measured before the tables: {limits['bytes_per_second'] / 1e9:.1f} GB/s read, "
-        f"{limits['operations_per_second'] / 1e9:.0f} G operations/s in a large matrix product. The least time reads "
-        "all weights and cached rows once, or does all products, whichever is longer.\n"
+        f"Measured on the spot, the best of several kernels: {limits['bytes_per_second'] / 1e9:.1f} GB/s read"
+        f"{_by(limits.get('read_by'))}, {limits['operations_per_second'] / 1e9:.0f} G operations/s"
+        f"{_by(limits.get('computed_by'))}. The least time reads all weights and cached rows once, or does all "
+        "products, whichever is longer; in parentheses, how many times that the forward took.\n"
     )
+
+
+def _by(kernel: str | None) -> str:
+    return f" ({kernel})" if kernel else ""
 
 
 def _against_limits(verify: list[Measures]) -> str:
@@ -126,12 +143,34 @@ def _drafting(record: Measures) -> str:
     return table(["drafter", "size", "context", *headers], rows)
 
 
+def _python(rows: list[Measures]) -> str:
+    """One row per drafter."""
+    keys = ("outside_ms", "forward_ms", "at_most_ms", "operations_ms")
+    headers = [
+        "drafter",
+        "steps",
+        "calls a step",
+        "Python, ms",
+        "in the forward",
+        "at most",
+        "under the timer: calls, ms",
+    ]
+    return table(
+        headers,
+        [
+            [row["drafter"], str(row["num_steps"]), f"{row['calls']:.0f}", *(f"{row[key]:.2f}" for key in keys)]
+            for row in rows
+        ],
+    )
+
+
 def _memory(memory: list[Measures]) -> str:
     """One row per drafter: the peak of a process of its own, what it needs at least, and their ratio."""
     parts = ("imports", "peak", "weights", "cache", "drafter")
     rows = [
         [
             row["drafter"],
+            row["settings"].get("dtype") or "default",
             str(row["tokens"]),
             *(f"{row[part + '_bytes'] / 1e6:.0f}" for part in parts),
             f"{row['overhead']:.2f}x",
@@ -140,6 +179,7 @@ def _memory(memory: list[Measures]) -> str:
     ]
     headers = [
         "drafter",
+        "dtype",
         "tokens",
         *(f"{part}, MB" for part in parts),
         "(peak - imports) / (weights + cache + drafter)",

@@ -19,11 +19,13 @@ from typing import Any
 from amphista.drafter.base import Drafter
 from amphista.drafter.checkpoint import DRAFTERS, shipped_for
 from amphista.drafter.heads import ParallelHeads
+from amphista.drafter.lookup import LOOKUP
 from amphista.errors import AmphistaError, ConfigError
 from amphista.target.target import Target
 
 STATUS = Path("/proc/self/status")
 RESULT = "amphista-memory: "
+GOAL = 1.3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,12 +64,14 @@ def peak_memory(job: MemoryJob) -> dict[str, Any]:
 def decodable(drafters: str, target: Target) -> list[str]:
     """`none` and those of NAME[=DRAFTER],... that can be loaded for this target: random weights are timed, not used."""
     parts = [part.strip().partition("=") for part in drafters.split(",")]
-    names = [place or name for name, _, place in parts if place or (name in DRAFTERS and _is_shipped(name, target))]
+    names = [place or name for name, _, place in parts if place or _is_there(name, target)]
     return ["none", *(name for name in names if name != "none")]
 
 
-def _is_shipped(name: str, target: Target) -> bool:
-    return name == "none" or shipped_for(name, target.fingerprint) is not None
+def _is_there(name: str, target: Target) -> bool:
+    """Whether a drafter of this name, with or without lookup, needs no weights or is shipped with them."""
+    heads = name.removesuffix("+" + LOOKUP)
+    return heads in ("none", LOOKUP) or (heads in DRAFTERS and shipped_for(heads, target.fingerprint) is not None)
 
 
 def resident_bytes(field: str) -> int:
@@ -85,7 +89,9 @@ def _measure(job: MemoryJob) -> dict[str, int]:
     import amphista.evaluation.methods  # noqa: F401
     from amphista.engine.params import SamplingParams
     from amphista.llm import finish, load
+    from amphista.target.loading import import_code
 
+    import_code(job.target)  # `transformers` imports a family's code when it loads one: an import like any other
     imports = resident_bytes("VmRSS")
     llm = load(job.target, job.drafter, **job.settings)
     context = llm.engine.new_context()

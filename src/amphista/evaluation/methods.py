@@ -20,6 +20,7 @@ from amphista.drafter.base import Drafter
 from amphista.drafter.checkpoint import DRAFTERS, load_drafter, make_drafter, shipped_for
 from amphista.drafter.heads import ParallelHeads
 from amphista.drafter.none import NoDrafter
+from amphista.engine.costs import costs_for
 from amphista.engine.params import SamplingParams
 from amphista.errors import AmphistaError, ConfigError
 from amphista.evaluation.stock import StockGenerate, assisted, plain, prompt_lookup
@@ -140,6 +141,7 @@ class Ours:
             "accepted": stats.accepted,
             "expected": [round(expected, 4) for expected in stats.expected],
             "tree_nodes": stats.tree_nodes,
+            "drafted": [int(asked) for asked in stats.drafted],
             "step_seconds": stats.step_seconds,
             "num_dropped": stats.num_dropped,
             "seconds": stats.seconds,
@@ -150,12 +152,12 @@ class Ours:
 
 
 def costs_of(method: Method) -> dict[str, Any] | None:
-    """The measured costs that a method's `auto` trees weigh, in milliseconds; they belong to the machine, not to the
-    settings of a run."""
-    grower = method.llm.engine.grower if isinstance(method, Ours) else None
-    if not isinstance(grower, AutoGrower):
+    """The measured costs of a drafting method's steps, in milliseconds: those that its `auto` trees weigh, measured
+    where its trees weigh none. They belong to the machine, not to the settings of a run."""
+    if not isinstance(method, Ours) or isinstance(method.llm.drafter, NoDrafter):
         return None
-    costs = grower.costs
+    grower = method.llm.engine.grower
+    costs = grower.costs if isinstance(grower, AutoGrower) else costs_for(method.llm.target, method.llm.drafter)
     return {"verify_ms": [round(1000 * seconds, 3) for seconds in costs.verify], "draft_ms": 1000 * costs.draft}
 
 

@@ -1,29 +1,25 @@
 """From records to numbers, one definition each (ALGORITHM section 8): per method, over all answers and by task.
 
 Rates are sums of tokens over sums of seconds. A speedup is the ratio of two rates over the answers that both methods
-gave without failing, so both sides answer the same questions; its interval is a 95 % percentile bootstrap over
-questions (2,000 resamples, a fixed seed), which keeps turns and repeats of a question together. On the loop-free prefix
-of an answer, prefill and the steps that reach its end are what is timed.
+gave without failing, so both sides answer the same questions; intervals are those of bootstrap.py. On the loop-free
+prefix of an answer, prefill and the steps that reach its end are what is timed.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import numpy as np
-
 from amphista.engine.loops import loop_free_length, steps_within
+from amphista.evaluation.bootstrap import Interval, add_to, bootstrap
 from amphista.evaluation.methods import HF, NONE
 from amphista.evaluation.protocol import spec_bench_counts
 from amphista.evaluation.records import Record
 
-RESAMPLES = 2000
 PLAIN = (NONE, HF)
 ALL = "all"
-Interval = tuple[float, float]
 
 
 @dataclass(frozen=True)
@@ -62,7 +58,7 @@ class Measures:
     acceptance_by_depth[d]: share of decode steps that accepted more than d draft tokens. tokens_per_step[n]: steps that
     committed n tokens. identical: share of compared answers with the same tokens as `none`'s. speedup_hf: over stock
     `generate`, None without it. expected_tau: tau by the drafter's own probabilities. mean_tree_nodes: rows per target
-    forward, root included.
+    forward, root included. drafted_share: steps in which heads were asked, None where records do not tell.
     """
 
     num_answers: int
@@ -70,6 +66,7 @@ class Measures:
     num_tokens: int
     num_steps: int
     tau: float | None
+    tau_interval: Interval | None
     expected_tau: float | None
     tau_loop_free: float | None
     tokens_per_second: float | None
@@ -84,7 +81,12 @@ class Measures:
     identical: float | None
     compared: int
     mean_tree_nodes: float | None
+    mean_tree_nodes_interval: Interval | None
     plain_step_share: float | None
+    plain_step_share_interval: Interval | None
+    drafted_share: float | None
+    drafted_share_interval: Interval | None
+    ms_per_step: float | None
     acceptance_by_depth: list[float]
     tokens_per_step: dict[str, int]
     phase_seconds: dict[str, float]
@@ -109,7 +111,11 @@ def _measures(name: str, records: Sequence[Record]) -> Measures:
     compared = [r for r in mine if r.matches is not None]
     scored = [r for r in mine if r.correct is not None]
     steps = Counter(accepted + 1 for r in mine for accepted in r.accepted)
-    nodes = [n for r in mine for n in r.tree_nodes]
+    nodes, nodes_interval = _per_step(mine, lambda r: sum(r.tree_nodes))
+    plain_share, plain_interval = _per_step(mine, lambda r: r.tree_nodes.count(1))
+    drafted, drafted_interval = _per_step(
+        mine if all(len(r.drafted) == len(r.accepted) for r in mine) else [], lambda r: sum(r.drafted)
+    )
     speedup, interval = speedup_over(mine, plain, whole)
     decode_speedup, decode_interval = speedup_over(mine, plain, decode_only)
     hf_speedup, hf_interval = speedup_over(mine, stock, whole)
@@ -120,6 +126,7 @@ def _measures(name: str, records: Sequence[Record]) -> Measures:
         num_tokens=sum(len(r.token_ids) for r in mine),
         num_steps=sum(steps.values()),
         tau=_tau(name, mine, loop_free=False),
+        tau_interval=_per_step(mine, _decoded)[1],
         expected_tau=_expected_tau(mine),
         tau_loop_free=_tau(name, mine, loop_free=True),
         tokens_per_second=_rate(mine, whole),
@@ -133,8 +140,13 @@ def _measures(name: str, records: Sequence[Record]) -> Measures:
         speedup_hf_interval=hf_interval,
         identical=1.0 if name == NONE and mine else _mean([r.matches for r in compared]),
         compared=len(compared),
-        mean_tree_nodes=_mean(nodes),
-        plain_step_share=_mean([n == 1 for n in nodes]),
+        mean_tree_nodes=nodes,
+        mean_tree_nodes_interval=nodes_interval,
+        plain_step_share=plain_share,
+        plain_step_share_interval=plain_interval,
+        drafted_share=drafted,
+        drafted_share_interval=drafted_interval,
+        ms_per_step=_per_step(mine, lambda r: 1000 * r.decode_seconds)[0],
         acceptance_by_depth=_acceptance_by_depth(steps),
         tokens_per_step={str(count): steps[count] for count in sorted(steps)},
         phase_seconds=_phases(mine),
@@ -143,6 +155,19 @@ def _measures(name: str, records: Sequence[Record]) -> Measures:
         scored=len(scored),
         spec_bench=spec_bench_counts(mine, stock if has_stock else plain, is_baseline_kind=is_baseline),
     )
+
+
+def _decoded(record: Record) -> int:
+    """Tokens behind the prefill's."""
+    return len(record.token_ids) - record.prefill_tokens
+
+
+def _per_step(records: Sequence[Record], amount: Callable[[Record], float]) -> tuple[float | None, Interval | None]:
+    """Something summed over answers, by their decode steps."""
+    sums: dict[str, list[float]] = {}
+    for record in records:
+        add_to(sums, record.id, [amount(record), len(record.accepted)])
+    return bootstrap(sums, over=(0,), under=(1,))
 
 
 def _tau(name: str, records: Sequence[Record], *, loop_free: bool) -> float | None:
@@ -194,25 +219,10 @@ def speedup_over(
     sums: dict[str, list[float]] = {}
     for a, b in pairs:
         mine, base = counting(a), counting(b)
-        row = sums.setdefault(a.id, [0.0, 0.0, 0.0, 0.0])
-        for i, value in enumerate((mine.tokens, mine.seconds, base.tokens, base.seconds)):
-            row[i] += value
-    if not sums:
+        add_to(sums, a.id, (mine.tokens, mine.seconds, base.tokens, base.seconds))
+    if any(sum(column) <= 0 for column in zip(*sums.values(), strict=True)):
         return None, None
-    table = np.array(list(sums.values()))
-    if (table.sum(axis=0) <= 0).any():
-        return None, None
-    ratio = _ratio(table.sum(axis=0))
-    draws = np.random.default_rng(0).integers(len(table), size=(RESAMPLES, len(table)))
-    resampled = table[draws].sum(axis=1)
-    usable = resampled[(resampled > 0).all(axis=1)]
-    low, high = np.percentile([_ratio(row) for row in usable], [2.5, 97.5])
-    return ratio, (float(low), float(high))
-
-
-def _ratio(sums: Any) -> float:
-    tokens, seconds, base_tokens, base_seconds = sums
-    return float((tokens / seconds) / (base_tokens / base_seconds))
+    return bootstrap(sums, over=(0, 3), under=(1, 2))
 
 
 def contract(summary: dict[str, dict[str, dict[str, Any]]], num_questions: int) -> dict[str, Any]:

@@ -1,4 +1,5 @@
-"""Figures as SVG: speedup by task, acceptance by depth, time by phase, tokens per step; latency over tree size."""
+"""Figures as SVG: speedup by task and over tau, acceptance by depth, time by phase, tokens per step, growing answers;
+latency over tree size."""
 
 from __future__ import annotations
 
@@ -14,7 +15,7 @@ from matplotlib.ticker import MaxNLocator
 from amphista.evaluation.metrics import ALL
 
 COLOURS = ["#8a94a6", "#4c78a8", "#72b7b2", "#f58518", "#e45756", "#54a24b", "#b279a2", "#9d755d"]
-PHASES = ("prefill", "draft", "verify", "accept", "commit", "generate")
+PHASES = ("prefill", "draft", "tree", "verify", "accept", "commit", "generate")
 STYLE = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "svg.hashsalt": "amphista"}
 
 
@@ -26,6 +27,10 @@ def figures(summary: dict[str, Any]) -> list[tuple[str, str]]:
         ("Where the seconds go", _phases),
         ("Tokens committed per target forward", _tokens_per_step),
     ]
+    if summary.get("points"):
+        drawn.insert(1, ("Decode speedup over tau, one point a question; dotted: speedup = tau", _speedup_over_tau))
+    if summary.get("stretches"):
+        drawn.append(("Milliseconds of a step as the answer grows", _stretches))
     return [(caption, _svg(draw, summary)) for caption, draw in drawn]
 
 
@@ -69,6 +74,41 @@ def _speedup_by_task(axes: Axes, summary: dict[str, Any]) -> None:
     axes.set_ylabel("speedup over none")
     if methods:
         axes.legend(frameon=False, ncols=min(4, len(methods)), fontsize=8, loc="upper left", bbox_to_anchor=(0, 1.16))
+
+
+def _speedup_over_tau(axes: Axes, summary: dict[str, Any]) -> None:
+    """Methods that look up are triangles, heads alone and stock methods are dots; a large mark is the whole run."""
+    points = summary["points"]
+    most = max(point["tau"] for point in points)
+    for name, colour in _coloured(summary).items():
+        mine = [point for point in points if point["method"] == name]
+        whole = summary["measures"][ALL][name]
+        if not mine or max(point["tau"] for point in mine) == 1:
+            continue
+        mark = "^" if "lookup" in name else "o"
+        axes.scatter([p["tau"] for p in mine], [p["speedup"] for p in mine], 14, color=colour, marker=mark, alpha=0.5)
+        axes.scatter([whole["tau"]], [whole["decode_speedup"]], 60, color=colour, marker=mark, label=name)
+    axes.plot([1, most], [1, most], ":", color="#333333", linewidth=0.8)
+    axes.axhline(1, color="#333333", linewidth=0.8)
+    axes.set_xlabel("tau")
+    axes.set_ylabel("decode speedup over none")
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(frameon=False, fontsize=8)
+
+
+def _stretches(axes: Axes, summary: dict[str, Any]) -> None:
+    for name, colour in _coloured(summary).items():
+        mine = [row for row in summary["stretches"] if row["method"] == name]
+        axes.plot(
+            [row["end"] for row in mine], [row["ms_per_step"] for row in mine], marker="o", color=colour, label=name
+        )
+    ends = sorted({row["end"] for row in summary["stretches"]})
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(ends, [f"to {end}" for end in ends])
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel("tokens of the answer")
+    axes.set_ylabel("milliseconds a step")
+    axes.legend(frameon=False, fontsize=8)
 
 
 def _acceptance(axes: Axes, summary: dict[str, Any]) -> None:

@@ -27,9 +27,9 @@ class Record:
 
     seconds: prefill and decoding, without loading and tokenising. prefill_tokens: tokens that came out of the prefill
     forward (1, or more where a method drafts into the prefill). expected: draft tokens that should be accepted by the
-    drafter's own probabilities. num_dropped: tokens chosen behind the end of the answer. recount: tokens of the text
-    when tokenised again (`protocol.py`). divergence: where the answer first differs from the one of `none` to the same
-    prompt; `matches` is None where the two cannot be compared.
+    drafter's own probabilities. drafted: 1 where heads were asked, 0 where not. num_dropped: tokens chosen behind the
+    end of the answer. recount: tokens of the text when tokenised again (`protocol.py`). divergence: where the answer
+    first differs from the one of `none` to the same prompt; `matches` is None where the two cannot be compared.
     """
 
     id: str
@@ -46,6 +46,7 @@ class Record:
     accepted: list[int] = field(default_factory=list)
     expected: list[float] = field(default_factory=list)
     tree_nodes: list[int] = field(default_factory=list)
+    drafted: list[int] = field(default_factory=list)
     step_seconds: list[float] = field(default_factory=list)
     prefill_tokens: int = 1
     num_dropped: int = 0

@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from amphista.errors import ConfigError
+from amphista.evaluation.cells import DASH, number, share, table, times, with_interval
 from amphista.evaluation.metrics import ALL
+from amphista.evaluation.speed_tables import speed_sections
 from amphista.evaluation.summary import ACCEPTED
 
 Summary = dict[str, Any]
 MAX_LISTED = 30
-DASH = "-"
 HEADERS = (
     "method",
     "tau",
@@ -30,6 +31,11 @@ LEGEND = (
     "tau: tokens committed per target forward (loop-free: before an answer begins to loop). speedup: tokens per second "
     "over none (our engine without drafts), prefill included; decode speedup: without it. over hf: over stock "
     "generate. In parentheses: 95 % bootstrap intervals over questions. same as none: answers with identical tokens."
+)
+
+EXPECTED = (
+    "expected tau: by the drafter's own probabilities; as large as tau where they are calibrated. loop-free speedup: "
+    "of the tokens before an answer begins to loop; looping: how many answers do."
 )
 
 
@@ -64,26 +70,6 @@ def setting_line(summary: Summary) -> str:
     )
 
 
-def number(value: float | None, form: str = ".2f") -> str:
-    """A value, or a dash where there is none."""
-    return DASH if value is None else format(value, form)
-
-
-def times(value: float | None) -> str:
-    return DASH if value is None else f"{value:.2f}x"
-
-
-def with_interval(measures: dict[str, Any], name: str) -> str:
-    """A speedup and its interval, or the speedup alone where it is 1 by definition."""
-    bounds = measures[f"{name}_interval"]
-    told = "" if bounds is None or bounds[0] == bounds[1] else f" ({bounds[0]:.2f} to {bounds[1]:.2f})"
-    return times(measures[name]) + told
-
-
-def share(value: float | None, count: int) -> str:
-    return DASH if value is None else f"{value:.1%} of {count}"
-
-
 def main_rows(measures: dict[str, dict[str, Any]]) -> list[list[str]]:
     """The main table, one row per method."""
     return [
@@ -111,22 +97,13 @@ def task_rows(summary: Summary, cell: Any) -> tuple[list[str], list[list[str]]]:
 
 
 def detail_rows(measures: dict[str, dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
-    """How each method spends its forwards."""
-    headers = [
-        "method",
-        "expected tau",
-        "nodes per forward",
-        "plain steps",
-        "accepted at depth 1, 2, ...",
-        "loop-free speedup",
-        "looping",
-    ]
+    """What each method's forwards bring."""
+    headers = ["method", "tau", "expected tau", "accepted at depth 1, 2, ...", "loop-free speedup", "looping"]
     rows = [
         [
             name,
+            number(m["tau"]),
             number(m["expected_tau"]),
-            number(m["mean_tree_nodes"]),
-            number(m["plain_step_share"], ".0%"),
             " ".join(f"{value:.2f}" for value in m["acceptance_by_depth"]) or DASH,
             times(m["loop_free_speedup"]),
             f"{m['looping_answers']} of {m['num_answers']}",
@@ -201,8 +178,9 @@ def sections(summary: Summary) -> list[tuple[str, str, list[str], list[list[str]
     found = [("All questions", LEGEND, list(HEADERS), main_rows(everything))]
     if len(summary["measures"]) > 2:
         found.append(("Speedup by task", "", *task_rows(summary, lambda m: with_interval(m, "speedup"))))
-        found.append(("tau by task", "", *task_rows(summary, lambda m: number(m["tau"]))))
-    found.append(("Where the forwards go", "", *detail_rows(everything)))
+        found.append(("tau by task", "", *task_rows(summary, lambda m: with_interval(m, "tau", unit=""))))
+    found += speed_sections(summary)
+    found.append(("What the forwards bring", EXPECTED, *detail_rows(everything)))
     legend = (
         "The counting of Spec-Bench's scripts: plain means over questions, the baseline's tokens counted by tokenising "
         "its text again, a method's by its own loop."
@@ -233,13 +211,6 @@ def markdown(summary: Summary) -> str:
 def markdown_tables(summary: Summary) -> str:
     """What a terminal gets: the title and the main table."""
     return f"{title(summary)}\n\n{table(list(HEADERS), main_rows(summary['measures'][ALL]))}\n"
-
-
-def table(headers: list[str], rows: list[list[str]]) -> str:
-    """A Markdown table with aligned columns."""
-    widths = [max(len(row[i]) for row in [headers, *rows]) for i in range(len(headers))]
-    lines = [headers, ["-" * width for width in widths], *rows]
-    return "\n".join("| " + " | ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)) + " |" for line in lines)
 
 
 def _described(settings: dict[str, Any]) -> str:

@@ -122,11 +122,14 @@ class StockGenerate:
             )
             ended = now(target)
         token_ids = output[0, len(prompt_ids) :].tolist()
-        return self._measured(meter, started, ended, len(prompt_ids), token_ids)
+        return self._measured(meter, (started, ended), len(prompt_ids), token_ids, self._end_tokens(params))
+
+    def _end_tokens(self, params: SamplingParams) -> frozenset[int]:
+        return frozenset() if params.ignore_eos else self._target.eos_ids
 
     def _generation_config(self, params: SamplingParams, max_new_tokens: int) -> Any:
         """Explicit settings only: the model's own generation_config may say otherwise and must not."""
-        eos = sorted(self._target.eos_ids)
+        eos = sorted(self._end_tokens(params))  # empty: none; None would be the model's own
         generation_config = self._target.model.generation_config
         sampling = {
             "temperature": params.temperature,
@@ -139,7 +142,7 @@ class StockGenerate:
             do_sample=not params.is_greedy,
             num_beams=1,
             repetition_penalty=params.repetition_penalty,
-            eos_token_id=eos or None,
+            eos_token_id=eos,
             pad_token_id=eos[0] if eos else None,
             use_cache=True,
             **self._variant.arguments,
@@ -147,10 +150,15 @@ class StockGenerate:
         )
 
     def _measured(
-        self, meter: ForwardMeter, started: float, ended: float, num_prompt: int, token_ids: list[int]
+        self,
+        meter: ForwardMeter,
+        span: tuple[float, float],
+        num_prompt: int,
+        token_ids: list[int],
+        eos: frozenset[int],
     ) -> dict[str, Any]:
         """What the forwards say. Before forward i the cache holds all tokens but the pending one."""
-        eos = self._target.eos_ids
+        started, ended = span
         length = next((i + 1 for i, token in enumerate(token_ids) if token in eos), len(token_ids))
         committed = [rows + 1 - num_prompt for rows in meter.rows_before[1:]] + [len(token_ids)]
         kept = [min(count, length) for count in committed]

@@ -1,6 +1,7 @@
 """The summary of a run: everything its report shows, in one JSON file made from the records.
 
-{"title", "run": settings and environment, "measures": {task: {method: Measures}}, "divergences", "failures",
+{"run": settings and environment, "measures": {task: {method: Measures}}, "efficiency": {method: Efficiency},
+ "points": of curve.py, "stretches": [Stretch], "divergences", "failures",
  "samples": answers with their accepted tokens marked, "notes": sentences a reader must know}
 """
 
@@ -11,9 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from amphista.errors import DataError
+from amphista.evaluation.curve import points
+from amphista.evaluation.efficiency import efficiencies
 from amphista.evaluation.methods import NONE
 from amphista.evaluation.metrics import summarise
 from amphista.evaluation.records import Record, read_json, read_records, write_json
+from amphista.evaluation.stretches import stretches
 from amphista.target.text import IncrementalText, Text
 
 RUN, RECORDS, SUMMARY = "run.json", "records.jsonl", "summary.json"
@@ -30,6 +34,9 @@ def build_summary(run: dict[str, Any], records: Sequence[Record], samples: list[
     return {
         "run": run,
         "measures": summarise(records, methods),
+        "efficiency": efficiencies(records, run.get("costs", {})),
+        "points": points(records, methods),
+        "stretches": stretches(records, methods),
         "divergences": [_place(r) | (r.divergence or {}) for r in records if r.matches is False],
         "failures": [_place(r) | {"error": r.error} for r in records if r.failed],
         "samples": samples,

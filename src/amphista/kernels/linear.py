@@ -50,6 +50,11 @@ class Product(ABC):
     num_outputs: int
     num_inputs: int
 
+    @property
+    @abstractmethod
+    def num_bytes(self) -> int:
+        """Bytes a product reads: the weight and what belongs to it."""
+
     @abstractmethod
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None: ...
 
@@ -61,6 +66,8 @@ class Product(ABC):
     @classmethod
     def side_by_side(cls, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> Self:
         """Weights [O, I] of the same I and their biases, None for 0, as one product."""
+        if len(weights) == 1:
+            return cls(weights[0], biases[0])
         if all(bias is None for bias in biases):
             return cls(torch.cat(list(weights)))
         columns = [w.new_zeros(len(w)) if b is None else b for w, b in zip(weights, biases, strict=True)]

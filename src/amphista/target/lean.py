@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from amphista.kernels.linear import PackedLinear, Product
+from amphista.target.pages import give_back
 
 # From so many scores a sequence on, torch's own attention is faster than two products and a softmax.
 FUSED_ATTENTION_SCORES = {torch.float64: 1 << 20, torch.float32: 1 << 20, torch.bfloat16: 1 << 24}
@@ -128,14 +129,21 @@ class LeanModel:
         scales[: self.num_heads] = attention.scaling
         self._heads_scale = scales.to(self._embedding.device)
         self._norm = Norm.of(decoder.norm)
-        self.head = product.of(model.get_output_embeddings())
         kinds = getattr(config, "layer_types", None) or ["full_attention"] * len(decoder.layers)
         self._kinds = set(kinds)
         self.layers: list[LeanLayer] = []
         for index, kind in enumerate(kinds):
             self.layers.append(LeanLayer.of(decoder.layers[index], kind, product))
             if release:
+                give_back(*decoder.layers[index].parameters())
                 decoder.layers[index] = torch.nn.Identity()
+        self.head = product.of(model.get_output_embeddings())  # last: the largest, when the layers have made room
+
+    @property
+    def num_product_bytes(self) -> int:
+        """Bytes of the weights of all products: layers and LM head."""
+        products = [p for layer in self.layers for p in (layer.qkv, layer.output, layer.gate_up, layer.down)]
+        return sum(product.num_bytes for product in [*products, self.head])
 
     @property
     def dtype(self) -> torch.dtype:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import sys
 from pathlib import Path
@@ -22,6 +23,7 @@ from amphista.target.gguf import (
     packaged_folder,
     packaged_target_folder,
 )
+from amphista.target.pages import give_back
 from amphista.target.probe import probe
 from amphista.target.spec import TargetSpec
 from amphista.target.target import Target
@@ -141,8 +143,15 @@ def _load_model(name: str, folder: str, place: torch.device, dtype: Any) -> Any:
     try:
         config = AutoConfig.from_pretrained(folder)
         refuse_unsupported(config)
+        attention = preferred_attention(config)
+        if place.type == "cpu" and isinstance(dtype, torch.dtype):
+            model = AutoModelForCausalLM.from_pretrained(
+                folder, config=copy.deepcopy(config), dtype="auto", attn_implementation=attention
+            )
+            if _is_only_weights(model):
+                return _converted(model, dtype)
         return AutoModelForCausalLM.from_pretrained(
-            folder, config=config, dtype=dtype, attn_implementation=preferred_attention(config)
+            folder, config=config, dtype=dtype, attn_implementation=attention
         ).to(place)
     except TargetError:
         raise
@@ -150,11 +159,38 @@ def _load_model(name: str, folder: str, place: torch.device, dtype: Any) -> Any:
         raise TargetError(f"cannot load target {name!r}: {_first_line(error)}") from error
 
 
+def _is_only_weights(model: Any) -> bool:
+    """Whether converting the weights is all there is to another type: no part keeps its own, no buffer follows it."""
+    keeps = model._keep_in_fp32_modules or model._keep_in_fp32_modules_strict
+    quantised = getattr(model.config, "quantization_config", None) is not None
+    buffers = [name for name, buffer in model.named_buffers() if buffer.is_floating_point()]
+    return not keeps and not quantised and all(name.endswith("inv_freq") for name in buffers)
+
+
+def _converted(model: Any, dtype: torch.dtype) -> Any:
+    """The same model in another type, weight by weight: `transformers` would have all there in both for a while."""
+    for parameter in model.parameters():
+        if parameter.is_floating_point() and parameter.dtype is not dtype:
+            before = parameter.data
+            parameter.data = before.to(dtype)
+            give_back(before)
+    model.config.dtype = dtype
+    return model
+
+
 def _dtype_on_disk(folder: str) -> torch.dtype | None:
     from transformers import AutoConfig
 
     dtype: torch.dtype | None = AutoConfig.from_pretrained(folder).dtype
     return dtype
+
+
+def import_code(name: str) -> None:
+    """Import what loading this target would import, so that its own memory can be told from that of code."""
+    from transformers import AutoConfig, AutoTokenizer  # noqa: F401
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    MODEL_FOR_CAUSAL_LM_MAPPING.get(type(AutoConfig.from_pretrained(locate(name))), None)
 
 
 def describe_target(name: str) -> dict[str, Any]:

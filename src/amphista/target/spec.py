@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from amphista.errors import TargetError
 from amphista.kernels.linear import Product
+from amphista.target.pages import give_back
 
 NUM_FINGERPRINT_ROWS = 64
 
@@ -144,7 +145,10 @@ class SharedWeights:
     def head_rows(self, token_ids: Tensor) -> tuple[Tensor, Tensor | None]:
         """A gathered copy of some LM-head rows: ids [N] -> weight [N, D] and bias [N] or None."""
         bias = getattr(self._lm_head, "bias", None)
-        return self.head_weight[token_ids].clone(), None if bias is None else bias[token_ids].clone()
+        rows = self.head_weight[token_ids].clone()
+        if self._packed is not None:
+            give_back(self.head_weight)  # decoding reads the packed copy
+        return rows, None if bias is None else bias[token_ids].clone()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -31,6 +31,7 @@ from amphista.target.attention import MaskPlan
 from amphista.target.captured import CapturedForward
 from amphista.target.lean import LeanModel
 from amphista.target.output import TargetOutput
+from amphista.target.pages import give_back, trim_allocator
 from amphista.target.qualify import why_not_fast
 from amphista.target.spec import Fingerprint, LogitTransform, SharedWeights, TargetSpec
 from amphista.target.text import Text
@@ -137,8 +138,13 @@ class Target:
                 f"scale (allowed {allowed:.2g}): load it with fast=False (--no-fast) and report it"
             )
         self.shared.use_packed(self._lean.head)
+        if int8:
+            embedding = self._model.get_input_embeddings().weight
+            self.num_weight_bytes = self._lean.num_product_bytes + embedding.numel() * embedding.element_size()
         if release:
+            give_back(self._model.get_input_embeddings().weight, self.shared.head_weight)  # read by single rows now
             self._model = self._decoder = None
+            trim_allocator()
         if self.device.type == "cuda" if self._wants_static is None else self._wants_static:
             self._captured = CapturedForward(self._lean, self.mask_plan, self.spec)
             self._check_captured()

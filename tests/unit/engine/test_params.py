@@ -15,6 +15,7 @@ from amphista.errors import RequestError
         ({"stop": ("a", "")}, "empty stop string"),
         ({"temperature": -1.0}, "temperature is -1.0"),  # the checks of the base class run too
         ({"seed": -1}, "seed is -1"),
+        ({"ignore_eos": 1}, "ignore_eos is 1: expected true or false"),
     ],
 )
 def test_bad_values_are_refused_by_name(wrong, message):

@@ -23,6 +23,13 @@ from tests.tiny import VOCAB, tiny_model, tiny_target
 CONFIG = LatencyConfig(nodes=(1, 2, 8), contexts=(5, 20), batches=(1, 3), rounds=2)
 
 
+@pytest.fixture(autouse=True)
+def _small_limits(monkeypatch):
+    """The machine's limits are not looked at here."""
+    monkeypatch.setattr("amphista.evaluation.limits.READ_BYTES", {"cpu": 1 << 16})
+    monkeypatch.setattr("amphista.evaluation.limits.MATRIX_SIZE", {"cpu": 64})
+
+
 def both(target):
     return {
         "amphista": Amphista(AmphistaConfig(num_heads=3), target.spec, target.shared).eval(),

@@ -8,8 +8,17 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from amphista.evaluation import limits as limits_module
 from amphista.evaluation.latency import typical_tree
-from amphista.evaluation.limits import ForwardWork, Limits, measure_limits
+from amphista.evaluation.limits import (
+    READ_ROWS,
+    ForwardWork,
+    Limits,
+    computing_ways,
+    measure_limits,
+    own_product,
+    reading_ways,
+)
 from amphista.kernels.int8 import can_quantise
 from amphista.target.target import Target
 from tests.tiny import VOCAB, tiny_model, tiny_target
@@ -64,11 +73,43 @@ def test_layers_that_are_not_there_count():
     assert twice.weights - head == 2 * (whole.weights - head) and twice.row_values == 2 * whole.row_values
 
 
-def test_measured_rates_are_positive(monkeypatch):
-    monkeypatch.setattr("amphista.evaluation.limits.READ_BYTES", 1 << 16)
-    monkeypatch.setattr("amphista.evaluation.limits.MATRIX_SIZE", 32)
+@pytest.fixture
+def small(monkeypatch):
+    """Nothing far beyond a cache here: only what is done is looked at, not how long it takes."""
+    monkeypatch.setattr(limits_module, "READ_BYTES", {"cpu": 1 << 16})
+    monkeypatch.setattr(limits_module, "MATRIX_SIZE", {"cpu": 64})
+
+
+def test_measured_rates_are_positive(small):
     limits = measure_limits(tiny_target(dtype=torch.float64))
     assert limits.bytes_per_second > 0 and limits.operations_per_second > 0
+
+
+def test_a_limit_is_never_below_what_a_product_of_the_target_reaches(small, monkeypatch):
+    """The best of all ways counts, and the target's own products over few and over many rows are among them."""
+    target = tiny_target()
+    reading, computing = reading_ways(target), computing_ways(target)
+    products = [f"product over {count} row{'s' * (count > 1)}" for count in READ_ROWS]
+    assert set(products) < set(reading) and "own product over 64 rows" in computing
+    weight = own_product(target, (1 << 16) // (4 * target.spec.hidden_size), target.spec.hidden_size)
+    assert all(reading[name][0] == weight.num_bytes for name in products)
+    assert computing["own product over 64 rows"][0] == 2 * 64**3
+    for slow in [*reading, *computing]:  # whichever takes least time per byte or operation is the limit
+        fast = dict.fromkeys([*reading, *computing], 2.0) | {slow: 0.001}
+        seconds = iter([fast[name] for name in [*reading, *computing]])
+        monkeypatch.setattr(limits_module, "seconds_of", lambda target, work, seconds=seconds: next(seconds))
+        found = measure_limits(target)
+        assert slow in (found.read_by, found.computed_by)
+        best = max(reading[name][0] / fast[name] for name in reading)
+        assert found.bytes_per_second == best >= max(reading[name][0] / fast[name] for name in products)
+
+
+def test_each_way_does_what_it_counts(small):
+    target = tiny_target()
+    for amount, work in [*reading_ways(target).values(), *computing_ways(target).values()]:
+        with torch.inference_mode():
+            work()
+        assert amount > 0
 
 
 def test_weights_of_8_bits_are_read_at_a_byte_each():
@@ -79,8 +120,8 @@ def test_weights_of_8_bits_are_read_at_a_byte_each():
 
 
 @pytest.mark.skipif(not can_quantise(torch.empty(0)), reason="this CPU has no 8-bit dot products")
-def test_an_int8_target_is_held_against_its_own_kernel(monkeypatch):
-    monkeypatch.setattr("amphista.evaluation.limits.MATRIX_SIZE", 64)
+def test_an_int8_target_is_held_against_its_own_kernel(small):
     target = tiny_target("llama")
     assert target.speed_up(int8=True) and ForwardWork.of(target).weight_size == 1
     assert measure_limits(target).operations_per_second > 0
+    assert "square product" not in computing_ways(target)

@@ -38,3 +38,4 @@ def test_drafters_without_weights_for_this_target_are_left_out():
     target = Target(tiny_model(), name="other")
     assert decodable("amphista,medusa,none,mine=/somewhere", target) == ["none", "/somewhere"]
     assert decodable("", target) == ["none"]
+    assert decodable("amphista+lookup,lookup", target) == ["none", "lookup"]

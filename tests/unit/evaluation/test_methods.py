@@ -132,6 +132,17 @@ def test_the_end_token_ends_stock_answers_too():
     assert found["token_ids"] == [EOS] and found["finish_reason"] == "stop" and found["accepted"] == []
 
 
+def test_ignored_end_tokens_end_no_answer():
+    """Ours and stock go on behind them alike; the last token is at the limit, not an end token by chance."""
+    target = copying_target()
+    none = METHODS["none"](MethodSpec("none", "none"), target, Settings())
+    ours = none.run([3, EOS], SamplingParams(max_new_tokens=9, ignore_eos=True))
+    found = run(target, plain(), [3, EOS], max_new_tokens=9, ignore_eos=True)
+    assert ours["token_ids"] == found["token_ids"] == [EOS] * 9
+    assert ours["finish_reason"] == found["finish_reason"] == "length"
+    assert ours["accepted"] == found["accepted"] == [0] * 8
+
+
 def test_stock_sampling_depends_on_the_seed_alone(target):
     settings = dict(max_new_tokens=16, temperature=1.0)
     state = torch.random.get_rng_state()

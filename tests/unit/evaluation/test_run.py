@@ -271,10 +271,12 @@ def test_a_question_longer_than_the_context_fails_by_name(text_target, tmp_path)
     assert all("context holds 512" in error for error in errors[:3]) and errors[3:] == [None] * 3
 
 
-def test_the_costs_behind_auto_trees_stand_in_the_record_and_bind_no_resumed_run(text_target, asked, tmp_path):
+def test_the_costs_of_drafting_methods_stand_in_the_record_and_bind_no_resumed_run(text_target, asked, tmp_path):
     """They belong to the machine: measured anew, the same command still goes on in its folder."""
     _, summary = evaluate(text_target, asked, tmp_path, methods="lookup,drafts")
-    assert list(summary["run"]["costs"]) == ["lookup"]
+    assert list(summary["run"]["costs"]) == ["lookup", "drafts"], (
+        "what fixed trees cost is told, too; none drafts nothing"
+    )
     known = summary["run"]["costs"]["lookup"]
     assert known["draft_ms"] == 0 and known["verify_ms"] == sorted(known["verify_ms"]) and len(known["verify_ms"]) > 1
     record = json.loads((tmp_path / "run.json").read_text())
