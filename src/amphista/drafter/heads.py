@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from amphista.drafter.base import Calibration, Drafter, DrafterConfig, DrafterState
 from amphista.drafter.path import PathCorrection, conditional, moved
@@ -150,7 +151,7 @@ class ParallelHeads(Drafter):
     def _gather_head(self) -> tuple[Tensor, Tensor | None]:
         device = self._shared.head_weight.device
         ids = torch.arange(self.spec.vocab_size) if self.draft_ids is None else self.draft_ids
-        return self._shared.head_rows(ids.to(device))
+        return self._shared.many_head_rows(ids.to(device))
 
     def target_logits(self, hidden: Tensor) -> Tensor:
         """The target's logits [..., N] over the draft vocabulary, for its hidden states [..., D]."""
@@ -162,7 +163,7 @@ class ParallelHeads(Drafter):
             with torch.inference_mode(False):  # who asks first may be a validation, who asks next a training step
                 self._shared_rows = self._gather_head()
         weight, bias = self._shared_rows
-        return self._shared.transform(torch.nn.functional.linear(hidden.to(weight.dtype), weight, bias))
+        return self._shared.transform(functional.linear(hidden.to(weight.dtype), weight, bias))
 
     def _packed_head(self, hidden: Tensor) -> Tensor:
         if self._packed_rows is None:
@@ -183,7 +184,7 @@ class ParallelHeads(Drafter):
         """Logits [..., N] of one head's states [..., D] by its `own_weights`."""
         if not own:
             return self.target_logits(states)
-        return self._shared.transform(torch.nn.functional.linear(states, *own))
+        return self._shared.transform(functional.linear(states, *own))
 
     def head_logits(self, states: Tensor, head: int | None = None) -> Tensor:
         """States [..., K, D] -> logits [..., K, N]; or, for one head, [..., D] -> [..., N]."""
@@ -314,7 +315,7 @@ class ParallelHeads(Drafter):
         if self._path_table is None:
             every = self._token_ids(torch.arange(self.draft_vocab, device=token_ids.device))
             self._path_table = self.path.read(self._shared.embed(every).to(dtype))
-        return self._path_table[self._draft_index(token_ids)]
+        return functional.embedding(self._draft_index(token_ids), self._path_table)
 
     def _draft_index(self, token_ids: Tensor) -> Tensor:
         """Token ids of the draft vocabulary -> places in it."""
@@ -325,7 +326,7 @@ class ParallelHeads(Drafter):
         if not own:
             return self._shared.head_rows(token_ids)
         index = self._draft_index(token_ids)
-        return own[0][index], own[1][index] if len(own) > 1 else None
+        return functional.embedding(index, own[0]), own[1][index] if len(own) > 1 else None
 
     def _shortlist_rows(self, token_ids: Tensor) -> tuple[Tensor, Tensor | None]:
         """The same for all heads but the first, [..., K - 1, S, D]."""

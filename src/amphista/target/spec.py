@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from amphista.errors import TargetError
 from amphista.kernels.linear import Product
@@ -143,12 +144,17 @@ class SharedWeights:
 
     @torch.no_grad()
     def head_rows(self, token_ids: Tensor) -> tuple[Tensor, Tensor | None]:
-        """A gathered copy of some LM-head rows: ids [N] -> weight [N, D] and bias [N] or None."""
+        """A copy of some LM-head rows: ids [...] -> weight [..., D] and bias [...] or None."""
         bias = getattr(self._lm_head, "bias", None)
-        rows = self.head_weight[token_ids].clone()
+        rows = functional.embedding(token_ids, self.head_weight)  # whole rows at a time, which indexing does not copy
+        return rows, None if bias is None else bias[token_ids]
+
+    def many_head_rows(self, token_ids: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The same for a whole draft vocabulary [N], once; what was read for it does not stay in memory."""
+        rows = self.head_rows(token_ids)
         if self._packed is not None:
             give_back(self.head_weight)  # decoding reads the packed copy
-        return rows, None if bias is None else bias[token_ids].clone()
+        return rows
 
 
 @dataclass(frozen=True, kw_only=True)
