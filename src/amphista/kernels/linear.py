@@ -98,6 +98,10 @@ class PackedLinear(Product):
             plain = weight.detach().contiguous()
             if self.is_packed:
                 self._weight = torch.ops.mkldnn._reorder_linear_weight(plain, PACKED_ROWS)
+                overloads = (
+                    torch.ops.mkldnn._linear_pointwise
+                )  # found here, not in each of a forward's hundred products
+                self._multiply, self._multiply_add = overloads.default, overloads.binary
             else:
                 self._weight = plain
 
@@ -105,14 +109,14 @@ class PackedLinear(Product):
         """[N, I] -> [N, O]; under `torch.inference_mode` or `no_grad` only."""
         if not self.is_packed:
             return functional.linear(rows, self._weight, self.bias)
-        product: Tensor = torch.ops.mkldnn._linear_pointwise(rows, self._weight, self.bias, "none", [], "")
+        product: Tensor = self._multiply(rows, self._weight, self.bias, "none", [], "")
         return product
 
     def added(self, rows: Tensor, residual: Tensor) -> Tensor:
         """residual [N, O] + the product, in one pass where packed."""
         if not self.is_packed:
             return residual + functional.linear(rows, self._weight, self.bias)
-        total: Tensor = torch.ops.mkldnn._linear_pointwise.binary(rows, residual, self._weight, self.bias, "add")
+        total: Tensor = self._multiply_add(rows, residual, self._weight, self.bias, "add")
         return total
 
     def plain_weight(self) -> Tensor:

@@ -189,14 +189,16 @@ class LeanModel:
 
     def _layer(self, layer: LeanLayer, states: Tensor, turn: Tensor, attention: _Attention, rows: Rows) -> Tensor:
         heads, key_heads, size = self.num_heads, self.num_key_value_heads, self.head_size
-        projected = layer.qkv(layer.attention_norm(states)).view(len(states), -1, size)
+        num_rows, parts = states.shape[0], (heads, key_heads, key_heads)
+        projected = layer.qkv(layer.attention_norm(states)).view(num_rows, -1, size)
         if layer.query_norm is not None and layer.key_norm is not None:
-            parts = projected.split((heads, key_heads, key_heads), dim=1)
-            projected = torch.cat([layer.query_norm(parts[0]), layer.key_norm(parts[1]), parts[2]], dim=1)
-        exact = projected.to(self._exact)
-        pairs = torch.view_as_complex(exact.view(len(states), -1, size // 2, 2))
+            queries, keys, values = projected.split_with_sizes(parts, 1)
+            projected = torch.cat([layer.query_norm(queries), layer.key_norm(keys), values], dim=1)
+        exact = projected if projected.dtype is self._exact else projected.to(self._exact)
+        pairs = torch.view_as_complex(exact.view(num_rows, -1, size // 2, 2))
         pairs.narrow(1, 0, heads + key_heads).mul_(turn)  # in place: nobody else reads the projections
-        queries, keys, values = exact.to(states.dtype).split((heads, key_heads, key_heads), dim=1)
+        projected = exact if exact.dtype is states.dtype else exact.to(states.dtype)
+        queries, keys, values = projected.split_with_sizes(parts, 1)
         mixed = attention(queries, keys, values, rows)
         states = layer.output.added(mixed, states)
         gate, up = layer.gate_up(layer.mlp_norm(states)).chunk(2, dim=-1)
@@ -260,8 +262,9 @@ class _Attention:
 
     def __call__(self, queries: Tensor, keys: Tensor, values: Tensor, rows: Rows) -> Tensor:
         """Queries [B * N, H, E], new keys and values [B * N, J, E] -> [B * N, H * E]."""
-        batch, length = self.shape
-        new_keys, new_values = (part.view(batch, length, *part.shape[1:]).transpose(1, 2) for part in (keys, values))
+        (batch, length), size = self.shape, queries.shape[-1]
+        new_keys = keys.view(batch, length, self.num_key_value_heads, size).transpose(1, 2)
+        new_values = values.view(batch, length, self.num_key_value_heads, size).transpose(1, 2)
         all_keys, all_values = rows.append(new_keys, new_values)
         mix = self._fused if self.is_fused else self._grouped
         return mix(queries, all_keys, all_values)
@@ -282,7 +285,7 @@ class _Attention:
     def _grouped(self, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         """A few rows: two batched products and a softmax cost less than torch's attention and its repeated heads."""
         (batch, length), heads, groups = self.shape, self.num_key_value_heads, self.num_groups
-        rows, size = len(queries), queries.shape[-1]
+        rows, _, size = queries.shape
         if length > 1:
             queries = queries.view(batch, length, heads, groups, size).permute(0, 2, 3, 1, 4)
         grouped = queries.reshape(batch * heads, groups * length, size)
