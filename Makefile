@@ -5,7 +5,7 @@
 #   make check    formatting, lint, types, architecture
 #   make bench    the small benchmark, under 15 minutes on 2 cores; DATA=folder with spec_bench.jsonl, else fetched
 #   make bench-speed  where the time goes, under 20 minutes on 2 cores: possible and realised speed, phases, growing
-#                 contexts and answers, limits, Python, memory; DTYPE=, on CUDA also MEMORY_DTYPES=float32,bfloat16
+#                 contexts and answers, limits, Python, memory; DTYPE=, MEMORY_DTYPES=
 #   make bench-gpu    on a GPU machine: captured graphs checked, then measured; DATA=, GPU_DTYPE=, GPU_OUT= (docs/gpu.md)
 #   make format   let ruff put the code in order
 #   make clean    remove .venv and caches
@@ -51,8 +51,8 @@ bench-speed: $(READY)
 	  --methods none,hf,medusa,amphista,lookup,medusa+lookup,amphista+lookup --dtype $(DTYPE) --out $(SPEED_OUT)/decode
 	@$(BIN)/amphista evaluate benchmarks/long-answers.jsonl --max-new-tokens 1024 --ignore-eos --temperature 0.7 \
 	  --methods none,amphista,amphista+lookup --dtype $(DTYPE) --out $(SPEED_OUT)/growth
-	@$(BIN)/amphista latency --nodes 1,2,4,8,16 --contexts 128,512,1024,2048,4096 --python --memory \
-	  --memory-dtypes $(MEMORY_DTYPES) --drafters amphista,medusa,amphista+lookup --dtype $(DTYPE) --out $(SPEED_OUT)/latency
+	@$(BIN)/amphista latency --nodes 1,2,4,8,16 --contexts 128,512,1024,2048,4096 --python \
+	  $(if $(wildcard /proc/self/status),--memory --memory-dtypes $(MEMORY_DTYPES)) --drafters amphista,medusa,amphista+lookup --dtype $(DTYPE) --out $(SPEED_OUT)/latency
 	@$(BIN)/amphista report $(SPEED_OUT)
 
 # A shape that does not fit says so, and the others are measured.

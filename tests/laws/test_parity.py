@@ -65,6 +65,21 @@ def test_products_in_bfloat16_stay_close(target, drafters, name, monkeypatch):
     assert 0 < float(error) < 0.03
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", HEADS)
+def test_drafters_of_half_precision_decode(target, drafters, name, dtype):
+    """A target in half precision makes its drafter so, too: committed in pieces, close to what float32 says."""
+    hidden, next_ids, expected = training_logits(target, drafters[name])
+    drafter = copy.deepcopy(drafters[name]).to(dtype).freeze()
+    state = drafter.start()
+    for rows in (slice(0, 5), slice(5, 6), slice(6, 12)):
+        drafter.commit(state, hidden[rows].to(dtype), next_ids[rows])
+    with torch.inference_mode():
+        logits = drafter.head_logits(drafter.draft_states(state))
+    error = (logits.float() - expected[-1]).norm() / expected[-1].norm()
+    assert 0 < float(error) < 0.1  # norms, sums and attention round, too
+
+
 @pytest.mark.parametrize("name", HEADS)
 def test_what_decodes_cannot_be_saved(drafters, name):
     frozen = copy.deepcopy(drafters[name]).freeze()

@@ -157,6 +157,18 @@ def test_states_take_turns(exact):
                 assert mine.tokens == other.tokens
 
 
+def test_recording_leaves_the_features_of_others(exact, monkeypatch):
+    """A recording runs what it records: what was fed before and is asked after it must not be overwritten."""
+    drafter = real_drafters(exact)["amphista-full"]
+    around, (hidden, ids) = CapturedDrafter(drafter), history(exact)
+    monkeypatch.setattr(Recorder, "record", lambda recorder, run: (run(), run)[1])
+    for record in (lambda: around.commit(around.start(), hidden[:6], ids[:6]), lambda: around.prepare(5, 40)):
+        state, other = drafter.start(), drafter.start()
+        around.commit(state, hidden[5:6], ids[5:6]), drafter.commit(other, hidden[5:6], ids[5:6])
+        record()
+        assert around.draft(state, 5).tokens == drafter.draft(other, 5).tokens
+
+
 def test_another_thread_drafts_as_it_is(exact):
     drafter = real_drafters(exact)["amphista-full"]
     around, (hidden, ids) = CapturedDrafter(drafter), history(exact)

@@ -41,9 +41,9 @@ def run_job(job: Job) -> None:
         _check_length(job, prompt, ids)
     failed = []
     with _sink(job.output) as write:
-        longest = max(map(len, first_ids)) + job.params.max_new_tokens
         for llm in (job.llm, job.llm.baseline) if job.compare else (job.llm,):
-            llm.engine.prepare(longest)
+            if job.compare:  # else sizes are recorded as they occur: all of them would keep the first answer waiting
+                llm.engine.prepare(max(map(len, first_ids)) + job.params.max_new_tokens)
             finish(llm.stream_ids(first_ids[0], replace(job.params, max_new_tokens=WARM_UP_TOKENS, stop=())))
         for prompt in job.prompts:
             try:

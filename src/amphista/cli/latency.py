@@ -95,14 +95,15 @@ def latency(
         record["python"] = _python(loaded, asked)
     if memory:
         settings = {"device": device, "fast": fast, "allow_other_target": allow_other_target}
-        types = [dtype] if memory_dtypes is None else memory_dtypes.split(",")
-        record["memory"] = _memory(target, loaded, asked, [settings | {"dtype": name} for name in types])
+        types = None if memory_dtypes is None else memory_dtypes.split(",")
+        record["memory"] = _memory(target, loaded, asked, settings | {"dtype": dtype}, types)
     _write(record, out, json_lines)
 
 
 def _check(shape: str | None, layers: int | None, *, memory: bool, memory_dtypes: str | None, python: bool) -> None:
-    """Raise ConfigError for options that do not go together."""
+    """Raise ConfigError for options that do not go together, or not on this system."""
     from amphista.errors import ConfigError
+    from amphista.evaluation.memory import check_peaks_are_told
 
     if (memory or python) and shape is not None:
         raise ConfigError("--memory and --python decode with a target that can be loaded: leave out --shape")
@@ -110,6 +111,8 @@ def _check(shape: str | None, layers: int | None, *, memory: bool, memory_dtypes
         raise ConfigError("--memory-dtypes goes with --memory")
     if layers is not None and shape is None:
         raise ConfigError("--layers goes with --shape: a loaded target is measured whole")
+    if memory:
+        check_peaks_are_told()
 
 
 class _Asked(NamedTuple):
@@ -132,13 +135,16 @@ def _measure(config: LatencyConfig, target: Target, asked: _Asked) -> dict[str, 
         return measure_latency(target, config, loaded, progress.step)
 
 
-def _memory(name: str, target: Target, asked: _Asked, settings: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    from amphista.evaluation.memory import MemoryJob, decodable, peak_memory
+def _memory(
+    name: str, target: Target, asked: _Asked, settings: dict[str, Any], types: list[str] | None
+) -> list[dict[str, Any]]:
+    from amphista.evaluation.memory import MemoryJob, decodable, loadable_types, peak_memory
 
-    drafters = decodable(asked.drafters, target)
-    return [
-        peak_memory(MemoryJob(target=name, drafter=drafter, settings=each)) for each in settings for drafter in drafters
-    ]
+    each = [settings]
+    if types is not None:
+        each = [settings | {"dtype": dtype} for dtype in loadable_types(types, settings["device"])]
+    jobs = [(drafter, with_type) for with_type in each for drafter in decodable(asked.drafters, target)]
+    return [peak_memory(MemoryJob(target=name, drafter=drafter, settings=with_type)) for drafter, with_type in jobs]
 
 
 def _python(target: Target, asked: _Asked) -> list[dict[str, Any]]:

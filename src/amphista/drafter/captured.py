@@ -171,6 +171,7 @@ class CapturedDrafter(Drafter):
             if num_ranks > 0:
                 self._ask_region(min(num_ranks, self._heads.draft_vocab))
             if self._staged is not None:
+                self._take_buffers(DrafterState())  # recording writes to them
                 for capacity in capacities(FIRST_CAPACITY, num_rows):
                     for size in ROWS:
                         self._feed_region(self._staged, self._home(self._staged, capacity), size)
@@ -182,10 +183,10 @@ class CapturedDrafter(Drafter):
             cache.trim(state.num_rows)  # what a commit that was broken off has left
         size = state.num_rows + len(next_ids)
         home = self._home_for(heads, state, size)
+        self._take_buffers(state)  # first: recording writes to them
         region, replay = self._feed_region(heads, home, num_rows)
         with self._lock:
             home.move_in(state)
-        self._take_buffers(state)
         region.load(hidden, next_ids, state.num_rows)
         replay()
         for cache in state.caches:

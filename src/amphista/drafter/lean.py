@@ -77,13 +77,13 @@ class Turns:
 
     def at(self, first: int, num_rows: int, device: torch.device) -> Tensor:
         """complex [N, 1, E / 2] of the positions from `first` on."""
-        end = first + num_rows
-        if end > len(self._table):
+        end, table = first + num_rows, self._table  # which another thread may replace meanwhile
+        if end > len(table):
             exponents = torch.arange(0, self._head_size, 2, device=device, dtype=torch.float32) / self._head_size
             positions = torch.arange(max(FIRST_POSITIONS, 2 * end), device=device, dtype=torch.float32)
             angles = positions[:, None] * self._theta**-exponents
-            self._table = torch.polar(torch.ones_like(angles), angles)[:, None]
-        return self._table[first:end]
+            self._table = table = torch.polar(torch.ones_like(angles), angles)[:, None]
+        return table[first:end]
 
 
 class LeanLayer:
@@ -118,8 +118,10 @@ class LeanLayer:
         heads, key_heads, size = sizes.num_attention_heads, sizes.num_key_value_heads, sizes.head_size
         projected = self._qkv(self._attention_norm(rows)).view(len(rows), -1, size)
         if turn is not None:
-            pairs = torch.view_as_complex(projected.view(len(rows), -1, size // 2, 2))
+            exact = projected.to(torch.promote_types(rows.dtype, torch.float32))  # what can be seen as complex numbers
+            pairs = torch.view_as_complex(exact.view(len(rows), -1, size // 2, 2))
             pairs.narrow(1, 0, heads + key_heads).mul_(turn)  # in place: nobody else reads the projections
+            projected = exact.to(rows.dtype)
         queries, keys, values = projected.split((heads, key_heads, key_heads), dim=1)
         keys, values = keys.transpose(0, 1), values.transpose(0, 1)
         if cache is not None:

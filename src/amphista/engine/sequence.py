@@ -43,9 +43,7 @@ class Context:
         """Give the drafter every row it has not read. Row j is made of h_j and x_{j+1}, and never rolled back."""
         if self.unfed:
             hidden = torch.cat([rows for rows, _ in self.unfed]) if len(self.unfed) > 1 else self.unfed[0][0]
-            device = (
-                hidden.device if drafter.num_heads else None
-            )  # without heads nobody reads them: no copy to wait for
+            device = hidden.device if drafter.num_heads else None  # without heads nobody reads the ids: no copy
             ids = sent([token for _, tokens in self.unfed for token in tokens], device)
             drafter.commit(self.draft_state, hidden, ids)
             self.unfed.clear()  # last: a feeding that is broken off is done again, from the first row

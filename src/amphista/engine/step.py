@@ -116,10 +116,7 @@ class Engine:
             acceptance = acceptance.cut(taken)
         with clock.phase("commit"):
             context.cache.commit(acceptance.path)
-            read = (
-                acceptance.path if self.drafter.num_heads else slice(len(acceptance.path))
-            )  # without heads: by nobody
-            context.defer(self.drafter, output.hidden[read], acceptance.tokens)
+            context.defer(self.drafter, self._rows(output.hidden, acceptance.path), acceptance.tokens)
             self.grower.learn(sequence.pace, candidates, growth.tree.num_nodes, acceptance.accepted)
         sequence.stats.count(growth, acceptance.num_accepted, drafted=candidates.num_heads > 0)
         sequence.stats.step_seconds.append(clock.now() - started)

@@ -12,15 +12,20 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from amphista.drafter.base import Drafter
 from amphista.drafter.checkpoint import DRAFTERS, shipped_for
 from amphista.drafter.heads import ParallelHeads
 from amphista.drafter.lookup import LOOKUP
 from amphista.errors import AmphistaError, ConfigError
+from amphista.kernels.int8 import can_quantise
+from amphista.target.loading import INT8, device_of, import_code, say
 from amphista.target.target import Target
 
 STATUS = Path("/proc/self/status")
@@ -48,8 +53,7 @@ def peak_memory(job: MemoryJob) -> dict[str, Any]:
 
     raises ConfigError where the kernel does not tell a process's peak; AmphistaError with its words if it fails.
     """
-    if not STATUS.exists():
-        raise ConfigError("peak memory is read from /proc/self/status, which this system does not have")
+    check_peaks_are_told()
     command = [sys.executable, "-m", "amphista.evaluation.memory", json.dumps(asdict(job))]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     found = [line for line in done.stdout.splitlines() if line.startswith(RESULT)]
@@ -59,6 +63,21 @@ def peak_memory(job: MemoryJob) -> dict[str, Any]:
     measured: dict[str, Any] = json.loads(found[-1].removeprefix(RESULT))
     needed = measured["weights_bytes"] + measured["cache_bytes"] + measured["drafter_bytes"]
     return {**asdict(job), **measured, "overhead": (measured["peak_bytes"] - measured["imports_bytes"]) / needed}
+
+
+def check_peaks_are_told() -> None:
+    """Raise ConfigError where the kernel does not tell a process's peak: better before minutes of measuring."""
+    if not STATUS.exists():
+        raise ConfigError("peak memory is read from /proc/self/status, which this system does not have")
+
+
+def loadable_types(names: Sequence[str], device: str | None) -> list[str]:
+    """The types that a target can have on this machine; says which are left out."""
+    types = list(names)
+    if INT8 in types and not can_quantise(torch.empty(0, device=device_of(device))):
+        say("memory in int8 is not measured: it needs a CPU with 8-bit dot products (VNNI)")
+        types.remove(INT8)
+    return types
 
 
 def decodable(drafters: str, target: Target) -> list[str]:
@@ -84,12 +103,9 @@ def resident_bytes(field: str) -> int:
 
 def _measure(job: MemoryJob) -> dict[str, int]:
     """In the process of its own."""
-    import torch
-
     import amphista.evaluation.methods  # noqa: F401
     from amphista.engine.params import SamplingParams
     from amphista.llm import finish, load
-    from amphista.target.loading import import_code
 
     import_code(job.target)  # `transformers` imports a family's code when it loads one: an import like any other
     imports = resident_bytes("VmRSS")

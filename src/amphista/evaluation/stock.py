@@ -143,7 +143,7 @@ class StockGenerate:
             num_beams=1,
             repetition_penalty=params.repetition_penalty,
             eos_token_id=eos,
-            pad_token_id=eos[0] if eos else None,
+            pad_token_id=eos[0] if eos else 0,  # never used; left out, `generate` would take an end token's
             use_cache=True,
             **self._variant.arguments,
             **({} if params.is_greedy else sampling),

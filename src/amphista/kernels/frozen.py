@@ -1,11 +1,9 @@
 """Modules that will not be trained any more: their linear layers are packed in place, the unpacked weights freed.
 
-What they compute is unchanged up to rounding, and so is their `state_dict`: the plain weights are written back into it.
+What they compute is unchanged up to rounding. They hold no parameters any more: they cannot be saved.
 """
 
 from __future__ import annotations
-
-from typing import Any
 
 from torch import Tensor, nn
 
@@ -21,11 +19,6 @@ class FrozenLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.product(x.reshape(-1, x.shape[-1])).view(*x.shape[:-1], -1)
-
-    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        destination[prefix + "weight"] = self.product.plain_weight()
-        if self.product.bias is not None:
-            destination[prefix + "bias"] = self.product.bias
 
 
 def pack_linears(module: nn.Module) -> None:

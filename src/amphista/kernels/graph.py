@@ -84,9 +84,15 @@ class Recorded(Generic[R]):
         return len(self._kept)
 
     def get(self, key: Hashable, make: Callable[[], R]) -> tuple[R, Callable[[], None]]:
-        """The region of this key and what replays it; made and recorded on inputs of its own where there is none."""
+        """The region of this key and what replays it; made and recorded on inputs of its own where there is none.
+
+        raises CaptureError where the device has no memory for it or cannot record it.
+        """
         if key not in self._kept:
-            region = make()
+            try:
+                region = make()
+            except torch.OutOfMemoryError as error:
+                raise CaptureError(_first_line(error)) from error
             self._kept[key] = region, self._recorder.record(region.run)
             if len(self._kept) > self._limit:
                 self._kept.popitem(last=False)

@@ -30,6 +30,8 @@ def can_quantise(weight: Tensor) -> bool:
 class Int8Linear(Product):
     """y = x W^T + b for float32 x [N, I], about; W [O, I] is copied, the caller may free its own."""
 
+    is_packed = True
+
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
         self.num_outputs, self.num_inputs = weight.shape
         self.bias = None if bias is None else bias.detach().clone()

@@ -49,6 +49,7 @@ class Product(ABC):
 
     num_outputs: int
     num_inputs: int
+    is_packed: bool  # in an order of its own: the weight it was made from is read no more
 
     @property
     @abstractmethod
@@ -87,7 +88,7 @@ class Product(ABC):
 
 
 class PackedLinear(Product):
-    """y = x W^T + b for x [N, I]; W [O, I] is copied, the caller may free its own."""
+    """y = x W^T + b for x [N, I]; W [O, I] is copied where it is packed, else held as it is."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None, *, pack: bool = True) -> None:
         self.num_outputs, self.num_inputs = weight.shape
@@ -118,11 +119,6 @@ class PackedLinear(Product):
             return residual + functional.linear(rows, self._weight, self.bias)
         total: Tensor = self._multiply_add(rows, residual, self._weight, self.bias, "add")
         return total
-
-    def plain_weight(self) -> Tensor:
-        """A copy of W [O, I] in its plain order."""
-        weight: Tensor = self._weight.to_dense() if self.is_packed else self._weight.clone()
-        return weight
 
     @property
     def num_bytes(self) -> int:

@@ -135,7 +135,8 @@ class LeanModel:
         for index, kind in enumerate(kinds):
             self.layers.append(LeanLayer.of(decoder.layers[index], kind, product))
             if release:
-                give_back(*decoder.layers[index].parameters())
+                if self.layers[-1].output.is_packed:
+                    give_back(*decoder.layers[index].parameters())
                 decoder.layers[index] = torch.nn.Identity()
         self.head = product.of(model.get_output_embeddings())  # last: the largest, when the layers have made room
 

@@ -152,7 +152,7 @@ class SharedWeights:
     def many_head_rows(self, token_ids: Tensor) -> tuple[Tensor, Tensor | None]:
         """The same for a whole draft vocabulary [N], once; what was read for it does not stay in memory."""
         rows = self.head_rows(token_ids)
-        if self._packed is not None:
+        if self._packed is not None and self._packed.is_packed:
             give_back(self.head_weight)  # decoding reads the packed copy
         return rows
 

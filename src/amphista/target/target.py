@@ -142,7 +142,8 @@ class Target:
             embedding = self._model.get_input_embeddings().weight
             self.num_weight_bytes = self._lean.num_product_bytes + embedding.numel() * embedding.element_size()
         if release:
-            give_back(self._model.get_input_embeddings().weight, self.shared.head_weight)  # read by single rows now
+            if self._lean.head.is_packed:
+                give_back(self._model.get_input_embeddings().weight, self.shared.head_weight)  # read by single rows now
             self._model = self._decoder = None
             trim_allocator()
         if self.device.type == "cuda" if self._wants_static is None else self._wants_static:

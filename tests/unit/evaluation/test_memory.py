@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from amphista.errors import AmphistaError, ConfigError
+from amphista.evaluation import memory
 from amphista.evaluation.memory import MemoryJob, decodable, peak_memory, resident_bytes
 from amphista.target.target import Target
 from tests.tiny import tiny_model
@@ -32,6 +33,15 @@ def test_what_fails_there_is_told_here(tmp_path):
         MemoryJob(target="x", drafter="none", settings={}, context=0)
     with pytest.raises(ConfigError, match="has no VmNothing"):
         resident_bytes("VmNothing")
+
+
+def test_what_this_machine_cannot_do_is_told_before_or_left_out(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(memory, "can_quantise", lambda weight: False)
+    assert memory.loadable_types(["float32", "int8"], "cpu") == ["float32"]
+    assert "int8 is not measured" in capsys.readouterr().err
+    monkeypatch.setattr(memory, "STATUS", tmp_path / "none")
+    with pytest.raises(ConfigError, match="which this system does not have"):
+        memory.check_peaks_are_told()
 
 
 def test_drafters_without_weights_for_this_target_are_left_out():

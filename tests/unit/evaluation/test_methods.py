@@ -135,6 +135,7 @@ def test_the_end_token_ends_stock_answers_too():
 def test_ignored_end_tokens_end_no_answer():
     """Ours and stock go on behind them alike; the last token is at the limit, not an end token by chance."""
     target = copying_target()
+    target.model.generation_config.pad_token_id = None  # as of Llama 3
     none = METHODS["none"](MethodSpec("none", "none"), target, Settings())
     ours = none.run([3, EOS], SamplingParams(max_new_tokens=9, ignore_eos=True))
     found = run(target, plain(), [3, EOS], max_new_tokens=9, ignore_eos=True)

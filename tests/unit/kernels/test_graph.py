@@ -56,6 +56,16 @@ def test_what_cannot_be_recorded_is_not_kept(monkeypatch):
     assert len(kept) == 0
 
 
+def test_no_memory_for_the_buffers_is_told_as_one_that_cannot_be_recorded():
+    def make():
+        raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate")
+
+    kept = Recorded(Recorder(CPU))
+    with pytest.raises(CaptureError, match="CUDA out of memory"):
+        kept.get("a", make)
+    assert len(kept) == 0
+
+
 def test_every_refusal_of_cuda_is_told_as_one_kind(monkeypatch):
     """Out of memory is a RuntimeError there, like whatever a capture refuses."""
     recorder = Recorder(torch.device("cuda"))
