@@ -24,7 +24,12 @@ from amphista.kernels.linear import PackedLinear, Product
 from amphista.target.pages import give_back
 
 # From so many scores a sequence on, torch's own attention is faster than two products and a softmax.
-FUSED_ATTENTION_SCORES = {torch.float64: 1 << 20, torch.float32: 1 << 20, torch.bfloat16: 1 << 24}
+FUSED_ATTENTION_SCORES = {
+    torch.float64: 1 << 20,
+    torch.float32: 1 << 20,
+    torch.float16: 1 << 24,
+    torch.bfloat16: 1 << 24,
+}
 # On CUDA torch has no kernel for grouped heads under a mask and repeats keys and values: products, memory permitting.
 GROUPED_CUDA_SCORES = 1 << 28
 FIRST_POSITIONS = 1024

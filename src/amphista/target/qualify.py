@@ -16,8 +16,10 @@ CLASSES = {
     for family, name in (("llama", "Llama"), ("mistral", "Mistral"), ("qwen2", "Qwen2"), ("qwen3", "Qwen3"))
 }
 ROPE_TYPES = {"default", "linear", "llama3", "yarn"}  # those whose rotation depends on a row's own position alone
-DTYPES = {torch.float64, torch.float32, torch.bfloat16}
-DEVICES = {"cpu", "cuda"}
+DTYPES = {  # by device
+    "cpu": {torch.float64, torch.float32, torch.bfloat16},
+    "cuda": {torch.float64, torch.float32, torch.bfloat16, torch.float16},
+}
 LAYER = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
 ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
 MLP = {"gate_proj", "up_proj", "down_proj", "act_fn"}
@@ -53,10 +55,14 @@ def _tensor_reason(model: Any) -> str | None:
     dtypes, devices = {w.dtype for w in weights}, {w.device for w in weights}
     if len(dtypes) > 1 or len(devices) > 1:
         return "its weights are of several types or on several devices"
-    if not {device.type for device in devices} <= DEVICES:
-        return f"the fast path has not been tried on {devices.pop().type} devices"
-    if not dtypes <= DTYPES:
-        return f"its weights are {str(dtypes.pop()).removeprefix('torch.')}"
+    return _type_reason(dtypes.pop(), devices.pop().type)
+
+
+def _type_reason(dtype: torch.dtype, device: str) -> str | None:
+    if device not in DTYPES:
+        return f"the fast path has not been tried on {device} devices"
+    if dtype not in DTYPES[device]:
+        return f"its weights are {str(dtype).removeprefix('torch.')}"
     return None
 
 

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from amphista.errors import TargetError
+from amphista.target import qualify
 from amphista.target.loading import load_target
 from amphista.target.qualify import why_not_fast
 from amphista.target.target import Target
@@ -110,3 +111,10 @@ def test_a_loaded_target_is_fast_and_gives_its_stock_model_up(target_folder):
     assert held.speed_up(release=True)
     with pytest.raises(TargetError, match="cannot be loaded again"):
         held.stock()
+
+
+def test_half_precision_is_for_gpus():
+    assert qualify._type_reason(torch.float16, "cuda") is None
+    assert qualify._type_reason(torch.float16, "cpu") == "its weights are float16"
+    assert qualify._type_reason(torch.bfloat16, "cpu") is None
+    assert qualify._type_reason(torch.float32, "mps") == "the fast path has not been tried on mps devices"
