@@ -10,7 +10,10 @@ import torch
 
 import amphista
 from amphista.drafter.checkpoint import load_drafter, read_checkpoint, shipped_checkpoints, shipped_folder
+from amphista.kernels.int8 import can_quantise
+from amphista.kernels.linear import can_pack
 from amphista.llm import LLM
+from amphista.tree.token_tree import TokenTree
 
 PROMPTS = ["Write one sentence about the sea.", "What is 17 + 25? Show how you got there."]
 TOKENS = 24
@@ -40,6 +43,34 @@ def test_same_tokens_and_drafts_accepted(llm, name, temperature):
         assert answer.token_ids == llm.baseline.generate(prompt, params=params).token_ids
         accepted += sum(answer.stats.accepted)
     assert accepted >= 4, "a trained drafter is accepted now and then"
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
+def test_coarse_types_verify_bit_for_bit(dtype):
+    """Rounding to few bits lets last bits grow: only equal bits make equal tokens, over any number of rows."""
+    if dtype == "int8" and not can_quantise(torch.empty(1)):
+        pytest.skip("this processor has no products of 8-bit numbers")
+    if dtype == "bfloat16" and not can_pack(torch.empty(1, dtype=torch.bfloat16)):
+        pytest.skip("this processor has no packed products in bfloat16")
+    target = amphista.load(drafter="none", dtype=dtype).target
+    token_ids = torch.randint(target.spec.vocab_size, (64,), generator=torch.Generator().manual_seed(1)).tolist()
+    plain = _rows(target, token_ids, 1)
+    for width in (2, 3, 8):
+        assert torch.equal(_rows(target, token_ids, width), plain), f"trees of {width} rows"
+    assert torch.equal(_rows(target, token_ids, 3, decoys=4), plain), "rows that nobody sees"
+
+
+def _rows(target, token_ids, width, decoys=0):
+    """Hidden states of the last 40 tokens, verified so many at a time, with siblings that are never accepted."""
+    cache = target.new_cache()
+    target.prefill(token_ids[:24], cache)
+    rows = []
+    for start in range(24, len(token_ids), width):
+        chunk = token_ids[start : start + width]
+        tree = TokenTree([*chunk, *range(5, 5 + decoys)], [-1, *range(len(chunk) - 1), *[0] * decoys])
+        rows.append(target.verify(tree, cache).hidden[: len(chunk)].clone())
+        cache.commit(list(range(len(chunk))))
+    return torch.cat(rows)
 
 
 def test_same_tokens_as_transformers_generate(llm):

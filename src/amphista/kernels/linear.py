@@ -24,6 +24,8 @@ from torch.nn import functional
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 PACKED_ROWS = 16  # rows the packed order is chosen for: fastest or as fast as any other from 1 to 256 in our sweep
+PROBED_ROWS = 64
+_ONE_ROW_DIFFERS: dict[tuple[int, int], bool] = {}  # by outputs and inputs
 PACKED_TYPES = (torch.float32, torch.bfloat16)
 
 
@@ -99,17 +101,31 @@ class PackedLinear(Product):
             plain = weight.detach().contiguous()
             if self.is_packed:
                 self._weight = torch.ops.mkldnn._reorder_linear_weight(plain, PACKED_ROWS)
-                overloads = (
-                    torch.ops.mkldnn._linear_pointwise
-                )  # found here, not in each of a forward's hundred products
+                overloads = torch.ops.mkldnn._linear_pointwise  # found once, not in each of a forward's many products
                 self._multiply, self._multiply_add = overloads.default, overloads.binary
+                self._pairs = self.dtype is torch.bfloat16 and self._one_row_differs()
             else:
                 self._weight = plain
+
+    def _one_row_differs(self) -> bool:
+        """Whether one row alone is summed in another order than beside others; found out once for each shape.
+
+        Packed products of 2, 3, ... rows give each row the same bits. For some shapes one row has a kernel of its own.
+        """
+        shape = self.num_outputs, self.num_inputs
+        if shape not in _ONE_ROW_DIFFERS:
+            rows = torch.randn(PROBED_ROWS, 2, shape[1], generator=torch.Generator().manual_seed(0)).to(self.dtype)
+            alone = (self._multiply(pair[:1], self._weight, None, "none", [], "") for pair in rows)
+            beside = (self._multiply(pair, self._weight, None, "none", [], "")[:1] for pair in rows)
+            _ONE_ROW_DIFFERS[shape] = not all(map(torch.equal, alone, beside))
+        return _ONE_ROW_DIFFERS[shape]
 
     def __call__(self, rows: Tensor) -> Tensor:
         """[N, I] -> [N, O]; under `torch.inference_mode` or `no_grad` only."""
         if not self.is_packed:
             return functional.linear(rows, self._weight, self.bias)
+        if self._pairs and rows.shape[0] == 1:
+            return self(torch.cat([rows, rows]))[:1]
         product: Tensor = self._multiply(rows, self._weight, self.bias, "none", [], "")
         return product
 
@@ -117,6 +133,8 @@ class PackedLinear(Product):
         """residual [N, O] + the product, in one pass where packed."""
         if not self.is_packed:
             return residual + functional.linear(rows, self._weight, self.bias)
+        if self._pairs and rows.shape[0] == 1:
+            return self.added(torch.cat([rows, rows]), torch.cat([residual, residual]))[:1]
         total: Tensor = self._multiply_add(rows, residual, self._weight, self.bias, "add")
         return total
 

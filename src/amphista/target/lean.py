@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from amphista.kernels.int8 import Int8Linear
 from amphista.kernels.linear import PackedLinear, Product
 from amphista.target.pages import give_back
 
@@ -130,6 +131,7 @@ class LeanModel:
         self._embedding = decoder.embed_tokens.weight.detach()
         self.turns = Turns(decoder.rotary_emb, self._embedding.device)
         self._exact = torch.promote_types(self.dtype, torch.float32)  # what is rotated in
+        self.sums_in = _sums_in(self.dtype, self.device, product)
         scales = torch.ones(self.num_heads + self.num_key_value_heads, 1, dtype=self._exact)
         scales[: self.num_heads] = attention.scaling
         self._heads_scale = scales.to(self._embedding.device)
@@ -245,7 +247,7 @@ class _Attention:
     values as they lie.
 
     mask: bool [B or 1, 1, N, S] where torch's own attention is used, else additive [B * J or 1, G * N, S]; None: every
-    row sees all (N = 1) or, without a cache, all before it.
+    row sees all (N = 1) or, without a cache, all before it. sums_in: the type to compute in, None for the rows' own.
     """
 
     shape: tuple[int, int]
@@ -253,6 +255,7 @@ class _Attention:
     num_groups: int
     mask: Tensor | None
     is_fused: bool
+    sums_in: torch.dtype | None = None
 
     @classmethod
     def of(cls, model: LeanModel, shape: tuple[int, int], mask: Tensor | None) -> _Attention:
@@ -264,7 +267,10 @@ class _Attention:
             is_fused = num_scores > (GROUPED_CUDA_SCORES if repeats else FUSED_ATTENTION_SCORES[model.dtype])
         if mask is not None and not is_fused:
             mask = _grouped(mask[:, 0], shape[0] * key_heads, groups, model.dtype)
-        return cls(shape, key_heads, groups, mask, is_fused)
+        sums_in = None if is_fused or shape[0] > 1 else model.sums_in
+        if sums_in is not None and mask is not None:
+            mask = mask.to(sums_in)
+        return cls(shape, key_heads, groups, mask, is_fused, sums_in)
 
     def __call__(self, queries: Tensor, keys: Tensor, values: Tensor, rows: Rows) -> Tensor:
         """Queries [B * N, H, E], new keys and values [B * N, J, E] -> [B * N, H * E]."""
@@ -295,13 +301,27 @@ class _Attention:
         if length > 1:
             queries = queries.view(batch, length, heads, groups, size).permute(0, 2, 3, 1, 4)
         grouped = queries.reshape(batch * heads, groups * length, size)
-        transposed = keys.flatten(0, 1).transpose(1, 2)
-        mask = self.mask
+        keys, values, mask = keys.flatten(0, 1), values.flatten(0, 1), self.mask
+        if self.sums_in is not None:
+            grouped, keys, values = grouped.to(self.sums_in), keys.to(self.sums_in), values.to(self.sums_in)
+        transposed = keys.transpose(1, 2)
         scores = torch.bmm(grouped, transposed) if mask is None else torch.baddbmm(mask, grouped, transposed)
-        mixed = torch.bmm(torch.softmax(scores, dim=-1), values.flatten(0, 1))
+        mixed = torch.bmm(torch.softmax(scores, dim=-1), values).to(queries.dtype)
         if length > 1:
             mixed = mixed.view(batch, heads, groups, length, size).permute(0, 3, 1, 2, 4)
         return mixed.reshape(rows, -1)
+
+
+def _sums_in(dtype: torch.dtype, device: torch.device, product: type[Product]) -> torch.dtype | None:
+    """float64 where a last bit decides more than a last bit: what follows rounds to bfloat16, or to 8 bits.
+
+    A token's key stands at another place among the keys when it was verified in a tree than when it was decoded alone,
+    so sums over keys end otherwise, and roundings that tip over carry on through all layers. In float64 they end the
+    same but for one time in about 10^9. Products of packed weights give each row the same bits anyway, and so a tree's
+    forward is the plain one, bit for bit.
+    """
+    coarse = dtype is torch.bfloat16 or product is Int8Linear
+    return torch.float64 if coarse and device.type == "cpu" else None
 
 
 def _without_those_that_hide_nothing(mask: Mask) -> Mask:
