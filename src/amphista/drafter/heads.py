@@ -72,7 +72,7 @@ class ParallelHeads(Drafter):
     # -- once trained -------------------------------------------------------------------------------------------
 
     def freeze(self, *, exact: bool = False, as_trained: bool = False) -> ParallelHeads:
-        """Make ready for decoding on this device; training, moving and saving end here. Repeating it is free.
+        """Make ready for decoding on this device; training, moving and saving end here. Repeating it changes nothing.
 
         exact: products in the drafter's own type also where bfloat16 would be faster (`quick_type`). as_trained: keep
         the form it was trained in, as on a GPU, where graphs of it are recorded (captured.py).

@@ -15,7 +15,6 @@ Shapes: N rows, S rows with those before them, K heads, D hidden size, H query h
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,24 +23,14 @@ from torch.nn import functional
 
 from amphista.drafter.layers import LayerCache, LayerSizes, ResidualBlock, RMSNorm, TransformerLayer
 from amphista.kernels.linear import PackedLinear
+from amphista.kernels.parts import Norm, paired
 
 FIRST_POSITIONS = 1024
 MANY_SCORES = 1 << 18  # of one head; beyond, torch's own attention holds fewer of them at a time
 
 
-@dataclass(frozen=True)
-class Norm:
-    """A root-mean-square norm (arXiv 1910.07467) without its module."""
-
-    weight: Tensor
-    eps: float
-
-    @classmethod
-    def of(cls, norm: RMSNorm) -> Norm:
-        return cls(norm.weight.detach(), norm.eps)
-
-    def __call__(self, rows: Tensor) -> Tensor:
-        return torch.rms_norm(rows, self.weight.shape, self.weight, self.eps)
+def _norm(module: RMSNorm) -> Norm:
+    return Norm(module.weight.detach(), module.eps)
 
 
 class Projection:
@@ -93,9 +82,9 @@ class LeanLayer:
         attention, mlp = layer.attention, layer.mlp
         self._sizes = layer.sizes
         size = layer.sizes.head_size
-        query = _paired(attention.query.weight, size) * size**-0.5
-        key = _paired(attention.key.weight, size)
-        self._attention_norm, self._mlp_norm = Norm.of(layer.attention_norm), Norm.of(layer.mlp_norm)
+        query = paired(attention.query.weight, size) * size**-0.5
+        key = paired(attention.key.weight, size)
+        self._attention_norm, self._mlp_norm = _norm(layer.attention_norm), _norm(layer.mlp_norm)
         self._qkv = Projection([query, key, attention.value.weight], dtype=dtype)
         self._output = Projection.of(attention.output, dtype=dtype)
         self._gate_up = Projection.of(mlp.gate, mlp.up, dtype=dtype)
@@ -133,12 +122,6 @@ class LeanLayer:
         return self._down.added(functional.silu(gate) * up, rows)
 
 
-def _paired(weight: Tensor, size: int) -> Tensor:
-    """Rows [heads * E, I], of which i and i + E / 2 of a head are rotated together: these two side by side."""
-    heads = weight.detach().view(-1, 2, size // 2, weight.shape[1])
-    return heads.transpose(1, 2).reshape(weight.shape)
-
-
 def _mix(queries: Tensor, keys: Tensor, values: Tensor, *, is_causal: bool) -> Tensor:
     """Queries [N, H, E], scaled already, over keys and values [J, S, E] -> [N, H * E].
 
@@ -174,7 +157,7 @@ class LeanStage:
     """One staged adaptation layer: a state fused with the next token's embedding, then a causal layer."""
 
     def __init__(self, state_norm: RMSNorm, fuse: nn.Linear, layer: TransformerLayer, dtype: torch.dtype) -> None:
-        self._norm, self._fuse = Norm.of(state_norm), Projection.of(fuse, dtype=dtype)
+        self._norm, self._fuse = _norm(state_norm), Projection.of(fuse, dtype=dtype)
         self._layer = LeanLayer(layer, dtype)
 
     def __call__(self, rows: Tensor, embedded: Tensor, turn: Tensor, cache: LayerCache, *, only_last: bool) -> Tensor:
@@ -207,8 +190,8 @@ class LeanAmphista:
 
     def __init__(self, drafter: Any, sizes: LayerSizes, dtype: torch.dtype) -> None:
         """drafter: the Amphista whose weights are taken; sizes: of its staged layers."""
-        self._embedding_norm = Norm.of(drafter.embedding_norm) if drafter.stages else None
-        self._hidden_norm = None if drafter.stages else Norm.of(drafter.hidden_norm)
+        self._embedding_norm = _norm(drafter.embedding_norm) if drafter.stages else None
+        self._hidden_norm = None if drafter.stages else _norm(drafter.hidden_norm)
         self._stages = [LeanStage(stage.state_norm, stage.fuse, stage.layer, dtype) for stage in drafter.stages]
         parts = (drafter.heads[: drafter.split], drafter.heads[drafter.split :])
         self._heads = [LeanHeads([[head] for head in part], dtype) if part else None for part in parts]
@@ -216,7 +199,7 @@ class LeanAmphista:
         self._encoder = [LeanLayer(layer, dtype) for layer in block.layers] if block is not None else []
         self._position = None if block is None or block.position is None else block.position.detach()
         self._is_causal = block is not None and block.is_causal
-        self._output_norm = Norm.of(drafter.output_norm)
+        self._output_norm = _norm(drafter.output_norm)
         self._turns = Turns(sizes.head_size, sizes.rope_theta)
 
     def adapt(self, hidden: Tensor, embedded: Tensor, first: int, caches: Sequence[LayerCache]) -> list[Tensor]:

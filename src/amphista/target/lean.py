@@ -22,6 +22,7 @@ from torch.nn import functional
 
 from amphista.kernels.int8 import Int8Linear
 from amphista.kernels.linear import PackedLinear, Product
+from amphista.kernels.parts import Norm, paired
 from amphista.target.pages import give_back
 
 # From so many scores a sequence on, torch's own attention is faster than two products and a softmax.
@@ -51,39 +52,21 @@ class NoRows:
         return keys, values
 
 
-@dataclass(frozen=True)
-class Norm:
-    """Root-mean-square norm (arXiv 1910.07467) over the last dimension."""
-
-    weight: Tensor
-    eps: float
-
-    @classmethod
-    def of(cls, module: Any) -> Norm:
-        return cls(module.weight.detach(), module.variance_epsilon)
-
-    @classmethod
-    def of_heads(cls, module: Any) -> Norm:
-        """Over each head [E], whose numbers are stored in pairs."""
-        weight = module.weight.detach()
-        return cls(_paired(weight, len(weight)), module.variance_epsilon)
-
-    def __call__(self, rows: Tensor) -> Tensor:
-        return torch.rms_norm(rows, self.weight.shape, self.weight, self.eps)
+def _norm(module: Any) -> Norm:
+    return Norm(module.weight.detach(), module.variance_epsilon)
 
 
-def _paired(rows: Tensor, head_size: int) -> Tensor:
-    """Rows [heads * E, ...], of which i and i + E / 2 of a head are rotated together: these two side by side."""
-    heads = rows.detach().view(-1, 2, head_size // 2, *rows.shape[1:])
-    return heads.transpose(1, 2).reshape(rows.shape)
+def _norm_of_heads(module: Any) -> Norm:
+    """Over each head [E], whose numbers are stored in pairs."""
+    return Norm(paired(module.weight, module.weight.shape[0]), module.variance_epsilon)
 
 
 def _projections(attention: Any, product: type[Product]) -> Product:
     """Queries, keys and values of one layer as one product."""
     layers = [attention.q_proj, attention.k_proj, attention.v_proj]
     size = attention.head_dim
-    weights = [_paired(layer.weight, size) for layer in layers[:2]]
-    biases = [None if layer.bias is None else _paired(layer.bias, size) for layer in layers[:2]]
+    weights = [paired(layer.weight, size) for layer in layers[:2]]
+    biases = [None if layer.bias is None else paired(layer.bias, size) for layer in layers[:2]]
     return product.side_by_side([*weights, layers[2].weight], [*biases, layers[2].bias])
 
 
@@ -106,12 +89,12 @@ class LeanLayer:
         attention, mlp = layer.self_attn, layer.mlp
         normed = hasattr(attention, "q_norm")
         return cls(
-            attention_norm=Norm.of(layer.input_layernorm),
+            attention_norm=_norm(layer.input_layernorm),
             qkv=_projections(attention, product),
-            query_norm=Norm.of_heads(attention.q_norm) if normed else None,
-            key_norm=Norm.of_heads(attention.k_norm) if normed else None,
+            query_norm=_norm_of_heads(attention.q_norm) if normed else None,
+            key_norm=_norm_of_heads(attention.k_norm) if normed else None,
             output=product.of(attention.o_proj),
-            mlp_norm=Norm.of(layer.post_attention_layernorm),
+            mlp_norm=_norm(layer.post_attention_layernorm),
             gate_up=product.of(mlp.gate_proj, mlp.up_proj),
             down=product.of(mlp.down_proj),
             kind=kind,
@@ -135,7 +118,7 @@ class LeanModel:
         scales = torch.ones(self.num_heads + self.num_key_value_heads, 1, dtype=self._exact)
         scales[: self.num_heads] = attention.scaling
         self._heads_scale = scales.to(self._embedding.device)
-        self._norm = Norm.of(decoder.norm)
+        self._norm = _norm(decoder.norm)
         kinds = getattr(config, "layer_types", None) or ["full_attention"] * len(decoder.layers)
         self._kinds = set(kinds)
         self.layers: list[LeanLayer] = []
