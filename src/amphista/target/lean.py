@@ -32,6 +32,7 @@ FUSED_ATTENTION_SCORES = {
     torch.float16: 1 << 24,
     torch.bfloat16: 1 << 24,
 }
+EXACT_ROWS = 64  # of one sequence, which is more than any tree that pays on a CPU; beyond, a prompt is read
 # On CUDA torch has no kernel for grouped heads under a mask and repeats keys and values: products, memory permitting.
 GROUPED_CUDA_SCORES = 1 << 28
 FIRST_POSITIONS = 1024
@@ -244,15 +245,14 @@ class _Attention:
     def of(cls, model: LeanModel, shape: tuple[int, int], mask: Tensor | None) -> _Attention:
         key_heads, groups = model.num_key_value_heads, model.num_heads // model.num_key_value_heads
         is_fused = mask is None and shape[1] > 1
+        sums_in = model.sums_in if shape[0] == 1 and shape[1] <= EXACT_ROWS and not is_fused else None
         if mask is not None:
             num_scores = shape[1] * model.num_heads * mask.shape[-1]
             repeats = model.device.type == "cuda" and groups > 1
-            is_fused = num_scores > (GROUPED_CUDA_SCORES if repeats else FUSED_ATTENTION_SCORES[model.dtype])
+            limit = GROUPED_CUDA_SCORES if repeats else FUSED_ATTENTION_SCORES[model.dtype]
+            is_fused = sums_in is None and num_scores > limit
         if mask is not None and not is_fused:
-            mask = _grouped(mask[:, 0], shape[0] * key_heads, groups, model.dtype)
-        sums_in = None if is_fused or shape[0] > 1 else model.sums_in
-        if sums_in is not None and mask is not None:
-            mask = mask.to(sums_in)
+            mask = _grouped(mask[:, 0], shape[0] * key_heads, groups, sums_in or model.dtype)
         return cls(shape, key_heads, groups, mask, is_fused, sums_in)
 
     def __call__(self, queries: Tensor, keys: Tensor, values: Tensor, rows: Rows) -> Tensor:
