@@ -56,8 +56,8 @@ class Medusa(ParallelHeads):
         return self.given_pending(torch.stack([head(hidden) for head in self.heads], dim=-2), pending)
 
     def pack(self, dtype: torch.dtype) -> None:
-        blocks: list[list[ResidualBlock]] = [list(head) for head in self.heads]  # type: ignore[call-overload]
-        self._lean = LeanHeads(blocks, dtype)
+        heads = [[block for block in head.modules() if isinstance(block, ResidualBlock)] for head in self.heads]
+        self._lean = LeanHeads(heads, dtype)
         self.heads = nn.ModuleList()
 
     @torch.inference_mode()

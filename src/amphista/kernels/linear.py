@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 # torch asks the system for huge pages (2 MB) for what it allocates from here on: a step reads every weight once, and
-# with pages of 4 KB looking them up costs a few percent of it. The system gives them where it allows them by request.
+# with pages of 4 KB looking them up takes its time, too. The system gives them where it allows them by request.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 PACKED_ROWS = 16  # rows the packed order is chosen for: fastest or as fast as any other from 1 to 256 in our sweep

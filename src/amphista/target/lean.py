@@ -299,8 +299,8 @@ def _sums_in(dtype: torch.dtype, device: torch.device, product: type[Product]) -
     """float64 where a last bit decides more than a last bit: what follows rounds to bfloat16, or to 8 bits.
 
     A token's key stands at another place among the keys when it was verified in a tree than when it was decoded alone,
-    so sums over keys end otherwise, and roundings that tip over carry on through all layers. In float64 they end the
-    same but for one time in about 10^9. Products of packed weights give each row the same bits anyway, and so a tree's
+    so sums over keys end otherwise, and roundings that tip over carry on through all layers. In float64 what is left of
+    that lies far below those roundings. Products of packed weights give each row the same bits anyway, and so a tree's
     forward is the plain one, bit for bit.
     """
     coarse = dtype is torch.bfloat16 or product is Int8Linear
