@@ -1,0 +1,116 @@
+"""Builds the C step once on this machine, into the user's cache folder, and loads it.
+
+The library's name is a hash of its source, the compiler with its version, the flags and the processor: a change of any
+of them builds anew. It is written aside and renamed, so that a killed build leaves nothing and two at once do no harm.
+Whatever goes wrong ends in a `NativeError` that says so in a line; the torch form decodes then.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from amphista.errors import AmphistaError
+
+SOURCES = Path(__file__).parent
+COMPILERS = ("cc", "gcc", "clang")
+BASE_FLAGS = ("-std=c11", "-O3", "-ffp-contract=fast", "-fPIC", "-shared")
+BEST_FLAGS = ("-march=native", "-fopenmp")
+WITHOUT_OPENMP = ("-march=native",)
+TIMEOUT_SECONDS = 180
+
+
+class NativeError(AmphistaError):
+    """Why the C step is not used here, in one line."""
+
+
+def cache_folder() -> Path:
+    """Where built libraries live: $AMPHISTA_CACHE, else $XDG_CACHE_HOME/amphista, else ~/.cache/amphista."""
+    if os.environ.get("AMPHISTA_CACHE"):
+        return Path(os.environ["AMPHISTA_CACHE"]) / "native"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "amphista" / "native"
+
+
+def find_compiler() -> list[str]:
+    """The command of $CC, or of the first compiler there is."""
+    if os.environ.get("CC"):
+        command = os.environ["CC"].split()
+        if shutil.which(command[0]) is None:
+            raise NativeError(f"there is no C compiler {command[0]!r}, which CC names")
+        return command
+    for name in COMPILERS:
+        if shutil.which(name):
+            return [name]
+    raise NativeError(f"there is no C compiler (looked for $CC, {', '.join(COMPILERS)})")
+
+
+def build(flags: Sequence[str] = BEST_FLAGS, folder: Path | None = None) -> Path:
+    """The library built with these flags, found in the folder or built into it. raises NativeError."""
+    compiler = find_compiler()
+    folder = folder or cache_folder()
+    path = folder / f"step-{_identity(compiler, flags)}.so"
+    if path.is_file():
+        return path
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".building-", dir=folder) as aside:
+            built = Path(aside) / path.name
+            _compile([*compiler, *BASE_FLAGS, *flags, str(SOURCES / "step.c"), "-o", str(built), "-lm"])
+            built.replace(path)
+    except OSError as error:
+        raise NativeError(f"the C step cannot be built in {folder}: {error.strerror or error}") from error
+    return path
+
+
+def _compile(command: list[str]) -> None:
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_SECONDS)
+    except subprocess.TimeoutExpired as error:
+        raise NativeError(f"{command[0]} took more than {TIMEOUT_SECONDS} s") from error
+    if result.returncode != 0:
+        lines = result.stderr.strip().splitlines() or [f"exit code {result.returncode}"]
+        line = next((line for line in lines if "error" in line), lines[0])
+        raise NativeError(f"{command[0]} cannot build the C step: {line}")
+
+
+def _identity(compiler: Sequence[str], flags: Sequence[str]) -> str:
+    version = subprocess.run([*compiler, "--version"], capture_output=True, text=True, timeout=TIMEOUT_SECONDS).stdout
+    digest = hashlib.sha256("\0".join([*compiler, version, *BASE_FLAGS, *flags, _processor()]).encode())
+    for source in sorted([*SOURCES.glob("*.c"), *SOURCES.glob("*.h")]):
+        digest.update(source.read_bytes())
+    return digest.hexdigest()[:20]
+
+
+def _processor() -> str:
+    """What -march=native may depend on: a cache folder may be shared by several machines."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return f"{platform.machine()} {platform.processor()}"
+    wanted = ("model name", "flags", "Features")
+    found = {line.split(":")[0].strip(): line for line in lines if line.startswith(wanted)}
+    return "\n".join([platform.machine(), *sorted(found.values())])
+
+
+@functools.cache
+def load(flags: tuple[str, ...] | None = None, folder: Path | None = None) -> ctypes.CDLL:
+    """The library, built where it is not yet. None: the best flags that the compiler takes. raises NativeError."""
+    if flags is None:
+        try:
+            path = build(BEST_FLAGS, folder)
+        except NativeError:
+            path = build(WITHOUT_OPENMP, folder)
+    else:
+        path = build(flags, folder)
+    try:
+        return ctypes.CDLL(str(path))
+    except OSError as error:
+        raise NativeError(f"the C step cannot be loaded: {error}") from error

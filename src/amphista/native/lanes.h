@@ -1,0 +1,134 @@
+/* Vectors of float32: as wide as the processor has them, by compiler extensions that every instruction set shares.
+ *
+ * One source for AVX-512, AVX2, NEON and plain C. What a sum's order depends on is LANES alone, so it is the same
+ * wherever in a product a number stands; it may differ between two builds.
+ */
+#ifndef AMPHISTA_LANES_H
+#define AMPHISTA_LANES_H
+
+#include <stddef.h>
+#include <stdint.h>
+#include <string.h>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#if defined(__AVX512F__) && defined(__AVX512BW__)
+#define LANES 16
+#elif defined(__AVX2__) && defined(__FMA__)
+#define LANES 8
+#else
+#define LANES 4
+#endif
+#define INLINE static inline __attribute__((always_inline))
+#define PAD 64 /* numbers: rows of our own are padded with zeros to a multiple, so that loops over them have no rest */
+
+typedef float vec __attribute__((vector_size(4 * LANES)));
+typedef int32_t ivec __attribute__((vector_size(4 * LANES)));
+typedef uint32_t uvec __attribute__((vector_size(4 * LANES)));
+typedef float four __attribute__((vector_size(16)));
+typedef float any_vec __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+typedef uint32_t any_uvec __attribute__((vector_size(4 * LANES), aligned(2), may_alias));
+
+INLINE long padded(long count) { return (count + PAD - 1) / PAD * PAD; }
+INLINE vec load(const float *from) { return *(const any_vec *)from; }
+INLINE void store(float *to, vec value) { *(any_vec *)to = value; }
+INLINE vec all(float value) { return value - (vec){0}; }
+INLINE vec select_vec(ivec mask, vec yes, vec no) { return (vec)(((ivec)yes & mask) | ((ivec)no & ~mask)); }
+
+/* The first `count` numbers, zeros behind them: nothing beyond is read. */
+INLINE vec load_part(const float *from, long count) {
+    vec part = {0};
+    memcpy(&part, from, (size_t)count * sizeof(float));
+    return part;
+}
+
+INLINE float from_bf16(uint16_t bits) {
+    uint32_t wide = (uint32_t)bits << 16;
+    float value;
+    memcpy(&value, &wide, sizeof value);
+    return value;
+}
+
+/* Rounded to the nearest, ties to even; NaN stays NaN. */
+INLINE uint16_t to_bf16(float value) {
+    uint32_t bits;
+    memcpy(&bits, &value, sizeof bits);
+    if (value != value) return 0x7fc0;
+    return (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
+/* LANES numbers of 16 bits as float32, in their order. */
+INLINE vec load_bf16(const uint16_t *from) {
+    typedef uint16_t half __attribute__((vector_size(2 * LANES)));
+    half bits;
+    memcpy(&bits, from, sizeof bits);
+    return (vec)(__builtin_convertvector(bits, uvec) << 16);
+}
+
+INLINE vec load_bf16_part(const uint16_t *from, long count) {
+    uint16_t part[LANES] = {0};
+    memcpy(part, from, (size_t)count * sizeof *from);
+    return load_bf16(part);
+}
+
+/* Halves added until four lanes are left. */
+INLINE four folded(vec value) {
+#if LANES == 16
+    __m512 wide = (__m512)value;
+    __m256 half = _mm256_add_ps(_mm512_castps512_ps256(wide), _mm512_extractf32x8_ps(wide, 1));
+    return (four)_mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+#elif LANES == 8
+    __m256 half = (__m256)value;
+    return (four)_mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+#else
+    return value;
+#endif
+}
+
+/* Four vectors' sums at once. Each is summed in the same order, whatever stands beside it. */
+INLINE four sums(vec a, vec b, vec c, vec d) {
+    four e = folded(a), f = folded(b), g = folded(c), h = folded(d);
+#if defined(__x86_64__)
+    __m128 r0 = (__m128)e, r1 = (__m128)f, r2 = (__m128)g, r3 = (__m128)h;
+    _MM_TRANSPOSE4_PS(r0, r1, r2, r3);
+    return (four)_mm_add_ps(_mm_add_ps(r0, r1), _mm_add_ps(r2, r3));
+#else
+    four r0 = {e[0], f[0], g[0], h[0]}, r1 = {e[1], f[1], g[1], h[1]};
+    four r2 = {e[2], f[2], g[2], h[2]}, r3 = {e[3], f[3], g[3], h[3]};
+    return (r0 + r1) + (r2 + r3);
+#endif
+}
+
+INLINE float sum(vec value) { return sums(value, (vec){0}, (vec){0}, (vec){0})[0]; }
+
+INLINE vec larger(vec a, vec b) { return select_vec((ivec)(a > b), a, b); }
+INLINE vec magnitude(vec value) { return (vec)((ivec)value & 0x7fffffff); }
+
+INLINE float largest(vec value) {
+    float found = value[0];
+    for (int lane = 1; lane < LANES; lane++) found = value[lane] > found ? value[lane] : found;
+    return found;
+}
+
+/* e to the power of x to about 1e-7 of it: 2^n e^r with |r| <= ln 2 / 2 (Cephes' polynomial); 0 below -87. */
+INLINE vec exponential(vec x) {
+    const vec magic = all(12582912.0f);
+    vec bounded = select_vec((ivec)(x > 88.0f), all(88.0f), x);
+    bounded = select_vec((ivec)(bounded < -87.0f), all(-87.0f), bounded);
+    vec n = (bounded * 1.44269504f + magic) - magic;
+    vec r = bounded - n * 0.693359375f;
+    r = r - n * -2.12194440e-4f;
+    vec p = all(1.9875691500e-4f);
+    p = p * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * (r * r) + r + 1.0f;
+    ivec power = (__builtin_convertvector(n, ivec) + 127) << 23;
+    vec result = p * (vec)power;
+    return (vec)((ivec)result & ~(ivec)(x < -87.0f));
+}
+
+#endif

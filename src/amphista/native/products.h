@@ -1,0 +1,303 @@
+/* Skinny products: a few rows times a weight that is read once.
+ *
+ * y[n][o] = sum_i x[n][i] w[o][i] + bias[o], by tiles of some outputs times some rows whose sums stay in registers.
+ * A sum runs over i in one order (lane by lane, lanes folded at the end, the rest last), in every tile shape: a row's
+ * result has the same bits whatever rows are beside it.
+ *
+ * FLOAT32    the weight as it lies, [outputs][inputs]
+ * BFLOAT16   as it lies; widened exactly, rows prepared so that a 32-bit word's two numbers meet theirs
+ * INT8       blocks of 32 outputs, [outputs / 32][inputs / 4][32][4], zeros at the ends; one scale an output, and rows
+ *            rounded to 8 bits with one step a row. Whole numbers: the order does not matter
+ * others     blocks.h: a GGUF file's own blocks, widened tile by tile to exactly the float32 numbers that the file
+ *            stands for, then as FLOAT32: the same bits as that target's
+ */
+#ifndef AMPHISTA_PRODUCTS_H
+#define AMPHISTA_PRODUCTS_H
+
+#include "lanes.h"
+#include "blocks.h"
+
+enum { TILE = 4, BLOCK = 32, LEVELS = 127, ZERO = 128 };
+#if LANES == 16
+enum { FLOAT_ROWS = 6, BF16_ROWS = 4, INT8_ROWS = 8 };
+#else
+enum { FLOAT_ROWS = 2, BF16_ROWS = 2, INT8_ROWS = 1 };
+#endif
+#ifndef MUTATE /* tests build with a fault, which the laws must see */
+#define MUTATE 0
+#endif
+#define MUTANT(number) (MUTATE == (number))
+enum { SKIP_ANCESTOR = 1, SEE_SIBLING, LATE_POSITION, DROP_TAIL, DROP_ODD, ROWS_CHANGE_ORDER, WIDE_WINDOW, OTHER_CACHE };
+
+typedef struct {
+    const void *weight;
+    const float *scales;    /* INT8: of each output */
+    const int32_t *offsets; /* INT8: -ZERO times the sum of each output's weights; padded to whole blocks */
+    const float *bias;      /* or NULL */
+    int32_t kind, outputs, inputs, unused;
+} Product;
+
+/* Inputs as a kind of weight wants them; `stride` in numbers. */
+typedef struct {
+    const void *data;
+    const float *steps; /* INT8: what 1 stands for in each row */
+    long stride;
+} Rows;
+
+/* -- float32 ------------------------------------------------------------------------------------------------------ */
+
+INLINE void keep_tile(four found, int valid, float *out) {
+    if (valid == TILE) memcpy(out, &found, sizeof found);
+    else for (int o = 0; o < valid; o++) out[o] = found[o];
+}
+
+/* Dots of up to TILE weight rows with `rows` rows (a constant), asking for the next tile's weights ahead. */
+INLINE void float_tile(const float *w, long ldw, int valid, const float *x, long ldx, const int rows, long len,
+                       float *out, long ldo) {
+    const float *weight[TILE];
+    vec total[TILE][FLOAT_ROWS];
+    for (int o = 0; o < TILE; o++) {
+        weight[o] = w + (o < valid ? o : 0) * ldw;
+        for (int r = 0; r < rows; r++) total[o][r] = (vec){0};
+    }
+    long i = 0;
+    for (; i + LANES <= len; i += LANES) {
+        vec part[TILE];
+        for (int o = 0; o < TILE; o++) {
+            part[o] = load(weight[o] + i);
+            __builtin_prefetch(weight[o] + TILE * ldw + i);
+        }
+        for (int r = 0; r < rows; r++) {
+            vec row = load(x + r * ldx + i);
+            for (int o = 0; o < TILE; o++) total[o][r] += part[o] * row;
+        }
+    }
+    if (i < len && !MUTANT(DROP_ODD)) {
+        for (int r = 0; r < rows; r++) {
+            vec row = load_part(x + r * ldx + i, len - i);
+            for (int o = 0; o < TILE; o++) total[o][r] += load_part(weight[o] + i, len - i) * row;
+        }
+    }
+    for (int r = 0; r < rows; r++) {
+        four found = sums(total[0][r], total[1][r], total[2][r], total[3][r]);
+        if (MUTANT(ROWS_CHANGE_ORDER) && rows > 1)
+            for (int o = 0; o < TILE; o++) {
+                found[o] = 0;
+                for (int lane = 0; lane < LANES; lane++) found[o] += total[o][r][lane];
+            }
+        keep_tile(found, valid, out + r * ldo);
+    }
+}
+
+INLINE void bf16_tile(const uint16_t *w, long ldw, int valid, const float *x, long ldx, const int rows, long len,
+                      float *out, long ldo) {
+    const uint16_t *weight[TILE];
+    vec total[TILE][BF16_ROWS];
+    for (int o = 0; o < TILE; o++) {
+        weight[o] = w + (o < valid ? o : 0) * ldw;
+        for (int r = 0; r < rows; r++) total[o][r] = (vec){0};
+    }
+    for (long i = 0; i < len; i += 2 * LANES) {
+        uint16_t rest[TILE][2 * LANES];
+        const int whole = i + 2 * LANES <= len;
+        if (!whole && MUTANT(DROP_ODD)) break;
+        vec even[BF16_ROWS], odd[BF16_ROWS];
+        for (int r = 0; r < rows; r++) even[r] = load(x + r * ldx + i), odd[r] = load(x + r * ldx + i + LANES);
+        for (int o = 0; o < TILE; o++) {
+            const uint16_t *from = weight[o] + i;
+            if (!whole) {
+                memset(rest[o], 0, sizeof rest[o]);
+                from = memcpy(rest[o], from, (size_t)(len - i) * sizeof *from);
+            }
+            __builtin_prefetch(weight[o] + TILE * ldw + i);
+            uvec both = *(const any_uvec *)from;
+            vec first = (vec)(both << 16), second = (vec)(both & 0xffff0000u);
+            for (int r = 0; r < rows; r++) total[o][r] += first * even[r];
+            for (int r = 0; r < rows; r++) total[o][r] += second * odd[r];
+        }
+    }
+    for (int r = 0; r < rows; r++)
+        keep_tile(sums(total[0][r], total[1][r], total[2][r], total[3][r]), valid, out + r * ldo);
+}
+
+/* Rows in groups of nearly the same size. */
+INLINE int group_of(int rows, int most) {
+    int groups = (rows + most - 1) / most;
+    return (rows + groups - 1) / groups;
+}
+
+#define BY_ROWS(tile, number, ...)                                                                                    \
+    switch (number) {                                                                                                 \
+        case 1: tile(__VA_ARGS__, 1); break;                                                                          \
+        case 2: tile(__VA_ARGS__, 2); break;                                                                          \
+        case 3: tile(__VA_ARGS__, 3); break;                                                                          \
+        case 4: tile(__VA_ARGS__, 4); break;                                                                          \
+        case 5: tile(__VA_ARGS__, 5); break;                                                                          \
+        default: tile(__VA_ARGS__, 6); break;                                                                         \
+    }
+#define FLOAT_TILE(w, ldw, valid, x, ldx, len, out, ldo, rows)                                                  \
+    float_tile(w, ldw, valid, x, ldx, (rows) < FLOAT_ROWS ? (rows) : FLOAT_ROWS, len, out, ldo)
+#define BF16_TILE(w, ldw, valid, x, ldx, len, out, ldo, rows)                                                   \
+    bf16_tile(w, ldw, valid, x, ldx, (rows) < BF16_ROWS ? (rows) : BF16_ROWS, len, out, ldo)
+
+/* Dots of `outputs` weight rows with n rows: also scores of keys with queries. */
+static void float_dots(const float *w, long ldw, long outputs, const float *x, long ldx, int n, long len, float *out,
+                       long ldo) {
+    const int group = group_of(n, FLOAT_ROWS);
+    for (long o = 0; o < outputs; o += TILE) {
+        const int valid = outputs - o < TILE ? (int)(outputs - o) : TILE;
+        for (int r = 0; r < n; r += group) {
+            const int rows = n - r < group ? n - r : group;
+            const float *at = x + r * ldx;
+            float *to = out + r * ldo + o;
+            if (n == 1) float_tile(w + o * ldw, ldw, valid, at, ldx, 1, len, to, ldo);
+            else BY_ROWS(FLOAT_TILE, rows, w + o * ldw, ldw, valid, at, ldx, len, to, ldo)
+        }
+    }
+}
+
+static void bf16_dots(const uint16_t *w, long ldw, long outputs, const float *x, long ldx, int n, long len, float *out,
+                      long ldo) {
+    const int group = group_of(n, BF16_ROWS);
+    for (long o = 0; o < outputs; o += TILE) {
+        const int valid = outputs - o < TILE ? (int)(outputs - o) : TILE;
+        for (int r = 0; r < n; r += group) {
+            const int rows = n - r < group ? n - r : group;
+            BY_ROWS(BF16_TILE, rows, w + o * ldw, ldw, valid, x + r * ldx, ldx, len, out + r * ldo + o, ldo)
+        }
+    }
+}
+
+/* -- 8 bits ------------------------------------------------------------------------------------------------------- */
+
+/* Whole-number dots of one block of outputs with `rows` rows (a constant) of unsigned numbers, ZERO taken off. */
+INLINE void int8_tile(const int8_t *w, const int32_t *offsets, const uint8_t *x, long ldx, const int rows, long steps,
+                      int32_t (*out)[BLOCK]) {
+#if LANES == 16 && defined(__AVX512VNNI__)
+    __m512i total[INT8_ROWS][2];
+    for (int r = 0; r < rows; r++)
+        for (int half = 0; half < 2; half++) total[r][half] = _mm512_loadu_si512(offsets + 16 * half);
+    for (long s = 0; s < steps; s++) {
+        __m512i low = _mm512_loadu_si512(w + 128 * s), high = _mm512_loadu_si512(w + 128 * s + 64);
+        _mm_prefetch((const char *)w + 128 * s + 2048, _MM_HINT_T0);
+        _mm_prefetch((const char *)w + 128 * s + 2112, _MM_HINT_T0);
+        for (int r = 0; r < rows; r++) {
+            int32_t numbers;
+            memcpy(&numbers, x + r * ldx + 4 * s, sizeof numbers);
+            __m512i row = _mm512_set1_epi32(numbers);
+            total[r][0] = _mm512_dpbusd_epi32(total[r][0], row, low);
+            total[r][1] = _mm512_dpbusd_epi32(total[r][1], row, high);
+        }
+    }
+    for (int r = 0; r < rows; r++)
+        for (int half = 0; half < 2; half++) _mm512_storeu_si512(out[r] + 16 * half, total[r][half]);
+#elif defined(__AVX2__)
+    (void)offsets; /* |x| <= 127 times w with x's sign: pairs of products fit 16 bits, so nothing saturates */
+    for (int r = 0; r < rows; r++) {
+        __m256i total[4];
+        for (int part = 0; part < 4; part++) total[part] = _mm256_setzero_si256();
+        for (long s = 0; s < steps; s++) {
+            int32_t numbers;
+            memcpy(&numbers, x + r * ldx + 4 * s, sizeof numbers);
+            __m256i row = _mm256_xor_si256(_mm256_set1_epi32(numbers), _mm256_set1_epi8((char)ZERO));
+            __m256i size = _mm256_abs_epi8(row);
+            for (int part = 0; part < 4; part++) {
+                __m256i weight = _mm256_loadu_si256((const __m256i *)(w + 128 * s + 32 * part));
+                __m256i pairs = _mm256_maddubs_epi16(size, _mm256_sign_epi8(weight, row));
+                total[part] = _mm256_add_epi32(total[part], _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+            }
+        }
+        for (int part = 0; part < 4; part++) _mm256_storeu_si256((__m256i *)(out[r] + 8 * part), total[part]);
+    }
+#else
+    (void)offsets;
+    for (int r = 0; r < rows; r++) {
+        memset(out[r], 0, sizeof out[r]);
+        for (long s = 0; s < steps; s++)
+            for (int o = 0; o < BLOCK; o++)
+                for (int k = 0; k < 4; k++)
+                    out[r][o] += w[128 * s + 4 * o + k] * (x[r * ldx + 4 * s + k] - ZERO);
+    }
+#endif
+}
+
+#define INT8_TILE(w, offsets, x, ldx, steps, out, rows)                                                                \
+    int8_tile(w, offsets, x, ldx, (rows) < INT8_ROWS ? (rows) : INT8_ROWS, steps, out)
+
+/* Outputs of one block, `count` of them, of n rows. */
+static void int8_dots(const Product *p, const Rows *rows, int n, long first, long count, float *out, long ldo) {
+    const long steps = (p->inputs + 3) / 4;
+    const int8_t *w = (const int8_t *)p->weight + first * steps * 4;
+    const int group = group_of(n, INT8_ROWS);
+    for (int r = 0; r < n; r += group) {
+        const int size = n - r < group ? n - r : group;
+        const uint8_t *x = (const uint8_t *)rows->data + r * rows->stride;
+        int32_t found[INT8_ROWS][BLOCK];
+        if (size == 8) INT8_TILE(w, p->offsets + first, x, rows->stride, steps, found, 8);
+        else if (size == 7) INT8_TILE(w, p->offsets + first, x, rows->stride, steps, found, 7);
+        else BY_ROWS(INT8_TILE, size, w, p->offsets + first, x, rows->stride, steps, found)
+        for (int k = 0; k < size; k++)
+            for (long o = 0; o < count; o++)
+                out[(r + k) * ldo + o] = (float)found[k][o] * p->scales[first + o] * rows->steps[r + k];
+    }
+}
+
+/* -- all kinds ---------------------------------------------------------------------------------------------------- */
+
+/* Outputs first .. first + count - 1 of n rows, out[n][ldo]; first is a multiple of BLOCK, count at most BLOCK. */
+static void multiply(const Product *p, const Rows *x, int n, long first, long count, float *out, long ldo) {
+    if (MUTANT(DROP_TAIL) && count % TILE) count -= count % TILE;
+    const long inputs = p->inputs;
+    if (p->kind == FLOAT32) {
+        float_dots((const float *)p->weight + first * inputs, inputs, count, x->data, x->stride, n, inputs, out, ldo);
+    } else if (p->kind == BFLOAT16) {
+        bf16_dots((const uint16_t *)p->weight + first * inputs, inputs, count, x->data, x->stride, n, inputs, out, ldo);
+    } else if (p->kind == INT8) {
+        int8_dots(p, x, n, first, count, out, ldo);
+    }
+    if (p->bias)
+        for (int r = 0; r < n; r++)
+            for (long o = 0; o < count; o++) out[r * ldo + o] += p->bias[first + o];
+}
+
+/* One row of a weight as float32: an embedding. */
+static void weight_row(const Product *p, long row, float *out) {
+    const long inputs = p->inputs;
+    if (p->kind == FLOAT32) memcpy(out, (const float *)p->weight + row * inputs, (size_t)inputs * sizeof *out);
+    else for (long i = 0; i < inputs; i++) out[i] = from_bf16(((const uint16_t *)p->weight)[row * inputs + i]);
+}
+
+/* Numbers of 4 bytes that a prepared row of `len` takes. */
+INLINE long prepared_size(long len) { return padded(len); }
+
+/* n rows [n][stride], zeros behind their `len` numbers, as the kind of weight wants them; `room` is for a copy. */
+static Rows prepare(int kind, const float *from, long stride, int n, long len, float *room, float *steps) {
+    const long size = padded(len);
+    if (kind == BFLOAT16) {
+        for (int r = 0; r < n; r++)
+            for (long i = 0; i < size; i += 2 * LANES)
+                for (int lane = 0; lane < LANES; lane++) {
+                    room[r * size + i + lane] = from[r * stride + i + 2 * lane];
+                    room[r * size + i + LANES + lane] = from[r * stride + i + 2 * lane + 1];
+                }
+        return (Rows){room, NULL, size};
+    }
+    if (kind != INT8) return (Rows){from, NULL, stride};
+    typedef uint8_t bytes __attribute__((vector_size(LANES)));
+    uint8_t *numbers = (uint8_t *)room;
+    for (int r = 0; r < n; r++) {
+        vec most = {0};
+        for (long i = 0; i < size; i += LANES) most = larger(magnitude(load(from + r * stride + i)), most);
+        const float reach = largest(most), least = 1.17549435e-38f * LEVELS;
+        steps[r] = (reach < least ? least : reach) * (1.0f / LEVELS);
+        const float inverse = 1.0f / steps[r];
+        for (long i = 0; i < size; i += LANES) {
+            vec scaled = load(from + r * stride + i) * inverse + (ZERO + 0.5f);
+            bytes rounded = __builtin_convertvector(__builtin_convertvector(scaled, ivec), bytes);
+            memcpy(numbers + r * size + i, &rounded, sizeof rounded);
+        }
+    }
+    return (Rows){numbers, steps, size};
+}
+
+#endif
