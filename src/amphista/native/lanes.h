@@ -36,6 +36,15 @@ INLINE void store(float *to, vec value) { *(any_vec *)to = value; }
 INLINE vec all(float value) { return value - (vec){0}; }
 INLINE vec select_vec(ivec mask, vec yes, vec no) { return (vec)(((ivec)yes & mask) | ((ivec)no & ~mask)); }
 
+/* Holds a value in a register: compilers would load it again for each of its uses. */
+#if defined(__AVX512F__)
+#define HOLD(value) __asm__("" : "+v"(value))
+#elif defined(__x86_64__)
+#define HOLD(value) __asm__("" : "+x"(value))
+#else
+#define HOLD(value) (void)0
+#endif
+
 /* The first `count` numbers, zeros behind them: nothing beyond is read. */
 INLINE vec load_part(const float *from, long count) {
     vec part = {0};

@@ -51,7 +51,14 @@ INLINE void keep_tile(four found, int valid, float *out) {
     else for (int o = 0; o < valid; o++) out[o] = found[o];
 }
 
-/* Dots of up to TILE weight rows with `rows` rows (a constant), asking for the next tile's weights ahead. */
+/* One row waits for memory alone; more rows leave no room in the first cache for weights that come later. */
+INLINE void ask_ahead(const char *place, const int rows) {
+    if (rows <= 2) __builtin_prefetch(place, 0, 3);
+    else __builtin_prefetch(place, 0, 2);
+}
+
+/* Dots of up to TILE weight rows with `rows` rows (a constant). The next tile's weights are asked for ahead, in the
+ * order they lie in: that is what memory is fastest at. */
 INLINE void float_tile(const float *w, long ldw, int valid, const float *x, long ldx, const int rows, long len,
                        float *out, long ldo) {
     const float *weight[TILE];
@@ -60,15 +67,18 @@ INLINE void float_tile(const float *w, long ldw, int valid, const float *x, long
         weight[o] = w + (o < valid ? o : 0) * ldw;
         for (int r = 0; r < rows; r++) total[o][r] = (vec){0};
     }
+    const char *ahead = (const char *)(w + TILE * ldw);
     long i = 0;
-    for (; i + LANES <= len; i += LANES) {
+    for (; i + LANES <= len; i += LANES, ahead += TILE * sizeof(vec)) {
         vec part[TILE];
         for (int o = 0; o < TILE; o++) {
             part[o] = load(weight[o] + i);
-            __builtin_prefetch(weight[o] + TILE * ldw + i);
+            HOLD(part[o]);
+            ask_ahead(ahead + o * sizeof(vec), rows);
         }
         for (int r = 0; r < rows; r++) {
             vec row = load(x + r * ldx + i);
+            HOLD(row);
             for (int o = 0; o < TILE; o++) total[o][r] += part[o] * row;
         }
     }
@@ -97,19 +107,24 @@ INLINE void bf16_tile(const uint16_t *w, long ldw, int valid, const float *x, lo
         weight[o] = w + (o < valid ? o : 0) * ldw;
         for (int r = 0; r < rows; r++) total[o][r] = (vec){0};
     }
-    for (long i = 0; i < len; i += 2 * LANES) {
+    const char *ahead = (const char *)(w + TILE * ldw);
+    for (long i = 0; i < len; i += 2 * LANES, ahead += TILE * sizeof(vec)) {
         uint16_t rest[TILE][2 * LANES];
         const int whole = i + 2 * LANES <= len;
         if (!whole && MUTANT(DROP_ODD)) break;
         vec even[BF16_ROWS], odd[BF16_ROWS];
-        for (int r = 0; r < rows; r++) even[r] = load(x + r * ldx + i), odd[r] = load(x + r * ldx + i + LANES);
+        for (int r = 0; r < rows; r++) {
+            even[r] = load(x + r * ldx + i), odd[r] = load(x + r * ldx + i + LANES);
+            HOLD(even[r]);
+            HOLD(odd[r]);
+        }
         for (int o = 0; o < TILE; o++) {
             const uint16_t *from = weight[o] + i;
             if (!whole) {
                 memset(rest[o], 0, sizeof rest[o]);
                 from = memcpy(rest[o], from, (size_t)(len - i) * sizeof *from);
             }
-            __builtin_prefetch(weight[o] + TILE * ldw + i);
+            ask_ahead(ahead + o * sizeof(vec), rows);
             uvec both = *(const any_uvec *)from;
             vec first = (vec)(both << 16), second = (vec)(both & 0xffff0000u);
             for (int r = 0; r < rows; r++) total[o][r] += first * even[r];

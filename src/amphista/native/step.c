@@ -71,7 +71,12 @@ typedef struct {
     int32_t num_rows, num_spans, num_wanted, num_turns, num_threads, unused;
 } Forward;
 
-enum { SPINS = 4000, STAGES = 6, ROWS_AT_ONCE = 4, LINE = 64 };
+enum { SPINS = 4000, NEIGHBOURS = 3, ROWS_AT_ONCE = 4, LINE = 64 };
+#if LANES == 16
+enum { MIX_VECTORS = 4 };
+#else
+enum { MIX_VECTORS = 2 };
+#endif
 enum { BAD_SPAN = 1, BAD_PARENT, BAD_ID, BAD_POSITION, BAD_CAPACITY, BAD_WANTED, BAD_WORKSPACE };
 
 typedef struct {
@@ -89,6 +94,13 @@ typedef struct {
     int32_t id;
 } Choice;
 
+/* The pieces of one stage that one thread begins with: next to be taken, and the first of the next thread's. */
+typedef struct {
+    atomic_int next;
+    int end;
+    char apart[LINE - 8];
+} Share;
+
 /* All that a forward needs for a while; `own` things are one a thread. */
 typedef struct {
     float *states, *qkv, *queries, *mixed, *inner; /* [rows][...] of all threads */
@@ -97,7 +109,7 @@ typedef struct {
     int32_t **own_path;
     int32_t *position, *depth, *span_of;
     Part *parts;
-    atomic_int *next; /* the counter of each stage */
+    Share *shares; /* [2][threads] */
     int num_parts, most_path;
     long most_seen;
 } Work;
@@ -118,7 +130,37 @@ static void wait_for_all(Barrier *barrier) {
     }
 }
 
-INLINE int taken(atomic_int *next) { return atomic_fetch_add_explicit(next, 1, memory_order_relaxed); }
+/* One thread's way through the stages. */
+typedef struct {
+    Share *shares;
+    Barrier *barrier;
+    int thread, team, stage, hops;
+} Worker;
+
+/* Meets all others behind a stage; the next one has so many pieces. Its shares are written before, where nobody takes
+ * any more: two sets in turn are enough. */
+static void meet(Worker *worker, int pieces) {
+    const int thread = worker->thread, team = worker->team;
+    Share *own = worker->shares + ++worker->stage % 2 * team + thread;
+    own->end = (int)((long)pieces * (thread + 1) / team);
+    atomic_store_explicit(&own->next, (int)((long)pieces * thread / team), memory_order_relaxed);
+    worker->hops = 0;
+    wait_for_all(worker->barrier);
+}
+
+/* The next piece of work, or -1. Each thread takes those of its own stretch, in their order, as memory likes it; then
+ * what its neighbours have not come to. */
+INLINE int take(Worker *worker) {
+    Share *shares = worker->shares + worker->stage % 2 * worker->team;
+    for (; worker->hops <= NEIGHBOURS && worker->hops < worker->team; worker->hops++) {
+        Share *share = shares + (worker->thread + worker->hops) % worker->team;
+        if (atomic_load_explicit(&share->next, memory_order_relaxed) >= share->end) continue;
+        const int piece = atomic_fetch_add_explicit(&share->next, 1, memory_order_relaxed);
+        if (piece < share->end) return piece;
+    }
+    return -1;
+}
+
 INLINE int blocks_of(long outputs) { return (int)((outputs + BLOCK - 1) / BLOCK); }
 INLINE long block_size(long outputs, long first) { return outputs - first < BLOCK ? outputs - first : BLOCK; }
 
@@ -159,7 +201,7 @@ static size_t lay_out(const Model *m, const Forward *f, int threads, char *base,
     w->depth = room(base, &used, 4 * rows);
     w->span_of = room(base, &used, 4 * rows);
     w->parts = room(base, &used, sizeof(Part) * rows);
-    w->next = room(base, &used, sizeof(atomic_int) * (STAGES * m->num_layers + 1));
+    w->shares = room(base, &used, sizeof(Share) * 2 * threads);
     for (size_t kind = 0; kind < sizeof own / sizeof *own; kind++) {
         void **pointers = room(base, &used, sizeof(void *) * threads);
         *own[kind] = (void *)pointers;
@@ -222,9 +264,9 @@ static Rows normed(const Model *m, const Work *w, int n, const float *weight, in
 }
 
 /* A product for all rows, block by block, stored (to) or added to the states. */
-static void product_stage(const Product *p, const Rows *x, int n, atomic_int *next, float *to, long ldo, int is_added,
+static void product_stage(const Product *p, const Rows *x, int n, Worker *worker, float *to, long ldo, int is_added,
                           float *block) {
-    for (int b = taken(next); b < blocks_of(p->outputs); b = taken(next)) {
+    for (int b = take(worker); b >= 0; b = take(worker)) {
         const long first = (long)b * BLOCK, count = block_size(p->outputs, first);
         multiply(p, x, n, first, count, is_added ? block : to + first, is_added ? BLOCK : ldo);
         if (is_added)
@@ -233,10 +275,10 @@ static void product_stage(const Product *p, const Rows *x, int n, atomic_int *ne
     }
 }
 
-static void gated_stage(const Model *m, const Layer *layer, const Rows *x, int n, atomic_int *next, float *to,
+static void gated_stage(const Model *m, const Layer *layer, const Rows *x, int n, Worker *worker, float *to,
                         float *block) {
     float *gates = block, *ups = block + (long)n * BLOCK;
-    for (int b = taken(next); b < blocks_of(m->inner); b = taken(next)) {
+    for (int b = take(worker); b >= 0; b = take(worker)) {
         const long first = (long)b * BLOCK, count = block_size(m->inner, first);
         multiply(&layer->gate, x, n, first, count, gates, BLOCK);
         multiply(&layer->up, x, n, first, count, ups, BLOCK);
@@ -320,41 +362,55 @@ static float exponentials(float *scores, long count) {
     return sum(total);
 }
 
-/* Adds `count` rows of values, weighted, to one stretch of up to LANES numbers of n mixes. */
-INLINE void mix_stretch(int kind, const void *values, long size, long part, long count, const float *weights, long ldw,
-                        const int n, float *mix, long wide) {
-    vec total[4];
-    for (int q = 0; q < n; q++) total[q] = load(mix + q * wide);
+/* Adds `count` rows of values, weighted, to a stretch of n mixes: `vectors` whole ones, or part of one. */
+INLINE void mix_stretch(int kind, const char *values, long size, const int vectors, long part, long count,
+                        const float *weights, long ldw, const int n, float *mix, long wide) {
+    vec total[4][MIX_VECTORS];
+    for (int q = 0; q < n; q++)
+        for (int v = 0; v < vectors; v++) total[q][v] = load(mix + q * wide + v * LANES);
     for (long s = 0; s < count; s++) {
-        vec value;
-        if (kind == FLOAT32) {
-            const float *at = (const float *)values + s * size;
-            value = part == LANES ? load(at) : load_part(at, part);
-        } else {
-            const uint16_t *at = (const uint16_t *)values + s * size;
-            value = part == LANES ? load_bf16(at) : load_bf16_part(at, part);
+        vec value[MIX_VECTORS];
+        for (int v = 0; v < vectors; v++) {
+            if (kind == FLOAT32) {
+                const float *at = (const float *)values + s * size + v * LANES;
+                value[v] = part == LANES ? load(at) : load_part(at, part);
+            } else {
+                const uint16_t *at = (const uint16_t *)values + s * size + v * LANES;
+                value[v] = part == LANES ? load_bf16(at) : load_bf16_part(at, part);
+            }
+            HOLD(value[v]);
         }
-        for (int q = 0; q < n; q++) total[q] += value * weights[q * ldw + s];
+        for (int q = 0; q < n; q++) {
+            const vec weight = all(weights[q * ldw + s]);
+            for (int v = 0; v < vectors; v++) total[q][v] += value[v] * weight;
+        }
     }
-    for (int q = 0; q < n; q++) store(mix + q * wide, total[q]);
+    for (int q = 0; q < n; q++)
+        for (int v = 0; v < vectors; v++) store(mix + q * wide + v * LANES, total[q][v]);
 }
 
+#define MIX(kind, vectors, part)                                                                                       \
+    switch (n - q) {                                                                                                   \
+        case 1: mix_stretch(kind, from, size, vectors, part, count, of, ldw, 1, to, wide); break;                      \
+        case 2: mix_stretch(kind, from, size, vectors, part, count, of, ldw, 2, to, wide); break;                      \
+        case 3: mix_stretch(kind, from, size, vectors, part, count, of, ldw, 3, to, wide); break;                      \
+        default: mix_stretch(kind, from, size, vectors, part, count, of, ldw, 4, to, wide);                            \
+    }
+
 /* mix[n][wide] += weights[n][ldw] times `count` cache rows of values from `row` on, one after the other. */
-static void add_values(const Model *m, const void *values, int64_t row, long count, const float *weights, long ldw,
+static void add_values(const Model *m, const char *values, int64_t row, long count, const float *weights, long ldw,
                        int n, float *mix) {
     const long size = m->head_size, wide = queries_size(m), bytes = m->cache_kind == FLOAT32 ? 4 : 2;
-    const char *from = (const char *)values + row * size * bytes;
     for (int q = 0; q < n; q += 4)
-        for (long i = 0; i < size; i += LANES) {
-            const long part = size - i < LANES ? size - i : LANES;
+        for (long i = 0; i < size;) {
+            const long part = size - i < LANES ? size - i : LANES, vectors = size - i >= MIX_VECTORS * LANES ? MIX_VECTORS : 1;
+            const char *from = values + (row * size + i) * bytes;
             const float *of = weights + q * ldw;
             float *to = mix + q * wide + i;
-            switch (n - q) {
-                case 1: mix_stretch(m->cache_kind, from + i * bytes, size, part, count, of, ldw, 1, to, wide); break;
-                case 2: mix_stretch(m->cache_kind, from + i * bytes, size, part, count, of, ldw, 2, to, wide); break;
-                case 3: mix_stretch(m->cache_kind, from + i * bytes, size, part, count, of, ldw, 3, to, wide); break;
-                default: mix_stretch(m->cache_kind, from + i * bytes, size, part, count, of, ldw, 4, to, wide);
-            }
+            if (m->cache_kind == FLOAT32 && vectors == MIX_VECTORS) MIX(FLOAT32, MIX_VECTORS, LANES)
+            else if (m->cache_kind == BFLOAT16 && vectors == MIX_VECTORS) MIX(BFLOAT16, MIX_VECTORS, LANES)
+            else MIX(m->cache_kind, 1, part)
+            i += vectors * LANES;
         }
 }
 
@@ -418,23 +474,27 @@ static void attend(const Model *m, const Layer *layer, int l, const Forward *f, 
     }
 }
 
-static void attention_stage(const Model *m, const Layer *layer, int l, const Forward *f, const Work *w,
-                            atomic_int *next, int team, int thread) {
-    const int group = m->heads / m->key_heads;
-    const int shared = w->num_parts * m->key_heads; /* pieces, where the heads of a group read keys together */
-    const int num_heads = shared % team && shared < 4 * team ? 1 : group, pieces = m->heads / num_heads;
-    for (int i = taken(next); i < w->num_parts * pieces; i = taken(next))
-        attend(m, layer, l, f, w, w->parts + i / pieces, i % pieces * num_heads, num_heads, thread);
+/* The heads of a group read their keys together, unless threads would have nothing to do. */
+static int heads_at_once(const Model *m, const Work *w, int team) {
+    return w->num_parts * m->key_heads < team ? 1 : m->heads / m->key_heads;
 }
 
-static void head_stage(const Model *m, const Forward *f, const Work *w, const Rows *x, atomic_int *next, int thread) {
-    Choice *best = w->own_choices[thread];
+static void attention_stage(const Model *m, const Layer *layer, int l, const Forward *f, const Work *w,
+                            Worker *worker) {
+    const int num_heads = heads_at_once(m, w, worker->team), pieces = m->heads / num_heads;
+    for (int i = take(worker); i >= 0; i = take(worker))
+        attend(m, layer, l, f, w, w->parts + i / pieces, i % pieces * num_heads, num_heads,
+               worker->thread);
+}
+
+static void head_stage(const Model *m, const Forward *f, const Work *w, const Rows *x, Worker *worker) {
+    Choice *best = w->own_choices[worker->thread];
     const int n = f->num_wanted;
     const long outputs = m->head.outputs;
     for (int r = 0; r < n; r++) best[r] = (Choice){-INFINITY, INT32_MAX};
-    for (int b = taken(next); b < blocks_of(outputs); b = taken(next)) {
+    for (int b = take(worker); b >= 0; b = take(worker)) {
         const long first = (long)b * BLOCK, count = block_size(outputs, first);
-        float *to = f->logits ? f->logits + first : w->own_block[thread];
+        float *to = f->logits ? f->logits + first : w->own_block[worker->thread];
         const long ldo = f->logits ? outputs : BLOCK;
         multiply(&m->head, x, n, first, count, to, ldo);
         for (int r = 0; r < n; r++)
@@ -458,50 +518,46 @@ static void choose(const Forward *f, const Work *w, int team) {
 /* -- the forward -------------------------------------------------------------------------------------------------- */
 
 /* What one thread does of it. */
-static void run(const Model *m, const Forward *f, Work *w, Barrier *barrier, int thread) {
-    const int n = f->num_rows, team = barrier->team;
-    const long hidden = padded(m->hidden), attended = padded((long)m->heads * m->head_size);
-    float *block = w->own_block[thread];
+static void run(const Model *m, const Forward *f, const Work *w, Worker *worker) {
+    const int n = f->num_rows, thread = worker->thread, team = worker->team;
+    const long hidden = padded(m->hidden), inner = padded(m->inner), attended = padded((long)m->heads * m->head_size);
+    float *block = w->own_block[thread], *prepared = w->own_prepared[thread], *steps = w->own_steps[thread];
+    float *rows = w->own_rows[thread];
     for (int r = thread; r < n; r += team) {
         memset(w->states + r * hidden, 0, (size_t)hidden * 4);
         memset(w->mixed + r * attended, 0, (size_t)attended * 4);
-        memset(w->inner + r * padded(m->inner), 0, (size_t)padded(m->inner) * 4);
+        memset(w->inner + r * inner, 0, (size_t)inner * 4);
         weight_row(&m->embedding, f->ids[r], w->states + r * hidden);
     }
-    wait_for_all(barrier);
     for (int l = 0; l < m->num_layers; l++) {
         const Layer *layer = m->layers + l;
-        atomic_int *next = w->next + STAGES * l;
+        meet(worker, blocks_of(layer->qkv.outputs));
         Rows x = normed(m, w, n, layer->attention_norm, layer->qkv.kind, thread);
-        product_stage(&layer->qkv, &x, n, next, w->qkv, layer->qkv.outputs, 0, block);
-        wait_for_all(barrier);
-        for (int r = taken(next + 1); r < n; r = taken(next + 1))
-            place_row(m, layer, l, f, w, r, w->own_mix[thread]);
-        wait_for_all(barrier);
-        attention_stage(m, layer, l, f, w, next + 2, team, thread);
-        wait_for_all(barrier);
-        x = prepare(layer->output.kind, w->mixed, attended, n, (long)m->heads * m->head_size, w->own_prepared[thread],
-                    w->own_steps[thread]);
-        product_stage(&layer->output, &x, n, next + 3, w->states, hidden, 1, block);
-        wait_for_all(barrier);
+        product_stage(&layer->qkv, &x, n, worker, w->qkv, layer->qkv.outputs, 0, block);
+        meet(worker, n);
+        for (int r = take(worker); r >= 0; r = take(worker)) place_row(m, layer, l, f, w, r, w->own_mix[thread]);
+        meet(worker, w->num_parts * (m->heads / heads_at_once(m, w, team)));
+        attention_stage(m, layer, l, f, w, worker);
+        meet(worker, blocks_of(layer->output.outputs));
+        x = prepare(layer->output.kind, w->mixed, attended, n, (long)m->heads * m->head_size, prepared, steps);
+        product_stage(&layer->output, &x, n, worker, w->states, hidden, 1, block);
+        meet(worker, blocks_of(m->inner));
         x = normed(m, w, n, layer->mlp_norm, layer->gate.kind, thread);
-        gated_stage(m, layer, &x, n, next + 4, w->inner, block);
-        wait_for_all(barrier);
-        x = prepare(layer->down.kind, w->inner, padded(m->inner), n, m->inner, w->own_prepared[thread],
-                    w->own_steps[thread]);
-        product_stage(&layer->down, &x, n, next + 5, w->states, hidden, 1, block);
-        wait_for_all(barrier);
+        gated_stage(m, layer, &x, n, worker, w->inner, block);
+        meet(worker, blocks_of(layer->down.outputs));
+        x = prepare(layer->down.kind, w->inner, inner, n, m->inner, prepared, steps);
+        product_stage(&layer->down, &x, n, worker, w->states, hidden, 1, block);
     }
-    float *rows = w->own_rows[thread];
+    meet(worker, blocks_of(m->head.outputs));
     for (int r = thread; r < n; r += team) {
         norm_row(w->states + r * hidden, m->norm, m->hidden, m->eps, rows);
         memcpy(f->hidden + (long)r * m->hidden, rows, (size_t)m->hidden * 4);
     }
+    if (!f->num_wanted) return;
     for (int i = 0; i < f->num_wanted; i++)
         norm_row(w->states + f->wanted[i] * hidden, m->norm, m->hidden, m->eps, rows + i * hidden);
-    if (!f->num_wanted) return;
-    Rows x = prepare(m->head.kind, rows, hidden, f->num_wanted, m->hidden, w->own_prepared[thread], w->own_steps[thread]);
-    head_stage(m, f, w, &x, w->next + STAGES * m->num_layers, thread);
+    Rows x = prepare(m->head.kind, rows, hidden, f->num_wanted, m->hidden, prepared, steps);
+    head_stage(m, f, w, &x, worker);
 }
 
 /* Bytes of workspace that a forward takes. */
@@ -523,17 +579,16 @@ int amphista_forward(const Model *m, const Forward *f) {
     lay_out(m, f, f->num_threads, f->workspace, &work);
     const int wrong = look_through(m, f, &work);
     if (wrong) return wrong;
-    for (int i = 0; i <= STAGES * m->num_layers; i++) atomic_init(work.next + i, 0);
     Barrier barrier = {.team = 1};
 #ifdef _OPENMP
 #pragma omp parallel num_threads(f->num_threads)
     {
 #pragma omp single
         barrier.team = omp_get_num_threads();
-        run(m, f, &work, &barrier, omp_get_thread_num());
+        run(m, f, &work, &(Worker){work.shares, &barrier, omp_get_thread_num(), barrier.team, 0, 0});
     }
 #else
-    run(m, f, &work, &barrier, 0);
+    run(m, f, &work, &(Worker){work.shares, &barrier, 0, 1, 0, 0});
 #endif
     choose(f, &work, barrier.team);
     return 0;

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from amphista.native.build import NativeError, load
+from amphista.native.pages import Arena
 
 PAD = 64  # step.c reads padded rows of small vectors: norms
 BLOCK, GROUP, LEVELS, ZERO = 32, 4, 127, 128  # of packed 8-bit weights: outputs side by side, inputs side by side
@@ -108,15 +109,16 @@ class Weight:
         return cls(*weight.shape, KINDS[weight.dtype], weight.detach().contiguous(), bias=bias)
 
     @classmethod
-    def of_8_bits(cls, weight: Tensor, bias: Tensor | None = None) -> Weight:
-        """A float32 weight rounded to 8 bits, one scale an output: a packed copy."""
+    def of_8_bits(cls, weight: Tensor, bias: Tensor | None = None, arena: Arena | None = None) -> Weight:
+        """A float32 weight rounded to 8 bits, one scale an output: a packed copy, in the arena if there is one."""
         outputs, inputs = weight.shape
         plain = weight.detach()
         scales = plain.abs().amax(1).clamp_min(torch.finfo(plain.dtype).tiny) / LEVELS
         numbers = plain.new_zeros(_up(outputs, BLOCK), _up(inputs, GROUP), dtype=torch.int8)
         numbers[:outputs, :inputs] = (plain / scales[:, None]).round().to(torch.int8)
         offsets = numbers.sum(1, dtype=torch.int32) * -ZERO
-        blocks = numbers.view(-1, BLOCK, numbers.shape[1] // GROUP, GROUP).transpose(1, 2).contiguous()
+        blocks = numbers.view(-1, BLOCK, numbers.shape[1] // GROUP, GROUP).transpose(1, 2)
+        blocks = blocks.contiguous() if arena is None else arena.copy(blocks)
         bias = None if bias is None else bias.detach().float().clone()
         return cls(outputs, inputs, INT8, blocks, scales, offsets, bias)
 

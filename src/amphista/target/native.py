@@ -14,8 +14,19 @@ from torch import Tensor
 from amphista.cache.static import KVCache
 from amphista.kernels.linear import PackedLinear
 from amphista.native.build import NativeError
+from amphista.native.pages import Arena
 from amphista.native.step import NativeLayer, NativeModel, NativeOutput, NativeSpan, Shape, Weight
 from amphista.target.lean import LeanLayer, LeanModel
+
+
+class PlainLinear(PackedLinear):
+    """y = x W^T + b, the weight copied as it lies into huge pages: the torch form and the C step both read it."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
+        super().__init__(_ARENA.copy(weight), bias, pack=False)
+
+
+_ARENA = Arena()
 
 
 @dataclass(frozen=True)
@@ -41,24 +52,27 @@ class NativeForward:
         """windows: of each layer, positions a row sees, itself included; None: all. int8: round the weights."""
         if lean.device.type != "cpu":
             raise NativeError(f"the C step runs on a CPU, not on {lean.device.type}")
-        self._lean, self._make = lean, Weight.of_8_bits if int8 else Weight.of
+        self._lean, self._int8 = lean, int8
         norm = lean.layers[0].attention_norm
         scale = float(lean._heads_scale[0])
         shape = Shape(lean.num_heads, lean.num_key_value_heads, lean.head_size, norm.eps, scale)
-        layers = [self._layer(layer, window) for layer, window in zip(lean.layers, windows, strict=True)]
-        head = self._weight(lean.head)
-        self.model = NativeModel(shape, layers, lean._norm.weight, Weight.of(lean._embedding), head, flags=flags)
+        self.layers = [self._layer(layer, window) for layer, window in zip(lean.layers, windows, strict=True)]
+        self.head, embedding = self._weight(lean.head), Weight.of(lean._embedding)
+        self.model = NativeModel(shape, self.layers, lean._norm.weight, embedding, self.head, flags=flags)
         self._row = torch.empty(1, lean.num_key_value_heads, 0, lean.head_size, dtype=self.model.cache_dtype)
 
     def _weight(self, product: object) -> Weight:
         if not isinstance(product, PackedLinear) or product.is_packed:
             raise NativeError("the C step reads weights as they lie: these are packed")
-        return self._make(product._weight, product.bias)
+        return self._made(product._weight, product.bias)
+
+    def _made(self, weight: Tensor, bias: Tensor | None) -> Weight:
+        return Weight.of_8_bits(weight, bias, _ARENA) if self._int8 else Weight.of(weight, bias)
 
     def _halves(self, product: object) -> list[Weight]:
         assert isinstance(product, PackedLinear)
         biases = [None, None] if product.bias is None else product.bias.chunk(2)
-        return [self._make(weight, bias) for weight, bias in zip(product._weight.chunk(2), biases, strict=True)]
+        return [self._made(weight, bias) for weight, bias in zip(product._weight.chunk(2), biases, strict=True)]
 
     def _layer(self, layer: LeanLayer, window: int | None) -> NativeLayer:
         gate, up = self._halves(layer.gate_up)

@@ -1,0 +1,128 @@
+"""Times a forward of the C step beside the torch form's (lean.py), interleaved, by rows of one tree.
+
+    python benchmarks/lab/native_step.py --dtype float32,int8,bfloat16 --rows 1,2,4,8,16 --context 200 --repeats 15
+
+Prints the medians and least times in ms, their ratio, T(n) / T(1), and the time that reading the weights once takes at
+the memory bandwidth measured in the same run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from amphista.cache.static import KVCache
+from amphista.kernels.int8 import Int8Linear
+from amphista.kernels.linear import PackedLinear
+from amphista.target.attention import MaskPlan
+from amphista.target.lean import LeanModel
+from amphista.target.loading import load_target
+from amphista.target.native import NativeForward, PlainLinear, SpanRows
+from amphista.tree.token_tree import TokenTree
+
+
+def tree_of(rows: int) -> TokenTree:
+    """A root with chains of up to three below it."""
+    parents = [-1]
+    for node in range(1, rows):
+        parents.append(0 if node % 3 == 1 else node - 1)
+    return TokenTree([100 + node for node in range(rows)], parents)
+
+
+def bandwidth(seconds: float = 1.0) -> float:
+    """GB/s of reading a large tensor with all threads, the best of several passes."""
+    numbers = torch.ones(1 << 27)
+    best, end = 0.0, time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        start = time.perf_counter()
+        numbers.sum()
+        best = max(best, numbers.numel() * 4 / (time.perf_counter() - start) / 1e9)
+    return best
+
+
+def raise_priority() -> None:
+    """Real-time priority for all threads of this process, so that other work on the machine disturbs less."""
+    for thread in Path("/proc/self/task").iterdir():
+        os.sched_setscheduler(int(thread.name), os.SCHED_FIFO, os.sched_param(20))
+
+
+def lower_priority() -> None:
+    for thread in Path("/proc/self/task").iterdir():
+        os.sched_setscheduler(int(thread.name), os.SCHED_OTHER, os.sched_param(0))
+
+
+def forwards(dtype: str, context: int) -> tuple[dict[str, Callable[[TokenTree], None]], int]:
+    """Both forms of the default target behind the same context; bytes of weights that the C step reads."""
+    target = load_target(dtype="bfloat16" if dtype == "bfloat16" else "float32", fast=False, progress=lambda line: None)
+    prompt = [(7 * i + 3) % 40000 for i in range(context)]
+    plain = LeanModel(target.model, product=PlainLinear)
+    packed = LeanModel(target.model, product=Int8Linear if dtype == "int8" else PackedLinear)
+    native = NativeForward(plain, [None] * target.spec.num_layers, int8=dtype == "int8")
+    plan, cache = MaskPlan.for_config(target.config), KVCache(target.spec.num_layers)
+    chain = TokenTree(prompt, list(range(-1, context - 1)))
+
+    def torch_form(tree: TokenTree) -> None:
+        cache.trim(cache.num_committed)
+        positions = torch.tensor(tree.depths) + cache.num_committed
+        mask = plan.write(tree.ancestor_mask(), positions, cache.num_committed, packed.dtype)
+        packed.logits(packed.hidden(torch.tensor([tree.tokens]), positions[None], mask, cache.layers)).argmax(-1)
+
+    def c_step(tree: TokenTree) -> None:
+        native([SpanRows(tree.tokens, tree.parents, cache)])
+
+    torch_form(chain)
+    cache.commit(range(context))
+    weights = [w for layer in native.layers for w in (layer.qkv, layer.output, layer.gate, layer.up, layer.down)]
+    return {"torch": torch_form, "native": c_step}, sum(w.num_bytes for w in [*weights, native.head])
+
+
+def measure(forms: dict[str, Callable[[TokenTree], None]], rows: list[int], repeats: int) -> dict[str, dict[int, list[float]]]:
+    times: dict[str, dict[int, list[float]]] = {name: {n: [] for n in rows} for name in forms}
+    for repeat in range(repeats + 1):
+        for count in rows:
+            tree = tree_of(count)
+            for name, form in forms.items():
+                form(tree)
+                start = time.perf_counter()
+                form(tree)
+                if repeat:
+                    times[name][count].append((time.perf_counter() - start) * 1000)
+    return times
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--dtype", default="float32,int8,bfloat16")
+    parser.add_argument("--rows", default="1,2,4,8,16")
+    parser.add_argument("--context", type=int, default=200)
+    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--realtime", action="store_true", help="real-time priority while timing (root, Linux)")
+    options = parser.parse_args()
+    rows = [int(part) for part in options.rows.split(",")]
+    for dtype in options.dtype.split(","):
+        forms, num_bytes = forwards(dtype, options.context)
+        if options.realtime:
+            forms["native"](tree_of(4)), forms["torch"](tree_of(4))
+            raise_priority()
+        times, speed = measure(forms, rows, options.repeats), bandwidth(0.3)
+        if options.realtime:
+            lower_priority()
+        print(f"{dtype}, context {options.context}, {torch.get_num_threads()} threads, {speed:.1f} GB/s")
+        print(f"  weights of {num_bytes / 1e6:.0f} MB are read in {num_bytes / speed / 1e6:.1f} ms")
+        for count in rows:
+            line = f"  {count:3d} rows"
+            for name in forms:
+                found = times[name][count]
+                share = min(found) / min(times[name][rows[0]])
+                line += f" | {name} {statistics.median(found):6.1f} least {min(found):6.1f} x{share:.2f}"
+            print(line + f" | native faster x{min(times['torch'][count]) / min(times['native'][count]):.2f}")
+
+
+if __name__ == "__main__":
+    main()
