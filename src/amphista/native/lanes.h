@@ -81,30 +81,28 @@ INLINE vec load_bf16_part(const uint16_t *from, long count) {
     return load_bf16(part);
 }
 
-/* Halves added until four lanes are left. */
-INLINE four folded(vec value) {
-#if LANES == 16
-    __m512 wide = (__m512)value;
-    __m256 half = _mm256_add_ps(_mm512_castps512_ps256(wide), _mm512_extractf32x8_ps(wide, 1));
-    return (four)_mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
-#elif LANES == 8
-    __m256 half = (__m256)value;
-    return (four)_mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
-#else
-    return value;
-#endif
-}
-
 /* Four vectors' sums at once. Each is summed in the same order, whatever stands beside it. */
 INLINE four sums(vec a, vec b, vec c, vec d) {
-    four e = folded(a), f = folded(b), g = folded(c), h = folded(d);
-#if defined(__x86_64__)
-    __m128 r0 = (__m128)e, r1 = (__m128)f, r2 = (__m128)g, r3 = (__m128)h;
-    _MM_TRANSPOSE4_PS(r0, r1, r2, r3);
-    return (four)_mm_add_ps(_mm_add_ps(r0, r1), _mm_add_ps(r2, r3));
+#if LANES == 16
+    const __m512 p = (__m512)a, q = (__m512)b, r = (__m512)c, s = (__m512)d;
+    const __m512 pq = _mm512_add_ps(_mm512_shuffle_f32x4(p, q, 0x44), _mm512_shuffle_f32x4(p, q, 0xee));
+    const __m512 rs = _mm512_add_ps(_mm512_shuffle_f32x4(r, s, 0x44), _mm512_shuffle_f32x4(r, s, 0xee));
+    __m512 all = _mm512_add_ps(_mm512_shuffle_f32x4(pq, rs, 0x88), _mm512_shuffle_f32x4(pq, rs, 0xdd));
+    all = _mm512_add_ps(all, _mm512_shuffle_ps(all, all, 0x4e));
+    all = _mm512_add_ps(all, _mm512_shuffle_ps(all, all, 0xb1));
+    return (four)_mm512_castps512_ps128(_mm512_maskz_compress_ps(0x1111, all));
 #else
-    four r0 = {e[0], f[0], g[0], h[0]}, r1 = {e[1], f[1], g[1], h[1]};
-    four r2 = {e[2], f[2], g[2], h[2]}, r3 = {e[3], f[3], g[3], h[3]};
+    four e, f, g, h;
+#if LANES == 8
+    e = (four)_mm_add_ps(_mm256_castps256_ps128((__m256)a), _mm256_extractf128_ps((__m256)a, 1));
+    f = (four)_mm_add_ps(_mm256_castps256_ps128((__m256)b), _mm256_extractf128_ps((__m256)b, 1));
+    g = (four)_mm_add_ps(_mm256_castps256_ps128((__m256)c), _mm256_extractf128_ps((__m256)c, 1));
+    h = (four)_mm_add_ps(_mm256_castps256_ps128((__m256)d), _mm256_extractf128_ps((__m256)d, 1));
+#else
+    e = a, f = b, g = c, h = d;
+#endif
+    const four r0 = {e[0], f[0], g[0], h[0]}, r1 = {e[1], f[1], g[1], h[1]};
+    const four r2 = {e[2], f[2], g[2], h[2]}, r3 = {e[3], f[3], g[3], h[3]};
     return (r0 + r1) + (r2 + r3);
 #endif
 }
