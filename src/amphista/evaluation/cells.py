@@ -31,6 +31,7 @@ def share(value: float | None, count: int) -> str:
 
 def table(headers: list[str], rows: list[list[str]]) -> str:
     """A Markdown table with aligned columns."""
+    headers, *rows = [[cell.replace("|", "\\|") for cell in line] for line in (headers, *rows)]
     widths = [max(len(row[i]) for row in [headers, *rows]) for i in range(len(headers))]
     lines = [headers, ["-" * width for width in widths], *rows]
     return "\n".join("| " + " | ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)) + " |" for line in lines)

@@ -91,15 +91,13 @@ class Measures:
     tokens_per_step: dict[str, int]
     phase_seconds: dict[str, float]
     looping_answers: int
-    correct: float | None
-    scored: int
     spec_bench: dict[str, Any]
 
 
 def summarise(records: Sequence[Record], methods: Sequence[str]) -> dict[str, dict[str, dict[str, Any]]]:
     """`{task: {method: measures}}`; the first task, `all`, is every answer."""
     tasks = list(dict.fromkeys(record.task for record in records))
-    chosen = {ALL: list(records)} | ({task: [r for r in records if r.task == task] for task in tasks})
+    chosen = {ALL: list(records)} | {task: [r for r in records if r.task == task] for task in tasks if task != ALL}
     return {task: {name: asdict(_measures(name, members)) for name in methods} for task, members in chosen.items()}
 
 
@@ -109,7 +107,6 @@ def _measures(name: str, records: Sequence[Record]) -> Measures:
     stock = [r for r in records if r.method == HF and not r.failed]
     has_stock = any(r.method == HF for r in records)
     compared = [r for r in mine if r.matches is not None]
-    scored = [r for r in mine if r.correct is not None]
     steps = Counter(accepted + 1 for r in mine for accepted in r.accepted)
     nodes, nodes_interval = _per_step(mine, lambda r: sum(r.tree_nodes))
     plain_share, plain_interval = _per_step(mine, lambda r: r.tree_nodes.count(1))
@@ -151,8 +148,6 @@ def _measures(name: str, records: Sequence[Record]) -> Measures:
         tokens_per_step={str(count): steps[count] for count in sorted(steps)},
         phase_seconds=_phases(mine),
         looping_answers=sum(loop_free_length(r.token_ids) < len(r.token_ids) for r in mine),
-        correct=_mean([r.correct for r in scored]),
-        scored=len(scored),
         spec_bench=spec_bench_counts(mine, stock if has_stock else plain, is_baseline_kind=is_baseline),
     )
 

@@ -16,7 +16,13 @@ from amphista.evaluation.metrics import ALL
 
 COLOURS = ["#8a94a6", "#4c78a8", "#72b7b2", "#f58518", "#e45756", "#54a24b", "#b279a2", "#9d755d"]
 PHASES = ("prefill", "draft", "tree", "verify", "accept", "commit", "generate")
-STYLE = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "svg.hashsalt": "amphista"}
+STYLE = {
+    "font.size": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "svg.hashsalt": "amphista",
+    "text.parse_math": False,
+}
 
 
 def figures(summary: dict[str, Any]) -> list[tuple[str, str]]:

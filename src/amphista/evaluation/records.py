@@ -57,8 +57,6 @@ class Record:
     finish_reason: str | None = None
     matches: bool | None = None
     divergence: dict[str, Any] | None = None
-    correct: bool | None = None
-    verdict: str | None = None
 
     @property
     def failed(self) -> bool:

@@ -145,12 +145,6 @@ def protocol_rows(measures: dict[str, dict[str, Any]]) -> tuple[list[str], list[
     return headers, rows
 
 
-def quality_rows(measures: dict[str, dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
-    """Share of right answers; empty for sets that have no check."""
-    rows = [[name, share(m["correct"], m["scored"])] for name, m in measures.items() if m["scored"]]
-    return ["method", "right"], rows
-
-
 def divergence_lines(summary: Summary) -> list[str]:
     """Every answer that is not `none`'s, with the position and the target's margin there."""
     lines = []
@@ -186,8 +180,6 @@ def sections(summary: Summary) -> list[tuple[str, str, list[str], list[list[str]
         "its text again, a method's by its own loop."
     )
     found.append(("Spec-Bench's counting", legend, *protocol_rows(everything)))
-    if quality_rows(everything)[1]:
-        found.append(("Answer quality", "", *quality_rows(everything)))
     return found
 
 

@@ -22,7 +22,6 @@ from amphista.errors import AmphistaError, ConfigError, RequestError
 from amphista.evaluation.lossless import first_divergence
 from amphista.evaluation.methods import HF, NONE, Method, MethodSpec, Ours, Settings, build_method, costs_of
 from amphista.evaluation.protocol import recount, warm_up_plan
-from amphista.evaluation.quality import score
 from amphista.evaluation.questions import Question, QuestionSet
 from amphista.evaluation.records import Record, RecordFile, read_groups, read_json, write_json
 from amphista.evaluation.stock import StockGenerate
@@ -207,8 +206,7 @@ class Evaluation:
                 **outcome,
             )
             conversations[name] = _next(conversations[name], question, turn, found[name])
-        group = [self._compared(found[name], found[NONE], prompts, params) for name in self.names]
-        return [self._scored(record, question) for record in group]
+        return [self._compared(found[name], found[NONE], prompts, params) for name in self.names]
 
     def _answer(
         self,
@@ -256,12 +254,6 @@ class Evaluation:
             return replace(record, matches=True)
         margin = found.margin if math.isfinite(found.margin) else None
         return replace(record, matches=False, divergence={"position": found.position, "margin": margin})
-
-    def _scored(self, record: Record, question: Question) -> Record:
-        if record.failed or question.check is None:
-            return record
-        verdict = score(question.check.kind, question.check.fields, record.text)
-        return replace(record, correct=verdict.correct, verdict=verdict.reason)
 
 
 def _next(

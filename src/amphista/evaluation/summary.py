@@ -60,11 +60,6 @@ def _notes(run: dict[str, Any], records: Sequence[Record]) -> list[str]:
         notes.append(f"{failed} of {len(records)} records failed. They are in no number but `failed`.")
     if run["settings"]["params"]["temperature"] > 0:
         notes.append("Stock sampling draws its own noise: its answers are not compared with those of `none`.")
-    if any(record.correct is not None for record in records):
-        notes.append(
-            "Answer quality shows that methods agree, not how good a target is: sets may be subsets, and the default "
-            "target is small."
-        )
     return notes
 
 

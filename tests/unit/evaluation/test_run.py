@@ -11,6 +11,7 @@ from amphista.errors import ConfigError
 from amphista.evaluation.methods import METHODS, Ours, Settings, parse_methods
 from amphista.evaluation.questions import load_questions
 from amphista.evaluation.records import read_records
+from amphista.evaluation.report import write_report
 from amphista.evaluation.run import Evaluation, EvaluationConfig, answer_seed
 from amphista.evaluation.summary import ACCEPTED, rebuild_summary
 from amphista.kernels.graph import Recorder
@@ -21,7 +22,7 @@ from tests.tiny import Amphista, AmphistaConfig, byte_tokenizer, shaken, tiny_mo
 QUESTIONS = [
     {"question_id": 1, "category": "writing", "turns": ["First?", "Second?"]},
     {"question_id": 2, "category": "qa", "turns": ["Only?"]},
-    {"question": "Ann has 2 pears and buys 1. How many?", "answer": "#### 3"},
+    {"question": "Ann has 2 pears and buys 1. How many?", "answer": "#### 3", "category": "maths"},
 ]
 
 
@@ -95,8 +96,7 @@ def test_a_run(text_target, asked, tmp_path, temperature):
     assert everything["drafts"]["identical"] == 1.0 and everything["drafts"]["compared"] == 8
     assert everything["hf"]["identical"] == (1.0 if temperature == 0 else None)
     assert everything["none"]["tau"] == everything["hf"]["tau"] == 1.0
-    assert set(summary["measures"]) == {"all", "mt_bench", "qa", "gsm8k"}
-    assert everything["none"]["scored"] == 2 and everything["none"]["correct"] == 0
+    assert set(summary["measures"]) == {"all", "mt_bench", "qa", "maths"}
     by_group = {(r.group, r.method): r for r in records}
     second = by_group[(0, "1", 1), "none"]
     first = by_group[(0, "1", 0), "none"]
@@ -283,3 +283,29 @@ def test_the_costs_of_drafting_methods_stand_in_the_record_and_bind_no_resumed_r
     record["costs"]["lookup"]["verify_ms"] = [1.0, 9.0]
     (tmp_path / "run.json").write_text(json.dumps(record))
     assert evaluate(text_target, asked, tmp_path, methods="lookup,drafts")[1]["measures"] == summary["measures"]
+
+
+def test_a_hostile_question_file_runs_nothing_writes_nowhere_and_spoils_no_report(text_target, tmp_path, monkeypatch):
+    """Tests and entry points beside a prompt, ids that look like paths, markup of every kind, a prompt without end."""
+    canary = tmp_path / "canary"
+    code = f"import pathlib\npathlib.Path({str(canary)!r}).touch()\n"
+    lines = [
+        {"task_id": "../../up", "prompt": code, "entry_point": "f", "test": code, "canonical_solution": code},
+        {"id": str(canary), "prompt": "One?", "category": "$\\\\frac{$ | [/] {{ 7 * 7 }} <script>", "check": code},
+        {"id": "__import__", "question": "Two?", "answer": code, "category": "../canary", "kind": "humaneval"},
+        {"id": "{0.__class__}", "prompt": "x" * 300_000},
+    ]
+    path = tmp_path / "questions.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    out = tmp_path / "out"
+    evaluation, summary = evaluate(text_target, load_questions(str(path)), out, methods="none,drafts")
+    write_report(out, summary)
+    assert [record.failed for record in evaluation.records] == [False] * 6 + [True] * 2
+    assert "context holds 512" in evaluation.records[-1].error
+    assert {p.name for p in tmp_path.iterdir()} == {"here", "out", "questions.jsonl"}
+    assert not list((tmp_path / "here").iterdir()) and len(list(out.iterdir())) == 5
+    page = (out / "report.html").read_text()
+    assert "<script>" not in page and "{{ 7 * 7 }}" in page
+    assert summary["measures"]["all"]["drafts"]["num_answers"] == 3, "questions without a category are not all of them"
