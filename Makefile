@@ -34,8 +34,8 @@ test: $(READY)
 	@$(BIN)/python -m pytest
 
 check: $(READY)
-	@$(BIN)/ruff format --check src tests
-	@$(BIN)/ruff check src tests
+	@$(BIN)/ruff format --check src tests benchmarks
+	@$(BIN)/ruff check src tests benchmarks
 	@$(BIN)/mypy
 	@$(BIN)/python -m pytest tests/test_architecture.py
 
@@ -51,9 +51,9 @@ bench-speed: $(READY)
 	  --methods none,hf,medusa,amphista,lookup,medusa+lookup,amphista+lookup --dtype $(DTYPE) --out $(SPEED_OUT)/decode
 	@$(BIN)/amphista evaluate benchmarks/long-answers.jsonl --max-new-tokens 1024 --ignore-eos --temperature 0.7 \
 	  --methods none,amphista,amphista+lookup --dtype $(DTYPE) --out $(SPEED_OUT)/growth
-	@$(BIN)/amphista latency --nodes 1,2,4,8,16 --contexts 128,512,1024,2048,4096 --python \
-	  $(if $(wildcard /proc/self/status),--memory --memory-dtypes $(MEMORY_DTYPES)) --drafters amphista,medusa,amphista+lookup --dtype $(DTYPE) --out $(SPEED_OUT)/latency
-	@$(BIN)/amphista report $(SPEED_OUT)
+	@$(BIN)/python -m benchmarks.lab latency --dtype $(DTYPE) \
+	  $(if $(wildcard /proc/self/status),--memory-dtypes $(MEMORY_DTYPES)) --out $(SPEED_OUT)/latency
+	@$(BIN)/python -m benchmarks.lab page $(SPEED_OUT)
 
 # A shape that does not fit says so, and the others are measured.
 bench-gpu: $(READY)
@@ -69,8 +69,8 @@ bench-gpu: $(READY)
 	done
 
 format: $(READY)
-	@$(BIN)/ruff format src tests
-	@$(BIN)/ruff check --fix src tests
+	@$(BIN)/ruff format src tests benchmarks
+	@$(BIN)/ruff check --fix src tests benchmarks
 
 # torch comes first, alone and by its exact version: together with the rest pip may settle on another build of it.
 $(READY): pyproject.toml constraints.txt

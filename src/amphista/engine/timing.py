@@ -1,4 +1,4 @@
-"""What a step costs here, timed: forwards over 1, 2, ... rows, and drafting.
+"""What a step costs here, timed: forwards over 1, 2, ... rows, and drafting. `Cell` and `rounds` time anything.
 
 Everything is timed in turns, round after round, so that a drifting machine hits all alike, and the shortest time is
 kept: other programs only ever make a run longer, and they need not be there tomorrow. A forward is timed with what
@@ -8,8 +8,9 @@ of two tokens.
 
 from __future__ import annotations
 
+import itertools
 import statistics
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -60,6 +61,16 @@ class Cell:
         return statistics.median(self.seconds) / self.shortest
 
 
+def rounds(cells: Sequence[Cell], device: torch.device) -> Iterator[int]:
+    """Time every cell once a round, each round begun at another one, so that none always follows the same neighbour;
+    yields the number of rounds done, without end."""
+    for done in itertools.count():
+        first = done % len(cells)
+        for cell in [*cells[first:], *cells[:first]]:
+            cell.seconds.append(cell.time(device))
+        yield done + 1
+
+
 def verify_seconds(target: Target) -> tuple[dict[int, float], float]:
     """Seconds of a forward over a tree of n rows, by n, and the worst spread; the first n is 1."""
     cache, rows = _filled(target)
@@ -70,7 +81,7 @@ def verify_seconds(target: Target) -> tuple[dict[int, float], float]:
         cells[size].seconds.append(cells[size].time(target.device))
         if cells[size].seconds[0] > DEAREST * cells[1].seconds[0]:
             break
-    _time(target, cells)
+    _time(target, list(cells.values()))
     return {size: cell.shortest for size, cell in cells.items()}, max(cell.spread for cell in cells.values())
 
 
@@ -88,8 +99,8 @@ def draft_ratio(target: Target, drafter: Drafter) -> float:
         drafter.commit(state, hidden[-FED_ROWS:], ids[-FED_ROWS:])
         best_first(0, drafter.draft(state, MAX_RANKS), GROWN_NODES, drafter.num_heads)
 
-    cells = {0: Cell(draft, lambda: drafter.trim(state, rows)), 1: _forward(target, 1, cache, rows)}
-    for cell in cells.values():
+    cells = [Cell(draft, lambda: drafter.trim(state, rows)), _forward(target, 1, cache, rows)]
+    for cell in cells:
         cell.time(target.device)
     _time(target, cells)
     return cells[0].shortest / cells[1].shortest
@@ -122,13 +133,11 @@ def _forward(target: Target, num_nodes: int, cache: KVCache, rows: int) -> Cell:
     return Cell(run, lambda: cache.trim(rows))
 
 
-def _time(target: Target, cells: Mapping[int, Cell]) -> None:
-    """Round after round, each begun at another cell, until the budget is spent: three of it on a disturbed machine."""
-    order, started = list(cells.values()), now(target.device)
-    for turn in range(MAX_ROUNDS):
+def _time(target: Target, cells: Sequence[Cell]) -> None:
+    """Until the budget is spent: three of it on a disturbed machine."""
+    started = now(target.device)
+    for done in rounds(cells, target.device):
         spent = (now(target.device) - started) / BUDGET_SECONDS
-        if turn >= MIN_ROUNDS and spent > (3 if max(cell.spread for cell in order) > NOISY else 1):
-            break
-        first = turn % len(order)
-        for cell in order[first:] + order[:first]:
-            cell.seconds.append(cell.time(target.device))
+        is_enough = spent > (3 if max(cell.spread for cell in cells) > NOISY else 1)
+        if done == MAX_ROUNDS or (done >= MIN_ROUNDS and is_enough):
+            return

@@ -6,12 +6,14 @@ import json
 
 import pytest
 
+from amphista.drafter.none import NoDrafter
 from amphista.engine.params import SamplingParams
 from amphista.errors import ConfigError
 from amphista.evaluation.methods import METHODS, Ours, Settings, parse_methods
+from amphista.evaluation.metrics import contract
 from amphista.evaluation.questions import load_questions
 from amphista.evaluation.records import read_records
-from amphista.evaluation.report import write_report
+from amphista.evaluation.report import markdown_tables, write_report
 from amphista.evaluation.run import Evaluation, EvaluationConfig, answer_seed
 from amphista.evaluation.summary import ACCEPTED, rebuild_summary
 from amphista.kernels.graph import Recorder
@@ -77,9 +79,9 @@ def config(methods="none,hf,drafts", **changes):
 
 
 def evaluate(target, asked, out, **changes):
-    evaluation = Evaluation(target, asked, config(**changes), out)
-    evaluation.run()
-    return evaluation, evaluation.finish()
+    with Evaluation(target, asked, config(**changes), out) as evaluation:
+        evaluation.run()
+        return evaluation, evaluation.finish()
 
 
 def tokens(records):
@@ -113,9 +115,11 @@ def test_recorded_forwards_give_the_same_run_and_none_is_recorded_in_it(asked, t
     for static in (True, False):
         target = Target(tiny_model(), Text(byte_tokenizer()), static=static)
         assert target.speed_up() and target.is_static == static
-        evaluation = Evaluation(target, asked, config("none,drafts"), tmp_path / str(static))
         recorded = []
-        with monkeypatch.context() as patch:
+        with (
+            Evaluation(target, asked, config("none,drafts"), tmp_path / str(static)) as evaluation,
+            monkeypatch.context() as patch,
+        ):
             if static:
                 evaluation._warm_up()
 
@@ -149,6 +153,57 @@ def test_a_crash_is_a_failed_record_and_never_a_number(text_target, asked, tmp_p
     assert any("failed" in note for note in summary["notes"])
 
 
+def test_nine_crashes_of_ten_are_told_truly(text_target, tmp_path, monkeypatch):
+    """One answer in ten is the same tokens; the other nine are crashes, which are not."""
+
+    class Surviving(Ours):
+        calls = -1  # the warm-up comes first
+
+        def run(self, prompt_ids, params):
+            self.calls += 1
+            if self.calls > 1:
+                raise ZeroDivisionError("on purpose")
+            return super().run(prompt_ids, params)
+
+    monkeypatch.setitem(METHODS, "survives", drafting(Surviving))
+    path = tmp_path / "ten.jsonl"
+    path.write_text("".join(json.dumps({"prompt": f"Question {i}?"}) + "\n" for i in range(10)))
+    for temperature in (0.0, 0.8):
+        out = tmp_path / str(temperature)
+        _, summary = evaluate(
+            text_target, load_questions(str(path)), out, methods="none,hf,survives", temperature=temperature
+        )
+        found = summary["measures"]["all"]["survives"]
+        assert (found["failed"], found["num_answers"], found["compared"]) == (9, 1, 10)
+        assert found["identical"] == 0.1 and len(summary["failures"]) == 9 and summary["divergences"] == []
+        assert "| 10.0% of 10 " in markdown_tables(summary) and "| 9 of 10 |" in markdown_tables(summary)
+        assert any("9 of 30 answers failed" in note for note in summary["notes"])
+        told = contract(summary["measures"], 10)["methods"]["survives"]
+        assert told == told | {"identical": 0.1, "compared": 10, "failed": 9, "num_answers": 1}
+    assert summary["measures"]["all"]["hf"]["compared"] == 0, "stock noise is its own"
+
+
+def test_where_none_itself_failed_nothing_is_compared(text_target, asked, tmp_path, monkeypatch):
+    def build(spec, target, settings):
+        return Crashing(target, NoDrafter(), "1", {"drafter": "none"})
+
+    monkeypatch.setitem(METHODS, "none", build)
+    _, summary = evaluate(text_target, asked, tmp_path / "out", methods="none,drafts")
+    measures = summary["measures"]["all"]
+    assert measures["none"]["failed"] > 0
+    assert measures["drafts"]["compared"] == measures["none"]["num_answers"] and measures["drafts"]["identical"] == 1
+
+
+def test_two_runs_in_one_folder_are_kept_apart(text_target, asked, tmp_path):
+    with Evaluation(text_target, asked, config(), tmp_path / "out") as evaluation:
+        before = (tmp_path / "out" / "records.jsonl").stat().st_ino
+        with pytest.raises(ConfigError, match="another process is evaluating into"):
+            Evaluation(text_target, asked, config(), tmp_path / "out")
+        assert (tmp_path / "out" / "records.jsonl").stat().st_ino == before, "left alone"
+        evaluation.run()
+    evaluate(text_target, asked, tmp_path / "out")
+
+
 def test_a_divergence_is_found_with_its_place_and_margin(text_target, asked, tmp_path):
     evaluation, summary = evaluate(text_target, asked, tmp_path / "out", methods="none,drafts,lies")
     found = summary["divergences"]
@@ -162,15 +217,15 @@ def test_a_divergence_is_found_with_its_place_and_margin(text_target, asked, tmp
 @pytest.mark.parametrize("kept", [0, 1, 2, 3])
 def test_a_killed_run_resumes_to_the_same_records(text_target, asked, tmp_path, kept):
     whole, _ = evaluate(text_target, asked, tmp_path / "whole")
-    broken = Evaluation(text_target, asked, config(), tmp_path / "broken")
 
     def stop(done, total, text):
         if done == 3 * kept:
             raise KeyboardInterrupt
 
-    if kept:
-        with pytest.raises(KeyboardInterrupt):
-            broken.run(stop)
+    with Evaluation(text_target, asked, config(), tmp_path / "broken") as broken:
+        if kept:
+            with pytest.raises(KeyboardInterrupt):
+                broken.run(stop)
     path = tmp_path / "broken" / "records.jsonl"
     path.write_bytes(path.read_bytes() + b'{"id":"2","cat')
     resumed, summary = evaluate(text_target, asked, tmp_path / "broken")
@@ -305,7 +360,7 @@ def test_a_hostile_question_file_runs_nothing_writes_nowhere_and_spoils_no_repor
     assert [record.failed for record in evaluation.records] == [False] * 6 + [True] * 2
     assert "context holds 512" in evaluation.records[-1].error
     assert {p.name for p in tmp_path.iterdir()} == {"here", "out", "questions.jsonl"}
-    assert not list((tmp_path / "here").iterdir()) and len(list(out.iterdir())) == 5
+    assert not list((tmp_path / "here").iterdir()) and len(list(out.iterdir())) == 6, "five files and the lock"
     page = (out / "report.html").read_text()
     assert "<script>" not in page and "{{ 7 * 7 }}" in page
     assert summary["measures"]["all"]["drafts"]["num_answers"] == 3, "questions without a category are not all of them"

@@ -20,7 +20,6 @@ from amphista.evaluation.bootstrap import Interval, add_to, bootstrap
 from amphista.evaluation.methods import NONE
 from amphista.evaluation.records import Record
 
-GOAL = 0.93
 DRAFTING, FORWARDS = ("draft", "tree"), ("verify", "accept", "commit")
 
 
