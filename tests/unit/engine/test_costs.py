@@ -21,18 +21,25 @@ from tests.tiny import tiny_model, tiny_target
 
 
 @pytest.fixture
-def measured(tmp_path, monkeypatch):
+def spreads():
+    """How disturbed what is measured says it was."""
+    return {"verify": 1.1, "draft": 1.1}
+
+
+@pytest.fixture
+def measured(tmp_path, monkeypatch, spreads):
     """A cache folder of its own, and what was measured instead of timed."""
     monkeypatch.setenv("AMPHISTA_CACHE", str(tmp_path))
+    monkeypatch.setattr(cost_cache, "_not_kept", {})
     calls = []
 
     def verify(target):
         calls.append("verify")
-        return {1: 1.0, 2: 1.0 + 0.5 * len(calls), 4: 1.5}, 1.1
+        return {1: 1.0, 2: 1.0 + 0.5 * len(calls), 4: 1.5}, spreads["verify"]
 
     def draft(target, drafter):
         calls.append("draft")
-        return 0.25
+        return 0.25, spreads["draft"]
 
     monkeypatch.setattr(costs, "verify_seconds", verify)
     monkeypatch.setattr(costs, "draft_ratio", draft)
@@ -130,6 +137,40 @@ def test_a_folder_that_cannot_be_written_is_said_and_no_more(target, measured, t
     (tmp_path / "costs").write_text("a file where the folder should be")
     assert costs_for(target, WithLookup(NoDrafter())).max_nodes == 4
     assert "cannot be kept" in capsys.readouterr().err
+    costs_for(target, WithLookup(NoDrafter()))
+    assert measured == ["verify"], "this process goes on with what it has"
+
+
+@pytest.mark.parametrize("what", ["verify", "draft"])
+def test_what_was_disturbed_serves_its_process_and_is_measured_again(target, measured, spreads, what, capsys):
+    drafter = medusa(target)
+    spreads[what] = 2.59
+    first = costs_for(target, drafter)
+    assert measured == ["verify", "draft"] and "the next start measures again" in capsys.readouterr().err
+    assert costs_for(target, drafter) == first and measured == ["verify", "draft"], "not once a method"
+    cost_cache._not_kept.clear()  # the next start
+    spreads[what] = 1.1
+    costs_for(target, drafter)
+    assert measured == ["verify", "draft", what]
+    cost_cache._not_kept.clear()
+    costs_for(target, drafter)
+    assert measured == ["verify", "draft", what]
+
+
+def test_a_disturbed_record_of_another_version_is_not_believed(target, measured, tmp_path):
+    costs_for(target, WithLookup(NoDrafter()))
+    (path,) = (tmp_path / "costs").iterdir()
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"spread": 2.59}))
+    costs_for(target, WithLookup(NoDrafter()))
+    assert measured == ["verify", "verify"] and json.loads(path.read_text())["spread"] == 1.1
+
+
+def test_a_disturbed_refresh_leaves_the_quiet_record(target, measured, spreads):
+    drafter = medusa(target)
+    old = tune(target, drafter)
+    spreads["verify"] = 2.0
+    assert tune(target, drafter, refresh=True) != old
+    assert tune(target, drafter) == old
 
 
 def test_a_write_that_is_killed_leaves_the_old_record(target, measured, monkeypatch):
@@ -140,7 +181,7 @@ def test_a_write_that_is_killed_leaves_the_old_record(target, measured, monkeypa
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(cost_cache.os, "replace", killed)
+        patch.setattr("amphista.files.os.fsync", killed)
         with pytest.raises(KeyboardInterrupt):
             tune(target, drafter, refresh=True)
     assert tune(target, drafter) == old
