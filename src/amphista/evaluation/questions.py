@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from amphista.errors import ConfigError, DataError
+from amphista.files import write_file
 from amphista.jsonl import read_lines
 from amphista.prompts import is_message, is_text
 from amphista.target.gguf import cache_folder
@@ -166,9 +167,7 @@ def _fetch(name: str) -> Path:
     if _sha256(content) != wanted.sha256:
         raise DataError(f"{wanted.url} is not the file known as {name}: its sha256 is {_sha256(content)}")
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(f".{os.getpid()}.partial")
-    partial.write_bytes(content)
-    partial.replace(path)
+    write_file(path, content)
     return path
 
 
