@@ -1,13 +1,14 @@
 """Measured records in the user's cache folder: one JSON file a key; a damaged one counts as none.
 
-A record that is not good (disturbed while it was measured) serves its process and is not kept: one bad hour must not
-steer for ever.
+A record that is not good (disturbed while it was measured) serves its process and is not kept, and none is believed
+for longer than MAX_AGE_DAYS: neither a bad hour nor a machine that has changed may steer for ever.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from amphista.files import write_json
 from amphista.target.gguf import cache_folder
 from amphista.target.loading import say
 
+MAX_AGE_DAYS = 30
 Record = dict[str, Any]
 _not_kept: dict[Path, Record] = {}
 
@@ -48,7 +50,8 @@ def kept(key: Record, measure: Callable[[], Record], is_good: Callable[[Record],
 def _read(path: Path, key: Record, is_good: Callable[[Record], bool]) -> Record | None:
     try:
         record: Record = json.loads(path.read_text(encoding="utf-8"))
-        return record if record["key"] == key and is_good(record) else None
+        is_old = time.time() - path.stat().st_mtime > MAX_AGE_DAYS * 86400
+        return record if record["key"] == key and is_good(record) and not is_old else None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
 

@@ -29,6 +29,7 @@ from amphista.target.gguf import cache_folder
 DATA_VARIABLE = "AMPHISTA_DATA"
 DOWNLOAD_SECONDS = 60
 MAX_NAME = 200  # characters of an id or a category
+MAX_CHARACTERS = 200_000_000  # of all questions: what is unpacked may be a thousand times its file
 MT_BENCH_CATEGORIES = ("writing", "roleplay", "reasoning", "math", "coding", "extraction", "stem", "humanities")
 ID_KEYS = ("question_id", "id", "task_id")
 PROMPT_KEYS = ("prompt", "question")
@@ -117,7 +118,13 @@ def load_questions(name: str, data: Path | None = None, limit: int | None = None
             known = ", ".join(NAMED_SETS)
             raise ConfigError(f"{name!r} is neither a question file nor one of the named sets {known}")
         name = path.name
-    questions = [_question(line, f"{path} line {number}", number) for number, line in read_lines(path)]
+    questions, size = [], 0
+    for number, line in read_lines(path):
+        questions.append(_question(line, f"{path} line {number}", number))
+        asked = [*questions[-1].turns, *(message["content"] for message in questions[-1].history)]
+        size += sum(map(len, asked))
+        if size > MAX_CHARACTERS:
+            raise DataError(f"{path} holds more than {MAX_CHARACTERS:,} characters: no set of questions is that large")
     if not questions:
         raise DataError(f"{path} holds no questions")
     twice = [key for key, count in Counter(str(question.id) for question in questions).items() if count > 1]

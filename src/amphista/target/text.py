@@ -43,15 +43,28 @@ class Text:
 
     def render(self, messages: Sequence[Message], *, add_generation_prompt: bool = True) -> list[int]:
         """Token ids of a conversation in the target's own chat template."""
+        return self.encode_part(self.render_text(messages, add_generation_prompt=add_generation_prompt))
+
+    def render_text(self, messages: Sequence[Message], *, add_generation_prompt: bool = True) -> str:
+        """A conversation in the target's own chat template, as text."""
         if not self.has_chat_template:
             raise TargetError("the target's tokenizer has no chat template: pass plain text (--raw)")
         try:
-            text = self.tokenizer.apply_chat_template(
+            text: str = self.tokenizer.apply_chat_template(
                 [dict(message) for message in messages], tokenize=False, add_generation_prompt=add_generation_prompt
             )
         except Exception as error:  # templates raise whatever their author chose; the sentence is the template's own
             raise RequestError(f"the target's chat template refuses this conversation: {error}") from error
+        return text
+
+    def encode_part(self, text: str) -> list[int]:
+        """Token ids of rendered text, nothing added."""
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def decode_exactly(self, token_ids: Sequence[int]) -> str:
+        """Text of token ids, special tokens written out."""
+        text: str = self.tokenizer.decode(list(token_ids), clean_up_tokenization_spaces=False)
+        return text
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Text of token ids, special tokens left out."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import time
 
 import pytest
 import torch
@@ -163,6 +165,15 @@ def test_a_disturbed_record_of_another_version_is_not_believed(target, measured,
     path.write_text(json.dumps(json.loads(path.read_text()) | {"spread": 2.59}))
     costs_for(target, WithLookup(NoDrafter()))
     assert measured == ["verify", "verify"] and json.loads(path.read_text())["spread"] == 1.1
+
+
+def test_what_is_old_is_measured_again(target, measured, tmp_path):
+    costs_for(target, WithLookup(NoDrafter()))
+    (path,) = (tmp_path / "costs").iterdir()
+    for days, times in ((29, 1), (31, 2), (0, 2)):
+        os.utime(path, (time.time() - 86400 * days,) * 2) if days else None
+        costs_for(target, WithLookup(NoDrafter()))
+        assert measured == ["verify"] * times
 
 
 def test_a_disturbed_refresh_leaves_the_quiet_record(target, measured, spreads):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import json
+import tracemalloc
 
 import pytest
 
@@ -138,3 +140,18 @@ def test_lines_that_are_no_json_are_named(tmp_path):
         path.write_bytes(content + b"\n")
         with pytest.raises(DataError):
             load_questions(str(path))
+
+
+def test_what_unpacks_without_end_is_refused_before_it_fills_the_memory(tmp_path, monkeypatch):
+    path = tmp_path / "q.jsonl.gz"
+    with gzip.open(path, "wb") as stream:
+        for _ in range(70):
+            stream.write(b" " * (1 << 20))
+    tracemalloc.start()
+    with pytest.raises(DataError, match="line 1 is longer than 64 MB"):
+        load_questions(str(path))
+    assert tracemalloc.get_traced_memory()[1] < 200e6
+    tracemalloc.stop()
+    monkeypatch.setattr(module, "MAX_CHARACTERS", 10)
+    with pytest.raises(DataError, match="more than 10 characters"):
+        load_questions(str(write(tmp_path / "q.jsonl", [{"prompt": "x" * 6}] * 9)))
