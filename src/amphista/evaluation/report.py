@@ -208,7 +208,7 @@ def markdown_tables(summary: Summary) -> str:
 
 
 def _described(settings: dict[str, Any]) -> str:
-    return ", ".join(f"{key} {value}" for key, value in settings.items() if key != "drafter_sha256")
+    return ", ".join(f"{key} {value}" for key, value in settings.items() if not key.endswith("_sha256"))
 
 
 # -- HTML ---------------------------------------------------------------------------------------------------------

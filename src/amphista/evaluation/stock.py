@@ -52,7 +52,8 @@ def assisted(name: str, target: Target) -> Variant:
     theirs = None if assistant.text is None else assistant.text.vocabulary
     if ours != theirs:
         raise ConfigError(f"the draft model {name} has another vocabulary than the target {target.name}")
-    return Variant({"generate": "assisted", "assistant": name}, models={"assistant_model": assistant.model})
+    described = {"generate": "assisted", "assistant": name, "assistant_sha256": assistant.fingerprint.lm_head_sha256}
+    return Variant(described, models={"assistant_model": assistant.model})
 
 
 class ForwardMeter:
