@@ -65,11 +65,9 @@ class LatencyConfig:
     def __post_init__(self) -> None:
         for option, values in (("nodes", self.nodes), ("contexts", self.contexts), ("batches", self.batches)):
             if not values or min(values) < 1 or len(set(values)) != len(values):
-                raise ConfigError(f"--{option} is {_listed(values)!r}: expected distinct whole numbers of at least 1")
+                raise ConfigError(f"--{option} is {values}: expected distinct whole numbers of at least 1")
         if 1 not in self.nodes:
-            raise ConfigError(
-                f"--nodes is {_listed(self.nodes)!r}: 1 must be among them, it is what others are compared to"
-            )
+            raise ConfigError(f"--nodes is {self.nodes}: 1 must be among them, it is what others are compared to")
         if self.rounds < 1:
             raise ConfigError(f"--rounds is {self.rounds}: expected at least 1")
 
@@ -326,18 +324,10 @@ def _described(target: Target, config: LatencyConfig, drafters: Mapping[str, Par
         "measured_layers": target.spec.num_layers,
         "settings": json.loads(json.dumps(asdict(config))),  # lists, as it will be read back
         "drafters": {
-            name: {
-                "parameters": drafter.num_weights,
-                "heads": drafter.num_heads,
-                "draft_vocab": drafter.draft_vocab,
-            }
+            name: {"parameters": drafter.num_weights, "heads": drafter.num_heads, "draft_vocab": drafter.draft_vocab}
             for name, drafter in drafters.items()
         },
     }
-
-
-def _listed(values: Sequence[int]) -> str:
-    return ",".join(map(str, values))
 
 
 # -- files and tables -------------------------------------------------------------------------------------------------

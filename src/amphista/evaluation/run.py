@@ -37,7 +37,10 @@ TEMPLATE_TOKENS = 32  # around a message, more than those of the templates we kn
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationConfig:
-    """What is measured and how. `params.seed` is the run's seed; each answer has one of its own made from it."""
+    """What is measured and how. `params.seed` is the run's seed, 0 where it is None: the same run, the same answers.
+
+    Each answer has a seed of its own made from it.
+    """
 
     methods: tuple[MethodSpec, ...]
     params: SamplingParams
@@ -47,6 +50,8 @@ class EvaluationConfig:
     system: str | None = None
 
     def __post_init__(self) -> None:
+        if self.params.seed is None:
+            object.__setattr__(self, "params", replace(self.params, seed=0))
         if self.repeats < 1:
             raise ConfigError(f"--repeats is {self.repeats}: expected at least 1")
         if self.protocol not in ("own", "spec-bench"):
