@@ -104,7 +104,7 @@ def test_the_commands_make_a_page(target_folder, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(limits, "READ_BYTES", {"cpu": 1 << 16})
     monkeypatch.setattr(limits, "MATRIX_SIZE", {"cpu": 64})
     monkeypatch.setattr(step_profile, "CALIBRATIONS", 3)
-    main(["latency", "--out", str(tmp_path / "latency"), "--target", str(target_folder), "--drafters", "lookup",
+    main(["latency", "--out", str(tmp_path / "latency"), "--target", str(target_folder), "--drafters", "none",
           "--nodes", "1,2", "--contexts", "6", "--rounds", "1", "--memory-dtypes", "bfloat16"])  # fmt: skip
     assert "Python between operations, a step none" in capsys.readouterr().out
     record = json.loads((tmp_path / "latency" / "latency.json").read_text())
@@ -112,7 +112,7 @@ def test_the_commands_make_a_page(target_folder, tmp_path, capsys, monkeypatch):
     main(["page", str(tmp_path)])
     page = (tmp_path / "report.md").read_text()
     assert capsys.readouterr().out.strip() in page
-    assert "lookup, bfloat16" in page and "### Against what the machine allows" in page and "### Memory" in page
+    assert "none, bfloat16" in page and "### Against what the machine allows" in page and "### Memory" in page
     with pytest.raises(SystemExit):
         main(["page", str(tmp_path / "latency")])
     assert "expected one of several --out folders" in capsys.readouterr().err
