@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import tempfile
 from collections.abc import Callable
@@ -11,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from amphista.target.gguf import cache_folder
-from amphista.target.loading import say
+
+logger = logging.getLogger("amphista")
 
 Record = dict[str, Any]
 
@@ -55,4 +57,4 @@ def _write(path: Path, record: Record) -> None:
             stream.write(json.dumps(record, indent=1) + "\n")
         os.replace(partial, path)
     except OSError as error:
-        say(f"the measured costs cannot be kept in {path.parent} ({error.strerror})")
+        logger.warning(f"the measured costs cannot be kept in {path.parent} ({error.strerror})")

@@ -8,6 +8,7 @@ comparable when they were measured on different days.
 from __future__ import annotations
 
 import hashlib
+import logging
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,9 +19,10 @@ from amphista.drafter.base import Drafter
 from amphista.drafter.heads import ParallelHeads
 from amphista.engine.cost_cache import kept
 from amphista.engine.timing import NOISY, draft_ratio, verify_seconds
-from amphista.target.loading import say
 from amphista.target.target import Target
 from amphista.tree.tune import NOTHING_PAYS, Costs
+
+logger = logging.getLogger("amphista")
 
 FORMAT = 1
 TIMED_CODE = ("cache", "drafter", "engine", "kernels", "target", "tree")
@@ -80,10 +82,10 @@ def drafter_key(drafter: ParallelHeads) -> dict[str, Any]:
 
 
 def _measure_verify(target: Target) -> dict[str, Any]:
-    say("measuring what a forward costs here (some seconds, once; `amphista tune` shows it)")
+    logger.info("measuring what a forward costs here (some seconds, once; `amphista tune` shows it)")
     seconds, spread = verify_seconds(target)
     if spread > NOISY:
-        say("the measurement was disturbed by other programs: `amphista tune --refresh` repeats it")
+        logger.warning("the measurement was disturbed by other programs: `amphista tune --refresh` repeats it")
     return {"seconds": {str(size): value for size, value in seconds.items()}, "spread": spread}
 
 

@@ -56,7 +56,7 @@ class Target:
     ) -> None:
         self._model: Any = model.eval().requires_grad_(False)
         self.config, self.text, self.name = model.config, text, name
-        self._generation_config = getattr(model, "generation_config", None)
+        self.generation_config = getattr(model, "generation_config", None)
         self._lean: LeanModel | None = None
         self._wants_static = static
         self._captured: CapturedForward | None = None
@@ -194,7 +194,7 @@ class Target:
     @cached_property
     def eos_ids(self) -> frozenset[int]:
         """All end tokens of the generation configuration; it may name one or several."""
-        for source in (self._generation_config, self.config):
+        for source in (self.generation_config, self.config):
             ids = getattr(source, "eos_token_id", None)
             if ids is not None:
                 return frozenset([ids] if isinstance(ids, int) else ids)
