@@ -209,7 +209,7 @@ class LLM:
         if not isinstance(chat_template_kwargs, Mapping | None):
             raise RequestError(f"chat_template_kwargs is {chat_template_kwargs!r}: expected a dictionary")
         messages = [*([{"role": "system", "content": system}] if system is not None else []), *prompt]
-        return text.render(messages, **(chat_template_kwargs or {}))  # type: ignore[arg-type]
+        return text.render(messages, **(chat_template_kwargs or {}))
 
     def params(self, params: Params = None, **settings: Any) -> SamplingParams:
         """Settings on top of `params`; 'model' stands for what the model's own generation_config says."""
@@ -306,18 +306,24 @@ class Conversation:
     def stream(self, turn: str | Sequence[Message], *, params: Params = None, **settings: Any) -> Stream:
         """Start the next turn: a user's text, or messages. Both it and the answer are history once the stream has ended
         or is closed, which a further turn does; a turn closed before its first token leaves nothing behind."""
-        if isinstance(turn, str):
-            if not turn.strip():
-                raise RequestError("the message is empty: give some text")
-            turn = [{"role": "user", "content": turn}]
         if self._stream is not None:
             self._stream.close()
-        said = [*self.messages, *turn]
-        ids = self.llm.prompt_ids(said, raw=self._raw, chat_template_kwargs=self._template_kwargs)
+        said, ids = self._said(turn), self.prompt_ids(turn)
         self._stream = self.llm.stream_ids(
             ids, self.llm.params(params, **settings), self._context, lambda answer: self._close_turn(said, answer)
         )
         return self._stream
+
+    def prompt_ids(self, turn: str | Sequence[Message]) -> list[int]:
+        """Token ids of everything said, up to and with this turn."""
+        return self.llm.prompt_ids(self._said(turn), raw=self._raw, chat_template_kwargs=self._template_kwargs)
+
+    def _said(self, turn: str | Sequence[Message]) -> list[Message]:
+        if isinstance(turn, str):
+            if not turn.strip():
+                raise RequestError("the message is empty: give some text")
+            turn = [{"role": "user", "content": turn}]
+        return [*self.messages, *turn]
 
     def _close_turn(self, said: list[Message], answer: Answer) -> None:
         if answer.token_ids:
@@ -385,7 +391,12 @@ def load(
     """
     check_tree(tree)
     hub = HubAccess(token=token, cache_dir=None if cache_dir is None else str(cache_dir), local_only=local_files_only)
-    source = {"revision": revision, "token": token, "cache_dir": hub.cache_dir, "local_files_only": local_files_only}
+    source: dict[str, Any] = {
+        "revision": revision,
+        "token": token,
+        "cache_dir": hub.cache_dir,
+        "local_files_only": local_files_only,
+    }
     loaded = load_target(str(target), device=device, dtype=dtype, fast=fast, **{k: v for k, v in source.items() if v})
     tell_unused(loaded)
     name = None if drafter is None else str(drafter)

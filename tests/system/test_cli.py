@@ -195,7 +195,7 @@ BAD = {
     "top-p above 1": (["generate", "x", "--top-p", "1.5"], "top_p is 1.5"),
     "top-p of 0": (["generate", "x", "--top-p", "0"], "top_p is 0"),
     "min-p below 0": (["generate", "x", "--min-p", "-1"], "min_p is -1"),
-    "top-k below 0": (["generate", "x", "--top-k", "-1"], "top_k is -1"),
+    "top-k below -1": (["generate", "x", "--top-k", "-2"], "top_k is -2"),
     "negative temperature": (["generate", "x", "--temperature", "-1"], "temperature is -1"),
     "penalty of 0": (["generate", "x", "--repetition-penalty", "0"], "repetition_penalty is 0"),
     "negative seed": (["generate", "x", "--seed", "-1"], "seed is -1"),
@@ -311,7 +311,7 @@ def test_chat_interrupt_ends_the_answer_not_the_chat(target_folder):
 
 def test_tune_shows_the_curve_and_refreshes_it(target_folder, trained, tmp_path, monkeypatch):
     monkeypatch.setenv("AMPHISTA_CACHE", str(tmp_path))
-    arguments = ("tune", "--target", target_folder, "--drafter", f"{trained / 'medusa' / 'best'}+lookup")
+    arguments = ("dev", "tune", "--target", target_folder, "--drafter", f"{trained / 'medusa' / 'best'}+lookup")
     first = json.loads(amphista(*arguments, "--json").stdout)
     assert first["drafter"] == "medusa+lookup" and first["path"] == "fast" and first["dtype"] == "float32"
     assert [row["nodes"] for row in first["verify"]][:3] == [1, 2, 3]

@@ -73,10 +73,10 @@ def test_the_contract(target_folder, drafter_folder, questions, tmp_path):
 
     records = (tmp_path / "out" / "records.jsonl").read_bytes()
     (tmp_path / "out" / "records.jsonl").write_bytes(records[:-30])
-    assert amphista("report", tmp_path / "out").returncode == 2  # a broken-off run has no report
+    assert amphista("dev", "report", tmp_path / "out").returncode == 2  # a broken-off run has no report
     again = amphista(*command)
     assert again.returncode == 0 and json.loads(again.stdout.splitlines()[-1])["methods"]["mine"]["identical"] == 1.0
-    made = amphista("report", tmp_path / "out")
+    made = amphista("dev", "report", tmp_path / "out")
     assert made.returncode == 0 and "| mine" in made.stdout
 
 
@@ -110,23 +110,23 @@ def test_a_page_of_several_parts(target_folder, questions, tmp_path):
     assert run.returncode == 0, run.stderr
     text = (tmp_path / "decode" / "report.md").read_text()
     assert "## As the answer grows" in text and "| 128 to 256 | 3 " in text and "## Realised and possible" in text
-    timed = amphista("latency", *both, "--drafters", "lookup", "--nodes", "1,2", "--contexts", 6, "--rounds", 1,
+    timed = amphista("dev", "latency", *both, "--drafters", "lookup", "--nodes", "1,2", "--contexts", 6, "--rounds", 1,
                      "--python", "--memory", "--memory-dtypes", "float32,bfloat16",
                      "--out", tmp_path / "latency")  # fmt: skip
     assert timed.returncode == 0, timed.stderr
-    made = amphista("report", tmp_path)
+    made = amphista("dev", "report", tmp_path)
     assert made.returncode == 0 and "Python between operations" in made.stdout, made.stderr
     page = (tmp_path / "report.md").read_text()
     assert "lookup, bfloat16" in page and "## decode: " in page and "## latency: " in page
 
 
 def test_report_of_nothing(tmp_path):
-    result = amphista("report", tmp_path)
+    result = amphista("dev", "report", tmp_path)
     assert result.returncode == 2 and "run.json" in result.stderr
 
 
 def test_latency_of_a_target(target_folder, drafter_folder, tmp_path):
-    command = ["latency", "--target", target_folder, "--drafters", f"mine={drafter_folder}", "--nodes", "1,4",
+    command = ["dev", "latency", "--target", target_folder, "--drafters", f"mine={drafter_folder}", "--nodes", "1,4",
                "--contexts", "6", "--rounds", "1", "--tau", "4=1.5", "--out", tmp_path / "out", "--json"]  # fmt: skip
     result = amphista(*command)
     assert result.returncode == 0, result.stderr
@@ -149,6 +149,6 @@ def test_latency_of_a_target(target_folder, drafter_folder, tmp_path):
     ],
 )
 def test_latency_refuses_what_it_cannot_measure(arguments, match, tmp_path):
-    result = amphista("latency", *arguments, "--out", tmp_path / "out")
+    result = amphista("dev", "latency", *arguments, "--out", tmp_path / "out")
     assert result.returncode == 2 and match in " ".join(result.stderr.split()), result.stderr
     assert not (tmp_path / "out").exists()

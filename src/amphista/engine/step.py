@@ -41,6 +41,13 @@ class StepResult:
     text: str = ""
 
 
+def end_ids(target: Target, params: SamplingParams) -> frozenset[int]:
+    """The target's own end tokens, those asked for, and stop strings that are special tokens."""
+    special = {} if target.text is None or not params.stop else target.text.special_tokens
+    own = frozenset() if params.ignore_eos else target.eos_ids
+    return own | set(params.stop_token_ids) | {special[stop] for stop in params.stop if stop in special}
+
+
 class Engine:
     """Decodes sequences with one target, drafter and grower; a sequence's state is its context's, wherever it lies."""
 
@@ -72,10 +79,10 @@ class Engine:
         """Prefill a prompt, reusing what `context` already holds of it, and choose the first token."""
         self.check(prompt_ids, params)
         context, params = context or self.new_context(), params.with_seed()
-        stats, end_ids = DecodeStats(), self._end_ids(params)
+        stats, ends = DecodeStats(), end_ids(self.target, params)
         clock = Clock(stats, self.target.device)
         started = clock.now()
-        chooser = Chooser(params, prompt_ids, end_ids)
+        chooser = Chooser(params, prompt_ids, ends)
         with clock.phase("prefill"):
             keep = context.rewind(prompt_ids, self.drafter)
             output = self.target.prefill(prompt_ids[keep:], context.cache)
@@ -88,7 +95,7 @@ class Engine:
             params=params,
             chooser=chooser,
             prompt_ids=list(prompt_ids),
-            end_ids=end_ids,
+            end_ids=ends,
             max_positions=self.target.spec.max_positions,
             stops=self.new_text(params) if params.stop else None,
             stats=stats,
@@ -103,12 +110,6 @@ class Engine:
         """What reads an answer's text and finds its stop strings; None without a tokenizer."""
         text = self.target.text
         return None if text is None else IncrementalText(text, params.stop, params.min_tokens)
-
-    def _end_ids(self, params: SamplingParams) -> frozenset[int]:
-        """The target's own end tokens, those asked for, and stop strings that are special tokens."""
-        special = {} if self.target.text is None or not params.stop else self.target.text.special_tokens
-        own = frozenset() if params.ignore_eos else self.target.eos_ids
-        return own | set(params.stop_token_ids) | {special[stop] for stop in params.stop if stop in special}
 
     def step(self, sequence: Sequence) -> StepResult:
         """One target forward: between 1 and depth + 1 tokens. Broken off, it has done nothing, and can be repeated."""

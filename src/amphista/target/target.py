@@ -56,7 +56,7 @@ class Target:
     ) -> None:
         self._model: Any = model.eval().requires_grad_(False)
         self.config, self.text, self.name = model.config, text, name
-        self.generation_config = getattr(model, "generation_config", None)
+        self._generation_config = getattr(model, "generation_config", None)
         self._lean: LeanModel | None = None
         self._wants_static = static
         self._captured: CapturedForward | None = None
@@ -191,10 +191,15 @@ class Target:
             raise TargetError(f"{self.spec.family} keeps its layers elsewhere: only whole targets can be measured")
         return holder
 
+    @property
+    def generation_config(self) -> Any:
+        """The model's own, None where it has none; nothing but its end tokens is used unasked."""
+        return self._generation_config
+
     @cached_property
     def eos_ids(self) -> frozenset[int]:
         """All end tokens of the generation configuration; it may name one or several."""
-        for source in (self.generation_config, self.config):
+        for source in (self._generation_config, self.config):
             ids = getattr(source, "eos_token_id", None)
             if ids is not None:
                 return frozenset([ids] if isinstance(ids, int) else ids)

@@ -80,14 +80,14 @@ def test_take_counts_what_it_takes():
 
 def test_take_ends_at_the_end_token():
     found = sequence()
-    assert found.take([7, EOS, 8])== 2
+    assert found.take([7, EOS, 8]) == 2
     assert found.output_ids == [7, EOS] and found.stats.num_tokens == 2
     assert found.finish_reason is FinishReason.STOP
 
 
 def test_take_ends_at_the_token_limit():
     found = sequence(max_new_tokens=2)
-    assert found.take([7, 8, 9])== 2
+    assert found.take([7, 8, 9]) == 2
     assert found.finish_reason is FinishReason.LENGTH and found.output_ids == [7, 8]
 
 
@@ -100,7 +100,7 @@ def test_an_end_token_at_the_limit_is_a_stop():
 def test_take_ends_with_the_context():
     """Position 5 is the last one that can be read; the token chosen there is still an answer."""
     found = sequence(max_positions=6)
-    assert found.take([7, 8, 9, 10, 11])== 4
+    assert found.take([7, 8, 9, 10, 11]) == 4
     assert found.finish_reason is FinishReason.LENGTH and found.root_position == 6
 
 
