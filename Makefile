@@ -62,11 +62,11 @@ bench-gpu: $(READY)
 	@$(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' \
 	  || { echo "make bench-gpu needs a CUDA device that torch sees" >&2; exit 1; }
 	@$(BIN)/python -m pytest tests/gpu
-	@$(BIN)/amphista tune --refresh --dtype $(GPU_DTYPE)
+	@$(BIN)/amphista dev tune --refresh --dtype $(GPU_DTYPE)
 	@$(BIN)/amphista evaluate spec_bench $(if $(DATA),--data $(DATA)) --limit 12 --max-new-tokens 128 \
 	  --methods none,hf,medusa,amphista,$(GPU_TREES),medusa+lookup,amphista+lookup --dtype $(GPU_DTYPE) --out $(GPU_OUT)/evaluate $(ALSO_FAILED)
 	@for shape in $(GPU_SHAPES); do \
-	  $(BIN)/amphista latency --shape $$shape --nodes 1,2,4,8,16,32,64,128 --contexts 512,2048 \
+	  $(BIN)/amphista dev latency --shape $$shape --nodes 1,2,4,8,16,32,64,128 --contexts 512,2048 \
 	    --dtype $(GPU_DTYPE) --out $(GPU_OUT)/latency-$$shape; \
 	done
 

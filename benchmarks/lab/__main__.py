@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from amphista.cli.progress import StepProgress
+from amphista.cli.standard import told
 from amphista.drafter.checkpoint import load_drafter
 from amphista.errors import AmphistaError
 from amphista.evaluation.latency import LatencyConfig, measure_latency, write_latency
@@ -31,7 +32,8 @@ def main(arguments: list[str] | None = None) -> None:
     """Run one command."""
     asked = _parser().parse_args(arguments)
     try:
-        print(asked.run(asked))
+        with told():
+            print(asked.run(asked))
     except AmphistaError as error:
         print(f"benchmarks.lab: {error}", file=sys.stderr)
         sys.exit(2)
@@ -61,7 +63,7 @@ def _numbers(text: str) -> tuple[int, ...]:
 
 
 def _latency(asked: argparse.Namespace) -> str:
-    """`amphista latency` and what it does not tell, in one record; returns the lines that have goals."""
+    """`amphista dev latency` and what it does not tell, in one record; returns the lines that have goals."""
     if asked.memory_dtypes:
         check_peaks_are_told()  # better before minutes of measuring
     config = LatencyConfig(nodes=asked.nodes, contexts=asked.contexts, rounds=asked.rounds)

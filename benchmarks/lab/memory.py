@@ -10,6 +10,7 @@ fresh process, because a peak never falls and freed memory is not always given b
 from __future__ import annotations
 
 import json
+import logging
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -25,8 +26,10 @@ from amphista.drafter.heads import ParallelHeads
 from amphista.drafter.lookup import LOOKUP
 from amphista.errors import AmphistaError, ConfigError
 from amphista.kernels.int8 import can_quantise
-from amphista.target.loading import INT8, device_of, import_code, say
+from amphista.target.loading import INT8, device_of, import_code
 from amphista.target.target import Target
+
+logger = logging.getLogger("amphista")
 
 STATUS = Path("/proc/self/status")
 RESULT = "amphista-memory: "
@@ -74,7 +77,7 @@ def loadable_types(names: Sequence[str]) -> list[str]:
     """The types that a target can have on this machine; says which are left out."""
     types = list(names)
     if INT8 in types and not can_quantise(torch.empty(0, device=device_of(None))):
-        say("memory in int8 is not measured: it needs a CPU with 8-bit dot products (VNNI)")
+        logger.info("memory in int8 is not measured: it needs a CPU with 8-bit dot products (VNNI)")
         types.remove(INT8)
     return types
 

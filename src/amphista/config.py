@@ -25,7 +25,7 @@ T = TypeVar("T", bound="DataclassInstance")
 def read_recipe(path: Path) -> dict[str, Any]:
     """A TOML file as nested dicts."""
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise ConfigError(f"cannot read recipe {path}: {error.strerror}") from error
     except tomllib.TOMLDecodeError as error:

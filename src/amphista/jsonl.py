@@ -43,7 +43,7 @@ def read_lines(path: Path, on_bad: Callable[[DataError], None] | None = None) ->
 def _parse(line: bytes, where: str) -> dict[str, Any] | None:
     """The object in a line; None for an empty line."""
     try:
-        text = line.decode("utf-8")
+        text = line.decode("utf-8-sig" if where.endswith(" line 1") else "utf-8")
         record = json.loads(text) if text.strip() else None
     except UnicodeDecodeError as error:
         raise DataError(f"{where} is not UTF-8 text: {error}") from error

@@ -197,7 +197,7 @@ BAD = {
     "top-p above 1": (["generate", "x", "--top-p", "1.5"], "top_p is 1.5"),
     "top-p of 0": (["generate", "x", "--top-p", "0"], "top_p is 0"),
     "min-p below 0": (["generate", "x", "--min-p", "-1"], "min_p is -1"),
-    "top-k below 0": (["generate", "x", "--top-k", "-1"], "top_k is -1"),
+    "top-k below -1": (["generate", "x", "--top-k", "-2"], "top_k is -2"),
     "negative temperature": (["generate", "x", "--temperature", "-1"], "temperature is -1"),
     "penalty of 0": (["generate", "x", "--repetition-penalty", "0"], "repetition_penalty is 0"),
     "negative seed": (["generate", "x", "--seed", "-1"], "seed is -1"),
@@ -317,7 +317,7 @@ def test_tune_shows_the_curve_and_refreshes_it(target_folder, trained, tmp_path,
     first = itertools.count(1)
     monkeypatch.setattr(costs, "verify_seconds", lambda target: ({1: 0.01 * next(first), 2: 0.02, 4: 0.04}, 1.1))
     monkeypatch.setattr(costs, "draft_ratio", lambda target, drafter: (0.5, 1.1))
-    arguments = ("tune", "--target", target_folder, "--drafter", f"{trained / 'medusa' / 'best'}+lookup")
+    arguments = ("dev", "tune", "--target", target_folder, "--drafter", f"{trained / 'medusa' / 'best'}+lookup")
     result = amphista(*arguments, "--json")
     record = json.loads(result.stdout)
     assert record["drafter"] == "medusa+lookup" and record["path"] == "fast" and record["dtype"] == "float32"

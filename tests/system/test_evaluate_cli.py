@@ -76,10 +76,10 @@ def test_the_contract(target_folder, drafter_folder, questions, tmp_path):
 
     records = (tmp_path / "out" / "records.jsonl").read_bytes()
     (tmp_path / "out" / "records.jsonl").write_bytes(records[:-30])
-    assert amphista("report", tmp_path / "out").returncode == 2  # a broken-off run has no report
+    assert amphista("dev", "report", tmp_path / "out").returncode == 2  # a broken-off run has no report
     again = amphista(*command)
     assert again.returncode == 0 and json.loads(again.stdout.splitlines()[-1])["methods"]["mine"]["identical"] == 1.0
-    made = amphista("report", tmp_path / "out")
+    made = amphista("dev", "report", tmp_path / "out")
     assert made.returncode == 0 and "| mine" in made.stdout
 
 
@@ -117,12 +117,12 @@ def test_failed_answers_end_with_a_sentence_and_a_code_of_their_own(target_folde
 
 
 def test_report_of_nothing(tmp_path):
-    result = amphista("report", tmp_path)
+    result = amphista("dev", "report", tmp_path)
     assert result.returncode == 2 and "run.json" in result.stderr
 
 
 def test_latency_of_a_target(target_folder, drafter_folder, tmp_path):
-    command = ["latency", "--target", target_folder, "--drafters", f"mine={drafter_folder}", "--nodes", "1,4",
+    command = ["dev", "latency", "--target", target_folder, "--drafters", f"mine={drafter_folder}", "--nodes", "1,4",
                "--contexts", "6", "--rounds", "1", "--out", tmp_path / "out", "--json"]  # fmt: skip
     result = amphista(*command)
     assert result.returncode == 0, result.stderr
@@ -141,6 +141,6 @@ def test_latency_of_a_target(target_folder, drafter_folder, tmp_path):
     ],
 )
 def test_latency_refuses_what_it_cannot_measure(arguments, match, tmp_path):
-    result = amphista("latency", *arguments, "--out", tmp_path / "out")
+    result = amphista("dev", "latency", *arguments, "--out", tmp_path / "out")
     assert result.returncode == 2 and match in " ".join(result.stderr.split()), result.stderr
     assert not (tmp_path / "out").exists()

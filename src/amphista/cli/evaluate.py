@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -33,7 +34,9 @@ Methods = Annotated[
 ]
 
 
+@options.with_records
 def evaluate(
+    choice: options.ChoiceOptions,
     questions: Annotated[str, typer.Argument(help="mt_bench, spec_bench, humaneval, gsm8k, or a JSONL file.")],
     methods: Methods,
     out: Annotated[Path, typer.Option(help="Folder for records and report; the same command again resumes it.")],
@@ -49,14 +52,6 @@ def evaluate(
     dtype: options.Dtype = None,
     fast: options.Fast = True,
     tree: options.Tree = None,
-    max_new_tokens: options.MaxNewTokens = 256,
-    temperature: options.Temperature = 0.0,
-    top_k: options.TopK = 0,
-    top_p: options.TopP = 1.0,
-    min_p: options.MinP = 0.0,
-    repetition_penalty: options.RepetitionPenalty = 1.0,
-    seed: options.Seed = 0,
-    ignore_eos: options.IgnoreEos = False,
     system: options.System = None,
     json_lines: Annotated[
         bool, typer.Option("--json", help="Print the numbers as one JSON object at the end.")
@@ -71,17 +66,7 @@ def evaluate(
     check_tree(tree)
     config = EvaluationConfig(
         methods=tuple(parse_methods(methods)),
-        params=options.sampling_params(
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            min_p=min_p,
-            repetition_penalty=repetition_penalty,
-            seed=seed,
-            stop=None,
-            ignore_eos=ignore_eos,
-        ),
+        params=replace(choice.params(), seed=choice.seed or 0),
         settings=Settings(tree=tree, allow_other_target=allow_other_target),
         repeats=repeats,
         protocol=protocol,

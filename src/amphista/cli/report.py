@@ -1,6 +1,6 @@
-"""amphista report: make the report of an evaluation anew from its records; no model is loaded.
+"""amphista dev report: make the report of an evaluation anew from its records; no model is loaded.
 
-amphista report runs/spec-bench
+amphista dev report runs/spec-bench
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ from amphista.config import as_dict, build
 from amphista.drafter.amphista import Amphista, AmphistaConfig
 from amphista.drafter.base import Calibration, Drafter, DrafterConfig
 from amphista.drafter.heads import ParallelHeads
-from amphista.drafter.hub import fetch
+from amphista.drafter.hub import HubAccess, fetch
 from amphista.drafter.lookup import LOOKUP, WithLookup
 from amphista.drafter.medusa import Medusa, MedusaConfig
 from amphista.drafter.none import NoDrafter
@@ -79,7 +79,7 @@ def shipped_for(kind: str, fingerprint: Fingerprint) -> Checkpoint | None:
     return min(usable, key=lambda pair: pair[0])[1] if usable else None
 
 
-def locate_checkpoint(name: str, fingerprint: Fingerprint) -> Checkpoint:
+def locate_checkpoint(name: str, fingerprint: Fingerprint, hub: HubAccess | None = None) -> Checkpoint:
     """A shipped name for this target, a folder, or a hub id."""
     if name in DRAFTERS:
         shipped = shipped_for(name, fingerprint)
@@ -94,11 +94,7 @@ def locate_checkpoint(name: str, fingerprint: Fingerprint) -> Checkpoint:
         raise DrafterError(
             f"unknown drafter {name!r}: expected {known}, a folder with config.json, or a hub id (owner/name)"
         )
-    return read_checkpoint(_from_hub(name))
-
-
-def _from_hub(name: str) -> Path:
-    return fetch(name, CHECKPOINT_FILES)
+    return read_checkpoint(fetch(name, CHECKPOINT_FILES, hub))
 
 
 def read_checkpoint(folder: Path) -> Checkpoint:
@@ -194,7 +190,13 @@ def recover_drafter(folder: Path) -> None:
 
 
 def load_drafter(
-    name: str, spec: TargetSpec, shared: SharedWeights, fingerprint: Fingerprint, *, allow_other_target: bool = False
+    name: str,
+    spec: TargetSpec,
+    shared: SharedWeights,
+    fingerprint: Fingerprint,
+    *,
+    allow_other_target: bool = False,
+    hub: HubAccess | None = None,
 ) -> Drafter:
     """Load a drafter for a target: 'none', a shipped name, a folder or a hub id; 'lookup', or any of them '+lookup'."""
     if name == "none":
@@ -203,8 +205,10 @@ def load_drafter(
         return WithLookup(NoDrafter())
     if name.endswith(f"+{LOOKUP}") and not Path(name).expanduser().exists():
         inner = name.removesuffix(f"+{LOOKUP}")
-        return WithLookup(load_drafter(inner, spec, shared, fingerprint, allow_other_target=allow_other_target))
-    checkpoint = locate_checkpoint(name, fingerprint)
+        return WithLookup(
+            load_drafter(inner, spec, shared, fingerprint, allow_other_target=allow_other_target, hub=hub)
+        )
+    checkpoint = locate_checkpoint(name, fingerprint, hub)
     refuse_other_target(checkpoint, fingerprint, allow_other_target=allow_other_target)
     drafter = make_drafter(checkpoint.kind, checkpoint.config, spec, shared)
     path = checkpoint.folder / "model.safetensors"

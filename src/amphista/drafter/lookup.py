@@ -12,6 +12,8 @@ default target; each request moves it by its own outcomes.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import pairwise
 
@@ -38,7 +40,8 @@ class Lookup:
 
     def propose(self, token_ids: list[int], max_depth: int) -> Graft | None:
         """The chain that may follow `token_ids`, which begin with what was given before (or since the last trim)."""
-        self.index.extend(token_ids[len(self.index) :])
+        with self._whole():
+            self.index.extend(token_ids[len(self.index) :])
         self._learn()
         found = self.index.match()
         depth = min(max_depth, DEEPEST)
@@ -57,9 +60,19 @@ class Lookup:
 
     def trim(self, num_tokens: int) -> None:
         """Forget the tokens behind the first `num_tokens`, and all outcomes: another request begins."""
-        self.index.trim(num_tokens)
+        with self._whole():
+            self.index.trim(num_tokens)
         self._outcomes = {start: [0, 0] for start in PRIOR}
         self._proposed = None
+
+    @contextmanager
+    def _whole(self) -> Iterator[None]:
+        """An index that is broken off in mid-change (Ctrl-C) is given up; the next proposal builds it anew."""
+        try:
+            yield
+        except BaseException:
+            self.index, self._proposed = NgramIndex(), None
+            raise
 
     def _learn(self) -> None:
         """Compare the last proposal with the tokens that have come since, up to its first mistake."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +16,8 @@ from typing import Any
 
 from amphista.files import write_json
 from amphista.target.gguf import cache_folder
-from amphista.target.loading import say
+
+logger = logging.getLogger("amphista")
 
 MAX_AGE_DAYS = 30
 Record = dict[str, Any]
@@ -63,4 +65,4 @@ def _write(path: Path, record: Record) -> None:
         write_json(path, record)
     except OSError as error:
         _not_kept[path] = record
-        say(f"the measured costs cannot be kept in {path.parent} ({error.strerror})")
+        logger.warning(f"the measured costs cannot be kept in {path.parent} ({error.strerror})")

@@ -8,6 +8,7 @@ comparable when they were measured on different days. What other programs have d
 from __future__ import annotations
 
 import hashlib
+import logging
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,9 +19,10 @@ from amphista.drafter.base import Drafter
 from amphista.drafter.heads import ParallelHeads
 from amphista.engine.cost_cache import kept
 from amphista.engine.timing import NOISY, draft_ratio, verify_seconds
-from amphista.target.loading import say
 from amphista.target.target import Target
 from amphista.tree.tune import NOTHING_PAYS, Costs
+
+logger = logging.getLogger("amphista")
 
 FORMAT = 2
 TIMED_CODE = ("cache", "drafter", "engine", "kernels", "target", "tree")
@@ -79,7 +81,7 @@ def drafter_key(drafter: ParallelHeads) -> dict[str, Any]:
 
 
 def _measure_verify(target: Target) -> dict[str, Any]:
-    say("measuring what a forward costs here (some seconds, once; `amphista tune` shows it)")
+    logger.info("measuring what a forward costs here (some seconds, once; `amphista dev tune` shows it)")
     seconds, spread = verify_seconds(target)
     _say_if_noisy("forwards", spread)
     return {"seconds": {str(size): value for size, value in seconds.items()}, "spread": spread}
@@ -93,7 +95,9 @@ def _measure_draft(target: Target, drafter: Drafter) -> dict[str, Any]:
 
 def _say_if_noisy(what: str, spread: float) -> None:
     if spread > NOISY:
-        say(f"other programs disturbed the measurement of {what}: it is not kept, the next start measures again")
+        logger.warning(
+            f"other programs disturbed the measurement of {what}: it is not kept, the next start measures again"
+        )
 
 
 def _is_curve(record: dict[str, Any]) -> bool:

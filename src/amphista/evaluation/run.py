@@ -207,7 +207,8 @@ class Evaluation:
                 conversations[record.method] = _next(conversations[record.method], question, turn, record)
 
     def _measure(self, question: Question, repeat: int, turn: int, conversations: dict[str, Any]) -> list[Record]:
-        params = replace(self.config.params, seed=answer_seed(self.config.params.seed, question.id, turn, repeat))
+        seed = answer_seed(self.config.params.seed or 0, question.id, turn, repeat)
+        params = replace(self.config.params, seed=seed)
         first = self.questions.questions.index(question) + turn + repeat  # each method leads in its turn
         order = [self.names[(first + i) % len(self.names)] for i in range(len(self.names))]
         found: dict[str, Record] = {}
@@ -221,7 +222,7 @@ class Evaluation:
                 turn=turn,
                 repeat=repeat,
                 method=name,
-                seed=params.seed,
+                seed=seed,
                 num_prompt_tokens=len(prompts[name]),
                 **outcome,
             )

@@ -109,7 +109,7 @@ class StockGenerate:
         config = self._generation_config(params, min(params.max_new_tokens, room))
         devices = [target.device] if target.device.type == "cuda" else []
         with torch.random.fork_rng(devices), torch.inference_mode(), ForwardMeter(target).attached() as meter:
-            torch.manual_seed(params.seed % 2**63)
+            torch.manual_seed((params.seed or 0) % 2**63)
             started = now(target.device)
             output = target.model.generate(
                 ids, attention_mask=torch.ones_like(ids), generation_config=config, **self._variant.models

@@ -197,6 +197,11 @@ class Target:
             raise TargetError(f"{self.spec.family} keeps its layers elsewhere: only whole targets can be measured")
         return holder
 
+    @property
+    def generation_config(self) -> Any:
+        """The model's own, None where it has none; nothing but its end tokens is used unasked."""
+        return self._generation_config
+
     @cached_property
     def eos_ids(self) -> frozenset[int]:
         """All end tokens of the generation configuration; it may name one or several."""

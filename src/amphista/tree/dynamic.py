@@ -13,7 +13,6 @@ import math
 
 from amphista.tree.candidates import Candidates
 from amphista.tree.offers import GrownNodes, Offers
-from amphista.tree.token_tree import TokenTree
 
 
 def best_first(pending: int, candidates: Candidates, num_nodes: int, max_depth: int) -> GrownNodes:
@@ -39,8 +38,3 @@ def best_first(pending: int, candidates: Candidates, num_nodes: int, max_depth: 
         offer(depth, rank + 1, parent)  # the next sibling
         offer(depth + 1, 0, grown.num_nodes - 1)  # the first child
     return grown
-
-
-def dynamic_tree(pending: int, candidates: Candidates, num_nodes: int, max_depth: int) -> TokenTree:
-    """The best tree of at most `num_nodes` nodes for this step."""
-    return best_first(pending, candidates, num_nodes, max_depth).tree()

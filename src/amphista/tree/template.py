@@ -87,9 +87,6 @@ class TreeTemplate:
             paths.append([*paths[parent], rank])
         return paths[1:]
 
-    def to_json(self) -> str:
-        return json.dumps({"paths": self.paths()})
-
     def fill(self, pending: int, candidates: Candidates, max_depth: int) -> TokenTree:
         """A token tree of this shape; nodes that are too deep or that no candidate fills are left out."""
         return self.grow(pending, candidates, max_depth).tree()

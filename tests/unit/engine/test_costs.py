@@ -136,20 +136,20 @@ def test_a_damaged_file_is_measured_again(target, measured, damage):
     assert measured == ["verify"] * 2
 
 
-def test_a_folder_that_cannot_be_written_is_said_and_no_more(target, measured, tmp_path, capsys):
+def test_a_folder_that_cannot_be_written_is_said_and_no_more(target, measured, tmp_path, caplog):
     (tmp_path / "costs").write_text("a file where the folder should be")
     assert costs_for(target, WithLookup(NoDrafter())).max_nodes == 4
-    assert "cannot be kept" in capsys.readouterr().err
+    assert "cannot be kept" in caplog.text
     costs_for(target, WithLookup(NoDrafter()))
     assert measured == ["verify"], "this process goes on with what it has"
 
 
 @pytest.mark.parametrize("what", ["verify", "draft"])
-def test_what_was_disturbed_serves_its_process_and_is_measured_again(target, measured, spreads, what, capsys):
+def test_what_was_disturbed_serves_its_process_and_is_measured_again(target, measured, spreads, what, caplog):
     drafter = medusa(target)
     spreads[what] = 2.59
     first = costs_for(target, drafter)
-    assert measured == ["verify", "draft"] and "the next start measures again" in capsys.readouterr().err
+    assert measured == ["verify", "draft"] and "the next start measures again" in caplog.text
     assert costs_for(target, drafter) == first and measured == ["verify", "draft"], "not once a method"
     cost_cache._not_kept.clear()  # the next start
     spreads[what] = 1.1

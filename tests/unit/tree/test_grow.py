@@ -6,7 +6,7 @@ import pytest
 
 from amphista.errors import ConfigError
 from amphista.tree.candidates import Candidates, Graft
-from amphista.tree.dynamic import dynamic_tree
+from amphista.tree.dynamic import best_first
 from amphista.tree.grow import (
     AutoGrower,
     ChainGrower,
@@ -50,7 +50,7 @@ def test_less_than_the_root_is_refused(text):
 def test_dynamic():
     grower = DynamicGrower(4)
     assert grower.num_ranks == 3, "no node of a tree of 4 can have a rank beyond the third"
-    assert grower.grow(9, CANDIDATES, 5).tree == dynamic_tree(9, CANDIDATES, 4, 5)
+    assert grower.grow(9, CANDIDATES, 5).tree == best_first(9, CANDIDATES, 4, 5).tree()
     assert DynamicGrower(1).grow(9, CANDIDATES, 5).tree.tokens == [9]
 
 
