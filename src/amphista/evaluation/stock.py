@@ -127,7 +127,7 @@ class StockGenerate:
         generation_config = self._target.model.generation_config
         sampling = {
             "temperature": params.temperature,
-            "top_k": params.top_k,
+            "top_k": max(params.top_k, 0),
             "top_p": params.top_p,
             "min_p": params.min_p or (0.0 if generation_config.min_p else None),  # None: the model's own
         }

@@ -301,6 +301,16 @@ def test_seeds_are_unrelated_and_fixed():
     assert answer_seed(0, 1, 0, 0) == answer_seed(0, "1", 0, 0)
 
 
+def test_a_run_without_a_seed_is_the_run_of_seed_0(text_target, asked, tmp_path):
+    unseeded = EvaluationConfig(
+        methods=config("none").methods, params=SamplingParams(max_new_tokens=10, temperature=0.8), settings=Settings()
+    )
+    with Evaluation(text_target, asked, unseeded, tmp_path / "out") as evaluation:
+        evaluation.run()
+    assert [r.seed for r in evaluation.records[:2]] == [answer_seed(0, "1", turn, 0) for turn in (0, 1)]
+    evaluate(text_target, asked, tmp_path / "out", methods="none", temperature=0.8, seed=0)  # goes on in it
+
+
 def test_methods_lead_in_turn(text_target, asked, tmp_path, monkeypatch):
     order = []
     answer = Evaluation._answer
