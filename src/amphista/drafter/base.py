@@ -18,7 +18,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from amphista.errors import ConfigError
-from amphista.tree.candidates import Candidates, Graft
+from amphista.tree.candidates import Candidates, NgramDraft
 
 
 @dataclass
@@ -93,7 +93,7 @@ class Drafter(nn.Module):
         """An empty state for a new sequence."""
         return DrafterState()
 
-    def recall(self, state: DrafterState, token_ids: list[int], max_depth: int) -> Graft | None:
+    def draft_ngrams(self, state: DrafterState, token_ids: list[int], max_depth: int) -> NgramDraft | None:
         """What the sequence itself suggests after `token_ids`, the pending one included; costs no pass over anything.
 
         The ids grow at their end between two calls, or begin anew after a `trim`.

@@ -27,7 +27,7 @@ from amphista.drafter.heads import ParallelHeads, Ranked
 from amphista.drafter.stage_rows import StageHome, StageRows
 from amphista.errors import CaptureError
 from amphista.kernels.graph import Inputs, OneThread, Recorded, Recorder, bucket, capacities
-from amphista.tree.candidates import Candidates, Graft
+from amphista.tree.candidates import Candidates, NgramDraft
 
 ROWS = (1, 2, 4, 8, 16, 32)  # fed at once; more are read as they are
 FIRST_CAPACITY = 256
@@ -133,8 +133,8 @@ class CapturedDrafter(Drafter):
     def start(self) -> DrafterState:
         return self._around.start()
 
-    def recall(self, state: DrafterState, token_ids: list[int], max_depth: int) -> Graft | None:
-        return self._around.recall(state, token_ids, max_depth)
+    def draft_ngrams(self, state: DrafterState, token_ids: list[int], max_depth: int) -> NgramDraft | None:
+        return self._around.draft_ngrams(state, token_ids, max_depth)
 
     def trim(self, state: DrafterState, num_rows: int) -> None:
         self._around.trim(state, num_rows)

@@ -22,12 +22,12 @@ from amphista.errors import ConfigError, DrafterError
 from amphista.kernels.frozen import pack_linears
 from amphista.kernels.linear import PackedLinear, quick_type
 from amphista.target.spec import SharedWeights, TargetSpec
-from amphista.tree.candidates import Below, Candidates
+from amphista.tree.candidates import Candidates, ConditionalRanks
 
 
 class Ranked(NamedTuple):
     """The best tokens of k heads as tensors, on the device: ids and log-probabilities [k, R], and for heads that know
-    paths, of each of their tokens the best below it, `Below` as tensors [k - 1, parents, children]."""
+    paths, of each of their tokens the best below it, `ConditionalRanks` as tensors [k - 1, parents, children]."""
 
     token_ids: Tensor
     log_probs: Tensor
@@ -38,7 +38,7 @@ class Ranked(NamedTuple):
         """The same for a tree to grow from."""
         below = None
         if self.ranks_below is not None and self.log_probs_below is not None:
-            below = Below(self.ranks_below.tolist(), self.log_probs_below.tolist())
+            below = ConditionalRanks(self.ranks_below.tolist(), self.log_probs_below.tolist())
         return Candidates(self.token_ids.tolist(), self.log_probs.tolist(), below=below)
 
 
@@ -293,7 +293,8 @@ class ParallelHeads(Drafter):
     def ranks_below(
         self, states: Tensor, token_ids: Tensor, log_probs: Tensor, divisors: Tensor, num_ranks: int
     ) -> tuple[Tensor, Tensor]:
-        """Decoding form, all heads' shortlists at once: `Below` as tensors [..., K - 1, S parents, R best children].
+        """Decoding form, all heads' shortlists at once -> `ConditionalRanks` as tensors
+        [..., K - 1, S parents, R best children].
 
         states [..., K, D]; token_ids and log_probs [..., K, S or more] as `top_ranks` gives them; divisors [K].
         """

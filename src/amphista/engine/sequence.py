@@ -18,7 +18,7 @@ from amphista.engine.params import FinishReason, SamplingParams
 from amphista.engine.stats import DecodeStats
 from amphista.errors import RequestError
 from amphista.target.text import IncrementalText
-from amphista.tree.tune import Pace
+from amphista.tree.tune import DraftController
 
 MAX_UNFED = 512
 
@@ -83,7 +83,7 @@ class Sequence:
     max_positions: int
     text: IncrementalText | None = None
     stats: DecodeStats = field(default_factory=DecodeStats)
-    pace: Pace = field(default_factory=Pace)
+    controller: DraftController = field(default_factory=DraftController)
     finish_reason: FinishReason | None = None
     output_ids: list[int] = field(default_factory=list)  # everything emitted, the end token included
 
