@@ -63,10 +63,10 @@ class ParallelHeads(Drafter):
         ids = torch.arange(size) if size is not None else None
         self.register_buffer("draft_ids", ids)
         if config.lm_head == "own":
-            weight, bias = self._gather_head()
-            self.own_head = nn.Parameter(weight.float().expand(config.num_heads, -1, -1).clone())
-            own_bias = None if bias is None else bias.float().expand(config.num_heads, -1).clone()
-            self.own_bias = None if own_bias is None else nn.Parameter(own_bias)
+            rows = (config.num_heads, self.draft_vocab)
+            self.own_head = nn.Parameter(torch.empty(*rows, spec.hidden_size))
+            self.own_bias = nn.Parameter(torch.empty(rows)) if shared.has_bias else None
+            self._start_own_head()
         self.path = None if config.path_rank is None else PathCorrection(config.path_rank, spec)
 
     # -- once trained -------------------------------------------------------------------------------------------
@@ -128,11 +128,16 @@ class ParallelHeads(Drafter):
         self.draft_ids.copy_(token_ids.sort().values)
         self.forget_gathered_head()
         if self.config.lm_head == "own":
+            self._start_own_head()
+
+    @torch.no_grad()
+    def _start_own_head(self) -> None:
+        """Every head's own LM head begins as the target's; on `meta`, where weights are only sizes, nothing begins."""
+        if not self.own_head.is_meta:
             weight, bias = self._gather_head()
-            with torch.no_grad():
-                self.own_head.copy_(weight.float().expand_as(self.own_head))
-                if self.own_bias is not None and bias is not None:
-                    self.own_bias.copy_(bias.float().expand_as(self.own_bias))
+            self.own_head.copy_(weight)
+            if self.own_bias is not None and bias is not None:
+                self.own_bias.copy_(bias)
 
     @property
     def draft_vocab(self) -> int:

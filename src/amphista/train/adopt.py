@@ -14,9 +14,8 @@ from typing import Any
 
 from amphista import provenance
 from amphista.drafter.card import CardConfig, write_card
-from amphista.drafter.checkpoint import read_checkpoint, save_drafter
+from amphista.drafter.checkpoint import check_out, save_drafter
 from amphista.drafter.convert import Published
-from amphista.errors import ConfigError, DrafterError
 from amphista.target.loading import hub_name
 from amphista.target.target import Target
 from amphista.train.calibrate import calibrate
@@ -31,7 +30,7 @@ def adopt(published: Published, target: Target, out: Path, data: Sequence[Path],
     """Measure, card, save; returns what config.json then holds under `training`.
 
     data: files as for training, all of them held out, since nothing is trained. card: its licence defaults to the
-    published one. Raises ConfigError if `out` holds something else than a drafter.
+    published one. Raises ConfigError where `check_out` does.
     """
     check_out(out)
     drafter = published.drafter.to(target.device)
@@ -60,13 +59,3 @@ def adopt(published: Published, target: Target, out: Path, data: Sequence[Path],
     text = write_card(drafter, hub_name(target.name), training, card, published.dtype)
     save_drafter(drafter, out, target.fingerprint, card=text, training=training, dtype=published.dtype)
     return training
-
-
-def check_out(out: Path) -> None:
-    """Raise ConfigError unless `out` is free, empty or a drafter's: saving replaces the folder as a whole."""
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
-        return
-    try:
-        read_checkpoint(out)
-    except (DrafterError, OSError) as error:
-        raise ConfigError(f"{out} is there already and is no drafter of ours: choose another --out") from error

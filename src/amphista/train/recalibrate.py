@@ -16,7 +16,14 @@ from typing import Any
 from amphista import provenance
 from amphista.config import build
 from amphista.drafter.card import CardConfig, write_card
-from amphista.drafter.checkpoint import Checkpoint, load_drafter, locate_checkpoint, make_drafter, save_drafter
+from amphista.drafter.checkpoint import (
+    Checkpoint,
+    check_out,
+    load_drafter,
+    locate_checkpoint,
+    make_drafter,
+    save_drafter,
+)
 from amphista.drafter.heads import ParallelHeads
 from amphista.engine.decoder import decode
 from amphista.engine.params import SamplingParams
@@ -24,7 +31,7 @@ from amphista.engine.step import Engine
 from amphista.errors import ConfigError
 from amphista.target.loading import hub_name
 from amphista.target.target import Target
-from amphista.train.adopt import MAX_LEN, check_out
+from amphista.train.adopt import MAX_LEN
 from amphista.train.calibrate import calibrate
 from amphista.train.dataset import HiddenStates, coverage, frequent_tokens, split_rows
 from amphista.train.losses import LossConfig
