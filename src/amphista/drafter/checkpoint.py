@@ -195,7 +195,7 @@ def _checked_training(training: dict[str, Any]) -> dict[str, Any]:
 
 
 def check_out(folder: Path) -> None:
-    """Raise ConfigError unless a drafter may be saved here: the folder is new, a drafter's, or holds but hidden files."""
+    """Raise ConfigError unless a drafter may be saved here: a new folder, a drafter's, or one of hidden files."""
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"{folder} is there already and is no folder: choose another --out")
     if folder.exists() and any(not path.name.startswith(".") for path in folder.iterdir()):
