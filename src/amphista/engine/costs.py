@@ -55,6 +55,7 @@ def tune(target: Target, drafter: Drafter, *, refresh: bool = False) -> Tuned:
         key = {"what": "draft", **key, "drafter": drafter_key(inner)}
         ratio = kept(key, lambda: {"ratio": draft_ratio(target, drafter)}, _is_ratio, refresh=refresh)["ratio"]
         draft = verify[1] * ratio
+    target.give_back_graphs()
     return Tuned(verify, record["spread"], Costs.measured(verify, draft, in_steps=target.is_static))
 
 
