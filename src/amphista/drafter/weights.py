@@ -21,8 +21,8 @@ STORED_TYPES = {True: ("F64", "F32", "F16", "BF16"), False: ("I64",)}  # by whet
 
 
 def write_weights(path: Path, tensors: Mapping[str, Tensor], sha256: str) -> None:
-    """Write tensors with their digest in the header."""
-    save_file(dict(tensors), path, metadata={"format": "pt", "sha256": sha256})
+    """Write tensors with their digest in the header, alone: of two entries the order would differ from file to file."""
+    save_file(dict(tensors), path, metadata={"sha256": sha256})
     path.chmod(0o644)
 
 
