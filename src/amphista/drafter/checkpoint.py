@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from amphista.config import as_dict, build
 from amphista.drafter.amphista import Amphista, AmphistaConfig
@@ -183,9 +184,10 @@ def _checked_training(training: dict[str, Any]) -> dict[str, Any]:
     if isinstance(sections["recipe"], dict):
         sections |= {f"recipe.{name}": sections["recipe"].get(name) or {} for name in ("data", "card")}
     wrong = [name for name, section in sections.items() if not isinstance(section, dict)]
-    if not wrong and sections["progress"]:  # of one trained here; a converted one has data of its own
-        needed = [(name, key) for name, keys in TRAINING_NUMBERS.items() if sections[name] for key in keys]
-        wrong = [f"{name}.{key}" for name, key in needed if not isinstance(sections[name].get(key), int | float)]
+    if not wrong:  # a converted drafter has data of its own, and no progress
+        named = ["data", "progress"] * bool(sections["progress"]) + ["before"] * bool(sections["before"])
+        numbers = [(name, key) for name in named for key in TRAINING_NUMBERS[name]]
+        wrong = [f"{name}.{key}" for name, key in numbers if not isinstance(sections[name].get(key), int | float)]
     if wrong:
         raise ConfigError(f"training.{wrong[0]} has another form than training writes")
     return training
@@ -242,8 +244,8 @@ def save_drafter(
         _sync(staged)
         _replace(folder / CONFIG, json.dumps(values, indent=1) + "\n")
         _replace(folder / CARD, card)
-    except OSError as error:
-        raise ConfigError(f"cannot write the drafter to {folder}: {error.strerror}") from error
+    except (OSError, SafetensorError) as error:
+        raise ConfigError(f"cannot write the drafter to {folder}: {error}") from error
     finally:
         if folder.is_dir():
             recover_drafter(folder)
