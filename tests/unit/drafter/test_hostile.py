@@ -158,7 +158,7 @@ def test_sections_that_are_something_else(folder, target, place, value):
 
 
 @pytest.mark.parametrize(
-    "place", ["data", "progress", "recipe", "recipe.data", "recipe.card", "data.rows", "progress.step"]
+    "place", ["data", "progress", "before", "recipe", "recipe.data", "recipe.card", "data.rows", "progress.step"]
 )
 @pytest.mark.parametrize("value", ["x", [1]], ids=str)
 def test_a_training_record_of_another_form(folder, target, place, value):
