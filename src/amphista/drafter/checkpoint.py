@@ -120,8 +120,8 @@ def locate_checkpoint(name: str | os.PathLike[str], fingerprint: Fingerprint) ->
         raise DrafterError(
             f"unknown drafter {name[:200]!r}: expected {known}, a folder with config.json, or a hub id (owner/name)"
         )
-    read_checkpoint(_from_hub(name, (CONFIG,)), name)  # what is no drafter of ours is not fetched any further
-    return read_checkpoint(_from_hub(name, CHECKPOINT_FILES), name)
+    read_checkpoint(fetch(name, (CONFIG,)), name)  # what is no drafter of ours is not fetched any further
+    return read_checkpoint(fetch(name, CHECKPOINT_FILES), name)
 
 
 def name_of(drafter: str | os.PathLike[str]) -> str:
@@ -130,10 +130,6 @@ def name_of(drafter: str | os.PathLike[str]) -> str:
     if not isinstance(name, str):
         raise DrafterError(f"a drafter is given by its name or folder, not as {type(drafter).__name__}")
     return name
-
-
-def _from_hub(name: str, files: tuple[str, ...]) -> Path:
-    return fetch(name, files)
 
 
 # -- config.json ------------------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from typing import Any
 
 from accelerate import Accelerator
 
-from amphista.drafter.checkpoint import recover_drafter
+from amphista.drafter.checkpoint import check_out, recover_drafter
 from amphista.errors import ConfigError
 from amphista.train.tensorboard import Writer, open_writer, write_record
 
@@ -62,6 +62,7 @@ class RunFolder:
         if self._accelerator.is_main_process:
             for name in DRAFTERS_KEPT:
                 recover_drafter(self.path / name)
+                check_out(self.path / name)
             self._cut_log(progress.step)
             if self._tensorboard:
                 self._writer = open_writer(self.path / "tensorboard", progress.step)

@@ -354,7 +354,7 @@ def test_none_is_plain_decoding(target):
 
 @pytest.mark.parametrize("name", ["./nowhere", "/nowhere", "~/nowhere", "nowhere", "a/b/c"])
 def test_unknown_names_are_refused_without_asking_the_hub(target, name, monkeypatch):
-    monkeypatch.setattr(checkpoint, "_from_hub", None)
+    monkeypatch.setattr(checkpoint, "fetch", None)
     with pytest.raises(DrafterError, match="unknown drafter"):
         load(name, target)
 
@@ -365,7 +365,7 @@ def test_a_folder_without_a_checkpoint_is_refused(target, tmp_path):
 
 def test_the_hub_is_asked_for_owner_and_name(target, folder, monkeypatch):
     asked = []
-    monkeypatch.setattr(checkpoint, "_from_hub", lambda name, files: asked.append((name, files)) or folder)
+    monkeypatch.setattr(checkpoint, "fetch", lambda name, files: asked.append((name, files)) or folder)
     assert load("owner/name", target).name == "amphista"
     assert asked == [("owner/name", ("config.json",)), ("owner/name", CHECKPOINT_FILES)]
 
