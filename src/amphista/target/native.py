@@ -110,7 +110,7 @@ class NativeForward:
         ]
         num_rows = sum(len(span.token_ids) for span in spans)
         furthest = max(span.cache.num_committed + len(span.token_ids) for span in spans)
-        turns = self._lean.turns.reserve(furthest)
+        turns = self._lean.rotary.reserve(furthest)
         output = self.model.forward(
             native, range(num_rows) if wanted is None else wanted, turns, with_logits=with_logits
         )
