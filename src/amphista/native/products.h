@@ -23,11 +23,13 @@ enum { FLOAT_ROWS = 6, BF16_ROWS = 4, INT8_ROWS = 8 };
 #else
 enum { FLOAT_ROWS = 2, BF16_ROWS = 2, INT8_ROWS = 1 };
 #endif
-#ifndef MUTATE /* tests build with a fault, which the laws must see */
-#define MUTATE 0
+#ifdef MUTABLE /* tests build it with a fault to switch on, which the laws must see */
+int amphista_mutant = 0;
+#define MUTANT(number) (amphista_mutant == (number))
+#else
+#define MUTANT(number) 0
 #endif
-#define MUTANT(number) (MUTATE == (number))
-enum { SKIP_ANCESTOR = 1, SEE_SIBLING, LATE_POSITION, DROP_TAIL, DROP_ODD, ROWS_CHANGE_ORDER, WIDE_WINDOW, OTHER_CACHE };
+enum { NO_FAULT, SKIP_ANCESTOR, SEE_SIBLING, LATE_POSITION, DROP_TAIL, DROP_ODD, ROWS_CHANGE_ORDER, WIDE_WINDOW, OTHER_CACHE };
 
 typedef struct {
     const void *weight;

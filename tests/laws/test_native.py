@@ -1,0 +1,235 @@
+"""The C step: a node's logits are the same bits as plain decoding's, and as near to the stock model as float32 is.
+
+Random trees of several sequences in one call, behind contexts from none to beyond the window, in every type of weights,
+for odd sizes, on every instruction set that this machine runs. The same checks must see each of the faults that the
+library can be built with.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import random
+from functools import cache
+
+import pytest
+import torch
+
+from amphista.cache.static import KVCache
+from amphista.kernels.int8 import Int8Linear, can_quantise
+from amphista.native.build import NativeError, build, find_compiler, load
+from amphista.target.attention import MaskForm
+from amphista.target.lean import LeanModel
+from amphista.target.native import NativeForward, PlainLinear, SpanRows
+from amphista.target.target import Target
+from tests.laws.test_fast_path import shaken_model
+from tests.tiny import WINDOW
+
+FLAGS = {
+    "native": ("-march=native", "-fopenmp"),
+    "avx2": ("-march=x86-64-v3", "-fopenmp"),
+    "portable": ("-march=x86-64", "-fopenmp"),
+}
+ODD = {"hidden_size": 36, "intermediate_size": 50, "head_dim": 10, "vocab_size": 301, "num_hidden_layers": 2}
+MODELS = {
+    "llama-odd": ("llama", ODD),
+    "llama-biased": ("llama", {"attention_bias": True, "mlp_bias": True, "num_key_value_heads": 1}),
+    "mistral-windowed": ("mistral-windowed", {}),
+    "qwen2-windowed": ("qwen2-windowed", {**ODD, "num_key_value_heads": 4}),
+    "qwen3-wide": ("qwen3", {"head_dim": 72, "hidden_size": 72, "intermediate_size": 200}),
+}
+TYPES = ["float32", "bfloat16", "int8"]
+CONTEXTS = [0, 1, WINDOW - 2, 2 * WINDOW + 3, 67]
+FAULTS = ["skipped ancestor", "seen sibling", "late position", "dropped tail", "dropped odd", "order by rows",
+          "wide window", "other cache"]  # fmt: skip
+
+
+def has_compiler() -> bool:
+    try:
+        find_compiler()
+    except NativeError:
+        return False
+    return True
+
+
+pytestmark = pytest.mark.skipif(not has_compiler(), reason="no C compiler")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def two_threads():
+    """More than one, so that pieces of work are shared out."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+def runs_here(flags: str) -> bool:
+    return flags != "avx2" or torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
+
+
+def windows_of(target: Target) -> list[int | None]:
+    plan, kinds = target.mask_plan, getattr(target.config, "layer_types", None)
+    kinds = kinds or ["full_attention"] * target.spec.num_layers
+    windowed = plan.form is MaskForm.WINDOWED
+    return [plan.window if windowed or kind == "sliding_attention" else None for kind in kinds]
+
+
+@cache
+def forward_of(name: str, type_name: str, flags: tuple[str, ...]) -> tuple[NativeForward, Target]:
+    family, changes = MODELS[name]
+    model = shaken_model(family, **changes)
+    model = model.to(torch.bfloat16) if type_name == "bfloat16" else model
+    target = Target(model, name=name)
+    lean = LeanModel(model, product=PlainLinear)
+    return NativeForward(lean, windows_of(target), int8=type_name == "int8", flags=flags), target
+
+
+def random_tree(source: random.Random, num_nodes: int) -> tuple[list[int], list[int]]:
+    """Tokens and parents; now and then several roots."""
+    parents = [source.randrange(-1, node) if source.random() < 0.2 else node - 1 for node in range(num_nodes)]
+    return [source.randrange(300) for _ in parents], parents
+
+
+def path_to(parents: list[int], node: int) -> list[int]:
+    nodes = []
+    while node >= 0:
+        nodes.append(node)
+        node = parents[node]
+    return nodes[::-1]
+
+
+def plainly(forward: NativeForward, tokens: list[int], num_layers: int) -> tuple[KVCache, list[torch.Tensor]]:
+    """Token after token, each in a forward of its own: the cache, and logits with hidden states of each."""
+    kept, found = KVCache(num_layers), []
+    for token in tokens:
+        output = forward([SpanRows([token], [-1], kept)])
+        kept.commit([0])
+        found.append(torch.cat([output.logits[0], output.hidden[0]]))
+    return kept, found
+
+
+def differences(forward: NativeForward, num_layers: int, seed: int) -> int:
+    """Nodes of random trees of several sequences whose bits are not those of plain decoding; committed rows, too."""
+    source, wrong = random.Random(seed), 0
+    for num_spans in (1, 3):
+        spans, plain = [], []
+        for _ in range(num_spans):
+            prompt = [source.randrange(300) for _ in range(source.choice(CONTEXTS))]
+            tokens, parents = random_tree(source, source.choice([1, 2, 3, 5, 9, 14]))
+            path = path_to(parents, len(tokens) - 1)
+            kept = plainly(forward, prompt, num_layers)[0]
+            whole, found = plainly(forward, prompt + [tokens[node] for node in path], num_layers)
+            spans.append(SpanRows(tokens, parents, kept))
+            plain.append((path, whole, found[len(prompt) :]))
+        output = forward(spans)
+        rows, first = torch.cat([output.logits, output.hidden], dim=1), 0
+        wrong += int((output.choices.long() != output.logits.argmax(-1)).sum())
+        for span, (path, whole, found) in zip(spans, plain, strict=True):
+            wrong += sum(not torch.equal(rows[first + node], row) for node, row in zip(path, found, strict=True))
+            first += len(span.token_ids)
+            span.cache.commit(path)
+            for ours, theirs in zip(span.cache.layers, whole.layers, strict=True):
+                end = whole.num_committed
+                wrong += not torch.equal(ours.keys[:, :, :end], theirs.keys[:, :, :end])
+                wrong += not torch.equal(ours.values[:, :, :end], theirs.values[:, :, :end])
+    return wrong
+
+
+def distance(forward: NativeForward, target: Target) -> float:
+    """Of a chain and of a tree behind it, from the stock model, by the largest logit."""
+    tokens, found = [(7 * i + 3) % 250 for i in range(3 * WINDOW)], []
+    ours, theirs = KVCache(target.spec.num_layers), target.new_cache()
+    chain = forward([SpanRows(tokens, list(range(-1, len(tokens) - 1)), ours)], [len(tokens) - 1])
+    found.append((chain.logits, target.prefill(tokens, theirs).logits))
+    ours.commit(range(len(tokens)))
+    from tests.laws.test_fast_path import TREE
+
+    found.append((forward([SpanRows(TREE.tokens, TREE.parents, ours)]).logits, target.verify(TREE, theirs).logits))
+    return max(float((a - b.float()).abs().max() / b.float().abs().max()) for a, b in found)
+
+
+@pytest.mark.parametrize("flags", FLAGS)
+@pytest.mark.parametrize("type_name", TYPES)
+@pytest.mark.parametrize("name", MODELS)
+def test_a_nodes_bits_are_those_of_plain_decoding(name, type_name, flags):
+    if not runs_here(flags):
+        pytest.skip("this processor has no AVX2")
+    forward, target = forward_of(name, type_name, FLAGS[flags])
+    assert differences(forward, target.spec.num_layers, seed=len(name)) == 0
+    allowed = {"float32": 1e-4, "bfloat16": 0.15, "int8": 0.3}[type_name]
+    assert (1e-4 if type_name == "int8" else 0) < distance(forward, target) < allowed
+
+
+@pytest.mark.skipif(not can_quantise(torch.empty(0)), reason="torch has no products of 8 bits here")
+@pytest.mark.parametrize("name", ["llama-odd", "qwen3-wide"])
+def test_8_bits_are_those_of_the_torch_form(name):
+    forward, target = forward_of(name, "int8", FLAGS["native"])
+    lean = LeanModel(target.model, product=Int8Linear)
+    ids = torch.arange(40)[None]
+    theirs = lean.logits(lean.hidden(ids, ids, None, None))[0]
+    cache_ = KVCache(target.spec.num_layers)
+    ours = forward([SpanRows(ids[0].tolist(), list(range(-1, 39)), cache_)]).logits
+    typical = float((ours - theirs).abs().median() / theirs.abs().max())
+    assert typical < 1e-3  # a number between two steps may go either way, and few do
+
+
+@pytest.fixture(scope="module")
+def mutable(tmp_path_factory):
+    """A build with faults to switch on, and its forward for a model."""
+    flags = ("-O1", "-march=native", "-fopenmp", "-DMUTABLE")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AMPHISTA_CACHE", str(tmp_path_factory.mktemp("mutable")))
+        yield flags, ctypes.c_int.in_dll(load(flags), "amphista_mutant")
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_is_seen(mutable, fault):
+    flags, switch = mutable
+    name = "mistral-windowed" if fault == "wide window" else "llama-odd"
+    forward, target = forward_of(name, "float32", flags)
+    checks = lambda: (differences(forward, target.spec.num_layers, seed=1), distance(forward, target))  # noqa: E731
+    switch.value = FAULTS.index(fault) + 1
+    try:
+        wrong, far = checks()
+    finally:
+        switch.value = 0
+    assert wrong > 0 or far > 1e-3
+    wrong, far = checks()
+    assert wrong == 0 and far < 1e-4
+
+
+BAD = {
+    "a parent that comes later": dict(parents=[-1, 2, 1]),
+    "a parent of its own": dict(parents=[0, 0, 1]),
+    "a token that is none": dict(token_ids=[1, 301, 2]),
+    "a negative token": dict(token_ids=[1, -1, 2]),
+}
+
+
+@pytest.mark.parametrize("bad", BAD)
+def test_what_cannot_be_is_refused_and_nothing_written(bad):
+    forward, target = forward_of("llama-odd", "float32", FLAGS["native"])
+    kept, _ = plainly(forward, [5, 6], target.spec.num_layers)
+    before = [layer.keys.clone() for layer in kept.layers]
+    span = {"token_ids": [1, 2, 3], "parents": [-1, 0, 1], **BAD[bad]}
+    with pytest.raises(NativeError, match="refuses a forward"):
+        forward([SpanRows(cache=kept, **span)])
+    assert all(map(torch.equal, before, [layer.keys for layer in kept.layers]))
+    kept.check_integrity()
+    assert kept.num_rows == 2
+    with pytest.raises(NativeError, match="logits of a row"):
+        forward([SpanRows([1], [-1], kept)], [1])
+
+
+def test_a_fourth_of_threads_and_one_make_the_same_bits():
+    forward, target = forward_of("qwen3-wide", "float32", FLAGS["native"])
+    tokens, outputs = list(range(20)), []
+    for threads in (1, 2, 4):
+        torch.set_num_threads(threads)
+        outputs.append(forward([SpanRows(tokens, list(range(-1, 19)), KVCache(target.spec.num_layers))]).logits)
+    torch.set_num_threads(2)
+    assert torch.equal(outputs[0], outputs[1]) and torch.equal(outputs[0], outputs[2])
+
+
+def test_built_files_are_of_the_package():
+    assert build(FLAGS["native"]).is_file()
