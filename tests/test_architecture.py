@@ -12,7 +12,7 @@ LAYERS = [  # bottom up; what stands on one line does not import each other
     {"errors"},
     {"config", "provenance", "jsonl", "files"},
     {"prompts"},
-    {"tree", "cache", "kernels"},
+    {"tree", "cache", "kernels", "native"},
     {"target"},
     {"accept", "drafter"},
     {"engine"},

@@ -18,12 +18,11 @@ from pathlib import Path
 import torch
 
 from amphista.cache.static import KVCache
-from amphista.kernels.int8 import Int8Linear
 from amphista.kernels.linear import PackedLinear
 from amphista.target.attention import MaskPlan
 from amphista.target.lean import LeanModel
 from amphista.target.loading import load_target
-from amphista.target.native import NativeForward, PlainLinear, SpanRows
+from amphista.target.native import NativeForward, PlainLinear, RoundedLinear, SpanRows
 from amphista.tree.token_tree import TokenTree
 
 
@@ -61,9 +60,9 @@ def forwards(dtype: str, context: int) -> tuple[dict[str, Callable[[TokenTree], 
     """Both forms of the default target behind the same context; bytes of weights that the C step reads."""
     target = load_target(dtype="bfloat16" if dtype == "bfloat16" else "float32", fast=False, progress=lambda line: None)
     prompt = [(7 * i + 3) % 40000 for i in range(context)]
-    plain = LeanModel(target.model, product=PlainLinear)
-    packed = LeanModel(target.model, product=Int8Linear if dtype == "int8" else PackedLinear)
-    native = NativeForward(plain, [None] * target.spec.num_layers, int8=dtype == "int8")
+    plain = LeanModel(target.model, product=RoundedLinear if dtype == "int8" else PlainLinear)
+    packed = plain if dtype == "int8" else LeanModel(target.model, product=PackedLinear)
+    native = NativeForward(plain, [None] * target.spec.num_layers)
     plan, cache = MaskPlan.for_config(target.config), KVCache(target.spec.num_layers)
     chain = TokenTree(prompt, list(range(-1, context - 1)))
 
@@ -82,7 +81,9 @@ def forwards(dtype: str, context: int) -> tuple[dict[str, Callable[[TokenTree], 
     return {"torch": torch_form, "native": c_step}, sum(w.num_bytes for w in [*weights, native.head])
 
 
-def measure(forms: dict[str, Callable[[TokenTree], None]], rows: list[int], repeats: int) -> dict[str, dict[int, list[float]]]:
+def measure(
+    forms: dict[str, Callable[[TokenTree], None]], rows: list[int], repeats: int
+) -> dict[str, dict[int, list[float]]]:
     times: dict[str, dict[int, list[float]]] = {name: {n: [] for n in rows} for name in forms}
     for repeat in range(repeats + 1):
         for count in rows:

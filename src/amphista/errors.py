@@ -6,6 +6,7 @@
     |-- DrafterError     a drafter that cannot be found, is damaged, or belongs to another target
     |-- DataError        a prompt or training file with an unusable line, named by its number
     |-- CapacityError    a cache or a context window that is full
+    |-- NativeError      the C step, where it cannot be built or used; caught, said, and done without
     |-- CaptureError     a forward that this device cannot record as a graph; caught, said, and done without
     `-- RequestError     a request that cannot be served (empty prompt, prompt longer than the context)
 
@@ -37,6 +38,10 @@ class DataError(AmphistaError):
 
 class CapacityError(AmphistaError):
     """A cache or context window has no room left."""
+
+
+class NativeError(AmphistaError):
+    """The C step cannot be built, loaded or used here."""
 
 
 class CaptureError(AmphistaError):

@@ -18,7 +18,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from amphista.errors import AmphistaError
+from amphista.errors import NativeError
 
 SOURCES = Path(__file__).parent
 COMPILERS = ("cc", "gcc", "clang")
@@ -26,10 +26,6 @@ BASE_FLAGS = ("-std=c11", "-O3", "-ffp-contract=fast", "-fPIC", "-shared")
 BEST_FLAGS = ("-march=native", "-fopenmp")
 WITHOUT_OPENMP = ("-march=native",)
 TIMEOUT_SECONDS = 180
-
-
-class NativeError(AmphistaError):
-    """Why the C step is not used here, in one line."""
 
 
 def cache_folder() -> Path:

@@ -19,8 +19,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from amphista.native.build import NativeError, load
-from amphista.native.pages import Arena
+from amphista.errors import NativeError
+from amphista.native.build import load
+from amphista.native.huge_pages import Arena
 
 PAD = 64  # step.c reads padded rows of small vectors: norms
 BLOCK, GROUP, LEVELS, ZERO = 32, 4, 127, 128  # of packed 8-bit weights: outputs side by side, inputs side by side
@@ -106,7 +107,7 @@ class Weight:
         if weight.dtype not in KINDS:
             raise NativeError(f"the C step has no weights of {str(weight.dtype).removeprefix('torch.')}")
         bias = None if bias is None else bias.detach().float().contiguous()
-        return cls(*weight.shape, KINDS[weight.dtype], weight.detach().contiguous(), bias=bias)
+        return cls(weight.shape[0], weight.shape[1], KINDS[weight.dtype], weight.detach().contiguous(), bias=bias)
 
     @classmethod
     def of_8_bits(cls, weight: Tensor, bias: Tensor | None = None, arena: Arena | None = None) -> Weight:
@@ -187,8 +188,8 @@ class NativeSpan:
 
 @dataclass(frozen=True)
 class NativeOutput:
-    """hidden: float32 [N, D] after the final norm. logits: float32 [W, V], or None. choices: int32 [W], the lowest id of
-    each row's largest logit."""
+    """hidden: float32 [N, D] after the final norm. logits: float32 [W, V], or None. choices: int32 [W], the lowest id
+    of each row's largest logit."""
 
     hidden: Tensor
     logits: Tensor | None

@@ -42,6 +42,7 @@ def load_target(
     device: str | None = None,
     dtype: str | None = None,
     fast: bool = True,
+    native: bool = True,
     progress: Progress = logger.info,
 ) -> Target:
     """Load a target and check that it verifies trees.
@@ -49,6 +50,7 @@ def load_target(
     name: a key of NAMED_TARGETS, a folder, a .gguf file or a hub id. device: 'cpu', 'cuda', ...; default CUDA where
     there is one. dtype: a key of DTYPES; default float32 on CPU, the model's own elsewhere; int8: weights of 8 bits on
     the fast path. fast: take the fast path where the model qualifies (`Target.path`, `Target.why_stock`).
+    native: let the C step take the place of its torch form where it can be built (`Target.why_not_native`).
     """
     place = device_of(device)
     int8 = dtype == INT8
@@ -68,7 +70,7 @@ def load_target(
             "depend on the tree: check with --compare before trusting it"
         )
     probe(target)
-    if fast and target.speed_up(release=True, int8=int8):
+    if fast and target.speed_up(release=True, int8=int8, native=native):
         stock_dtype = "float32" if int8 else dtype
         target.load_stock = lambda: load_target(name, device=device, dtype=stock_dtype, fast=False, progress=progress)
     elif int8:

@@ -1,21 +1,25 @@
 """The C step (amphista.native) over the lean form's own weights: spans of token ids and parents on `KVCache`s.
 
-On a CPU, in float32, bfloat16 or with weights of 8 bits. The torch form reads the same weights and the same cache.
+On a CPU, in float32, bfloat16 or with weights of 8 bits. The torch form reads the same weights (of 8 bits: the same
+numbers, in its own order) and the same cache.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 
 from amphista.cache.static import KVCache
+from amphista.errors import NativeError
+from amphista.kernels.int8 import Int8Linear
 from amphista.kernels.linear import PackedLinear
-from amphista.native.build import NativeError
-from amphista.native.pages import Arena
+from amphista.native.huge_pages import Arena
 from amphista.native.step import NativeLayer, NativeModel, NativeOutput, NativeSpan, Shape, Weight
+from amphista.target.attention import MaskForm, MaskPlan
 from amphista.target.lean import LeanLayer, LeanModel
 
 
@@ -26,7 +30,30 @@ class PlainLinear(PackedLinear):
         super().__init__(_ARENA.copy(weight), bias, pack=False)
 
 
+class RoundedLinear(Int8Linear):
+    """Weights of 8 bits for both forms."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
+        super().__init__(weight, bias)
+        self.native = [Weight.of_8_bits(weight, bias, _ARENA)]
+
+    @classmethod
+    def side_by_side(cls, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> Self:
+        made = super().side_by_side(weights, biases)
+        if len(weights) == 2:  # gate and up, which the C step multiplies one by one
+            made.native = [Weight.of_8_bits(w, b, _ARENA) for w, b in zip(weights, biases, strict=True)]
+        return made
+
+
 _ARENA = Arena()
+PROMPT_ROWS = 32  # from here on torch's own products of bfloat16 are faster
+
+
+def windows_of(plan: MaskPlan, config: Any) -> list[int | None]:
+    """How many positions each layer's rows see, themselves included; None: all."""
+    kinds = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
+    everywhere = plan.form is MaskForm.WINDOWED
+    return [plan.window if everywhere or kind == "sliding_attention" else None for kind in kinds]
 
 
 @dataclass(frozen=True)
@@ -41,51 +68,36 @@ class SpanRows:
 class NativeForward:
     """The forward of a lean model whose weights lie as they are (not packed), in C. raises NativeError."""
 
-    def __init__(
-        self,
-        lean: LeanModel,
-        windows: Sequence[int | None],
-        *,
-        int8: bool = False,
-        flags: tuple[str, ...] | None = None,
-    ) -> None:
-        """windows: of each layer, positions a row sees, itself included; None: all. int8: round the weights."""
+    def __init__(self, lean: LeanModel, windows: Sequence[int | None], *, flags: tuple[str, ...] | None = None) -> None:
+        """windows: of each layer, positions a row sees, itself included; None: all."""
         if lean.device.type != "cpu":
             raise NativeError(f"the C step runs on a CPU, not on {lean.device.type}")
-        self._lean, self._int8 = lean, int8
+        self._lean = lean
         norm = lean.layers[0].attention_norm
         scale = float(lean._heads_scale[0])
         shape = Shape(lean.num_heads, lean.num_key_value_heads, lean.head_size, norm.eps, scale)
         self.layers = [self._layer(layer, window) for layer, window in zip(lean.layers, windows, strict=True)]
-        self.head, embedding = self._weight(lean.head), Weight.of(lean._embedding)
+        (self.head,), embedding = _weights(lean.head, 1), Weight.of(lean._embedding)
         self.model = NativeModel(shape, self.layers, lean._norm.weight, embedding, self.head, flags=flags)
         self._row = torch.empty(1, lean.num_key_value_heads, 0, lean.head_size, dtype=self.model.cache_dtype)
 
-    def _weight(self, product: object) -> Weight:
-        if not isinstance(product, PackedLinear) or product.is_packed:
-            raise NativeError("the C step reads weights as they lie: these are packed")
-        return self._made(product._weight, product.bias)
-
-    def _made(self, weight: Tensor, bias: Tensor | None) -> Weight:
-        return Weight.of_8_bits(weight, bias, _ARENA) if self._int8 else Weight.of(weight, bias)
-
-    def _halves(self, product: object) -> list[Weight]:
-        assert isinstance(product, PackedLinear)
-        biases = [None, None] if product.bias is None else product.bias.chunk(2)
-        return [self._made(weight, bias) for weight, bias in zip(product._weight.chunk(2), biases, strict=True)]
+    def is_quick(self, num_rows: int) -> bool:
+        """Whether so many rows of a prompt are read here sooner than by torch."""
+        return num_rows <= PROMPT_ROWS or self.model.cache_dtype is torch.float32
 
     def _layer(self, layer: LeanLayer, window: int | None) -> NativeLayer:
-        gate, up = self._halves(layer.gate_up)
+        gate, up = _weights(layer.gate_up, 2)
+        (qkv,), (output,), (down,) = (_weights(part, 1) for part in (layer.qkv, layer.output, layer.down))
         return NativeLayer(
             layer.attention_norm.weight,
-            self._weight(layer.qkv),
+            qkv,
             None if layer.query_norm is None else layer.query_norm.weight,
             None if layer.key_norm is None else layer.key_norm.weight,
-            self._weight(layer.output),
+            output,
             layer.mlp_norm.weight,
             gate,
             up,
-            self._weight(layer.down),
+            down,
             window,
         )
 
@@ -111,12 +123,16 @@ class NativeForward:
         num_rows = sum(len(span.token_ids) for span in spans)
         furthest = max(span.cache.num_committed + len(span.token_ids) for span in spans)
         turns = self._lean.rotary.reserve(furthest)
-        output = self.model.forward(
-            native, range(num_rows) if wanted is None else wanted, turns, with_logits=with_logits
-        )
-        for span in spans:
-            for layer in span.cache.layers:
-                layer.num_rows = span.cache.num_committed + len(span.token_ids)
+        rows = range(num_rows) if wanted is None else wanted
+        try:
+            output = self.model.forward(native, rows, turns, with_logits=with_logits)
+            for span in spans:
+                for layer in span.cache.layers:
+                    layer.num_rows = span.cache.num_committed + len(span.token_ids)
+        except BaseException:
+            for span in spans:
+                span.cache.trim(span.cache.num_committed)  # an interrupted forward leaves no half-written rows
+            raise
         return output
 
     def _make_room(self, span: SpanRows) -> None:
@@ -124,6 +140,16 @@ class NativeForward:
         for layer in span.cache.layers:
             if end > layer.capacity:
                 layer.reserve(self._row, self._row, layer.next_capacity(end))
+
+
+def _weights(product: object, parts: int) -> list[Weight]:
+    """The weights of a product of so many layers side by side."""
+    if isinstance(product, RoundedLinear):
+        return product.native
+    if not isinstance(product, PackedLinear) or product.is_packed:
+        raise NativeError("the C step reads weights as they lie: these are packed")
+    biases = [None] * parts if product.bias is None else product.bias.chunk(parts)
+    return [Weight.of(weight, bias) for weight, bias in zip(product._weight.chunk(parts), biases, strict=True)]
 
 
 def _held(rows: Tensor | None) -> Tensor:

@@ -11,6 +11,7 @@ Shapes: B sequences, T prompt tokens, N tree nodes, D hidden size, V vocabulary.
 
 from __future__ import annotations
 
+import logging
 import threading
 import warnings
 from collections.abc import Callable
@@ -25,12 +26,14 @@ from amphista.cache.hf import as_transformers_cache, as_transformers_slots
 from amphista.cache.resident import ResidentCache
 from amphista.cache.slots import SlotCache, SlotWriter
 from amphista.cache.static import KVCache
-from amphista.errors import CapacityError, CaptureError, TargetError
+from amphista.errors import CapacityError, CaptureError, NativeError, TargetError
 from amphista.kernels.int8 import Int8Linear
 from amphista.kernels.linear import PackedLinear
+from amphista.native.build import load
 from amphista.target.attention import MaskPlan
 from amphista.target.captured import CapturedForward
 from amphista.target.lean import LeanModel
+from amphista.target.native import NativeForward, PlainLinear, RoundedLinear, SpanRows, windows_of
 from amphista.target.output import TargetOutput
 from amphista.target.pages import give_back, trim_allocator
 from amphista.target.qualify import why_not_fast
@@ -61,6 +64,8 @@ class Target:
         self._lean: LeanModel | None = None
         self._wants_static = static
         self._captured: CapturedForward | None = None
+        self._native: NativeForward | None = None
+        self.why_not_native: str | None = "it was not asked for"
         self._why_not_captured: str | None = None
         self.why_stock: str | None = why_not_fast(model)
         self.load_stock: Callable[[], Target] | None = None
@@ -99,10 +104,13 @@ class Target:
 
     @property
     def path(self) -> str:
-        """Which forward verifies: `captured` (captured.py; off CUDA `fast-static`), `fast` or `fast-int8` (lean.py), or
-        `stock`. While another thread has the captured graphs it is `fast` in this one."""
+        """Which forward verifies: `native` or `native-int8` (amphista.native), `captured` (captured.py; off CUDA
+        `fast-static`), `fast` or `fast-int8` (lean.py), or `stock`. While another thread has the captured graphs
+        it is `fast` in this one."""
         if self._lean is None:
             return "stock"
+        if self._native is not None:
+            return "native-int8" if self.has_int8 else "native"
         fast = "fast-int8" if self.has_int8 else "fast"
         captured = self._captured
         if captured is None or not captured.lease.is_open():
@@ -137,11 +145,12 @@ class Target:
         """`float32`, `bfloat16`, `float16`, or `int8` where the weights are."""
         return "int8" if self.has_int8 else str(self.dtype).removeprefix("torch.")
 
-    def speed_up(self, *, release: bool = False, int8: bool = False) -> bool:
+    def speed_up(self, *, release: bool = False, int8: bool = False, native: bool = False) -> bool:
         """Take the fast path where the model qualifies and a forward of both agrees; `why_stock` tells why not.
 
         release: give up the stock model, so that its weights are not there twice. int8: round the weights to 8 bits,
-        which makes another target of it (kernels/int8.py); only where `can_quantise` says so.
+        which makes another target of it (kernels/int8.py); only where `can_quantise` says so. native: let the C step
+        take its place where it can be built; `why_not_native` tells why not.
         """
         if self._lean is not None or self.why_stock is not None:
             return self._lean is not None
@@ -149,7 +158,10 @@ class Target:
         expected = self.hidden_states(ids)
         if release:
             self._hook.remove()
-        self._lean = LeanModel(self._model, product=Int8Linear if int8 else PackedLinear, release=release)
+        native = native and self.why_stock is None and self._may_be_native()
+        product = (RoundedLinear if int8 else PlainLinear) if native else Int8Linear if int8 else PackedLinear
+        head = PackedLinear.of(self._model.get_output_embeddings()) if product is PlainLinear else None  # for drafters
+        self._lean = LeanModel(self._model, product=product, release=release)
         difference = float((self.hidden_states(ids) - expected).abs().max() / expected.abs().max())
         allowed = self._probe_tolerance
         if not difference <= allowed:
@@ -157,7 +169,9 @@ class Target:
                 f"the fast path of {self.name} differs from its stock model by {difference:.2g} of the hidden states' "
                 f"scale (allowed {allowed:.2g}): load it with fast=False (--no-fast) and report it"
             )
-        self.shared.use_packed(self._lean.head)
+        self.shared.use_packed(head or self._lean.head)
+        if native:
+            self._go_native()
         if int8:
             embedding = self._model.get_input_embeddings().weight
             self.num_weight_bytes = self._lean.num_product_bytes + embedding.numel() * embedding.element_size()
@@ -170,6 +184,53 @@ class Target:
             self._captured = CapturedForward(self._lean, self.mask_plan, self.spec)
             self._check_captured()
         return True
+
+    def _may_be_native(self) -> bool:
+        """Whether the C step can be had for this type and device; `why_not_native` tells why not."""
+        if self.device.type != "cpu" or self._wants_static:
+            self.why_not_native = "fixed shapes are verified" if self._wants_static else "it runs on a CPU only"
+        elif self.dtype not in (torch.float32, torch.bfloat16):
+            self.why_not_native = f"it has no weights of {self.type_name}"
+        else:
+            try:
+                load()
+                self.why_not_native = None
+            except NativeError as error:
+                self._stay_with_torch(str(error))
+        return self.why_not_native is None
+
+    def _stay_with_torch(self, reason: str) -> None:
+        self._native, self.why_not_native = None, reason
+        logging.getLogger("amphista").warning("%s decodes without the C step, slower: %s", self.name, reason)
+
+    def _go_native(self) -> None:
+        """Let the C step verify, if it agrees with the torch form and with itself, row by row, to the bit."""
+        assert self._lean is not None
+        outputs = []
+        try:
+            native = NativeForward(self._lean, windows_of(self.mask_plan, self.config))
+            for form in (None, native):
+                self._native, cache = form, self.new_cache()
+                rows = min(PROBE_ROWS, self.spec.max_positions - PROBE_TREE.num_nodes)
+                self.prefill([token % self.spec.vocab_size for token in range(7, 7 + rows)], cache)
+                outputs.append(self.verify(PROBE_TREE, cache))
+            cache.trim(rows)
+            alone = self.verify(TokenTree(PROBE_TREE.tokens[:1], [-1]), cache)
+        except NativeError as error:
+            self._stay_with_torch(str(error))
+            return
+        theirs, ours = (output.hidden.float() for output in outputs)
+        difference = float((ours - theirs).abs().max() / theirs.abs().max())
+        if not difference <= self._probe_tolerance:
+            self._stay_with_torch(f"it differs from the torch form by {difference:.2g} of the hidden states' scale")
+        elif not torch.equal(alone.logits[0], outputs[1].logits[0]):
+            self._stay_with_torch("a row's logits depend on what is beside it")
+
+    def _natively(self, spans: list[SpanRows], wanted: list[int] | None = None) -> TargetOutput:
+        assert self._native is not None
+        output = self._native(spans, wanted)
+        assert output.logits is not None
+        return TargetOutput(output.logits, output.hidden.to(self.dtype))
 
     def _check_captured(self) -> None:
         """A recorded forward must equal the same forward as it is; where it cannot be recorded it is done without."""
@@ -254,9 +315,7 @@ class Target:
         logits = None
         for start in range(0, len(token_ids), PREFILL_CHUNK):
             chunk = token_ids[start : start + PREFILL_CHUNK]
-            output = self._forward(
-                chunk, list(range(len(chunk))), _causal(len(chunk), self.device), cache, logits_to_keep=1
-            )
+            output = self._read(chunk, cache)
             cache.commit(range(len(chunk)))
             hidden.append(output.hidden)
             logits = output.logits
@@ -264,10 +323,20 @@ class Target:
             raise CapacityError("cannot prefill an empty prompt")
         return TargetOutput(logits, torch.cat(hidden))
 
+    def _read(self, chunk: list[int], cache: KVCache) -> TargetOutput:
+        """One forward over a prompt's next tokens: logits of the last, hidden of all."""
+        if self._native is None or not self._native.is_quick(len(chunk)):
+            depths = list(range(len(chunk)))
+            return self._forward(chunk, depths, _causal(len(chunk), self.device), cache, logits_to_keep=1)
+        self._check_context(cache.num_committed + len(chunk) - 1)
+        return self._natively([SpanRows(chunk, range(-1, len(chunk) - 1), cache)], [len(chunk) - 1])
+
     @torch.inference_mode()
     def verify(self, tree: TokenTree, cache: KVCache) -> TargetOutput:
         """One forward over the tree's N nodes behind the committed rows; the caller commits the accepted path."""
         self._check_context(cache.num_committed + max(tree.depths))
+        if self._native is not None:
+            return self._natively([SpanRows(tree.tokens, tree.parents, cache)])
         captured = self._captured  # which another thread may give up meanwhile
         if captured is not None:
             try:
@@ -349,6 +418,12 @@ class Target:
         cache.make_room(len(token_ids))
         lengths = cache.lengths(len(token_ids))
         self._check_context(max(lengths))
+        if self._native is not None:
+            spans = [SpanRows([token], [-1], slot) for token, slot in zip(token_ids, cache.slots, strict=False)]
+            output = self._natively(spans)
+            for slot in cache.slots[: len(token_ids)]:
+                slot.commit([0])
+            return output
         positions = torch.tensor(lengths, device=self.device)
         keys = torch.arange(cache.capacity, device=self.device)
         visible = keys[None] <= positions[:, None]

@@ -1,7 +1,8 @@
 """Memory for weights in huge pages (2 MB), where the system gives them on request: a step reads every weight once, and
 with pages of 4 KB looking them up takes half of the time.
 
-Tensors are laid side by side in pieces of 64 MB, so that small ones share pages. A piece lives as long as a tensor in it.
+Tensors are laid side by side in pieces of 64 MB, so that small ones share pages. A piece lives as long as any tensor
+in it.
 """
 
 from __future__ import annotations

@@ -1,0 +1,108 @@
+"""The C step is built once, by whatever compiler is there, warns of nothing, and says in a line why it is not used."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from amphista.errors import NativeError
+from amphista.native.build import BASE_FLAGS, SOURCES, build, find_compiler, load
+
+HERE = Path(__file__).parent
+FAST = ("-O0",)  # the last -O counts
+
+
+def compiler() -> list[str]:
+    try:
+        return find_compiler()
+    except NativeError:
+        pytest.skip("no C compiler")
+
+
+@pytest.mark.parametrize("march", ["native", "x86-64-v3", "x86-64"])
+def test_nothing_to_warn_of(march, tmp_path):
+    flags = ["-Wall", "-Wextra", "-Werror", "-fopenmp", f"-march={march}", "-O1", "-shared", "-fPIC", "-std=c11"]
+    command = [*compiler(), *flags, str(SOURCES / "step.c"), "-o", str(tmp_path / "step.so"), "-lm"]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize("march", ["native", "x86-64"])
+def test_sanitizers_find_nothing(march, tmp_path):
+    sanitizers = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"]
+    flags = ["-std=c11", "-O1", "-g", "-fopenmp", f"-march={march}", f"-I{SOURCES}", *sanitizers]
+    program = tmp_path / "sanitized"
+    command = [*compiler(), *flags, str(HERE / "sanitized.c"), "-o", str(program), "-lm"]
+    result = subprocess.run(command, capture_output=True, text=True)
+    if result.returncode and "san" in result.stderr and "cannot find" in result.stderr:
+        pytest.skip("the compiler comes without sanitizers")
+    assert result.returncode == 0, result.stderr
+    ran = subprocess.run([str(program)], capture_output=True, text=True, env={"ASAN_OPTIONS": "detect_leaks=0"})
+    assert (ran.returncode, ran.stdout) == (0, "ok\n"), ran.stderr
+
+
+def test_built_once_and_by_two_at_once(tmp_path):
+    compiler()
+    with ThreadPoolExecutor(3) as pool:
+        paths = set(pool.map(lambda _: build(FAST, tmp_path), range(3)))
+    assert len(paths) == 1 and [path.name for path in tmp_path.iterdir()] == [paths.pop().name]
+    written = next(tmp_path.iterdir()).stat().st_mtime_ns
+    assert build(FAST, tmp_path).stat().st_mtime_ns == written
+    assert (
+        build((*FAST, "-DOTHER"), tmp_path).name != next(tmp_path.iterdir()).name or len(list(tmp_path.iterdir())) == 2
+    )
+
+
+def test_flags_of_another_processor_are_another_library(tmp_path, monkeypatch):
+    compiler()
+    first = build(FAST, tmp_path)
+    monkeypatch.setattr("amphista.native.build._processor", lambda: "another one")
+    assert build(FAST, tmp_path) != first
+
+
+def test_no_compiler_says_so(monkeypatch):
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setenv("PATH", "/nowhere")
+    with pytest.raises(NativeError, match=r"no C compiler \(looked for"):
+        find_compiler()
+    monkeypatch.setenv("CC", "never-installed-cc -O3")
+    with pytest.raises(NativeError, match="never-installed-cc"):
+        find_compiler()
+
+
+@pytest.mark.parametrize("body", ["echo 'step.c: fatal error: no such thing' >&2; exit 1", "exit 7"])
+def test_a_broken_compiler_says_so_and_leaves_nothing(body, tmp_path, monkeypatch):
+    broken = tmp_path / "cc-broken"
+    broken.write_text(f"#!/bin/sh\n{body}\n")
+    broken.chmod(0o755)
+    monkeypatch.setenv("CC", str(broken))
+    with pytest.raises(NativeError, match=r"no such thing|exit code 7"):
+        build(folder=tmp_path / "cache")
+    assert not list((tmp_path / "cache").iterdir())
+
+
+def test_a_compiler_that_writes_rubbish_is_not_loaded(tmp_path, monkeypatch):
+    rubbish = tmp_path / "cc-rubbish"
+    rubbish.write_text(
+        '#!/bin/sh\nwhile [ "$1" != -o ] && [ $# -gt 0 ]; do shift; done\n[ -z "$2" ] || echo junk > "$2"\n'
+    )
+    rubbish.chmod(0o755)
+    monkeypatch.setenv("CC", str(rubbish))
+    with pytest.raises(NativeError, match="cannot be loaded"):
+        load(folder=tmp_path / "cache")
+
+
+def test_a_cache_folder_that_cannot_be_written_says_so(tmp_path):
+    compiler()
+    (tmp_path / "file").write_text("")
+    with pytest.raises(NativeError, match="cannot be built in"):
+        build(FAST, tmp_path / "file" / "native")
+
+
+def test_sources_are_in_the_package():
+    assert {path.name for path in SOURCES.glob("*.[ch]")} == {"step.c", "products.h", "lanes.h", "blocks.h"}
+    assert "-ffp-contract=fast" in BASE_FLAGS and sys.maxsize > 2**32
