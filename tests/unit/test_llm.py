@@ -1,4 +1,4 @@
-"""The door: what people type first, lists of prompts, streams that start late and end early, the model's own settings."""
+"""The door: what people type first, lists of prompts, lazy and closed streams, the model's own settings."""
 
 from __future__ import annotations
 
