@@ -51,20 +51,20 @@ bench-speed: $(READY)
 	  --methods none,hf,medusa,amphista,lookup,medusa+lookup,amphista+lookup --dtype $(DTYPE) --out $(SPEED_OUT)/decode
 	@$(BIN)/amphista evaluate benchmarks/long-answers.jsonl --max-new-tokens 1024 --ignore-eos --temperature 0.7 \
 	  --methods none,amphista,amphista+lookup --dtype $(DTYPE) --out $(SPEED_OUT)/growth
-	@$(BIN)/amphista latency --nodes 1,2,4,8,16 --contexts 128,512,1024,2048,4096 --python \
+	@$(BIN)/amphista dev latency --nodes 1,2,4,8,16 --contexts 128,512,1024,2048,4096 --python \
 	  $(if $(wildcard /proc/self/status),--memory --memory-dtypes $(MEMORY_DTYPES)) --drafters amphista,medusa,amphista+lookup --dtype $(DTYPE) --out $(SPEED_OUT)/latency
-	@$(BIN)/amphista report $(SPEED_OUT)
+	@$(BIN)/amphista dev report $(SPEED_OUT)
 
 # A shape that does not fit says so, and the others are measured.
 bench-gpu: $(READY)
 	@$(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' \
 	  || { echo "make bench-gpu needs a CUDA device that torch sees" >&2; exit 1; }
 	@$(BIN)/python -m pytest tests/gpu
-	@$(BIN)/amphista tune --refresh --dtype $(GPU_DTYPE)
+	@$(BIN)/amphista dev tune --refresh --dtype $(GPU_DTYPE)
 	@$(BIN)/amphista evaluate spec_bench $(if $(DATA),--data $(DATA)) --limit 12 --max-new-tokens 128 \
 	  --methods none,hf,medusa,amphista,$(GPU_TREES),medusa+lookup,amphista+lookup --dtype $(GPU_DTYPE) --out $(GPU_OUT)/evaluate
 	@for shape in $(GPU_SHAPES); do \
-	  $(BIN)/amphista latency --shape $$shape --nodes 1,2,4,8,16,32,64,128 --contexts 512,2048 \
+	  $(BIN)/amphista dev latency --shape $$shape --nodes 1,2,4,8,16,32,64,128 --contexts 512,2048 \
 	    --dtype $(GPU_DTYPE) --out $(GPU_OUT)/latency-$$shape; \
 	done
 

@@ -1,7 +1,7 @@
-"""amphista latency: how long a forward takes over tree size, batch and context, and how long drafting takes.
+"""amphista dev latency: how long a forward takes over tree size, batch and context, and how long drafting takes.
 
-amphista latency --out runs/latency
-amphista latency --shape llama-13b --layers 2 --tau 16=2.5,64=3.1 --out runs/latency-13b
+amphista dev latency --out runs/latency
+amphista dev latency --shape llama-13b --layers 2 --tau 16=2.5,64=3.1 --out runs/latency-13b
 """
 
 from __future__ import annotations

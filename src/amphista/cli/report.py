@@ -1,7 +1,7 @@
-"""amphista report: make the report of an evaluation anew from its records; no model is loaded.
+"""amphista dev report: make the report of an evaluation anew from its records; no model is loaded.
 
-amphista report runs/spec-bench
-amphista report runs/bench-speed     # a folder of such folders and those of `amphista latency`: one page of all
+amphista dev report runs/spec-bench
+amphista dev report runs/bench-speed     # a folder of such folders and those of `amphista dev latency`: one page of all
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""amphista tune: what steps cost here, and what trees follow from it; `--tree auto` decodes by these numbers.
+"""amphista dev tune: what steps cost here, and what trees follow from it; `--tree auto` decodes by these numbers.
 
-amphista tune
-amphista tune --refresh --drafter medusa --json
+amphista dev tune
+amphista dev tune --refresh --drafter medusa --json
 """
 
 from __future__ import annotations

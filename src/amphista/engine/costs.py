@@ -82,10 +82,10 @@ def drafter_key(drafter: ParallelHeads) -> dict[str, Any]:
 
 
 def _measure_verify(target: Target) -> dict[str, Any]:
-    logger.info("measuring what a forward costs here (some seconds, once; `amphista tune` shows it)")
+    logger.info("measuring what a forward costs here (some seconds, once; `amphista dev tune` shows it)")
     seconds, spread = verify_seconds(target)
     if spread > NOISY:
-        logger.warning("the measurement was disturbed by other programs: `amphista tune --refresh` repeats it")
+        logger.warning("the measurement was disturbed by other programs: `amphista dev tune --refresh` repeats it")
     return {"seconds": {str(size): value for size, value in seconds.items()}, "spread": spread}
 
 

@@ -1,6 +1,6 @@
 """One page from a folder of runs: what is wanted beside what was measured, then every part's tables.
 
-Parts are the folders in it that `amphista evaluate` or `amphista latency` have written; nothing is measured here.
+Parts are the folders in it that `amphista evaluate` or `amphista dev latency` have written; nothing is measured here.
 """
 
 from __future__ import annotations

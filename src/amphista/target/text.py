@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import copy
 import inspect
-import re
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
 from amphista.errors import RequestError, TargetError
-from amphista.prompts import is_text
+from amphista.prompts import is_text, plain_message, texts_in
 
 Message = Mapping[str, Any]
 REPLACEMENT = "\ufffd"  # what a decoder prints for bytes that are not yet a whole character
@@ -90,7 +89,7 @@ class Text:
 
     def _refuse_control_tokens(self, *parts: Any) -> None:
         """Raise RequestError where a text holds a special token."""
-        for text in _texts_in(parts):
+        for text in texts_in(parts):
             held = next((token for token in self.special_tokens if token in text), None)
             if held is not None:
                 raise RequestError(
@@ -104,41 +103,6 @@ class Text:
             list(token_ids), skip_special_tokens=not with_special, clean_up_tokenization_spaces=False
         )
         return text
-
-
-def plain_message(message: Any) -> dict[str, Any]:
-    """A chat message with its text parts joined; raises RequestError for what is none, or more than text."""
-    if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
-        raise RequestError(f"a message is {message!r}: expected an object with 'role' and 'content'")
-    if not re.fullmatch(r"[\w -]+", message["role"]):  # templates build control tokens around it
-        raise RequestError(f"a message's role is {message['role']!r}: expected a word, such as user or assistant")
-    plain = dict(message)
-    content = plain.get("content")
-    if isinstance(content, list | tuple):
-        plain["content"] = "".join(map(_part_text, content))
-    elif not isinstance(content, str) and not (content is None and len(plain.keys() - {"role", "content"})):
-        raise RequestError(f"a message's content is {content!r}: expected a text, or a list of text parts")
-    if not all(map(is_text, _texts_in(plain))):
-        raise RequestError("a message holds half a character (a lone surrogate): it is no text")
-    return plain
-
-
-def _part_text(part: Any) -> str:
-    if isinstance(part, str):
-        return part
-    if isinstance(part, Mapping) and part.get("type", "text") == "text" and isinstance(part.get("text"), str):
-        return str(part["text"])
-    kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
-    raise RequestError(f"a message holds a part of the type {kind!r}: this target reads text alone")
-
-
-def _texts_in(value: Any) -> list[str]:
-    """All texts in nested lists and objects, keys included."""
-    if isinstance(value, Mapping):
-        value = [*value.keys(), *value.values()]
-    if isinstance(value, list | tuple):
-        return [text for part in value for text in _texts_in(part)]
-    return [value] if isinstance(value, str) else []
 
 
 class IncrementalText:

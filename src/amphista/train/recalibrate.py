@@ -1,6 +1,6 @@
 """Calibrate a finished drafter anew: on other answers, for another draft vocabulary; and decode to see that it holds.
 
-    amphista calibrate runs/amphista/best --data answers.jsonl.gz --out drafters/amphista --decode 20
+    amphista dev calibrate runs/amphista/best --data answers.jsonl.gz --out drafters/amphista --decode 20
 
 Simulated tau (recorded answers replayed against the heads' trees) stands beside tau decoded for real from the same
 prompts. Greedy answers of the same target are the same walk, so the two must agree; sampled ones are another draw.
