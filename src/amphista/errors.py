@@ -45,3 +45,8 @@ class CaptureError(AmphistaError):
 
 class RequestError(AmphistaError):
     """A request cannot be served as given."""
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of what an error says; its kind where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

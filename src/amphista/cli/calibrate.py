@@ -36,8 +36,7 @@ def calibrate(
 ) -> None:
     """Temperatures per head, accuracy by depth and rank, coverage: measured and written into the checkpoint."""
     from amphista.target.loading import load_target
-    from amphista.train.adopt import check_out
-    from amphista.train.recalibrate import CalibrateConfig, recalibrate
+    from amphista.train.recalibrate import CalibrateConfig, check_out, recalibrate
 
     config = CalibrateConfig(all_rows=all_rows, draft_vocab=draft_vocab, nodes=nodes, decode=decode)
     check_out(out)

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from amphista.evaluation.run import EvaluationConfig
 
 
+FAILED_ANSWERS = 1  # the exit code: the run is whole, but some of its answers are crashes
+
 Methods = Annotated[
     str,
     typer.Option(
@@ -88,12 +90,17 @@ def _run(
     from amphista.target.loading import load_target
 
     name, device, dtype, fast = target
-    with StepProgress() as progress:
-        evaluation = Evaluation(load_target(name, device=device, dtype=dtype, fast=fast), asked, config, out)
-        evaluation.run(progress.step)
-    summary = evaluation.finish()
-    write_report(out, summary)
+    loaded = load_target(name, device=device, dtype=dtype, fast=fast)
+    with Evaluation(loaded, asked, config, out) as evaluation:
+        with StepProgress() as progress:
+            evaluation.run(progress.step)
+        summary = evaluation.finish()
+        write_report(out, summary)
     print(markdown_tables(summary), file=sys.stderr if json_lines else sys.stdout)
     print(f"amphista: the report is {out / 'report.html'}", file=sys.stderr)
     if json_lines:
         print(json.dumps(contract(summary["measures"], len(asked.questions))))
+    failed = len(summary["failures"])
+    if failed:
+        print(f"amphista: {failed} of {evaluation.num_records} answers failed: the report names them", file=sys.stderr)
+        raise typer.Exit(FAILED_ANSWERS)

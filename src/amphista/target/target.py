@@ -14,6 +14,7 @@ from __future__ import annotations
 import threading
 import warnings
 from collections.abc import Callable
+from dataclasses import asdict
 from functools import cached_property
 from typing import Any
 
@@ -117,6 +118,11 @@ class Target:
         """Whether its weights have 8 bits; what flows between them is of `dtype`."""
         return self._lean is not None and isinstance(self._lean.head, Int8Linear)
 
+    @property
+    def type_name(self) -> str:
+        """`float32`, `bfloat16`, `float16`, or `int8` where the weights are."""
+        return "int8" if self.has_int8 else str(self.dtype).removeprefix("torch.")
+
     def speed_up(self, *, release: bool = False, int8: bool = False) -> bool:
         """Take the fast path where the model qualifies and a forward of both agrees; `why_stock` tells why not.
 
@@ -164,7 +170,7 @@ class Target:
 
     @property
     def _probe_tolerance(self) -> float:
-        return PROBE_TOLERANCE["int8" if self.has_int8 else str(self.dtype).removeprefix("torch.")]
+        return PROBE_TOLERANCE[self.type_name]
 
     def _uncapture(self, reason: str) -> None:
         """Go on without recorded forwards, and say so once."""
@@ -210,6 +216,11 @@ class Target:
     def fingerprint(self) -> Fingerprint:
         """Which target this is, for drafter checkpoints."""
         return Fingerprint.of(self.spec, self.shared, {} if self.text is None else self.text.vocabulary)
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """Which target this is, its type included: what is computed with it depends on no other property of it."""
+        return {**asdict(self.fingerprint), "type": self.type_name}
 
     def new_cache(self) -> KVCache:
         """An empty cache for one sequence."""

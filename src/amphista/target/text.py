@@ -73,19 +73,31 @@ class Text:
         What the messages hold is encoded as text, control tokens too. raises RequestError for messages that are none,
         for what the template refuses, and for control tokens where this transformers cannot take them as text.
         """
-        if not self.has_chat_template:
-            raise TargetError("the target's tokenizer has no chat template: pass plain text (--raw)")
-        plain = [plain_message(message) for message in messages]
         settings: dict[str, Any] = {"add_generation_prompt": add_generation_prompt, **template_kwargs}
-        if "sanitize_control_tokens" in inspect.signature(self.tokenizer.apply_chat_template).parameters:
+        plain = [plain_message(message) for message in messages]
+        if self._takes_control_tokens_as_text():
             settings["sanitize_control_tokens"] = True
         else:
             self._refuse_control_tokens(plain, template_kwargs)
+        return list(self._apply_template(plain, tokenize=True, return_dict=False, **settings))
+
+    def render_text(self, messages: Sequence[Message], *, add_generation_prompt: bool = True) -> str:
+        """A conversation in the target's own chat template, as text; control tokens in messages are refused, because
+        they could not be told from the template's."""
+        plain = [plain_message(message) for message in messages]
+        self._refuse_control_tokens(plain)
+        return str(self._apply_template(plain, tokenize=False, add_generation_prompt=add_generation_prompt))
+
+    def _apply_template(self, messages: list[dict[str, Any]], **settings: Any) -> Any:
+        if not self.has_chat_template:
+            raise TargetError("the target's tokenizer has no chat template: pass plain text (--raw)")
         try:
-            ids = self.tokenizer.apply_chat_template(plain, tokenize=True, return_dict=False, **settings)
+            return self.tokenizer.apply_chat_template(messages, **settings)
         except Exception as error:  # templates raise whatever their author chose; the sentence is the template's own
             raise RequestError(f"the target's chat template refuses this conversation: {error}") from error
-        return list(ids)
+
+    def _takes_control_tokens_as_text(self) -> bool:
+        return "sanitize_control_tokens" in inspect.signature(self.tokenizer.apply_chat_template).parameters
 
     def _refuse_control_tokens(self, *parts: Any) -> None:
         """Raise RequestError where a text holds a special token."""
@@ -93,9 +105,17 @@ class Text:
             held = next((token for token in self.special_tokens if token in text), None)
             if held is not None:
                 raise RequestError(
-                    f"a message holds the control token {held!r}: take it out, or install a transformers that can read "
-                    "it as text (`sanitize_control_tokens` of `apply_chat_template`)"
+                    f"a message holds the control token {held!r}: take it out; as text it can only be asked, with a "
+                    "transformers that has `sanitize_control_tokens`"
                 )
+
+    def encode_part(self, text: str) -> list[int]:
+        """Token ids of rendered text, nothing added."""
+        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def decode_exactly(self, token_ids: Sequence[int]) -> str:
+        """Text of token ids, special tokens written out."""
+        return self.decode(token_ids, with_special=True)
 
     def decode(self, token_ids: Sequence[int], *, with_special: bool = False) -> str:
         """Text of token ids, special tokens left out unless asked for."""
@@ -124,11 +144,8 @@ class IncrementalText:
         self._open: list[int] = []  # tokens whose text is not certain yet
         self._decoded = ""
         self._num_shown = 0
-        self._run, self._broken, self._rest = (
-            "",
-            False,
-            b"",
-        )  # of a run of byte tokens: text, not UTF-8?, bytes left over
+        self._run, self._rest = "", b""  # of a run of byte tokens: its text, and the bytes of a character to come
+        self._broken = False  # it is not UTF-8
         self.stopped = False
 
     def copy(self) -> IncrementalText:

@@ -79,17 +79,17 @@ def validate(
     losses = torch.zeros(drafter.num_heads)
     whole, loop_free = Walks(tree_sizes), Walks(tree_sizes)
     accepted: Counter[int] = Counter()
-    for some, on_cpu in batches_of(rows, hidden, batch_size):
+    for on_cpu in batches_of(rows, hidden, batch_size):
         batch = on_cpu.to(device)
-        per_head = loss_of(batch.hidden, batch.next_ids, batch.answer_rows).per_head().cpu()
+        sums = loss_of(batch.hidden, batch.next_ids, batch.answer_rows)
         ranked = ranked_heads(drafter, batch, max(NUM_RANKS, max(*tree_sizes, ACCEPTANCE_AT) - 1), temperature)
         count_hits(ranked, batch, hits, counts)
-        losses += per_head * len(some)
+        losses += sums.losses.cpu()
         for answer in replay_answers(ranked, batch):
             whole.add(answer, len(answer))
             loop_free.add(answer, answer.loop_free_length)
             accepted.update(answer.walk(ACCEPTANCE_AT, len(answer)))
-    mean = losses / len(rows)
+    mean = losses / counts.clamp_min(1)
     weights = torch.tensor([loss_config.depth_decay**k for k in range(drafter.num_heads)])
     return Validation(
         loss=float((mean * weights).sum() / weights.sum()),
