@@ -56,6 +56,7 @@ def tune(target: Target, drafter: Drafter, *, refresh: bool = False) -> Tuned:
     if isinstance(inner, ParallelHeads):
         key = {"what": "draft", **key, "drafter": drafter_key(inner)}
         draft = verify[1] * kept(key, lambda: _measure_draft(target, drafter), _is_ratio, refresh=refresh)["ratio"]
+    target.give_back_graphs()
     return Tuned(verify, record["spread"], Costs.measured(verify, draft, in_steps=target.is_static))
 
 

@@ -21,7 +21,7 @@ from amphista.engine.params import FinishReason, SamplingParams
 from amphista.engine.stats import DecodeStats
 from amphista.errors import CapacityError, RequestError
 from amphista.target.text import IncrementalText
-from amphista.tree.tune import Pace
+from amphista.tree.tune import DraftController
 
 MAX_UNFED = 512
 
@@ -92,7 +92,7 @@ class Sequence:
     max_positions: int
     stops: IncrementalText | None = None
     stats: DecodeStats = field(default_factory=DecodeStats)
-    pace: Pace = field(default_factory=Pace)
+    controller: DraftController = field(default_factory=DraftController)
     finish_reason: FinishReason | None = None
     output_ids: list[int] = field(default_factory=list)  # everything emitted, the end token included
     logprobs: list[TokenLogprob] = field(default_factory=list)

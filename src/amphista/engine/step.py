@@ -136,7 +136,7 @@ class Engine:
         with clock.phase("commit"):
             context.cache.commit(acceptance.path)
             context.defer(self.drafter, self._rows(output.hidden, acceptance.path), acceptance.tokens)
-            self.grower.learn(sequence.pace, candidates, growth.tree.num_nodes, acceptance.accepted)
+            self.grower.learn(sequence.controller, candidates, growth.tree.num_nodes, acceptance.accepted)
         sequence.stats.count(growth, acceptance.num_accepted, drafted=candidates.num_heads > 0)
         sequence.stats.step_seconds.append(clock.now() - started)
         return StepResult(acceptance.tokens, acceptance.num_accepted, logprobs)
@@ -162,8 +162,8 @@ class Engine:
         depth = min(sequence.max_depth, self.grower.max_depth)
         if depth == 0:
             return NO_CANDIDATES
-        graft = self.drafter.recall(state, context.token_ids, depth)
-        if self.drafter.num_heads == 0 or not self.grower.wants_heads(sequence.pace, graft):
+        graft = self.drafter.draft_ngrams(state, context.token_ids, depth)
+        if self.drafter.num_heads == 0 or not self.grower.wants_heads(sequence.controller, graft):
             return replace(NO_CANDIDATES, graft=graft)
         context.feed(self.drafter)
         depth = min(depth, self.drafter.num_heads)
