@@ -17,10 +17,12 @@ from amphista.cache.static import KVCache
 from amphista.errors import NativeError
 from amphista.kernels.int8 import Int8Linear
 from amphista.kernels.linear import PackedLinear
+from amphista.native.build import load
 from amphista.native.huge_pages import Arena
 from amphista.native.step import NativeLayer, NativeModel, NativeOutput, NativeSpan, Shape, Weight
 from amphista.target.attention import MaskForm, MaskPlan
 from amphista.target.lean import LeanLayer, LeanModel
+from amphista.target.output import TargetOutput
 
 
 class PlainLinear(PackedLinear):
@@ -140,6 +142,26 @@ class NativeForward:
         for layer in span.cache.layers:
             if end > layer.capacity:
                 layer.reserve(self._row, self._row, layer.next_capacity(end))
+
+
+def check_native(device: torch.device, dtype: torch.dtype, is_static: bool) -> None:
+    """Raise NativeError where the C step cannot be had: by device, type, or what the machine has."""
+    if is_static:
+        raise NativeError("fixed shapes are verified")
+    if device.type != "cpu" or dtype not in (torch.float32, torch.bfloat16):
+        raise NativeError(f"it has no weights of {str(dtype).removeprefix('torch.')} on {device.type} devices")
+    load()
+
+
+def compare(theirs: TargetOutput, ours: TargetOutput, alone: TargetOutput, allowed: float) -> None:
+    """Raise NativeError unless a tree's hidden states are near the torch form's, by their scale, and its root has the
+    logits it has alone, to the bit."""
+    expected = theirs.hidden.float()
+    difference = float((ours.hidden.float() - expected).abs().max() / expected.abs().max())
+    if not difference <= allowed:
+        raise NativeError(f"it differs from the torch form by {difference:.2g} of the hidden states' scale")
+    if not torch.equal(alone.logits[0], ours.logits[0]):
+        raise NativeError("a row's logits depend on what is beside it")
 
 
 def _weights(product: object, parts: int) -> list[Weight]:

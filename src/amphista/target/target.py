@@ -29,11 +29,18 @@ from amphista.cache.static import KVCache
 from amphista.errors import CapacityError, CaptureError, NativeError, TargetError
 from amphista.kernels.int8 import Int8Linear
 from amphista.kernels.linear import PackedLinear
-from amphista.native.build import load
 from amphista.target.attention import MaskPlan
 from amphista.target.captured import CapturedForward
 from amphista.target.lean import LeanModel
-from amphista.target.native import NativeForward, PlainLinear, RoundedLinear, SpanRows, windows_of
+from amphista.target.native import (
+    NativeForward,
+    PlainLinear,
+    RoundedLinear,
+    SpanRows,
+    check_native,
+    compare,
+    windows_of,
+)
 from amphista.target.output import TargetOutput
 from amphista.target.pages import give_back, trim_allocator
 from amphista.target.qualify import why_not_fast
@@ -158,7 +165,7 @@ class Target:
         expected = self.hidden_states(ids)
         if release:
             self._hook.remove()
-        native = native and self.why_stock is None and self._may_be_native()
+        native = native and self._try_native(lambda: check_native(self.device, self.dtype, bool(self._wants_static)))
         product = (RoundedLinear if int8 else PlainLinear) if native else Int8Linear if int8 else PackedLinear
         head = PackedLinear.of(self._model.get_output_embeddings()) if product is PlainLinear else None  # for drafters
         self._lean = LeanModel(self._model, product=product, release=release)
@@ -171,7 +178,7 @@ class Target:
             )
         self.shared.use_packed(head or self._lean.head)
         if native:
-            self._go_native()
+            self._try_native(self._go_native)
         if int8:
             embedding = self._model.get_input_embeddings().weight
             self.num_weight_bytes = self._lean.num_product_bytes + embedding.numel() * embedding.element_size()
@@ -185,46 +192,29 @@ class Target:
             self._check_captured()
         return True
 
-    def _may_be_native(self) -> bool:
-        """Whether the C step can be had for this type and device; `why_not_native` tells why not."""
-        if self.device.type != "cpu" or self._wants_static:
-            self.why_not_native = "fixed shapes are verified" if self._wants_static else "it runs on a CPU only"
-        elif self.dtype not in (torch.float32, torch.bfloat16):
-            self.why_not_native = f"it has no weights of {self.type_name}"
-        else:
-            try:
-                load()
-                self.why_not_native = None
-            except NativeError as error:
-                self._stay_with_torch(str(error))
-        return self.why_not_native is None
-
-    def _stay_with_torch(self, reason: str) -> None:
-        self._native, self.why_not_native = None, reason
-        logging.getLogger("amphista").warning("%s decodes without the C step, slower: %s", self.name, reason)
-
     def _go_native(self) -> None:
         """Let the C step verify, if it agrees with the torch form and with itself, row by row, to the bit."""
         assert self._lean is not None
-        outputs = []
+        native = NativeForward(self._lean, windows_of(self.mask_plan, self.config))
+        ids = [token % self.spec.vocab_size for token in range(7, 7 + PROBE_ROWS)]
+        outputs, cache = [], self.new_cache()
+        for form in (None, native):
+            self._native, cache = form, self.new_cache()
+            self.prefill(ids[: self.spec.max_positions - PROBE_TREE.num_nodes], cache)
+            outputs.append(self.verify(PROBE_TREE, cache))
+        cache.trim(cache.num_committed)
+        alone = self.verify(TokenTree(PROBE_TREE.tokens[:1], [-1]), cache)
+        compare(outputs[0], outputs[1], alone, self._probe_tolerance)
+
+    def _try_native(self, step: Callable[[], None]) -> bool:
+        """Whether a step towards the C form was taken; if not, the torch form decodes, and a line says why."""
         try:
-            native = NativeForward(self._lean, windows_of(self.mask_plan, self.config))
-            for form in (None, native):
-                self._native, cache = form, self.new_cache()
-                rows = min(PROBE_ROWS, self.spec.max_positions - PROBE_TREE.num_nodes)
-                self.prefill([token % self.spec.vocab_size for token in range(7, 7 + rows)], cache)
-                outputs.append(self.verify(PROBE_TREE, cache))
-            cache.trim(rows)
-            alone = self.verify(TokenTree(PROBE_TREE.tokens[:1], [-1]), cache)
+            step()
+            self.why_not_native = None
         except NativeError as error:
-            self._stay_with_torch(str(error))
-            return
-        theirs, ours = (output.hidden.float() for output in outputs)
-        difference = float((ours - theirs).abs().max() / theirs.abs().max())
-        if not difference <= self._probe_tolerance:
-            self._stay_with_torch(f"it differs from the torch form by {difference:.2g} of the hidden states' scale")
-        elif not torch.equal(alone.logits[0], outputs[1].logits[0]):
-            self._stay_with_torch("a row's logits depend on what is beside it")
+            self._native, self.why_not_native = None, str(error)
+            logging.getLogger("amphista").warning("%s decodes without the C step, slower: %s", self.name, error)
+        return self.why_not_native is None
 
     def _natively(self, spans: list[SpanRows], wanted: list[int] | None = None) -> TargetOutput:
         assert self._native is not None
