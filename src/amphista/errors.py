@@ -45,3 +45,8 @@ class CaptureError(AmphistaError):
 
 class RequestError(AmphistaError):
     """A request cannot be served as given."""
+
+
+def first_line(error: BaseException) -> str:
+    """What an exception says, in one line."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 
-from amphista.errors import TargetError
+from amphista.errors import TargetError, first_line
 from amphista.kernels.int8 import can_quantise
 from amphista.target import DEFAULT_TARGET
-from amphista.target.attention import preferred_attention, refuse_unsupported
+from amphista.target.families import refuse_unsupported
 from amphista.target.gguf import (
     SMOLLM2_135M,
     PackagedTarget,
@@ -143,20 +143,15 @@ def _load_model(name: str, folder: str, place: torch.device, dtype: Any) -> Any:
     try:
         config = AutoConfig.from_pretrained(folder)
         refuse_unsupported(config)
-        attention = preferred_attention(config)
         if place.type == "cpu" and isinstance(dtype, torch.dtype):
-            model = AutoModelForCausalLM.from_pretrained(
-                folder, config=copy.deepcopy(config), dtype="auto", attn_implementation=attention
-            )
+            model = AutoModelForCausalLM.from_pretrained(folder, config=copy.deepcopy(config), dtype="auto")
             if _is_only_weights(model):
                 return _converted(model, dtype)
-        return AutoModelForCausalLM.from_pretrained(
-            folder, config=config, dtype=dtype, attn_implementation=attention
-        ).to(place)
+        return AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=dtype).to(place)
     except TargetError:
         raise
     except Exception as error:  # the loader raises a dozen kinds, from OSError to safetensors' own
-        raise TargetError(f"cannot load target {name!r}: {_first_line(error)}") from error
+        raise TargetError(f"cannot load target {name!r}: {first_line(error)}") from error
 
 
 def _is_only_weights(model: Any) -> bool:
@@ -206,9 +201,10 @@ def describe_target(name: str) -> dict[str, Any]:
     try:
         config = AutoConfig.from_pretrained(folder)
     except Exception as error:
-        raise TargetError(f"cannot read the configuration of target {name!r}: {_first_line(error)}") from error
+        raise TargetError(f"cannot read the configuration of target {name!r}: {first_line(error)}") from error
     refuse_unsupported(config)
-    spec = TargetSpec.from_config(config, embedding_size=config.hidden_size, vocab_size=config.vocab_size)
+    text = config.get_text_config(decoder=True)
+    spec = TargetSpec.from_config(config, embedding_size=text.hidden_size, vocab_size=text.vocab_size)
     weights = [path.stat().st_size for path in Path(folder).glob("*.safetensors")]
     return {"name": name, "ready": True, "megabytes": round(sum(weights) / 1e6, 1), **dataclasses.asdict(spec)}
 
@@ -219,8 +215,4 @@ def _load_text(name: str, folder: str) -> Text:
     try:
         return Text(AutoTokenizer.from_pretrained(folder))
     except Exception as error:
-        raise TargetError(f"cannot load the tokenizer of target {name!r}: {_first_line(error)}") from error
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise TargetError(f"cannot load the tokenizer of target {name!r}: {first_line(error)}") from error
