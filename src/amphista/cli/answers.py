@@ -104,7 +104,9 @@ def _check_length(job: Job, prompt: PromptRecord, ids: list[int], turn: int = 0)
     limit = job.llm.target.spec.max_positions
     if len(ids) > limit:
         where = f"prompt {prompt.id}, turn {turn + 1}," if turn else f"prompt {prompt.id}"
-        raise RequestError(f"{where} has {len(ids)} tokens, but the target's context holds {job.llm.target.spec.context}: shorten it")
+        raise RequestError(
+            f"{where} has {len(ids)} tokens, but the target's context holds {job.llm.target.spec.context}: shorten it"
+        )
     if not ids:
         raise RequestError(f"prompt {prompt.id} is empty: give some text")
 

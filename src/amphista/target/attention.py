@@ -127,14 +127,16 @@ def refuse_attention(config: Any) -> None:
 def _sdpa_mask(*args: Any, mask_function: Rule = causal_mask_function, **settings: Any) -> Tensor | None:
     layout: Layout | None = getattr(_LOCAL, "layout", None)
     if layout is None:
-        return sdpa_mask(*args, mask_function=mask_function, **settings)
+        made: Tensor | None = sdpa_mask(*args, mask_function=mask_function, **settings)
+        return made
     return layout.mask(mask_function)
 
 
 def _eager_mask(*args: Any, mask_function: Rule = causal_mask_function, **settings: Any) -> Tensor:
     layout: Layout | None = getattr(_LOCAL, "layout", None)
     if layout is None:
-        return eager_mask(*args, mask_function=mask_function, **settings)
+        made: Tensor = eager_mask(*args, mask_function=mask_function, **settings)
+        return made
     mask = layout.mask(mask_function)
     assert mask is not None, "forwards of ours always say what is visible"
     added = torch.zeros(mask.shape, dtype=settings.get("dtype", torch.float32), device=mask.device)

@@ -23,7 +23,7 @@ from torch.nn import functional
 from amphista.kernels.int8 import Int8Linear
 from amphista.kernels.linear import PackedLinear, Product
 from amphista.kernels.parts import Norm, paired
-from amphista.target.attention import Layout, Rule, layer_rules
+from amphista.target.attention import Layout, layer_rules
 from amphista.target.pages import give_back
 
 # From so many scores a sequence on, torch's own attention is faster than two products and a softmax.

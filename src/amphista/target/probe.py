@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from amphista.cache.static import KVCache
 from amphista.errors import TargetError, first_line
 from amphista.target.families import refuse_unsupported
 from amphista.target.target import Target
@@ -37,7 +38,10 @@ FIRST_TOKEN = 7
 INPUTS = {"past_key_values": "cache", "position_ids": "positions", "use_cache": "word on its cache"}
 PARENTS = [-1, 0, 0, 1, 2, 2, 4, 5, 6]
 TOKENS = [0, 1, 2, 3, 3, 4, 5, 5, 6]  # two pairs of nodes carry the same token below different ones
+LEAVES = (3, 7, 8)
 ACCEPTED = [0, 2, 4, 6]
+NOT_CAUSAL = "of a row depend on the rows after it: as configured it is not causal; they"
+SHARED = "made by the LM head that drafters share"
 
 
 def probe(target: Target) -> None:
@@ -63,17 +67,17 @@ def _with_eager(target: Target) -> bool:
 
 
 def _probe(target: Target) -> None:
-    _Check(target).run(SHORT)
     try:
-        copy = Target(tiny_model(target.config))
+        check = _Check(Target(tiny_model(target.config)))
     except TargetError as error:
         _probe_beyond_windows(target, error)
+        return
+    check.run(LONG)
+    check.run_together(LONG)
+    if check.told_apart < ENOUGH:
+        _probe_beyond_windows(target, TargetError("its tiny copy hardly depends on the context"))
     else:
-        check = _Check(copy)
-        check.run(LONG)
-        check.run_together(LONG)
-        if check.told_apart < ENOUGH:
-            _probe_beyond_windows(target, TargetError("its tiny copy hardly depends on the context"))
+        _Check(target).run(SHORT, thorough=False)
 
 
 def _probe_beyond_windows(target: Target, why: TargetError) -> None:
@@ -85,7 +89,9 @@ def _probe_beyond_windows(target: Target, why: TargetError) -> None:
     check = _Check(target)
     check.run(rows)
     if check.told_apart < 1:
-        raise _refusal(target, f"its logits hardly depend on the context, so that nothing can be told from them, and {why}")
+        raise _refusal(
+            target, f"its logits hardly depend on the context, so that nothing can be told from them, and {why}"
+        )
 
 
 def _refusal(target: Target, reason: str) -> TargetError:
@@ -101,15 +107,22 @@ class _Check:
         self._target = target
         self._allowed = self.told_apart = 0.0
 
-    def run(self, num_rows: int) -> None:
-        """Behind a prompt of so many rows; raises TargetError with the reason."""
+    def run(self, num_rows: int, *, thorough: bool = True) -> None:
+        """Behind a prompt of so many rows; raises TargetError with the reason.
+
+        thorough: all branches, a prompt in pieces, and another tree behind an accepted path; else one branch in a few
+        forwards.
+        """
         known = signature(self._target.model.forward).parameters
         takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values())
         for name, meant in INPUTS.items():
             if name not in known and not (takes_any and name != "past_key_values"):
                 raise _refusal(self._target, f"its forward takes no {meant} ({name})")
         try:
-            self._run(num_rows)
+            if thorough:
+                self._run(num_rows)
+            else:
+                self._glance(num_rows)
         except (torch.OutOfMemoryError, TargetError):
             raise
         except Exception as error:  # whatever a forward raises at inputs that it does not know
@@ -121,24 +134,36 @@ class _Check:
     def _run(self, num_rows: int) -> None:
         target, prompt = self._target, self._ids(range(num_rows))
         tree, cache = self._tree(num_rows), target.new_cache()
-        paths = self._plain_paths(prompt, tree)
-        self._scale(prompt, paths)
+        paths = self._plain_paths(prompt, tree, LEAVES)
+        self._scale(paths)
+        self.told_apart = float((paths[3] - paths[4]).abs().max()) / self._allowed  # by one token before them
         half = num_rows // 2
         target.prefill(prompt[:half], cache)
         output = target.prefill(prompt[half:], cache)
-        self._equal(output.logits[-1], self._plain(prompt)[-1], "after a prompt read in pieces")
-        output = target.verify(tree, cache)
-        if output.hidden.shape[0] != tree.num_nodes:
-            raise _refusal(target, "its decoder does not return the hidden states of all rows")
-        for node, expected in paths.items():
-            self._equal(output.logits[node], expected, "of a tree's node")
-        self._equal(target.shared.project(output.hidden), output.logits, "made by the LM head that drafters share")
+        self._equal(paths[-1], self._plain(prompt)[-1], NOT_CAUSAL)
+        self._equal(output.logits[-1], paths[-1], "after a prompt read in pieces")
+        self._verify(tree, cache, paths, "of a tree's node")
         cache.commit(ACCEPTED)
         prompt = prompt + [tree.tokens[node] for node in ACCEPTED]
         tree = self._tree(len(prompt))
-        output = target.verify(tree, cache)
-        for node, expected in self._plain_paths(prompt, tree, leaves=(3, 7)).items():
-            self._equal(output.logits[node], expected, "behind an accepted path")
+        self._verify(tree, cache, self._plain_paths(prompt, tree, LEAVES[:2]), "behind an accepted path")
+
+    def _glance(self, num_rows: int) -> None:
+        prompt, tree, cache = self._ids(range(num_rows)), self._tree(num_rows), self._target.new_cache()
+        paths = self._plain_paths(prompt, tree, LEAVES[1:2])
+        self._scale(paths)
+        self._equal(self._target.prefill(prompt, cache).logits[-1], paths[-1], "after a prompt")
+        self._verify(tree, cache, paths, "of a tree's node")
+
+    def _verify(self, tree: TokenTree, cache: KVCache, paths: dict[int, Tensor], what: str) -> None:
+        """The tree's logits at the nodes of `paths`, and what the shared LM head makes of its hidden states."""
+        output = self._target.verify(tree, cache)
+        if len(output.hidden) != tree.num_nodes:
+            raise _refusal(self._target, "its decoder does not return the hidden states of all rows")
+        for node, expected in paths.items():
+            if node >= 0:
+                self._equal(output.logits[node], expected, what)
+        self._equal(self._target.shared.project(output.hidden), output.logits, SHARED)
 
     def run_together(self, num_rows: int) -> None:
         """One row each of two sequences of different lengths in one forward."""
@@ -164,25 +189,20 @@ class _Check:
         logits: Tensor = model(input_ids=torch.tensor([ids], device=self._target.device), use_cache=False).logits[0]
         return logits.float() if logits.dtype is not torch.float64 else logits
 
-    def _plain_paths(
-        self, prompt: list[int], tree: TokenTree, leaves: tuple[int, ...] = (3, 7, 8)
-    ) -> dict[int, Tensor]:
-        """Logits of the nodes on the paths to some leaves."""
+    def _plain_paths(self, prompt: list[int], tree: TokenTree, leaves: tuple[int, ...]) -> dict[int, Tensor]:
+        """Logits of the nodes on the paths to some leaves, and of the prompt's last row as node -1."""
         found: dict[int, Tensor] = {}
         for leaf in leaves:
             path = tree.path(leaf)
-            logits = self._plain(prompt + [tree.tokens[node] for node in path])
-            found |= {node: logits[len(prompt) + place] for place, node in enumerate(path)}
+            logits = self._plain(prompt + [tree.tokens[node] for node in path])[len(prompt) - 1 :]
+            found |= dict(zip([-1, *path], logits, strict=True))
         return found
 
-    def _scale(self, prompt: list[int], paths: dict[int, Tensor]) -> None:
-        """What differences are measured by; refuses a model whose rows see what comes after them."""
+    def _scale(self, paths: dict[int, Tensor]) -> None:
+        """Allow of a difference what rounding makes of the spread between contexts."""
         rows = torch.stack(list(paths.values()))
         spread = (rows - rows.mean(0)).abs().max() + 1e-3 * rows.abs().max()
         self._allowed = float(ROUNDING[self._target.dtype] * spread)
-        self.told_apart = float((paths[3] - paths[4]).abs().max()) / self._allowed  # by one token before them
-        ahead = self._plain(prompt + [FIRST_TOKEN, FIRST_TOKEN + 1])[len(prompt) - 1]
-        self._equal(ahead, self._plain(prompt)[-1], "of a row depend on the rows after it: as configured it is not causal")
 
     def _equal(self, ours: Tensor, plain: Tensor, what: str) -> None:
         difference = float((ours.to(plain.dtype) - plain).abs().max())

@@ -287,7 +287,9 @@ class Target:
             hidden = self._lean.hidden(token_ids, layout, cache.layers if isinstance(cache, KVCache) else cache)
             return TargetOutput(self._lean.logits(hidden[:, -logits_to_keep:]), hidden)
         inputs: dict[str, Any] = {}
-        if self._keeps_logits and logits_to_keep:  # as indices: given a number, some leave rows out before the last layer
+        if (
+            self._keeps_logits and logits_to_keep
+        ):  # as indices: given a number, some leave rows out before the last layer
             inputs["logits_to_keep"] = torch.arange(token_ids.shape[1], device=self.device)[-logits_to_keep:]
         with laid_out(layout):
             output = self._model(
