@@ -21,6 +21,8 @@ from torch import Tensor
 from transformers import AttentionMaskInterface
 from transformers.masking_utils import causal_mask_function, eager_mask, sdpa_mask
 
+from amphista.cache.hf import as_transformers_cache
+from amphista.cache.static import KVCache
 from amphista.errors import TargetError
 
 Rule = Callable[[Any, Any, Any, Any], Any]  # (sequence, head, query position, key position) -> may it be seen
@@ -107,7 +109,8 @@ def layer_rules(model: Any) -> list[Rule]:
     ]
     try:
         with laid_out(layout):
-            model(input_ids=row, position_ids=row, use_cache=False)
+            cache = as_transformers_cache(KVCache(len(hooks)))  # with one, positions are not searched for packed rows
+            model(input_ids=row, position_ids=row, past_key_values=cache)
     finally:
         for hook in hooks:
             hook.remove()

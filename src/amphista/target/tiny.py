@@ -1,12 +1,14 @@
 """Tiny random models of a given configuration's class: what a family does with windows, chunks and shared layers shows
 on them in milliseconds, at contexts beyond every window.
 
-Layers keep their pattern, heads their size (rotary settings go with it); everything that only costs time is made small.
+Layers keep their pattern; everything that only costs time is made small. Where a class asks for more, because other
+settings go with it (rotary factors with the size of heads), it gets that.
 Weights are spread out, so that every token in a context counts.
 """
 
 from __future__ import annotations
 
+from itertools import product
 from typing import Any
 
 import torch
@@ -14,6 +16,7 @@ import torch
 from amphista.errors import TargetError, first_line
 
 WINDOW = 7
+HEAD_SIZE = 16
 VOCAB = 256
 MOST_LAYERS = 16
 MOST_PARAMETERS = 60_000_000
@@ -38,7 +41,7 @@ SIZES = {  # by what a setting's name says, the first that fits; whole numbers o
 }
 
 
-def tiny_config(config: Any, num_heads: int = 2) -> Any:
+def tiny_config(config: Any, num_heads: int = 2, head_size: int | None = HEAD_SIZE) -> Any:
     """A copy of a configuration for a model that is quickly built; raises whatever its class raises if it cannot be."""
     settings = config.to_dict()
     layers = config.attribute_map.get("num_hidden_layers", "num_hidden_layers")
@@ -46,22 +49,25 @@ def tiny_config(config: Any, num_heads: int = 2) -> Any:
         _keep_layers(settings, layers)
     for name, value in settings.items():
         settings[name] = _smaller(name, value)
-    _fewer_heads(config, settings, num_heads)
+    _smaller_heads(config, settings, num_heads, head_size)
+    settings["tie_word_embeddings"] = False  # a tied head says the last token again
     for name in config.sub_configs:
         part = getattr(config, name, None)
         if part is not None:
-            settings[name] = tiny_config(part, num_heads).to_dict()
+            settings[name] = tiny_config(part, num_heads, head_size).to_dict()
     return type(config).from_dict(settings)
 
 
 def tiny_model(config: Any) -> Any:
     """A random causal LM of such a copy, in float64 where its class can; raises TargetError where it cannot be built.
 
-    Some classes ask for more heads than two, or have parts that are float32 whatever else is.
+    Some classes ask for more heads than two, or for their own size, or have parts that are float32 whatever else is.
     """
-    for num_heads, dtype in ((2, torch.float64), (2, torch.float32), (4, torch.float32)):
+    for head_size, num_heads, dtype in product((HEAD_SIZE, None), (2, 4), (torch.float64, torch.float32)):
         try:
-            model = _built(tiny_config(config, num_heads), dtype, getattr(config, "_attn_implementation", None))
+            model = _built(
+                tiny_config(config, num_heads, head_size), dtype, getattr(config, "_attn_implementation", None)
+            )
             with torch.no_grad():
                 model(input_ids=torch.arange(1, 4)[None], use_cache=False)
         except Exception as error:  # whatever a class raises that cannot be made small this way
@@ -126,15 +132,20 @@ def _smaller(name: str, value: Any) -> Any:
     return min(value, size)
 
 
-def _fewer_heads(config: Any, settings: dict[str, Any], num_heads: int) -> None:
-    """So many query heads of the size they had, on half as many key-value heads where they were shared."""
+def _smaller_heads(config: Any, settings: dict[str, Any], num_heads: int, head_size: int | None) -> None:
+    """So many query heads, on half as many key-value heads where they were shared; head_size: None for the class's."""
     heads_name, hidden_name = (config.attribute_map.get(n, n) for n in ("num_attention_heads", "hidden_size"))
     heads, hidden = settings.get(heads_name), settings.get(hidden_name)
     if not isinstance(heads, int) or not isinstance(hidden, int):
         return
     key_heads = settings.get("num_key_value_heads") or heads
-    size = settings.get("head_dim") or hidden // heads
-    few = min(heads, num_heads)
-    settings[heads_name], settings[hidden_name] = few, min(hidden, few * size)
+    before = settings.get("head_dim") or hidden // heads
+    size, few = min(before, head_size or before), min(heads, num_heads)
+    settings[heads_name], settings[hidden_name] = few, few * size
+    if settings.get("head_dim"):
+        settings["head_dim"] = size
+    for layer in (settings.get("per_layer_config") or {}).values():  # layers whose heads are larger remain so
+        if "head_dim" in layer:
+            layer["head_dim"] = max(2, layer["head_dim"] * size // before)
     if isinstance(settings.get("num_key_value_heads"), int):
         settings["num_key_value_heads"] = few if key_heads == heads else max(1, few // 2)
