@@ -8,8 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from transformers import DynamicCache
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, DynamicCache
 
 from amphista.errors import TargetError
 
@@ -25,20 +24,29 @@ def kept_by_layers(config: Any) -> list[str]:
         return []
 
 
+def auto_class(config: Any) -> Any:
+    """The auto class that makes a model of this configuration: causal LMs, or those that read images beside text, which
+    are given text alone. raises TargetError for any other."""
+    for auto in (AutoModelForCausalLM, AutoModelForImageTextToText):
+        if type(config) in auto._model_mapping:
+            return auto
+    raise TargetError(f"{config.model_type} is no causal LM of the installed transformers: choose another target")
+
+
 def refuse_unsupported(config: Any) -> None:
     """Raise TargetError, naming the family and the reason, for what cannot be verified as a tree."""
     family = config.model_type
     if getattr(config, "is_encoder_decoder", False):
         raise TargetError(f"{family} is an encoder-decoder model: amphista accelerates decoder-only causal LMs")
-    reason = _reason(config)
+    reason = _reason(config, auto_class(config)._model_mapping[type(config)])
     if reason is not None:
         raise TargetError(f"{family} models cannot be verified as a tree: {reason}. Choose a target of another family")
 
 
-def _reason(config: Any) -> str | None:
+def _reason(config: Any, kind: Any) -> str | None:
     if config.model_type in BY_ROWS or (config.model_type == "falcon" and getattr(config, "alibi", False)):
         return "its ALiBi biases follow rows, not positions"
-    stateful = getattr(MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None), "_is_stateful", False)
+    stateful = getattr(kind, "_is_stateful", False)
     other = set(kept_by_layers(config)) - KEYS_AND_VALUES  # after the class: importing it brings its cache layers
     text = config.get_text_config(decoder=True)
     layer_types = getattr(text, "layer_types", None)

@@ -13,7 +13,7 @@ import torch
 from amphista.errors import TargetError, first_line
 from amphista.kernels.int8 import can_quantise
 from amphista.target import DEFAULT_TARGET
-from amphista.target.families import refuse_unsupported
+from amphista.target.families import auto_class, refuse_unsupported
 from amphista.target.gguf import (
     SMOLLM2_135M,
     PackagedTarget,
@@ -174,22 +174,24 @@ class Source:
                     f"target {self.name!r} needs code that its repository brings along, and amphista runs none: choose "
                     "a target of a family that the installed transformers has"
                 ) from error
-            what = kind.__name__.removeprefix("Auto").removesuffix("ForCausalLM").lower()
+            what = kind.__name__.removeprefix("Auto").partition("For")[0].lower()
             raise TargetError(f"cannot load the {what} of target {self.name!r}: {first_line(error)}") from error
 
 
 def _load_model(source: Source, place: torch.device, dtype: Any) -> Any:
-    from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
     logging.disable_progress_bar()
     config = source.config()
     refuse_unsupported(config)
+    if getattr(config.get_text_config(decoder=True), "attn_logit_softcapping", None):  # some sdpa leave it out silently
+        config._attn_implementation = "eager"
+    auto = auto_class(config)
     if place.type == "cpu" and isinstance(dtype, torch.dtype):
-        model = source.read(AutoModelForCausalLM, config=copy.deepcopy(config), dtype="auto")
+        model = source.read(auto, config=copy.deepcopy(config), dtype="auto")
         if _is_only_weights(model):
             return _converted(model, dtype)
-    return source.read(AutoModelForCausalLM, config=config, dtype=dtype).to(place)
+    return source.read(auto, config=config, dtype=dtype).to(place)
 
 
 def _is_only_weights(model: Any) -> bool:
@@ -214,9 +216,8 @@ def _converted(model: Any, dtype: torch.dtype) -> Any:
 def import_code(name: str) -> None:
     """Import what loading this target would import, so that its own memory can be told from that of code."""
     from transformers import AutoTokenizer  # noqa: F401
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-    MODEL_FOR_CAUSAL_LM_MAPPING.get(type(Source(name, locate(name), {}).config()), None)
+    refuse_unsupported(Source(name, locate(name), {}).config())  # it looks at the class
 
 
 def describe_target(name: str, **hub: Unpack[Hub]) -> dict[str, Any]:

@@ -68,12 +68,13 @@ def _with_eager(target: Target) -> bool:
 
 def _probe(target: Target) -> None:
     try:
-        check = _Check(Target(tiny_model(target.config)))
+        copy = Target(tiny_model(target.config))
     except TargetError as error:
         _probe_beyond_windows(target, error)
         return
-    check.run(LONG)
-    check.run_together(LONG)
+    check, rows = _Check(copy), min(LONG, copy.spec.max_positions - len(TOKENS))
+    check.run(rows)
+    check.run_together(rows)
     if check.told_apart < ENOUGH:
         _probe_beyond_windows(target, TargetError("its tiny copy hardly depends on the context"))
     else:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from amphista.errors import TargetError, first_line
+from amphista.target.families import auto_class
 
 WINDOW = 7
 HEAD_SIZE = 16
@@ -78,17 +79,16 @@ def tiny_model(config: Any) -> Any:
 
 
 def _built(config: Any, dtype: torch.dtype, attention: str | None) -> Any:
-    from transformers import AutoModelForCausalLM
-
+    auto = auto_class(config)
     config._experts_implementation = "eager"  # in any type
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, attn_implementation=attention)
+        model = auto.from_config(config, attn_implementation=attention)
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
     if num_parameters > MOST_PARAMETERS:
         raise ValueError(f"its smallest form still has {num_parameters / 1e6:.0f} M parameters")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
+        model = auto.from_config(config, dtype=dtype, attn_implementation=attention)
         _spread(model)
     return model.eval().requires_grad_(False)
 
