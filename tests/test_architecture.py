@@ -10,7 +10,7 @@ import amphista
 SRC = Path(amphista.__file__).parent
 LAYERS = [  # bottom up; what stands on one line does not import each other
     {"errors"},
-    {"config", "provenance", "jsonl"},
+    {"config", "provenance", "jsonl", "files"},
     {"prompts"},
     {"tree", "cache", "kernels"},
     {"target"},

@@ -48,5 +48,5 @@ class RequestError(AmphistaError):
 
 
 def first_line(error: BaseException) -> str:
-    """What an exception says, in one line."""
+    """The first line of what an error says; its kind where it says nothing."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]

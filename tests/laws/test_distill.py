@@ -19,14 +19,13 @@ from amphista.engine.step import Engine
 from amphista.errors import ConfigError, TargetError
 from amphista.train.conversations import load_conversations
 from amphista.train.distill import DistillConfig, Distiller, Share, chance
+from amphista.train.distilled import AnswerFile, read_answered, read_folder, read_run
 from amphista.train.prompts import read_rows
-from amphista.train.shards import read_answered, read_folder, read_run
-from amphista.train.store import RowStore
 from amphista.tree.grow import parse_tree
 from tests.talkative import asked, talkative_target
 from tests.tiny import EOS, tiny_target
 
-CONFIG = DistillConfig(max_new_tokens=20, max_len=400, batch_size=4, rows_per_shard=7, seed=3)
+CONFIG = DistillConfig(max_new_tokens=20, max_len=400, batch_size=4, seed=3)
 
 
 @pytest.fixture(scope="module")
@@ -49,9 +48,9 @@ def whole(target, prompts, tmp_path_factory):
     return out
 
 
-def settings_of(conversation, turn):
-    is_sampled = chance(CONFIG.seed, conversation.id, "sampled?") / 2**64 < CONFIG.sampled_share
-    seed = chance(CONFIG.seed, conversation.id, turn)
+def settings_of(name, turn):
+    is_sampled = chance(CONFIG.seed, name, "sampled?") / 2**64 < CONFIG.sampled_share
+    seed = chance(CONFIG.seed, name, turn)
     return SamplingParams(max_new_tokens=20, temperature=0.7 * is_sampled, seed=seed)
 
 
@@ -62,16 +61,16 @@ def test_every_answer_is_the_target_s_own_to_the_conversation_so_far(target, pro
     """Turn by turn with the plain engine on rendered messages; somebody else's answers are nowhere."""
     engine, text = Engine(target, NoDrafter(), parse_tree(1)), target.text
     answered = {one.id: one for one in read_answered(whole)}
-    assert answered.keys() == {one.id for one in prompts.conversations}
+    assert answered.keys() == prompts.conversations.keys()
     counts = {"stop": 0, "length": 0, "loop": 0, "later": 0}
-    for conversation in prompts.conversations:
+    for name, messages in prompts.conversations.items():
         history, expected, finish = [], [], []
-        for message in conversation.messages:
+        for message in messages:
             history.append(message)
             if message["role"] != "user" or (finish and finish[-1] != "stop"):
                 continue
             prompt = text.render(history)
-            sequence = decode(engine, prompt, settings_of(conversation, len(finish)))
+            sequence = decode(engine, prompt, settings_of(name, len(finish)))
             ids, reason = sequence.output_ids, sequence.finish_reason.value
             looped = [n for n in range(1, len(ids) + 1) if loop_free_length(ids[:n]) < n]
             if looped and not (reason == "stop" and looped[0] == len(ids)):
@@ -79,14 +78,14 @@ def test_every_answer_is_the_target_s_own_to_the_conversation_so_far(target, pro
             expected.append((prompt, ids))
             finish.append(reason)
             history.append({"role": "assistant", "content": text.decode(ids)})
-        (row,) = answered[conversation.id].rows
+        (row,) = answered[name].rows
         assert row.token_ids == expected[-1][0] + expected[-1][1]
         for number, (prompt, ids) in enumerate(expected, start=1):
             assert row.token_ids[: len(prompt)] == prompt
             marked = [index for index, mark in enumerate(row.answers) if mark == number]
             assert marked == list(range(len(prompt), len(prompt) + len(ids)))
         assert row.num_answer_tokens == sum(len(ids) for _, ids in expected)
-        assert answered[conversation.id].finish == tuple(finish)
+        assert answered[name].finish == tuple(finish)
         for reason in finish:
             counts[reason] += 1
         counts["later"] += len(finish) - 1
@@ -105,10 +104,9 @@ def test_rows_are_what_training_makes_of_the_same_conversations(target, prompts,
     for one in read_answered(whole):
         if set(one.finish) != {"stop"}:
             continue
-        conversation = next(c for c in prompts.conversations if c.id == one.id)
         (row,) = one.rows
         messages, turn = [], 0
-        for message in conversation.messages:
+        for message in prompts.conversations[one.id]:
             messages.append(message)
             if message["role"] == "user":
                 turn += 1
@@ -153,7 +151,7 @@ def test_answers_that_are_not_text_stay_as_they_were_chosen(prompts, tmp_path):
     for row in split[0].rows:
         spans = [i for i, mark in enumerate(row.answers) if mark]
         turn = split[0].rows.index(row)
-        params = dataclasses.replace(settings_of(split[0], turn), max_new_tokens=12)
+        params = dataclasses.replace(settings_of(split[0].id, turn), max_new_tokens=12)
         assert decode(engine, row.token_ids[: spans[0]], params).output_ids == [row.token_ids[i] for i in spans]
 
 
@@ -170,7 +168,7 @@ def everything(folder):
 
 @pytest.mark.parametrize("kills", [[1], [6, 9], [7], [3, 20, 2]])
 def test_a_resumed_run_equals_the_uninterrupted_one(target, prompts, whole, tmp_path, monkeypatch, kills):
-    add = RowStore.add
+    add = AnswerFile.add
     for after in kills:
         added = []
 
@@ -180,7 +178,7 @@ def test_a_resumed_run_equals_the_uninterrupted_one(target, prompts, whole, tmp_
             added.append(answered.id)
             add(store, answered)
 
-        monkeypatch.setattr(RowStore, "add", dying)
+        monkeypatch.setattr(AnswerFile, "add", dying)
         before = everything(tmp_path) if any(tmp_path.iterdir()) else {}
         with pytest.raises(Killed):
             Distiller(target, CONFIG, prompts, tmp_path).run()
@@ -189,50 +187,24 @@ def test_a_resumed_run_equals_the_uninterrupted_one(target, prompts, whole, tmp_
     summary = Distiller(target, CONFIG, prompts, tmp_path).run()
     assert everything(tmp_path) == everything(whole)
     assert summary["conversations"] == 40 and summary["decoded_tokens"] > 0
-    stored = [name for shard in tmp_path.glob("rows-*") for name in ids_in(shard)]
-    assert len(stored) == len(set(stored)) == 40 and not list(tmp_path.glob("journal-*"))
-
-
-def ids_in(shard):
-    from amphista.train.shards import shard_ids
-
-    return shard_ids(shard)
-
-
-def test_a_kill_between_shard_and_journal_doubles_nothing(target, prompts, whole, tmp_path, monkeypatch):
-    from amphista.train import store
-
-    write = store.write_shard
-
-    def dying(*arguments):
-        write(*arguments)
-        raise Killed
-
-    monkeypatch.setattr(store, "write_shard", dying)
-    with pytest.raises(Killed):
-        Distiller(target, CONFIG, prompts, tmp_path).run()
-    monkeypatch.undo()
-    assert list(tmp_path.glob("rows-*")) and (tmp_path / "journal-0.jsonl").stat().st_size > 0
-    assert len(everything(tmp_path)) == len(ids_in(next(tmp_path.glob("rows-*"))))
-    Distiller(target, CONFIG, prompts, tmp_path).run()
-    stored = [name for shard in tmp_path.glob("rows-*") for name in ids_in(shard)]
-    assert len(stored) == len(set(stored)) == 40 and everything(tmp_path) == everything(whole)
+    lines = (tmp_path / "rows-0.jsonl").read_text().splitlines()
+    assert len({json.loads(line)["id"] for line in lines}) == len(lines) == 40
 
 
 def test_a_torn_line_is_answered_again(target, prompts, whole, tmp_path, monkeypatch):
-    add = RowStore.add
+    add = AnswerFile.add
 
     def dying(store, answered):
         add(store, answered)
         if len(store.done) == 5:
             raise Killed
 
-    monkeypatch.setattr(RowStore, "add", dying)
+    monkeypatch.setattr(AnswerFile, "add", dying)
     with pytest.raises(Killed):
         Distiller(target, CONFIG, prompts, tmp_path).run()
     monkeypatch.undo()
-    journal = tmp_path / "journal-0.jsonl"
-    journal.write_bytes(journal.read_bytes()[:-9])
+    file = tmp_path / "rows-0.jsonl"
+    file.write_bytes(file.read_bytes()[:-9])
     assert len(everything(tmp_path)) == 4
     Distiller(target, CONFIG, prompts, tmp_path).run()
     assert everything(tmp_path) == everything(whole)
@@ -242,14 +214,14 @@ def test_shares_together_are_the_run_of_one(target, prompts, whole, tmp_path):
     for index in range(3):
         Distiller(target, CONFIG, prompts, tmp_path, share=Share(index, 3)).run()
     assert everything(tmp_path) == everything(whole)
-    assert {path.name.split("-")[1] for path in tmp_path.glob("rows-*")} == {"0", "1", "2"}
+    assert {path.name for path in tmp_path.glob("rows-*")} == {"rows-0.jsonl", "rows-1.jsonl", "rows-2.jsonl"}
 
 
 def test_batch_size_and_limit_change_no_answer_and_a_run_can_be_extended(target, prompts, whole, tmp_path):
-    few = dataclasses.replace(prompts, conversations=prompts.conversations[:11])
+    few = dataclasses.replace(prompts, conversations=dict(list(prompts.conversations.items())[:11]))
     Distiller(target, dataclasses.replace(CONFIG, limit=11, batch_size=3), few, tmp_path).run()
     assert len(everything(tmp_path)) == 11
-    Distiller(target, dataclasses.replace(CONFIG, batch_size=9, rows_per_shard=2), prompts, tmp_path).run()
+    Distiller(target, dataclasses.replace(CONFIG, batch_size=9), prompts, tmp_path).run()
     assert everything(tmp_path) == everything(whole)
 
 
@@ -281,7 +253,7 @@ def test_another_target_other_prompts_and_another_number_of_processes_are_refuse
 def test_two_runs_of_one_process_at_once_are_refused(target, prompts, tmp_path):
     distiller = Distiller(target, CONFIG, prompts, tmp_path)
     with (
-        RowStore(tmp_path, 0, distiller._run_record(), rows_per_shard=5),
+        AnswerFile(tmp_path, 0, distiller._run_record()),
         pytest.raises(ConfigError, match="another process is distilling"),
     ):
         distiller.run()
@@ -315,5 +287,6 @@ def test_run_json_says_how_the_rows_came_about(target, whole):
     run = read_run(whole)
     assert run["chat_template"] == target.text.tokenizer.chat_template and run["target"] == "talkative"
     assert run["config"]["sampled_share"] == 0.5 and run["identity"]["target"]["family"] == "phi"
+    assert run["identity"]["target"]["type"] == "float64"
     assert {"versions", "machine", "command"} <= run["provenance"].keys()
     assert json.loads((whole / "summary-0.json").read_text())["conversations"] == 40

@@ -24,7 +24,7 @@ from amphista.train.calibrate import GRID, calibrate, head_temperatures, losses_
 from amphista.train.config import DataConfig, OptimizerConfig, TrainConfig
 from amphista.train.dataset import HiddenStates, collate, frequent_tokens
 from amphista.train.losses import HeadLoss, LossConfig
-from amphista.train.prompts import TokenRow, mark_answers, read_rows
+from amphista.train.prompts import TokenRow, mark_answers
 from amphista.train.trainer import Trainer
 from amphista.train.validation import validate
 from amphista.tree.grow import parse_tree
@@ -427,7 +427,7 @@ def test_calibration_is_made_on_the_rows_it_is_for(target):
 def test_a_store_without_its_states_is_filled_again(target, tmp_path):
     """Marks whose states are gone must not pass zeros for hidden states."""
     first = HiddenStates(target, [ROW], tmp_path).get([ROW])[0]
-    (tmp_path / "hidden.f16").unlink()
+    next(tmp_path.glob("*/hidden.f16")).unlink()
     again = HiddenStates(target, [ROW], tmp_path).get([ROW])[0]
     torch.testing.assert_close(again, first.half().float(), atol=1e-3, rtol=1e-3)
     assert float(again.abs().sum()) > 0
@@ -436,8 +436,77 @@ def test_a_store_without_its_states_is_filled_again(target, tmp_path):
 def test_other_data_in_the_same_folder_is_refused(target, data_file, tmp_path):
     Trainer(target, config_for(data_file), tmp_path / "run", lambda line: None).run(stop_after=5)
     data_file.write_text("".join(data_file.read_text().splitlines(keepends=True)[:-3]))
-    with pytest.raises(ConfigError, match="other settings, data or target"):
+    with pytest.raises(ConfigError, match="rows_sha256 is"):
         Trainer(target, config_for(data_file), tmp_path / "run", lambda line: None).run()
+
+
+def test_a_run_goes_on_with_a_target_of_its_own_type_only(data_file, tmp_path):
+    """One fingerprint, two types: a run that went on would be half of each."""
+    Trainer(tiny_target(), config_for(data_file), tmp_path / "run", lambda line: None).run(stop_after=5)
+    other = tiny_target(dtype=torch.bfloat16)
+    with pytest.raises(ConfigError, match=r"target\.type is bfloat16, there it is float32"):
+        Trainer(other, config_for(data_file), tmp_path / "run", lambda line: None).run()
+
+
+def test_two_runs_in_one_folder_are_refused(target, data_file, tmp_path):
+    """The second one touches nothing."""
+    first, second = (Trainer(target, config_for(data_file), tmp_path / "run", lambda line: None) for _ in range(2))
+    refusals = []
+
+    def interfere(step, of, line):
+        if not refusals:
+            with pytest.raises(ConfigError, match="another process is training into"):
+                second.run()
+            refusals.append(step)
+
+    first.on_step = interfere
+    first.run()
+    assert refusals == [1]
+    undisturbed = Trainer(target, config_for(data_file), tmp_path / "alone", lambda line: None)
+    undisturbed.run()
+    assert losses_of(tmp_path / "run") == losses_of(tmp_path / "alone")
+
+
+def test_runs_side_by_side_do_not_touch_each_other_s_hidden_states(target, data_file, tmp_path):
+    """Another run with fewer rows, begun in the middle of a stored one in a sibling folder, changes nothing of it."""
+    stored = DataConfig(files=(str(data_file),), validation_share=0.2, store=True)
+    few = tmp_path / "few.jsonl"
+    few.write_text("".join(data_file.read_text().splitlines(keepends=True)[:12]))
+    others = config_for(few, data=DataConfig(files=(str(few),), validation_share=0.3, store=True))
+    begun = []
+
+    def interfere(step, of, line):
+        if not begun:
+            begun.append(step)
+            Trainer(target, others, tmp_path / "runs" / "other", lambda line: None).run()
+
+    Trainer(target, config_for(data_file, data=stored), tmp_path / "runs" / "one", print, interfere).run()
+    Trainer(target, config_for(data_file, data=stored), tmp_path / "alone" / "one", print).run()
+    assert begun and losses_of(tmp_path / "runs" / "one") == losses_of(tmp_path / "alone" / "one")
+
+
+def test_a_line_left_out_is_told_in_log_and_card(target, data_file, tmp_path):
+    data_file.write_text(data_file.read_text() + '{"prompt_ids": [1], "answer_ids": []}\n')
+    lines = []
+    folder = Trainer(target, config_for(data_file), tmp_path / "run", lines.append).run()
+    assert any("1 lines left out" in line and "line 41 has no answer tokens" in line for line in lines)
+    record = json.loads((folder / "config.json").read_text())["training"]["data"]["left_out"]
+    assert record == {"lines": 1, "first": ["answers.jsonl line 41 has no answer tokens"]}
+    assert "1 lines of the data could not be used" in (folder / "README.md").read_text()
+
+
+def test_the_validation_loss_is_a_mean_over_positions(target):
+    """However rows of unequal answers fall into batches."""
+    drafter = drafter_for(target)
+    rows = [TokenRow(str(n), str(n), [3] * 4 + [9, 61] * n, [0] * 4 + [1] * 2 * n) for n in (1, 2, 3, 9)]
+    hidden = HiddenStates(target, rows, None)
+    once, apart = (validate(drafter, rows, hidden, LossConfig(), batch_size=size) for size in (4, 1))
+    assert once.head_loss == pytest.approx(apart.head_loss, rel=1e-5) and once.loss == pytest.approx(
+        apart.loss, rel=1e-5
+    )
+    batch = batch_for(target, rows)
+    by_hand = HeadLoss(drafter, LossConfig())(batch.hidden, batch.next_ids, batch.answer_rows).per_head()
+    assert once.head_loss == pytest.approx(by_hand.tolist(), rel=1e-5)
 
 
 def test_a_card_may_be_worded_anew_in_mid_run(target, data_file, tmp_path):
@@ -456,8 +525,8 @@ def test_a_cut_log_line_and_a_left_over_state_are_survived(target, data_file, tm
     Trainer(target, config, run, lambda line: None).run(stop_after=5)
     with (run / "log.jsonl").open("a") as stream:
         stream.write('{"step": 6, "lo')
-    (run / "state.old").mkdir()
-    (run / "state.old" / "left-over").write_text("")
+    (run / ".old-state").mkdir()
+    (run / ".old-state" / "left-over").write_text("")
     Trainer(target, config, run, lambda line: None).run()
     assert all(json.loads(line) for line in (run / "log.jsonl").read_text().splitlines())
 
@@ -474,35 +543,15 @@ def test_calibration_is_honest(target, data_file, tmp_path):
 def test_other_settings_in_the_same_folder_are_refused(target, data_file, tmp_path):
     Trainer(target, config_for(data_file), tmp_path / "run", lambda line: None).run(stop_after=5)
     other = config_for(data_file, seed=1)
-    with pytest.raises(ConfigError, match="other settings"):
+    with pytest.raises(ConfigError, match=r"another training run: config\.seed is 1, there it is 0"):
         Trainer(target, other, tmp_path / "run", lambda line: None).run()
 
 
 def test_kill_between_old_and_new_state_is_survived(target, data_file, tmp_path):
-    """Only state.old is left when a kill hits between the two renames: the run goes on from there."""
+    """Only the old state is left when a kill hits between the two renames: the run goes on from there."""
     config, run = config_for(data_file), tmp_path / "run"
     Trainer(target, config, run, lambda line: None).run(stop_after=5)
-    shutil.move(run / "state", run / "state.old")
+    shutil.move(run / "state", run / ".old-state")
     lines = []
     Trainer(target, config, run, lines.append).run()
     assert any("resuming at step 5" in line for line in lines)
-
-
-@pytest.mark.parametrize(
-    ("line", "message"),
-    [
-        ('{"id": "x", "prompt_ids": [1], "answer_ids": []}', "line 2 has no answer tokens"),
-        ('{"id": "x", "prompt_ids": [1], "answer_ids": [300]}', "line 2 holds token id 300"),
-        ('{"id": "x", "prompt_ids": [-1], "answer_ids": [2, 299]}', "line 2 holds token id -1"),
-        ('{"id": "x", "text": "hello"}', "line 2 has neither"),
-        ("{broken", "line 2 is not JSON"),
-        ("[1, 2]", "line 2 is a JSON list"),
-        ('{"prompt_ids": null, "answer_ids": [1]}', "line 2: prompt_ids and answer_ids must be lists"),
-        ('{"prompt_ids": [1], "answer_ids": [1.5]}', "line 2: prompt_ids and answer_ids must be lists"),
-    ],
-)
-def test_bad_rows_are_named(tmp_path, line, message):
-    path = tmp_path / "rows.jsonl"
-    path.write_text('{"id": "a", "prompt_ids": [1], "answer_ids": [2, 3]}\n' + line + "\n")
-    with pytest.raises(DataError, match=message):
-        read_rows([path], None, [EOS], vocab_size=300, max_len=100)

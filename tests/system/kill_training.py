@@ -122,11 +122,13 @@ def main():
 def report(target, rows, out, expected, where, status):
     """Go on with a killed run and say what came out."""
     killed = os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
-    had_state = (out / "state").exists() or (out / "state.old").exists()
+    had_state = (out / "state").exists() or (out / ".old-state").exists()
     resumed = train(target, rows, out) == 0
     record = {"where": where, "killed": killed, "had_state": had_state, "resumed": resumed}
     record["is_equal"] = resumed and fingerprint(out) == expected
-    record["left_over"] = sorted({path.name for path in out.iterdir()} - {"best", "last", "log.jsonl", "state"})
+    record["left_over"] = sorted(
+        {path.name for path in out.iterdir()} - {".lock", "best", "last", "log.jsonl", "state"}
+    )
     print(json.dumps(record), flush=True)
 
 

@@ -11,7 +11,7 @@ import time
 
 import pytest
 
-from amphista.train.shards import read_answered, shard_ids
+from amphista.train.distilled import read_answered
 from tests.system.test_cli import amphista
 from tests.talkative import asked, talkative_model
 from tests.tiny import byte_tokenizer
@@ -29,7 +29,7 @@ def folder(tmp_path_factory):
 
 def arguments(folder, out, *more):
     return ["distill", "--prompts", folder / "prompts.jsonl", "--target", folder / "target", "--out", out,
-            "--max-new-tokens", 30, "--set", "max_len=400", "--set", "rows_per_shard=40", "--batch-size", 8,
+            "--max-new-tokens", 30, "--set", "max_len=400", "--batch-size", 8,
             "--dtype", "float32", *more]  # fmt: skip
 
 
@@ -45,7 +45,7 @@ def test_answers_and_what_training_makes_of_them(folder, tmp_path):
     assert summary["conversations"] == 60 and 15 <= summary["sampled"] <= 45
     assert summary["answers"] == sum(summary["finish"].values()) > 60
     assert summary["decoded_tokens"] >= summary["answer_tokens"] > 0 and summary["tokens_per_second"] > 0
-    assert len(read_answered(out)) == 60 and len(list(out.glob("rows-0-*"))) == 2
+    assert len(read_answered(out)) == 60 and summary["left_out"]["lines"] == 0
     trained = amphista(
         "train", "--data", out, "--target", folder / "target", "--out", tmp_path / "run", "--set", "model.num_heads=2",
         "--set", "model.draft_vocab=120", "--set", "data.validation_share=0.2", "--set", "optimizer.max_steps=6",
@@ -60,10 +60,14 @@ def test_kill_minus_nine_loses_nothing_and_doubles_nothing(folder, tmp_path):
     out = tmp_path / "answers"
     command = [sys.executable, "-m", "amphista", *map(str, arguments(folder, out))]
     kept = {}
-    for wanted in (25, 120):  # within the first shard, and some shards later
+    for wanted in (25, 120):
         process = subprocess.Popen(command, stderr=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"})
         deadline = time.monotonic() + 120
-        while len(read_answered(out)) < wanted and process.poll() is None and time.monotonic() < deadline:
+        while (
+            not (out.is_dir() and len(read_answered(out)) >= wanted)
+            and process.poll() is None
+            and time.monotonic() < deadline
+        ):
             time.sleep(0.01)
         process.send_signal(signal.SIGKILL)
         _, error = process.communicate()
@@ -76,8 +80,7 @@ def test_kill_minus_nine_loses_nothing_and_doubles_nothing(folder, tmp_path):
     resumed = {one.id: one for one in read_answered(out)}
     assert len(resumed) == summary["conversations"] == 400
     assert all(resumed[name] == one for name, one in kept.items())
-    stored = [name for shard in out.glob("rows-*.safetensors") for name in shard_ids(shard)]
-    assert len(stored) == len(set(stored)) == 400 and not list(out.glob("journal-*"))
+    assert len((out / "rows-0.jsonl").read_text().splitlines()) == 400
     run(folder, tmp_path / "whole")
     whole = {one.id: one for one in read_answered(tmp_path / "whole")}
     # Equal in exact arithmetic (a law, in float64); here float32 kernels may settle a near-tie by the batch's make-up.

@@ -36,6 +36,7 @@ def ablate(
     except ImportError as error:
         raise ConfigError(f"training needs the package {error.name}: pip install 'amphista[train]'") from error
     from amphista.cli.progress import StepProgress
+    from amphista.files import write_file
     from amphista.target.loading import load_target
 
     wanted = Plan.read(plan)
@@ -46,7 +47,7 @@ def ablate(
     rows = rows_of(results)
     _add_drafting(rows, ablations.drafters(), loaded)
     table = "\n".join(table_lines(rows)) + "\n"
-    (out / "table.md").write_text(table, encoding="utf-8")
+    write_file(out / "table.md", table)
     print(table, file=sys.stderr if json_lines else sys.stdout)
     if json_lines:
         print(json.dumps({"runs": rows}))

@@ -43,9 +43,10 @@ def convert(
     if layout not in LAYOUTS:
         raise ConfigError(f"unknown layout {layout!r}: expected {', '.join(LAYOUTS)}")
     from amphista.drafter.card import CardConfig
+    from amphista.drafter.checkpoint import check_out
     from amphista.drafter.convert import read_medusa
     from amphista.target.loading import load_target
-    from amphista.train.adopt import adopt, check_out
+    from amphista.train.recalibrate import save_converted
 
     check_out(out)
     loaded = load_target(target, device=device, dtype=dtype)
@@ -53,7 +54,7 @@ def convert(
     if published.base_model not in (None, target, base_model):
         print(f"amphista: note: {source} names {published.base_model} as its target", file=sys.stderr)
     card = CardConfig(license=license_id, base_model=base_model)
-    training = adopt(published, loaded, out, data or [], card)
+    training = save_converted(published, loaded, out, data or [], card)
     config = published.drafter.config
     own = "own LM heads" if config.lm_head == "own" else "the target's LM head"
     print(

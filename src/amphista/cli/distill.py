@@ -90,6 +90,8 @@ def _run(config: Any, share: Share, target: tuple[str, str | None, str | None, b
     from amphista.train.distill import Distiller
 
     asked = load_conversations(config.prompts, config.limit)
+    if asked.left_out.count:
+        print(f"amphista: {asked.left_out.sentence()}", file=sys.stderr)
     name, device, dtype, fast = target
     loaded = load_target(name, device=device, dtype=dtype, fast=fast)
     with StepProgress() as progress:

@@ -10,7 +10,6 @@ the same rows, batches and steps. OUT/<run>-seed<n>/ is a training folder; resul
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import shutil
 import statistics
@@ -22,6 +21,7 @@ from typing import Any
 from amphista.config import as_dict, build, merged, read_recipe
 from amphista.drafter.checkpoint import DRAFTERS, read_checkpoint
 from amphista.errors import ConfigError
+from amphista.files import check_same_run, read_json, write_json
 from amphista.target.target import Target
 from amphista.train.config import TrainConfig
 from amphista.train.trainer import OnStep, Report, Trainer
@@ -115,7 +115,7 @@ class Ablations:
     def results(self) -> list[dict[str, Any]]:
         """Results that are there, in the order of the plan."""
         places = (self._folder(name, seed) / RESULT for name in self.plan.runs for seed in self.plan.seeds)
-        return [json.loads(path.read_text(encoding="utf-8")) for path in places if path.is_file()]
+        return [read_json(path) for path in places if path.is_file()]
 
     def drafters(self) -> dict[str, Path]:
         """The trained drafter of each run that is finished with its first seed there."""
@@ -147,32 +147,24 @@ class Ablations:
 
     def _finished(self, folder: Path, name: str, config: TrainConfig) -> dict[str, Any]:
         """The result in a folder, trained now where it is missing; refuses one of other settings or data."""
-        settings = json.loads(json.dumps(as_dict(config)))
-        settings["data"]["files"] = [Path(file).name for file in config.data.files]
-        identity = {"config": settings, "data_sha256": self._digest, "target": as_dict(self.target.fingerprint)}
+        settings = as_dict(config)
+        del settings["data"]["files"]
+        identity = {"config": settings, "data_sha256": self._digest, "target": self.target.identity}
         place = folder / RESULT
         if place.is_file():
-            result: dict[str, Any] = json.loads(place.read_text(encoding="utf-8"))
-            if _with_defaults(result["identity"]) != _with_defaults(identity):
-                raise ConfigError(f"{folder} holds a run with other settings, data or target: give another --out")
+            result = read_json(place)
+            check_same_run(f"{folder} holds another run", result["identity"], identity)
             return result
         self.report(f"{folder.name} ...")
         checkpoint = read_checkpoint(Trainer(self.target, config, folder, self.report, self.on_step).run())
         result = {"run": name, "seed": config.seed, "identity": identity, **checkpoint.training}
         result["parameters"] = _num_parameters(checkpoint.folder)
-        temporary = place.with_suffix(".new")
-        temporary.write_text(json.dumps(result), encoding="utf-8")
-        temporary.replace(place)
+        write_json(place, result)
         shutil.rmtree(folder / "state", ignore_errors=True)  # three times the weights, and no longer needed
         return result
 
     def _folder(self, name: str, seed: int) -> Path:
         return self.out / f"{name}-seed{seed}"
-
-
-def _with_defaults(identity: dict[str, Any]) -> dict[str, Any]:
-    """A setting that was not there yet when a run was made had its default."""
-    return {**identity, "config": as_dict(build(TrainConfig, identity["config"]))}
 
 
 # -- the table --------------------------------------------------------------------------------------------------------
@@ -256,7 +248,8 @@ def _digest(files: Sequence[Path]) -> str:
     digest = hashlib.sha256()
     for path in files:
         try:
-            digest.update(Path(path).read_bytes())
+            for part in sorted(path.glob("rows-*.jsonl")) if path.is_dir() else [path]:
+                digest.update(part.read_bytes())
         except OSError as error:
             raise ConfigError(f"cannot read {path}: {error.strerror}") from error
     return digest.hexdigest()

@@ -79,7 +79,7 @@ def head_temperatures(drafter: ParallelHeads, rows: Sequence[TokenRow], hidden: 
     device = drafter.device
     stride = max(1, sum(row.num_answer_tokens for row in rows) // MAX_POSITIONS)
     losses = torch.zeros(drafter.num_heads, len(GRID), dtype=torch.float64)
-    for _, on_cpu in batches_of(rows, hidden, 8):
+    for on_cpu in batches_of(rows, hidden, 8):
         batch = on_cpu.to(device)
         states = drafter(batch.hidden, batch.next_ids, batch.answer_rows.rows)
         labels = draft_labels(drafter, batch.answer_rows.next_ids)

@@ -1,6 +1,7 @@
 """Prompts to be answered: files or a data set of the hub -> conversations without their assistant turns.
 
-A line (or a row of a data set) holds `messages`, `turns` or `prompt`, as everywhere else (`amphista/prompts.py`).
+A line (or a row of a data set) holds `messages`, `turns` or `prompt`, as everywhere else (`amphista/prompts.py`). One
+that cannot be used is left out and counted.
 """
 
 from __future__ import annotations
@@ -10,60 +11,67 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from amphista.errors import ConfigError, DataError
-from amphista.prompts import PromptRecord, prompt_record, read_prompts
-
-
-@dataclass(frozen=True)
-class Conversation:
-    """What people said, in order: user turns, with system messages before or between them."""
-
-    id: str
-    messages: list[dict[str, str]]
+from amphista.errors import ConfigError, DataError, first_line
+from amphista.jsonl import read_lines
+from amphista.prompts import prompt_record
+from amphista.train.left_out import LeftOut
 
 
 @dataclass(frozen=True)
 class PromptSet:
-    """Conversations with distinct ids, and by source what identifies its content."""
+    """By id what people said in each conversation (user turns, with system messages before or between them), by source
+    what identifies its content, and the lines left out."""
 
-    conversations: list[Conversation]
+    conversations: dict[str, list[dict[str, str]]]
     sources: dict[str, str]
+    left_out: LeftOut
 
 
 def load_conversations(sources: Sequence[str], limit: int | None = None) -> PromptSet:
     """Read files, or data sets named owner/name[:split], whole; `limit` keeps the first so many.
 
-    Lines without an id, or with a number for one, are named after their file. raises DataError for an unusable line and
-    for ids that are not distinct; ConfigError when the package `datasets` would be needed and is missing.
+    Lines without an id, or with a number for one, are named after their file. raises DataError for a source of which
+    nothing can be used; ConfigError when the package `datasets` would be needed and is missing.
     """
     if not sources:
         raise ConfigError("no prompts: give --prompts FILE (or prompts in the recipe)")
-    found: dict[str, Conversation] = {}
+    found: dict[str, list[dict[str, str]]] = {}
     origins: dict[str, str] = {}
+    left_out = LeftOut()
     for source in sources:
-        name, digest, records = _open(source)
+        name, digest, lines = _open(source, left_out)
         if name in origins:
             raise ConfigError(f"two sources are called {name}: rename one, since conversations are named after it")
         origins[name] = digest
-        for record in records:
-            conversation = _conversation(record, name)
-            if conversation.id in found:
-                raise DataError(f"{source}: the id {conversation.id!r} is there twice: ids must be distinct")
-            found[conversation.id] = conversation
-    return PromptSet(list(found.values())[:limit], origins)
+        num_before = len(found)
+        for number, line in lines:
+            try:
+                key, messages = _conversation(line, name, number, f"{source} line {number}")
+                if key in found:
+                    raise DataError(f"{source} line {number}: the id {key!r} is there twice")
+            except DataError as error:
+                left_out.add(Path(source), error)
+            else:
+                found[key] = messages
+        if len(found) == num_before:
+            raise DataError(f"{source} holds no prompts. {left_out.sentence()}")
+    return PromptSet(dict(list(found.items())[:limit]), origins, left_out)
 
 
-def _open(source: str) -> tuple[str, str, Iterator[PromptRecord]]:
-    """A source's name, what identifies its content, and its records."""
+def _open(source: str, left_out: LeftOut) -> tuple[str, str, Iterator[tuple[int, dict[str, Any]]]]:
+    """A source's name, what identifies its content, and its numbered lines."""
     path = Path(source).expanduser()
     if path.is_file() or not re.fullmatch(r"[\w.-]+/[\w.-]+(:[\w.-]+)?", source) or path.suffix in (".jsonl", ".gz"):
-        records = read_prompts(path)  # says so when there is no such file
-        return path.name, hashlib.sha256(path.read_bytes()).hexdigest(), iter(records)
+        if not path.is_file():
+            raise DataError(f"there is no file {path}")
+        lines = read_lines(path, lambda error: left_out.add(path, error))
+        return path.name, hashlib.sha256(path.read_bytes()).hexdigest(), lines
     return _open_data_set(source)
 
 
-def _open_data_set(source: str) -> tuple[str, str, Iterator[PromptRecord]]:
+def _open_data_set(source: str) -> tuple[str, str, Iterator[tuple[int, dict[str, Any]]]]:
     name, _, split = source.partition(":")
     try:
         import datasets
@@ -75,16 +83,16 @@ def _open_data_set(source: str) -> tuple[str, str, Iterator[PromptRecord]]:
     try:
         rows = datasets.load_dataset(name, split=split or "train")
     except Exception as error:  # the hub, the cache and the readers raise a dozen kinds
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise DataError(f"cannot load the data set {source}: {reason}") from error
-    records = (prompt_record(dict(row), f"{source} row {number}", number) for number, row in enumerate(rows, start=1))
-    return source, str(rows._fingerprint), records
+        raise DataError(f"cannot load the data set {source}: {first_line(error)}") from error
+    return source, str(rows._fingerprint), enumerate((dict(row) for row in rows), start=1)
 
 
-def _conversation(record: PromptRecord, source: str) -> Conversation:
+def _conversation(line: dict[str, Any], source: str, number: int, where: str) -> tuple[str, list[dict[str, str]]]:
+    """(id, messages without the assistant's); raises DataError, saying `where`."""
+    record = prompt_record(line, where, number)
     name = record.id if isinstance(record.id, str) else f"{source}:{record.id}"
     messages = record.messages or [{"role": "user", "content": turn} for turn in record.turns]
     asked = [message for message in messages if message["role"] != "assistant"]
     if not any(message["role"] == "user" for message in asked):
-        raise DataError(f"{source}: conversation {name!r} has no user turn: there is nothing to answer")
-    return Conversation(name, asked)
+        raise DataError(f"{where}: conversation {name!r} has no user turn: there is nothing to answer")
+    return name, asked

@@ -86,9 +86,9 @@ class HiddenStates:
     """Hidden states of rows, straight from the target or through a store on disk; never NaN or infinite."""
 
     def __init__(self, target: Target, rows: Sequence[TokenRow], folder: Path | None) -> None:
-        """folder: of the store, or None; rows: all that will ever be asked for."""
+        """folder: of the stores, or None; rows: all that will ever be asked for."""
         self._target = target
-        self.store = None if folder is None else HiddenStore(folder, rows, target.fingerprint)
+        self.store = None if folder is None else HiddenStore(folder, rows, target.identity)
 
     def get(self, rows: Sequence[TokenRow]) -> list[Tensor]:
         """Hidden states [T, D] of each row, float32; raises DataError naming a row whose states are not finite."""
@@ -168,11 +168,9 @@ def _pad(ids: Sequence[Sequence[int]]) -> Tensor:
     return torch.tensor([list(row) + [row[-1]] * (longest - len(row)) for row in ids])
 
 
-def batches_of(
-    rows: Sequence[TokenRow], hidden: HiddenStates, batch_size: int
-) -> Iterator[tuple[list[TokenRow], Batch]]:
+def batches_of(rows: Sequence[TokenRow], hidden: HiddenStates, batch_size: int) -> Iterator[Batch]:
     """Batches in length order, for validation."""
     by_length = sorted(rows, key=lambda row: len(row.token_ids))
     for start in range(0, len(by_length), batch_size):
         some = by_length[start : start + batch_size]
-        yield some, collate(some, hidden.get(some))
+        yield collate(some, hidden.get(some))

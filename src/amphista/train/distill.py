@@ -15,7 +15,7 @@ import json
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +25,11 @@ from amphista.config import as_dict
 from amphista.engine.batch import BatchDecoder, Finished, Request
 from amphista.engine.params import FinishReason, SamplingParams
 from amphista.errors import ConfigError, RequestError, TargetError
+from amphista.files import write_json
 from amphista.target.target import Target
 from amphista.target.text import Text
-from amphista.train.conversations import Conversation, PromptSet
-from amphista.train.rows import TokenRow, group_of
-from amphista.train.shards import Answered, read_answered
-from amphista.train.store import RowStore
+from amphista.train.conversations import PromptSet
+from amphista.train.distilled import Answered, AnswerFile, read_answered, token_rows
 
 WINDOW_BATCHES = 16  # conversations of this many batches are sorted by prompt length together
 REPORT_SECONDS = 5.0
@@ -56,7 +55,6 @@ class DistillConfig:
     cut_loops: bool = True
     seed: int = 0
     batch_size: int = 32
-    rows_per_shard: int = 1000
 
     def __post_init__(self) -> None:
         Sampling(temperature=self.temperature, seed=self.seed)
@@ -64,8 +62,8 @@ class DistillConfig:
             raise ConfigError(f"sampled_share is {self.sampled_share}: expected a number from 0 to 1")
         if self.sampled_share > 0 and self.temperature == 0:
             raise ConfigError("temperature is 0, which is greedy: give a higher one, or a sampled_share of 0")
-        if self.max_new_tokens < 1 or self.batch_size < 1 or self.rows_per_shard < 1:
-            raise ConfigError("max_new_tokens, batch_size and rows_per_shard must be at least 1")
+        if self.max_new_tokens < 1 or self.batch_size < 1:
+            raise ConfigError("max_new_tokens and batch_size must be at least 1")
         if self.max_len <= self.max_new_tokens:
             raise ConfigError(f"max_len is {self.max_len}: expected more than max_new_tokens ({self.max_new_tokens})")
         if self.limit is not None and self.limit < 1:
@@ -109,10 +107,13 @@ def chance(seed: int, *parts: str | int) -> int:
 class Dialogue:
     """One conversation while the target answers it."""
 
-    def __init__(self, conversation: Conversation, text: Text, config: DistillConfig, max_prompt_len: int) -> None:
-        self.id = conversation.id
+    def __init__(
+        self, name: str, messages: Sequence[dict[str, str]], text: Text, config: DistillConfig, max_prompt_len: int
+    ) -> None:
+        """messages: what people say, in order."""
+        self.id = name
         self._text, self._config, self._max_prompt_len = text, config, max_prompt_len
-        self._to_come = list(conversation.messages)
+        self._to_come = list(messages)
         self._history: list[dict[str, str]] = []
         self._rows: list[tuple[list[int], list[int]]] = []
         self._finish: list[str] = []
@@ -172,11 +173,8 @@ class Dialogue:
         self._history.append({"role": "assistant", "content": self._text.decode(finished.token_ids)})
 
     def answered(self) -> Answered:
-        """The rows, as `prompts.read_rows` would name them."""
-        rows = [
-            TokenRow(f"{self.id}/{i}" if i else self.id, group_of(self.id), ids, marks, self._temperature)
-            for i, (ids, marks) in enumerate(self._rows)
-        ]
+        """What is kept of it; rows are named as `prompts.read_rows` would name them."""
+        rows = token_rows(self.id, self._rows, self._temperature)
         return Answered(self.id, tuple(rows), tuple(self._finish), self._skipped)
 
 
@@ -203,32 +201,28 @@ class Distiller:
                 f"max_new_tokens is {config.max_new_tokens}, but the target's context holds "
                 f"{target.spec.max_positions} tokens: give fewer"
             )
-        self._mine = prompts.conversations[self._share.index :: self._share.count]
+        self._mine = list(prompts.conversations.items())[self._share.index :: self._share.count]
         self._decoder: BatchDecoder[Dialogue] = BatchDecoder(target, config.batch_size, cut_loops=config.cut_loops)
 
     def run(self) -> dict[str, Any]:
         """Answer what is not yet answered; returns the summary, also written to OUT/summary-<process>.json."""
         self._started = self._reported = time.perf_counter()
-        run, rows_per_shard = self._run_record(), self.config.rows_per_shard
-        with RowStore(self.out, self._share.index, run, rows_per_shard=rows_per_shard) as store:
-            self._store = store
-            to_do = [conversation for conversation in self._mine if conversation.id not in store.done]
+        with AnswerFile(self.out, self._share.index, self._run_record()) as self._file:
+            to_do = [(name, messages) for name, messages in self._mine if name not in self._file.done]
             self._num_done = self._num_before = len(self._mine) - len(to_do)
             for _ in self._decoder.run(self._requests(to_do), self._follow):
                 self._report()
-            store.finish()
         summary = self._summary()
-        path = self.out / f"summary-{self._share.index}.json"
-        path.write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+        write_json(self.out / f"summary-{self._share.index}.json", summary)
         return summary
 
-    def _requests(self, to_do: Sequence[Conversation]) -> Iterator[Request[Dialogue]]:
+    def _requests(self, to_do: Sequence[tuple[str, list[dict[str, str]]]]) -> Iterator[Request[Dialogue]]:
         """First turns, near-equal lengths together: a forward is as wide as its longest row."""
         window = self.config.batch_size * WINDOW_BATCHES
         for number, start in enumerate(range(0, len(to_do), window)):
             opened = []
-            for conversation in to_do[start : start + window]:
-                dialogue = Dialogue(conversation, self._text, self.config, self._max_prompt_len)
+            for name, messages in to_do[start : start + window]:
+                dialogue = Dialogue(name, messages, self._text, self.config, self._max_prompt_len)
                 request = dialogue.next_request()
                 if request is None:
                     self._keep(dialogue)
@@ -245,7 +239,7 @@ class Distiller:
         return request
 
     def _keep(self, dialogue: Dialogue) -> None:
-        self._store.add(dialogue.answered())
+        self._file.add(dialogue.answered())
         self._num_done += 1
 
     # -- what is said about a run ---------------------------------------------------------------------------------
@@ -258,9 +252,8 @@ class Distiller:
             **self.config.answers_alike(),
             "prompts": self._prompts.sources,
             "processes": self._share.count,
-            "dtype": "int8" if self.target.has_int8 else str(self.target.dtype).removeprefix("torch."),
             "chat_template_sha256": hashlib.sha256(json.dumps(template).encode()).hexdigest(),
-            "target": asdict(self.target.fingerprint),
+            "target": self.target.identity,
         }
         return {
             "identity": identity,
@@ -285,6 +278,7 @@ class Distiller:
         """All of this process's answers, and the pace of this call (prefills included, loading not)."""
         seconds = time.perf_counter() - self._started
         return totals(read_answered(self.out, self._share.index)) | {
+            "left_out": self._prompts.left_out.record(),
             "decoded_tokens": self._decoder.num_tokens,
             "seconds": round(seconds, 2),
             "tokens_per_second": round(self._decoder.num_tokens / seconds, 1),

@@ -1,12 +1,13 @@
 """HiddenStore: hidden states of token rows on disk, in float16, filled as they are computed.
 
-A row is marked as stored only after its states are written: a killed run finds every marked row whole. Several
-processes of one machine may share a store once one of them has made it; a row that two compute at once is written
-twice, with states that differ by no more than rounding.
+    FOLDER/<identity>/store.json   of which rows and which target, its type included
+    FOLDER/<identity>/hidden.f16   [tokens of all rows, D], by row id
+    FOLDER/<identity>/done.u1      one byte a row
 
-    FOLDER/store.json   of which rows and which target
-    FOLDER/hidden.f16   [tokens of all rows, D]
-    FOLDER/done.u1      one byte a row
+<identity> is a hash of store.json: runs of the same rows and target share a store, others have their own, and none
+ever changes the size of a file that another may have open. A row is marked as stored only after its states are
+written, so a killed run leaves nothing that is believed. A row that two processes compute at once is written twice,
+with states that differ by no more than rounding.
 """
 
 from __future__ import annotations
@@ -16,13 +17,14 @@ import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from amphista.errors import ConfigError, DataError
-from amphista.target.spec import Fingerprint
+from amphista.files import Lock, new_folder, replace_folder, write_json
 from amphista.train.rows import TokenRow
 
 GIGABYTE = 1e9
@@ -32,20 +34,28 @@ SPARE_BYTES = 256 << 20  # left free on the disk: state, drafters and log go the
 class HiddenStore:
     """Open or make the store of these rows; `about` says what it takes."""
 
-    def __init__(self, folder: Path, rows: Sequence[TokenRow], fingerprint: Fingerprint) -> None:
-        """raises DataError for ids that are not distinct, ConfigError where the disk has no room for the store."""
-        lengths = [len(row.token_ids) for row in rows]
-        self._offsets = dict(zip((row.id for row in rows), np.cumsum([0, *lengths[:-1]]).tolist(), strict=True))
-        self._index = {row.id: i for i, row in enumerate(rows)}
-        if len(self._index) != len(rows):
+    def __init__(self, folder: Path, rows: Sequence[TokenRow], target: dict[str, Any]) -> None:
+        """target: its `identity`. raises DataError for ids that are not distinct, ConfigError for a disk too full."""
+        by_id = {row.id: row for row in rows}
+        if len(by_id) != len(rows):
             raise DataError("two rows carry the same id: the hidden-state store needs distinct ids")
-        shape = (sum(lengths), fingerprint.hidden_size)
-        self.about = _make_room(folder, 2 * shape[0] * shape[1], len(rows))
-        tokens = hashlib.sha256(json.dumps([(row.id, row.token_ids) for row in rows]).encode()).hexdigest()
-        identity = {"tokens_sha256": tokens, "lm_head_sha256": fingerprint.lm_head_sha256}
-        _claim(folder, identity, shape)
-        self._hidden = _open_map(folder / "hidden.f16", np.float16, shape)
-        self._done = _open_map(folder / "done.u1", np.uint8, (len(rows),))
+        names = sorted(by_id)
+        lengths = [len(by_id[name].token_ids) for name in names]
+        self._index = {name: i for i, name in enumerate(names)}
+        self._offsets = np.cumsum([0, *lengths]).tolist()
+        tokens = hashlib.sha256()
+        for name in names:
+            tokens.update(json.dumps([name, by_id[name].token_ids]).encode())
+        identity = {"tokens_sha256": tokens.hexdigest(), "target": target}
+        digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+        self.folder = folder / digest[:24]
+        shape = (sum(lengths), target["hidden_size"])
+        with Lock(folder / ".lock", f"another process is making a store in {folder}", wait=True):
+            self.about = _make_room(self.folder, 2 * shape[0] * shape[1], len(rows))
+            if not _is_whole(self.folder, shape, len(rows)):
+                _make(self.folder, identity, shape, len(rows))
+        self._hidden = np.memmap(self.folder / "hidden.f16", dtype=np.float16, mode="r+", shape=shape)
+        self._done = np.memmap(self.folder / "done.u1", dtype=np.uint8, mode="r+", shape=(len(rows),))
 
     def has(self, row: TokenRow) -> bool:
         return bool(self._done[self._index[row.id]])
@@ -66,40 +76,42 @@ class HiddenStore:
         self._done[self._index[row.id]] = 1
 
     def _span(self, row: TokenRow) -> np.ndarray:
-        start = self._offsets[row.id]
-        return self._hidden[start : start + len(row.token_ids)]
+        index = self._index[row.id]
+        return self._hidden[self._offsets[index] : self._offsets[index + 1]]
 
 
 def _make_room(folder: Path, num_bytes: int, num_rows: int) -> str:
     """What the store takes, in words; raises ConfigError where the disk lacks room for what is not yet written."""
-    folder.mkdir(parents=True, exist_ok=True)
-    states = folder / "hidden.f16"
-    written = states.stat().st_blocks * 512 if states.is_file() else 0  # the file has holes until it is filled
-    free = shutil.disk_usage(folder).free
+    written = _bytes_in(folder)
+    others = sum(_bytes_in(other) for other in folder.parent.glob("*/") if other != folder)
+    free = shutil.disk_usage(folder.parent).free
     about = f"hidden states of {num_rows} rows take {num_bytes / GIGABYTE:.2f} GB in {folder}"
+    told = f"{others / GIGABYTE:.2f} GB are in stores of other rows or targets beside it" if others else ""
     if num_bytes - written + SPARE_BYTES > free:
         raise ConfigError(
-            f"{about}, where {free / GIGABYTE:.2f} GB are free: make room, give --out on another disk, "
-            "or train with data.store=false"
+            f"{about}, where {free / GIGABYTE:.2f} GB are free: make room{f' ({told})' if told else ''}, "
+            "give --out on another disk, or train with data.store=false"
         )
-    return f"{about} ({free / GIGABYTE:.2f} GB free, {written / GIGABYTE:.2f} GB of it written before)"
+    written_before = f"{written / GIGABYTE:.2f} GB of it written before"
+    return f"{about} ({free / GIGABYTE:.2f} GB free, {written_before}{f'; {told}' if told else ''})"
 
 
-def _claim(folder: Path, identity: dict[str, str], shape: tuple[int, int]) -> None:
-    """Forget what is marked there if it belongs to other rows, another target, or to states that are gone."""
-    described = folder / "store.json"
-    is_ours = described.is_file() and json.loads(described.read_text()) == identity
-    if not is_ours or not _has_size(folder / "hidden.f16", np.float16, shape):
-        (folder / "done.u1").unlink(missing_ok=True)  # marks without states would train on zeros
-    if not is_ours:
-        fresh = folder / "store.json.new"
-        fresh.write_text(json.dumps(identity))
-        fresh.replace(described)
+def _bytes_in(folder: Path) -> int:
+    """What the states in a store take on the disk: the file has holes until it is filled."""
+    states = folder / "hidden.f16"
+    return getattr(states.stat(), "st_blocks", 0) * 512 if states.is_file() else 0
 
 
-def _open_map(path: Path, dtype: type, shape: tuple[int, ...]) -> np.memmap:
-    return np.memmap(path, dtype=dtype, mode="r+" if _has_size(path, dtype, shape) else "w+", shape=shape)
+def _is_whole(folder: Path, shape: tuple[int, int], num_rows: int) -> bool:
+    """Whether both files are there in their sizes: marks without states would train on zeros."""
+    sizes = {"hidden.f16": 2 * shape[0] * shape[1], "done.u1": num_rows}
+    return all((folder / n).is_file() and (folder / n).stat().st_size == size for n, size in sizes.items())
 
 
-def _has_size(path: Path, dtype: type, shape: tuple[int, ...]) -> bool:
-    return path.is_file() and path.stat().st_size == int(np.prod(shape)) * np.dtype(dtype).itemsize
+def _make(folder: Path, identity: dict[str, Any], shape: tuple[int, int], num_rows: int) -> None:
+    """Put an empty store there, whole; one that lacks a file is replaced, and who has that open keeps it."""
+    fresh = new_folder(folder)
+    write_json(fresh / "store.json", identity)
+    np.memmap(fresh / "hidden.f16", dtype=np.float16, mode="w+", shape=shape).flush()
+    np.memmap(fresh / "done.u1", dtype=np.uint8, mode="w+", shape=(num_rows,)).flush()
+    replace_folder(fresh, folder)

@@ -1,6 +1,8 @@
-"""Calibrate a finished drafter anew: on other answers, for another draft vocabulary; and decode to see that it holds.
+"""Calibrate a drafter that is not in training: anew on other answers or for another draft vocabulary, decoding to see
+that it holds; or for the first time, one that was converted.
 
     amphista calibrate runs/amphista/best --data answers.jsonl.gz --out drafters/amphista --decode 20
+    amphista convert medusa SOURCE --target T --out DIR --data answers.jsonl.gz
 
 Simulated tau (recorded answers replayed against the heads' trees) stands beside tau decoded for real from the same
 prompts. Greedy answers of the same target are the same walk, so the two must agree; sampled ones are another draw.
@@ -16,7 +18,15 @@ from typing import Any
 from amphista import provenance
 from amphista.config import build
 from amphista.drafter.card import CardConfig, write_card
-from amphista.drafter.checkpoint import Checkpoint, load_drafter, locate_checkpoint, make_drafter, save_drafter
+from amphista.drafter.checkpoint import (
+    Checkpoint,
+    check_out,
+    load_drafter,
+    locate_checkpoint,
+    make_drafter,
+    save_drafter,
+)
+from amphista.drafter.convert import Published
 from amphista.drafter.heads import ParallelHeads
 from amphista.engine.decoder import decode
 from amphista.engine.params import SamplingParams
@@ -24,7 +34,6 @@ from amphista.engine.step import Engine
 from amphista.errors import ConfigError
 from amphista.target.loading import hub_name
 from amphista.target.target import Target
-from amphista.train.adopt import MAX_LEN, check_out
 from amphista.train.calibrate import calibrate
 from amphista.train.dataset import HiddenStates, coverage, frequent_tokens, split_rows
 from amphista.train.losses import LossConfig
@@ -35,6 +44,7 @@ from amphista.tree.build import build_template, expected_tau
 from amphista.tree.grow import parse_tree
 
 AGREES_WITHIN = 0.05
+MAX_LEN = 2048
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,8 +71,7 @@ def recalibrate(target: Target, name: str, data: Sequence[Path], out: Path, conf
     """
     check_out(out)
     checkpoint = locate_checkpoint(name, target.fingerprint)
-    limit = min(MAX_LEN, target.spec.max_positions)
-    rows = read_rows(data, target.text, target.eos_ids, vocab_size=target.spec.vocab_size, max_len=limit)
+    rows = _read(data, target)
     seen, held_out = _split(checkpoint, rows, data, config.all_rows)
     drafter = load_drafter(str(checkpoint.folder), target.spec, target.shared, target.fingerprint)
     assert isinstance(drafter, ParallelHeads)
@@ -84,17 +93,56 @@ def recalibrate(target: Target, name: str, data: Sequence[Path], out: Path, conf
         "decoded": _decoded(target, drafter, held_out, config),
         "provenance": provenance.record(),
     }
-    about = {
-        "validation_rows": len(held_out),
-        "validation_answer_tokens": sum(row.num_answer_tokens for row in held_out),
-        "validation_coverage": record["coverage"],
-    }
     training = {**checkpoint.training, "validation": measured, "calibration": record}
-    training["data"] = {"files": record["files"], **checkpoint.training.get("data", {}), **about}
+    training["data"] = {
+        "files": record["files"],
+        **checkpoint.training.get("data", {}),
+        **_held_out_record(held_out, drafter),
+    }
     wording = build(CardConfig, checkpoint.training.get("recipe", {}).get("card") or {})
     card = write_card(drafter, hub_name(target.name), training, wording)
     save_drafter(drafter, out, target.fingerprint, card=card, training=training, dtype=target.dtype)
     return record
+
+
+def save_converted(
+    published: Published, target: Target, out: Path, data: Sequence[Path], card: CardConfig
+) -> dict[str, Any]:
+    """Save a converted drafter as a checkpoint, calibrated where there are answers; returns its training record.
+
+    data: files as for training, all of them held out, since nothing is trained. Without them its trees take its
+    probabilities as they are. card: its licence defaults to the published one. Raises ConfigError where `check_out`
+    does.
+    """
+    check_out(out)
+    drafter = published.drafter.to(target.device)
+    names = ("source", "file", "base_model", "license")
+    training: dict[str, Any] = {
+        "converted": {name: getattr(published, name) for name in names},
+        "provenance": provenance.record(),
+    }
+    if data:
+        rows = _read(data, target)
+        hidden = HiddenStates(target, rows, None)
+        drafter.calibration, training["validation"] = calibrate(drafter, rows, hidden, LossConfig())
+        training["data"] = {"files": [path.name for path in data], **_held_out_record(rows, drafter)}
+    card = replace(card, license=card.license or published.license)
+    text = write_card(drafter, hub_name(target.name), training, card, published.dtype)
+    save_drafter(drafter, out, target.fingerprint, card=text, training=training, dtype=published.dtype)
+    return training
+
+
+def _read(data: Sequence[Path], target: Target) -> list[TokenRow]:
+    limit = min(MAX_LEN, target.spec.max_positions)
+    return read_rows(data, target.text, target.eos_ids, vocab_size=target.spec.vocab_size, max_len=limit)
+
+
+def _held_out_record(rows: Sequence[TokenRow], drafter: ParallelHeads) -> dict[str, Any]:
+    return {
+        "validation_rows": len(rows),
+        "validation_answer_tokens": sum(row.num_answer_tokens for row in rows),
+        "validation_coverage": coverage(rows, drafter.draft_ids),
+    }
 
 
 def _split(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from amphista.errors import DataError
 
@@ -30,9 +30,8 @@ def group_of(name: str) -> str:
     return name.split("#")[0]
 
 
-def check_row(row: TokenRow, where: str, vocab_size: int) -> None:
-    if not row.num_answer_tokens:
-        raise DataError(f"{where} has no answer tokens: give it an assistant turn, or leave the line out")
+def check_ids(row: TokenRow, where: str, vocab_size: int) -> None:
+    """Raise DataError for a token id beyond the vocabulary: the whole file is another target's."""
     worst = next((token for token in row.token_ids if not 0 <= token < vocab_size), None)
     if worst is not None:
         raise DataError(
@@ -41,6 +40,5 @@ def check_row(row: TokenRow, where: str, vocab_size: int) -> None:
 
 
 def cut_row(row: TokenRow, max_len: int) -> TokenRow:
-    if len(row.token_ids) <= max_len:
-        return row
-    return TokenRow(row.id, row.group, row.token_ids[:max_len], row.answers[:max_len], row.temperature)
+    """The row without what is behind its first `max_len` tokens."""
+    return replace(row, token_ids=row.token_ids[:max_len], answers=row.answers[:max_len])

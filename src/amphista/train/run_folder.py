@@ -5,6 +5,7 @@
     OUT/state/         what resuming needs: weights, optimiser, schedule, progress
     OUT/best/          the drafter with the highest validated tau at 16 nodes
     OUT/last/          the drafter at the end
+    OUT/.lock          held while a process trains
 
 All processes of a run call every method; the main one writes what there is one of, while the others wait.
 """
@@ -13,15 +14,25 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
 
-from amphista.drafter.checkpoint import recover_drafter
-from amphista.errors import ConfigError
+from amphista.drafter.checkpoint import check_out, recover_drafter
+from amphista.files import (
+    Lock,
+    check_same_run,
+    new_folder,
+    read_json,
+    recover_folder,
+    replace_folder,
+    write_file,
+    write_json,
+)
 from amphista.train.tensorboard import Writer, open_writer, write_record
 
 DRAFTERS_KEPT = ("best", "last")
@@ -41,27 +52,39 @@ class RunFolder:
     """One run's folder; `identity` is what a resumed run must share with the one it goes on from."""
 
     def __init__(self, path: Path, accelerator: Accelerator, identity: dict[str, Any], *, tensorboard: bool) -> None:
-        self.path, self._accelerator = path, accelerator
-        self._identity = json.loads(json.dumps(identity))
+        self.path, self._accelerator, self._identity = path, accelerator, identity
         self._tensorboard = tensorboard
         self._writer: Writer | None = None
 
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep other runs out of the folder; raises ConfigError where one is at work in it."""
+        if not self._accelerator.is_main_process:
+            yield
+            return
+        busy = f"another process is training into {self.path}: wait for its end or give another --out"
+        with Lock(self.path / ".lock", busy):
+            yield
+
     def resume(self) -> Progress:
         """Load what a killed run left, into everything that was prepared; or begin. raises ConfigError if not ours."""
-        self.path.mkdir(parents=True, exist_ok=True)
-        progress = Progress()
-        states = (self.path / name for name in ("state", "state.old"))  # old: killed between two renames
-        state = next((place for place in states if (place / "progress.json").is_file()), None)
-        if state is not None:
-            if json.loads((state / "config.json").read_text()) != self._identity:
-                raise ConfigError(
-                    f"{self.path} holds a run with other settings, data or target: choose another --out or delete it"
-                )
-            self._accelerator.load_state(str(state))
-            progress = Progress(**json.loads((state / "progress.json").read_text()))
+        state = self.path / "state"
         if self._accelerator.is_main_process:
+            self.path.mkdir(parents=True, exist_ok=True)
+            recover_folder(self.path / "state")
             for name in DRAFTERS_KEPT:
                 recover_drafter(self.path / name)
+            for left_over in self.path.glob(".*.partial"):
+                left_over.unlink()
+            for name in DRAFTERS_KEPT:
+                check_out(self.path / name)
+        self._accelerator.wait_for_everyone()
+        progress = Progress()
+        if state.is_dir():
+            check_same_run(f"{self.path} holds another training run", read_json(state / "config.json"), self._identity)
+            self._accelerator.load_state(str(state))
+            progress = Progress(**read_json(state / "progress.json"))
+        if self._accelerator.is_main_process:
             self._cut_log(progress.step)
             if self._tensorboard:
                 self._writer = open_writer(self.path / "tensorboard", progress.step)
@@ -69,21 +92,17 @@ class RunFolder:
         return progress
 
     def save_state(self, progress: Progress) -> None:
-        """Replace OUT/state; at every moment it, or OUT/state.old, is whole."""
-        fresh, state, old = (self.path / name for name in ("state.new", "state", "state.old"))
+        """Replace OUT/state whole."""
+        fresh = self.path / ".new-state"
         if self._accelerator.is_main_process:
-            shutil.rmtree(fresh, ignore_errors=True)
+            new_folder(self.path / "state")
         self._accelerator.wait_for_everyone()
         self._accelerator.save_state(str(fresh))  # every process adds its own part
         self._accelerator.wait_for_everyone()
         if self._accelerator.is_main_process:
-            (fresh / "config.json").write_text(json.dumps(self._identity))
-            (fresh / "progress.json").write_text(json.dumps(asdict(progress)))
-            if state.exists():
-                shutil.rmtree(old, ignore_errors=True)
-                state.rename(old)
-            fresh.rename(state)
-            shutil.rmtree(old, ignore_errors=True)
+            write_json(fresh / "config.json", self._identity)
+            write_json(fresh / "progress.json", asdict(progress))
+            replace_folder(fresh, self.path / "state")
             if self._writer is not None:
                 self._writer.flush()
         self._accelerator.wait_for_everyone()
@@ -103,10 +122,8 @@ class RunFolder:
 
     def _cut_log(self, step: int) -> None:
         """Drop records behind `step`: they will be written again."""
-        lines = self._log_file.read_text().splitlines() if step else []
-        fresh = self.path / "log.new"
-        fresh.write_text("".join(line + "\n" for line in lines if _step_of(line) <= step))
-        fresh.replace(self._log_file)
+        lines = self._log_file.read_text(encoding="utf-8").splitlines() if step else []
+        write_file(self._log_file, "".join(line + "\n" for line in lines if _step_of(line) <= step))
 
 
 def _step_of(line: str) -> float:

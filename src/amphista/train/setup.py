@@ -7,7 +7,7 @@ import json
 import math
 import os
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -23,9 +23,10 @@ from amphista.errors import ConfigError
 from amphista.target.target import Target
 from amphista.train.config import OptimizerConfig, TrainConfig
 from amphista.train.dataset import HiddenStates, coverage, frequent_tokens, split_rows
-from amphista.train.init import started_from
+from amphista.train.left_out import LeftOut
 from amphista.train.prompts import read_rows
 from amphista.train.rows import TokenRow
+from amphista.train.warm_start import started_from
 
 MAIN_MAY_TAKE = timedelta(hours=2)  # the others wait while one process validates; torch's default is 10 to 30 minutes
 
@@ -69,6 +70,7 @@ class RunData:
 
     rows: list[TokenRow]
     validation_rows: list[TokenRow]
+    left_out: LeftOut
 
     def record(self, config: TrainConfig, drafter: ParallelHeads) -> dict[str, Any]:
         """Of what a drafter was made, for its checkpoint."""
@@ -79,6 +81,7 @@ class RunData:
             "validation_rows": len(self.validation_rows),
             "validation_answer_tokens": sum(row.num_answer_tokens for row in self.validation_rows),
             "validation_coverage": coverage(self.validation_rows, drafter.draft_ids),
+            **({"left_out": self.left_out.record()} if self.left_out.count else {}),
         }
 
     def summary(self, config: TrainConfig, drafter: ParallelHeads) -> str:
@@ -87,6 +90,7 @@ class RunData:
         return (
             f"{record['rows']} rows, {record['answer_tokens']} answer tokens; {record['validation_rows']} validation "
             f"rows, draft vocabulary covers {record['validation_coverage']:.1%} of their tokens"
+            + (f"; {self.left_out.sentence()}" if self.left_out.count else "")
         )
 
 
@@ -105,15 +109,18 @@ class Parts:
     def identity(self) -> dict[str, Any]:
         """What a resumed run must share with the one it goes on from: all that touches a weight.
 
-        Not the wording of the card, nor how the same sums are split and shown; FSDP, since its state has another form.
+        Not the wording of the card, nor how the same sums are split and shown, nor where the rows lie; FSDP, since its
+        state has another form.
         """
-        config = {**as_dict(self.config), "card": None}
-        del config["tensorboard"], config["optimizer"]["accumulate"]
-        every_row = [(row.id, row.token_ids, row.answers) for row in [*self.data.rows, *self.data.validation_rows]]
+        config = as_dict(self.config)
+        del config["card"], config["tensorboard"], config["optimizer"]["accumulate"], config["data"]["files"]
+        rows = hashlib.sha256()
+        for row in [*self.data.rows, *self.data.validation_rows]:
+            rows.update(json.dumps([row.id, row.token_ids, row.answers]).encode())
         return {
             "config": config,
-            "rows_sha256": hashlib.sha256(json.dumps(every_row).encode()).hexdigest(),
-            "target": asdict(self.target.fingerprint),
+            "rows_sha256": rows.hexdigest(),
+            "target": self.target.identity,
             **({"sharded": True} if is_sharded(self.accelerator) else {}),
         }
 
@@ -152,6 +159,7 @@ def _read_data(target: Target, config: TrainConfig) -> RunData:
     data = config.data
     if not data.files:
         raise ConfigError("no training data: give --data FILE (or data.files in the recipe)")
+    left_out = LeftOut()
     rows = read_rows(
         [Path(name).expanduser() for name in data.files],
         target.text,
@@ -159,8 +167,9 @@ def _read_data(target: Target, config: TrainConfig) -> RunData:
         vocab_size=target.spec.vocab_size,
         max_len=min(data.max_len, target.spec.max_positions),
         fingerprint=target.fingerprint,
+        left_out=left_out,
     )
-    return RunData(*split_rows(rows, data.validation_share, data.seed))
+    return RunData(*split_rows(rows, data.validation_share, data.seed), left_out)
 
 
 def _first_drafter(

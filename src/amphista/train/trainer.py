@@ -20,11 +20,11 @@ from typing import Any
 import torch
 
 from amphista.target.target import Target
-from amphista.train.blame import not_finite
 from amphista.train.config import TrainConfig
 from amphista.train.dataset import Batch, answer_rows, collate, epoch_batches, idle_batch, part_of
 from amphista.train.losses import HeadLoss, HeadSums
 from amphista.train.memory import keep_freed_memory
+from amphista.train.not_finite import not_finite
 from amphista.train.results import Results
 from amphista.train.rows import TokenRow
 from amphista.train.run_folder import Progress, RunFolder
@@ -62,7 +62,14 @@ class Trainer:
         self.progress = Progress()
 
     def run(self, stop_after: int | None = None) -> Path:
-        """Train to the end (or for `stop_after` steps of this call); returns the folder of the final drafter."""
+        """Train to the end (or for `stop_after` steps of this call); returns the folder of the final drafter.
+
+        raises ConfigError where another process trains into the same folder, or it holds another run.
+        """
+        with self.folder.locked():
+            return self._run(stop_after)
+
+    def _run(self, stop_after: int | None) -> Path:
         self._begin()
         started, spent = time.perf_counter(), self.progress.seconds
         for taken, rows in enumerate(islice(self._batches(), self.num_steps - self.progress.step), start=1):

@@ -25,7 +25,7 @@ from amphista.engine.loops import loop_free_length
 from amphista.train.dataset import Batch, HiddenStates, batches_of
 from amphista.train.losses import HeadLoss, LossConfig
 from amphista.train.rows import TokenRow
-from amphista.tree.candidates import Below, Candidates
+from amphista.tree.candidates import Candidates, ConditionalRanks
 from amphista.tree.dynamic import best_first
 
 NUM_RANKS = 10
@@ -79,17 +79,17 @@ def validate(
     losses = torch.zeros(drafter.num_heads)
     whole, loop_free = Walks(tree_sizes), Walks(tree_sizes)
     accepted: Counter[int] = Counter()
-    for some, on_cpu in batches_of(rows, hidden, batch_size):
+    for on_cpu in batches_of(rows, hidden, batch_size):
         batch = on_cpu.to(device)
-        per_head = loss_of(batch.hidden, batch.next_ids, batch.answer_rows).per_head().cpu()
+        sums = loss_of(batch.hidden, batch.next_ids, batch.answer_rows)
         ranked = ranked_heads(drafter, batch, max(NUM_RANKS, max(*tree_sizes, ACCEPTANCE_AT) - 1), temperature)
         count_hits(ranked, batch, hits, counts)
-        losses += per_head * len(some)
+        losses += sums.losses.cpu()
         for answer in replay_answers(ranked, batch):
             whole.add(answer, len(answer))
             loop_free.add(answer, answer.loop_free_length)
             accepted.update(answer.walk(ACCEPTANCE_AT, len(answer)))
-    mean = losses / len(rows)
+    mean = losses / counts.clamp_min(1)
     weights = torch.tensor([loss_config.depth_decay**k for k in range(drafter.num_heads)])
     return Validation(
         loss=float((mean * weights).sum() / weights.sum()),
@@ -111,7 +111,7 @@ def _share_above(accepted: Counter[int], depth: int) -> float:
 class RankedHeads:
     """Top ranks of every head at every answer row: token ids and log-probabilities [Q, K, R], on CPU.
 
-    Of a drafter with a path correction also `Below` as tensors [Q, K - 1, S, R]: ranks and log-probabilities.
+    Of a drafter with a path correction also `ConditionalRanks`, tensors [Q, K - 1, S, R]: ranks and log-probabilities.
     """
 
     tokens: Tensor
@@ -124,7 +124,7 @@ class RankedHeads:
 
     def candidates(self, row: int) -> Candidates:
         """What the drafter would offer at that row."""
-        below = None if self.below is None else Below(*(values[row].tolist() for values in self.below))
+        below = None if self.below is None else ConditionalRanks(*(values[row].tolist() for values in self.below))
         return Candidates(self.tokens[row].tolist(), self.log_probs[row].tolist(), below=below)
 
     def ranked_tokens(self, head: int, index: Tensor, above: Tensor) -> Tensor:
@@ -162,7 +162,7 @@ def ranked_heads(drafter: ParallelHeads, batch: Batch, num_ranks: int, temperatu
 def _ranked_below(
     drafter: ParallelHeads, states: Tensor, tokens: Tensor, log_probs: Tensor, divisors: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """`Below` at all rows, some at a time: for each of them there are K - 1 times S states. On CPU."""
+    """`ConditionalRanks` at all rows, some at a time: for each of them there are K - 1 times S states. On CPU."""
     parts = []
     num_ranks = drafter.config.path_shortlist
     with torch.autocast(divisors.device.type, enabled=False):  # as `exact_logits`

@@ -30,31 +30,45 @@ def write(path, lines):
 @pytest.mark.parametrize("name", ["p.jsonl", "p.jsonl.gz"])
 def test_conversations_lose_their_answers_and_have_names(tmp_path, name):
     found = load_conversations([write(tmp_path / name, LINES)])
-    assert [one.id for one in found.conversations] == ["a", f"{name}:81", f"{name}:3"]
-    assert [[m["content"] for m in one.messages] for one in found.conversations] == [["S", "1", "2"], ["x", "y"], ["z"]]
-    assert found.conversations[0].messages[0]["role"] == "system"
+    assert list(found.conversations) == ["a", f"{name}:81", f"{name}:3"]
+    texts = [[message["content"] for message in messages] for messages in found.conversations.values()]
+    assert texts == [["S", "1", "2"], ["x", "y"], ["z"]] and found.left_out.sentence() == ""
+    assert found.conversations["a"][0]["role"] == "system"
     assert list(found.sources) == [name] and len(found.sources[name]) == 64
 
 
 def test_several_files_and_a_limit(tmp_path):
     first, second = write(tmp_path / "1.jsonl", LINES), write(tmp_path / "2.jsonl", LINES[1:])
-    assert [one.id for one in load_conversations([first, second], 4).conversations][2:] == ["1.jsonl:3", "2.jsonl:81"]
+    assert list(load_conversations([first, second], 4).conversations)[2:] == ["1.jsonl:3", "2.jsonl:81"]
     digest = load_conversations([first]).sources["1.jsonl"]
     write(tmp_path / "1.jsonl", LINES[:2])
     assert load_conversations([first]).sources["1.jsonl"] != digest
 
 
-@pytest.mark.parametrize(
-    ("lines", "message"),
-    [
-        ([LINES[0], LINES[0]], "the id 'a' is there twice"),
-        ([{"id": "s", "messages": [{"role": "system", "content": "S"}]}], "conversation 's' has no user turn"),
-        ([{"question": "?"}], "line 1 has none of"),
-        ([], "holds no prompts"),
-    ],
-)
-def test_unusable_files_are_named(tmp_path, lines, message):
-    with pytest.raises(DataError, match=message):
+UNUSABLE = {
+    json.dumps(LINES[0]): "line 3: the id 'a' is there twice",
+    '{"id": "s", "messages": [{"role": "system", "content": "S"}]}': "line 3: conversation 's' has no user turn",
+    '{"question": "?"}': "line 3 has none of",
+    '{"prompt": " "}': "line 3: 'prompt' must be a text",
+    "{broken": "line 3 is not JSON",
+    "null": "line 3 is a JSON null",
+}
+
+
+@pytest.mark.parametrize("line", UNUSABLE)
+def test_an_unusable_line_is_left_out_and_named(tmp_path, line):
+    path = write(tmp_path / "p.jsonl", LINES[:2])
+    with open(path, "a") as stream:
+        stream.write(line + "\n" + json.dumps(LINES[2]) + "\n")
+    found = load_conversations([path])
+    assert list(found.conversations) == ["a", "p.jsonl:81", "p.jsonl:4"]
+    assert found.left_out.count == 1 and UNUSABLE[line] in found.left_out.sentence()
+    assert str(tmp_path) not in json.dumps(found.left_out.record())
+
+
+@pytest.mark.parametrize("lines", [[], [{"question": "?"}]])
+def test_a_file_without_any_prompt_is_an_error(tmp_path, lines):
+    with pytest.raises(DataError, match="holds no prompts" + (".*line 1 has none of" if lines else "")):
         load_conversations([write(tmp_path / "p.jsonl", lines)])
 
 
