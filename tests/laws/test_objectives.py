@@ -18,10 +18,11 @@ from amphista.config import build
 from amphista.drafter.amphista import Amphista, AmphistaConfig
 from amphista.drafter.medusa import Medusa, MedusaConfig
 from amphista.errors import ConfigError
-from amphista.train import losses
+from amphista.train import head_loss, losses
 from amphista.train.config import TrainConfig
 from amphista.train.dataset import HiddenStates, collate, frequent_tokens
-from amphista.train.losses import AnswerRows, HeadLoss, LossConfig
+from amphista.train.head_loss import AnswerRows, HeadLoss
+from amphista.train.losses import LossConfig
 from amphista.train.prompts import TokenRow
 from amphista.train.validation import validate
 from tests.tiny import EOS, VOCAB, shaken, tiny_target
@@ -380,7 +381,7 @@ def test_nothing_of_vocabulary_size_waits_for_the_backward_pass(precise, kind, m
     drafter, batch, rows = case(precise, kind)
     assert vocabulary_sized_tensors_kept(drafter, batch, rows) == 0
     monkeypatch.setattr(
-        losses, "_at_once", lambda function, *inputs: function(*inputs)
+        head_loss, "_at_once", lambda function, *inputs: function(*inputs)
     )  # autograd's own way: the count sees it
     assert vocabulary_sized_tensors_kept(drafter, batch, rows) >= NUM_HEADS
 
