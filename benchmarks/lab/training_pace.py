@@ -38,7 +38,8 @@ def main() -> None:
             worker.communicate("end\n")
     record = {name: _summary([turn[name] for turn in turns]) for name in trees}
     ratios = {
-        kind: [turn["after"][kind] / turn["before"][kind] for turn in turns] for kind in ("per_second", "per_cpu_second")
+        kind: [turn["after"][kind] / turn["before"][kind] for turn in turns]
+        for kind in ("per_second", "per_cpu_second")
     }
     record["ratio"] = {kind: {"median": statistics.median(r), "all": r} for kind, r in ratios.items()}
     record["settings"] = {

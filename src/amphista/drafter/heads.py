@@ -59,13 +59,13 @@ class FrozenHead:
         return self._forwards(states)
 
     def probabilities(self, states: Tensor) -> Tensor:
-        """States [M, D] -> the target's distributions [M, N] in float32, some rows at a time."""
-        probs = torch.empty(
-            len(states), self._forwards.num_outputs, dtype=torch.promote_types(self.dtype, torch.float32)
-        )
-        probs = probs.to(states.device)
+        """States [M, D] -> the target's distributions [M, N] in float32 or wider, some rows at a time."""
+        wide = torch.promote_types(self.dtype, torch.float32)
+        probs = torch.empty(len(states), self._forwards.num_outputs, dtype=wide, device=states.device)
         for rows, out in zip(states.split(ROWS_IN_CACHE), probs.split(ROWS_IN_CACHE), strict=True):
-            torch.softmax(self.logits(rows).to(out.dtype), dim=-1, out=out)
+            logits = self.logits(rows)
+            torch.sub(logits, logits.amax(-1, keepdim=True), out=out).exp_()
+            out.div_(out.sum(-1, keepdim=True))
         return probs
 
     def gradient(self, upstream: Tensor) -> Tensor:
