@@ -32,7 +32,7 @@ from amphista.drafter.none import NoDrafter
 from amphista.target.attention import preferred_attention
 from amphista.target.target import Target
 from amphista.target.text import Text
-from amphista.tree.candidates import Below, Candidates, Graft
+from amphista.tree.candidates import Candidates, ConditionalRanks, NgramDraft
 from amphista.tree.grow import AutoGrower
 from amphista.tree.tune import Costs
 
@@ -164,7 +164,7 @@ def always_right(tokens: list[int]) -> Scripted:
 
 
 def always_wrong(tokens: list[int]) -> Scripted:
-    """Offers every rank but the right one."""
+    """ChildCandidates every rank but the right one."""
 
     def offer(state, depth, num_ranks):
         at = state.num_rows + depth
@@ -191,11 +191,11 @@ class OnPaths(Scripted):
             for parents, children in pairwise(flat.tokens)
         ]
         logs = [[sorted((-3 * source.random() for _ in row), reverse=True) for row in rows] for rows in ranks]
-        return replace(flat, below=Below(ranks, logs))
+        return replace(flat, below=ConditionalRanks(ranks, logs))
 
 
 def misled(tokens: list[int]) -> Scripted:
-    """Offers the right tokens among others, and says wild things of which stands below which."""
+    """ChildCandidates the right tokens among others, and says wild things of which stands below which."""
 
     def offer(state, depth, num_ranks):
         at = state.num_rows + depth
@@ -205,7 +205,7 @@ def misled(tokens: list[int]) -> Scripted:
 
 
 def repeating(tokens: list[int]) -> Scripted:
-    """Offers the pending token again and again, then its neighbours."""
+    """ChildCandidates the pending token again and again, then its neighbours."""
 
     def offer(state, depth, num_ranks):
         return _distinct((state.features[-1] + i for i in range(num_ranks)), num_ranks)
@@ -242,10 +242,10 @@ class Grafting(WithLookup):
         super().__init__(inner)
         self._tokens, self._graft = tokens, graft
 
-    def recall(self, state, token_ids, max_depth) -> Graft | None:
+    def draft_ngrams(self, state, token_ids, max_depth) -> NgramDraft | None:
         coming = self._tokens[len(token_ids) : len(token_ids) + max_depth]
         said = [token % VOCAB for token in self._graft(token_ids, coming)][:max_depth]
-        return Graft(said, [-0.05] * len(said)) if said else None
+        return NgramDraft(said, [-0.05] * len(said)) if said else None
 
 
 GRAFTS = {

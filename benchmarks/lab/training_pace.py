@@ -21,6 +21,10 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from amphista.train.trainer import Trainer
 
 WORKER = "--worker"
 
@@ -36,7 +40,7 @@ def main() -> None:
         turns = [{name: _turn(worker) for name, worker in workers.items()} for _ in range(options.turns)]
         for worker in workers.values():
             worker.communicate("end\n")
-    record = {name: _summary([turn[name] for turn in turns]) for name in trees}
+    record: dict[str, Any] = {name: _summary([turn[name] for turn in turns]) for name in trees}
     ratios = {
         kind: [turn["after"][kind] / turn["before"][kind] for turn in turns]
         for kind in ("per_second", "per_cpu_second")
@@ -49,7 +53,9 @@ def main() -> None:
     if options.out:
         options.out.parent.mkdir(parents=True, exist_ok=True)
         options.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    print(json.dumps(record, indent=1))
+    for kind, ratio in record["ratio"].items():
+        before, after = (round(record[name][kind]) for name in ("before", "after"))
+        sys.stdout.write(f"positions {kind}: {before} before, {after} after; median ratio {ratio['median']:.2f}\n")
 
 
 def _options() -> argparse.Namespace:
@@ -77,22 +83,47 @@ def _start(tree: Path, folder: Path, options: argparse.Namespace) -> subprocess.
     return subprocess.Popen(words, env=environment, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
 
 
-def _turn(worker: subprocess.Popen[str]) -> dict:
+def _turn(worker: subprocess.Popen[str]) -> dict[str, Any]:
+    assert worker.stdin is not None and worker.stdout is not None
     worker.stdin.write("go\n")
     worker.stdin.flush()
     line = worker.stdout.readline()
     if not line:
         raise SystemExit(f"a worker ended with {worker.wait()}")
-    return json.loads(line)
+    record: dict[str, Any] = json.loads(line)
+    return record
 
 
-def _summary(turns: list[dict]) -> dict:
+def _summary(turns: list[dict[str, Any]]) -> dict[str, Any]:
     found = {kind: statistics.median(turn[kind] for turn in turns) for kind in ("per_second", "per_cpu_second")}
     return {**found, "losses": turns[0]["losses"], "version": turns[0]["version"], "turns": turns}
 
 
-def work(arguments: dict) -> None:
-    """Answer each line of standard input with one pass over the same steps."""
+class Marks:
+    """When each step ended: by the clock, by the processor's time, behind how many positions, with which loss."""
+
+    def __init__(self) -> None:
+        self.trainer: Trainer | None = None
+        self.ends: list[tuple[float, float, int, str]] = []
+
+    def __call__(self, step: int, of: int, line: str) -> None:
+        assert self.trainer is not None
+        positions = self.trainer.progress.positions
+        self.ends.append((time.perf_counter(), time.process_time(), positions, line.split()[1]))
+
+    def record(self) -> dict[str, Any]:
+        """Of all steps but the first, which warms up."""
+        (start, start_cpu, before, _), (end, end_cpu, behind, _) = self.ends[0], self.ends[-1]
+        return {
+            "positions": behind - before,
+            "per_second": (behind - before) / (end - start),
+            "per_cpu_second": (behind - before) / (end_cpu - start_cpu),
+            "losses": [loss for *_, loss in self.ends],
+        }
+
+
+def work(arguments: dict[str, Any]) -> None:
+    """Answer each line of standard input with one pass over the same steps: a new trainer, the same weights."""
     import torch
 
     from amphista import provenance
@@ -106,30 +137,16 @@ def work(arguments: dict) -> None:
     values = apply_overrides(read_recipe(Path(arguments["recipe"])), arguments["settings"])
     values |= {"init": arguments["init"], "log_every": 1, "save_every": 10**6, "validate_every": 0}
     values["data"] = {**values.get("data", {}), "files": [arguments["data"]], "store": True}
-    marks: list[tuple[float, float, str]] = []
-
-    def on_step(step: int, of: int, line: str) -> None:
-        marks.append((time.perf_counter(), time.process_time(), line))
-
     target = load_target(DEFAULT_TARGET, device="cpu", dtype=arguments["dtype"])
     for line in sys.stdin:
         if line != "go\n":
             break
-        # A fresh trainer each time: the same weights, the same batches. Its first step warms up.
-        trainer = Trainer(target, build(TrainConfig, values), Path(arguments["out"]), lambda line: None, on_step)
-        marks.clear()
-        first = []
-        taken = trainer._after_step
-        trainer._after_step = lambda sums, taken=taken: (taken(sums), first or first.append(trainer.progress.positions))
-        trainer.run(stop_after=arguments["steps"] + 1)
-        positions = trainer.progress.positions - first[0]
-        (start, start_cpu, _), (end, end_cpu, _) = marks[0], marks[-1]
-        record = {
-            "positions": positions, "per_second": positions / (end - start),
-            "per_cpu_second": positions / (end_cpu - start_cpu),
-            "losses": [line.split()[1] for _, _, line in marks], "version": provenance.git_state(),
-        }  # fmt: skip
-        print(json.dumps(record), flush=True)
+        marks = Marks()
+        config = build(TrainConfig, values)
+        marks.trainer = Trainer(target, config, Path(arguments["out"]), lambda line: None, marks)
+        marks.trainer.run(stop_after=arguments["steps"] + 1)
+        sys.stdout.write(json.dumps({**marks.record(), "version": provenance.git_state()}) + "\n")
+        sys.stdout.flush()
 
 
 if __name__ == "__main__":

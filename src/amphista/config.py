@@ -20,12 +20,13 @@ if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
 T = TypeVar("T", bound="DataclassInstance")
+SHOWN_CHARACTERS = 80
 
 
 def read_recipe(path: Path) -> dict[str, Any]:
     """A TOML file as nested dicts."""
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise ConfigError(f"cannot read recipe {path}: {error.strerror}") from error
     except tomllib.TOMLDecodeError as error:
@@ -91,21 +92,33 @@ def _convert(value: Any, hint: Any, name: str) -> Any:
         return _convert(value, next(option for option in options if option is not type(None)), name)
     if origin is Literal:
         if value not in get_args(hint):
-            raise ConfigError(f"{name} is {value!r}: expected one of {', '.join(map(repr, get_args(hint)))}")
+            raise ConfigError(f"{name} is {_shown(value)}: expected one of {', '.join(map(repr, get_args(hint)))}")
         return value
     if hint is Any:
         return value
     if origin in (list, tuple, dict):
-        value = tuple(value) if origin is tuple and isinstance(value, list) else value
-        if not isinstance(value, origin):
-            expected = "a section" if origin is dict else "a list"
-            raise ConfigError(f"{name} is {value!r}: expected {expected}")
-        return value
+        return _convert_container(value, hint, name)
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if isinstance(hint, type) and (not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool)):
-        raise ConfigError(f"{name} is {value!r}: expected {hint.__name__}")
+        raise ConfigError(f"{name} is {_shown(value)}: expected {hint.__name__}")
     return value
+
+
+def _convert_container(value: Any, hint: Any, name: str) -> Any:
+    """A list, tuple or section, its elements of the type the hint gives them."""
+    origin, elements = get_origin(hint), get_args(hint)
+    if not isinstance(value, (list, tuple) if origin is tuple else origin):
+        raise ConfigError(f"{name} is {_shown(value)}: expected {'a section' if origin is dict else 'a list'}")
+    if isinstance(value, dict):
+        return {key: _convert(element, elements[1], f"{name}.{key}") for key, element in value.items()}
+    return origin(_convert(element, elements[0], f"{name}[{index}]") for index, element in enumerate(value))
+
+
+def _shown(value: Any) -> str:
+    """A value in an error, cut short."""
+    text = repr(value)
+    return text if len(text) <= SHOWN_CHARACTERS else f"{text[:SHOWN_CHARACTERS]}..."
 
 
 def as_dict(config: Any) -> dict[str, Any]:

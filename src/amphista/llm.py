@@ -9,36 +9,51 @@ for piece in llm.stream("Why is the sky blue?"):
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+import logging
+import threading
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal, Self, overload
 
+from amphista.accept.logprobs import TokenLogprob
 from amphista.drafter.base import Drafter
 from amphista.drafter.checkpoint import load_drafter, shipped_for
 from amphista.drafter.heads import ParallelHeads
+from amphista.drafter.hub import HubAccess
 from amphista.drafter.lookup import LOOKUP
 from amphista.drafter.none import NoDrafter
 from amphista.engine.costs import costs_for
 from amphista.engine.decoder import Decoding
+from amphista.engine.model_defaults import model_settings, tell_unused
 from amphista.engine.params import FinishReason, SamplingParams
 from amphista.engine.sequence import Context
 from amphista.engine.stats import DecodeStats
 from amphista.engine.step import Engine, StepResult
 from amphista.errors import RequestError
 from amphista.target import DEFAULT_TARGET
-from amphista.target.loading import load_target, say
+from amphista.target.loading import load_target
 from amphista.target.target import Target
 from amphista.target.text import Message
 from amphista.tree.grow import AUTO, DEFAULT_TREE, Measured, check_tree, parse_tree
 
-Prompt = str | Sequence[Message]
+Prompt = str | Sequence[Message] | Sequence[int]
+Params = SamplingParams | Literal["model"] | None
 PREFERRED_DRAFTER = "amphista"
+PROMPT_FORMS = "expected a text, a list of messages with 'role' and 'content', or a list of token ids"
+logger = logging.getLogger("amphista")
 
 
 @dataclass(frozen=True)
 class Answer:
-    """A finished answer. `token_ids` hold the end token or a completed stop string, `text` does not."""
+    """A finished answer. `token_ids` hold the end token or a completed stop string, `text` does not.
+
+    `params` are those it was made with, the seed included; `logprobs` one record a token, where they were asked for.
+    """
 
     text: str
     token_ids: list[int]
@@ -46,42 +61,97 @@ class Answer:
     finish_reason: FinishReason
     stats: DecodeStats
     params: SamplingParams
+    logprobs: list[TokenLogprob] | None = None
 
 
 class Stream:
-    """Iterate for text pieces; once the iteration has ended, `answer` and `stats` are there."""
+    """Iterate, or `async for`, for text pieces; once the iteration has ended, `answer` is there.
 
-    def __init__(self, decoding: Decoding) -> None:
-        self._decoding = decoding
+    Nothing is decoded before the first piece is asked for. `close`, or leaving a `with` block, ends it early: the
+    answer then is what had come. on_end: called once with the answer, when the stream has ended or is closed.
+    """
+
+    def __init__(self, llm: LLM, decoding: Decoding, on_end: Callable[[Answer], None] | None = None) -> None:
+        self._llm, self._decoding, self._on_end = llm, decoding, on_end
+        self._lock = threading.RLock()
+        self._reader = (llm.engine.new_text(decoding.params), 0)  # and how many tokens it has read
+        self._answer: Answer | None = None
 
     @property
     def stats(self) -> DecodeStats:
         """Counters, growing while the stream runs."""
-        return self._decoding.sequence.stats
+        sequence = self._decoding.sequence
+        return DecodeStats() if sequence is None else sequence.stats
 
     def __iter__(self) -> Iterator[str]:
-        for result in self.steps():
+        return (result.text for result in self.steps() if result.text)
+
+    async def __aiter__(self) -> AsyncIterator[str]:
+        """Pieces, each step in the LLM's own worker thread."""
+        steps, loop = self.steps(), asyncio.get_running_loop()
+        while (result := await loop.run_in_executor(self._llm.worker, next, steps, None)) is not None:
             if result.text:
                 yield result.text
 
     def steps(self) -> Iterator[StepResult]:
         """The same stream, one record per target forward."""
-        return iter(self._decoding)
+        for result in self._decoding:
+            yield replace(result, text=self._read())
+        if text := self._read():  # of a step whose reading was interrupted
+            yield StepResult([], 0, text=text)
+        self._end()
+
+    def close(self) -> None:
+        """Decode no further."""
+        self._decoding.close()
+        self._end()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
 
     @property
     def answer(self) -> Answer:
         """The finished answer; raises RequestError while the stream still runs."""
-        sequence = self._decoding.sequence
-        if sequence.finish_reason is None:
-            raise RequestError("the stream has not ended: read it to its end first")
-        return Answer(
-            text="" if sequence.text is None else sequence.text.value,
-            token_ids=list(sequence.output_ids),
-            prompt_ids=sequence.prompt_ids,
-            finish_reason=sequence.finish_reason,
-            stats=sequence.stats,
-            params=sequence.params,
-        )
+        self._end()
+        if self._answer is None:
+            raise RequestError("the stream has not ended: read it to its end, or close it")
+        return self._answer
+
+    def _read(self) -> str:
+        """The text of the tokens that have come since; read by a copy, so that an interrupt loses none."""
+        with self._lock:
+            sequence, (reader, num_read) = self._decoding.sequence, self._reader
+            if reader is None or sequence is None:
+                return ""
+            reader, output_ids = reader.copy(), sequence.output_ids[num_read:]
+            pieces = [reader.push(token) for token in output_ids if token not in sequence.end_ids]
+            if self._decoding.finish_reason is not None:
+                pieces.append(reader.finish())
+            self._reader = (reader, num_read + len(output_ids))
+            return "".join(pieces)
+
+    def _end(self) -> None:
+        """Make the answer, once, where there is a reason to."""
+        with self._lock:
+            sequence, reason = self._decoding.sequence, self._decoding.finish_reason
+            if reason is None or self._answer is not None:
+                return
+            self._read()
+            reader, _ = self._reader
+            self._answer = Answer(
+                text="" if reader is None else reader.value,
+                token_ids=[] if sequence is None else list(sequence.output_ids),
+                prompt_ids=self._decoding.prompt_ids,
+                finish_reason=reason,
+                stats=self.stats,
+                params=self._decoding.params,
+                logprobs=list(sequence.logprobs) if sequence is not None and sequence.params.logprobs else None,
+            )
+            if self._on_end is not None:
+                self._on_end(self._answer)
 
 
 class LLM:
@@ -96,34 +166,63 @@ class LLM:
         measured = Measured(accuracy=calibrated_accuracy(self.drafter), costs=costs)
         self.engine = Engine(target, self.drafter, parse_tree(tree, measured))
 
-    def with_drafter(self, drafter: Drafter, *, tree: str | int | None = None) -> LLM:
-        """The same target with another drafter."""
-        return LLM(self.target, drafter, tree=tree)
-
     @property
     def baseline(self) -> LLM:
         """The same target decoding autoregressively: the same engine, a tree of the root alone."""
         return LLM(self.target)
 
-    def prompt_ids(self, prompt: Prompt, *, system: str | None = None, raw: bool = False) -> list[int]:
+    @cached_property
+    def worker(self) -> ThreadPoolExecutor:
+        """The one thread that takes the steps of `async for`: recorded forwards belong to a thread."""
+        return ThreadPoolExecutor(1, thread_name_prefix="amphista")
+
+    def prompt_ids(
+        self,
+        prompt: Prompt,
+        *,
+        system: str | None = None,
+        raw: bool = False,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+    ) -> list[int]:
         """Token ids of a prompt: plain text becomes one user message in the target's chat template.
 
-        raw, or a target without a chat template: the text as it is. Lists are messages with role and content.
+        raw, or a target without a chat template: the text as it is. Lists hold messages, or token ids, which are taken
+        as they are. chat_template_kwargs: the template's own variables, such as enable_thinking.
         """
-        if self.target.text is None:
-            raise RequestError("this target was loaded without a tokenizer: pass token ids to the engine instead")
+        if _all(prompt, int):
+            if system is not None or chat_template_kwargs:
+                raise RequestError("token ids are taken as they are: leave out system and chat_template_kwargs")
+            return [int(token) for token in prompt]  # type: ignore[arg-type]
+        text = self.target.text
+        if text is None:
+            raise RequestError("this target was loaded without a tokenizer: pass token ids instead")
         if isinstance(prompt, str):
             if not prompt.strip():
                 raise RequestError("the prompt is empty: give some text")
-            if raw or not self.target.text.has_chat_template:
-                if system is not None:
-                    raise RequestError("a system message needs the chat template: leave out --raw or --system")
-                return self.target.text.encode(prompt)
             prompt = [{"role": "user", "content": prompt}]
-        if not prompt:
-            raise RequestError("the conversation is empty: give at least one message")
+        elif not isinstance(prompt, list | tuple) or not _all(prompt, Mapping):
+            raise RequestError(f"the prompt is {_shown(prompt)}: {PROMPT_FORMS}")
+        if raw or not text.has_chat_template:
+            if system is not None or chat_template_kwargs:
+                raise RequestError("a system message or template variable needs the chat template: leave out --raw")
+            return text.encode(_only_text(prompt))
+        if not isinstance(chat_template_kwargs, Mapping | None):
+            raise RequestError(f"chat_template_kwargs is {chat_template_kwargs!r}: expected a dictionary")
         messages = [*([{"role": "system", "content": system}] if system is not None else []), *prompt]
-        return self.target.text.render(messages)
+        return text.render(messages, **(chat_template_kwargs or {}))
+
+    def params(self, params: Params = None, **settings: Any) -> SamplingParams:
+        """Settings on top of `params`; 'model' stands for what the model's own generation_config says."""
+        known = {*(field.name for field in dataclasses.fields(SamplingParams)), "max_tokens"}
+        if unknown := sorted(settings.keys() - known):
+            raise RequestError(f"unknown setting {unknown[0]!r}: expected one of {', '.join(sorted(known))}")
+        if {"max_tokens", "max_new_tokens"} <= settings.keys():
+            raise RequestError("max_tokens and max_new_tokens are the same setting: give one of them")
+        if params == "model":
+            return SamplingParams(**{**model_settings(self.target), **settings})
+        if not isinstance(params, SamplingParams | None):
+            raise RequestError(f"params is {params!r}: expected SamplingParams, or 'model'")
+        return replace(params or SamplingParams(), **settings)
 
     def stream(
         self,
@@ -131,68 +230,108 @@ class LLM:
         *,
         system: str | None = None,
         raw: bool = False,
-        params: SamplingParams | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        params: Params = None,
         **settings: Any,
     ) -> Stream:
         """Decode piece by piece. Settings are those of SamplingParams, or a whole `params`."""
-        return self.stream_ids(self.prompt_ids(prompt, system=system, raw=raw), _params(params, settings))
+        ids = self.prompt_ids(prompt, system=system, raw=raw, chat_template_kwargs=chat_template_kwargs)
+        return self.stream_ids(ids, self.params(params, **settings))
 
-    def stream_ids(self, prompt_ids: list[int], params: SamplingParams, context: Context | None = None) -> Stream:
-        """Decode from token ids, on a kept context where one is given."""
-        return Stream(Decoding(self.engine, prompt_ids, params, context))
-
-    def generate(
+    def stream_ids(
         self,
-        prompt: Prompt,
-        *,
-        system: str | None = None,
-        raw: bool = False,
-        params: SamplingParams | None = None,
-        **settings: Any,
-    ) -> Answer:
-        """Decode a prompt (or a list of messages) to its end."""
-        return finish(self.stream(prompt, system=system, raw=raw, params=params, **settings))
+        prompt_ids: Sequence[int],
+        params: SamplingParams,
+        context: Context | None = None,
+        on_end: Callable[[Answer], None] | None = None,
+    ) -> Stream:
+        """Decode from token ids, on a kept context where one is given."""
+        return Stream(self, Decoding(self.engine, list(prompt_ids), params, context), on_end)
 
-    def chat(self, messages: Sequence[Message], *, params: SamplingParams | None = None, **settings: Any) -> Answer:
+    @overload
+    def generate(self, prompt: str | Sequence[Message] | Sequence[int], **settings: Any) -> Answer: ...
+
+    @overload
+    def generate(self, prompt: Sequence[Prompt], **settings: Any) -> list[Answer]: ...
+
+    def generate(self, prompt: Prompt | Sequence[Prompt], **settings: Any) -> Answer | list[Answer]:
+        """Decode a prompt to its end, or several, one after the other; settings as for `stream`.
+
+        A list of texts, of conversations or of lists of token ids is several prompts. All of them are checked before
+        the first is decoded; the RequestError names the one that cannot be.
+        """
+        if not _are_prompts(prompt):
+            return finish(self.stream(prompt, **settings))  # type: ignore[arg-type]
+        streams = []
+        for index, one in enumerate(prompt):
+            try:
+                streams.append(self.stream(one, **settings))  # type: ignore[arg-type]
+            except RequestError as error:
+                raise RequestError(f"prompts[{index}]: {error}") from error
+        return [finish(stream) for stream in streams]
+
+    def chat(self, messages: Sequence[Message], **settings: Any) -> Answer:
         """Answer a conversation given as messages; for many turns, `conversation` keeps the caches."""
-        return self.generate(list(messages), params=params, **settings)
+        return finish(self.stream(messages, **settings))
 
-    def conversation(self, system: str | None = None) -> Conversation:
+    def conversation(
+        self, system: str | None = None, *, raw: bool = False, chat_template_kwargs: Mapping[str, Any] | None = None
+    ) -> Conversation:
         """A multi-turn conversation on kept caches."""
-        return Conversation(self, system)
+        return Conversation(self, system, raw=raw, chat_template_kwargs=chat_template_kwargs)
 
 
 class Conversation:
     """Messages so far and the caches they left; a next turn reads only what is new.
 
-    Equal to a fresh prefill of the whole conversation, also where the chat template rewrites history.
+    The tokens are those of a fresh prompt of the whole conversation, also where the chat template rewrites history, as
+    far as the target's forward gives a row the same bits beside few others as beside many: in float32 near enough that
+    only a tie could differ, in bfloat16 not always. Against plain decoding on kept caches of its own they are equal.
     """
 
-    def __init__(self, llm: LLM, system: str | None = None) -> None:
+    def __init__(
+        self,
+        llm: LLM,
+        system: str | None = None,
+        *,
+        raw: bool = False,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+    ) -> None:
         self.llm = llm
-        self.messages: list[dict[str, str]] = []
-        if system is not None:
-            self.messages.append({"role": "system", "content": system})
+        self.messages: list[Message] = [] if system is None else [{"role": "system", "content": system}]
+        self._raw, self._template_kwargs = raw, chat_template_kwargs
         self._context = llm.engine.new_context()
+        self._stream: Stream | None = None
 
-    def stream(self, text: str, *, params: SamplingParams | None = None, **settings: Any) -> Stream:
-        """Start the next turn; call `close_turn` with its text once it has ended (or was broken off)."""
-        if not text.strip():
-            raise RequestError("the message is empty: give some text")
-        prompt_ids = self.llm.prompt_ids([*self.messages, {"role": "user", "content": text}])
-        stream = self.llm.stream_ids(prompt_ids, _params(params, settings), self._context)
-        self.messages.append({"role": "user", "content": text})
-        return stream
+    def stream(self, turn: str | Sequence[Message], *, params: Params = None, **settings: Any) -> Stream:
+        """Start the next turn: a user's text, or messages. Both it and the answer are history once the stream has ended
+        or is closed, which a further turn does; a turn closed before its first token leaves nothing behind."""
+        if self._stream is not None:
+            self._stream.close()
+        said, ids = self._said(turn), self.prompt_ids(turn)
+        self._stream = self.llm.stream_ids(
+            ids, self.llm.params(params, **settings), self._context, lambda answer: self._close_turn(said, answer)
+        )
+        return self._stream
 
-    def close_turn(self, answer_text: str) -> None:
-        """Put an answer into the history."""
-        self.messages.append({"role": "assistant", "content": answer_text})
+    def prompt_ids(self, turn: str | Sequence[Message]) -> list[int]:
+        """Token ids of everything said, up to and with this turn."""
+        return self.llm.prompt_ids(self._said(turn), raw=self._raw, chat_template_kwargs=self._template_kwargs)
 
-    def send(self, text: str, *, params: SamplingParams | None = None, **settings: Any) -> Answer:
+    def _said(self, turn: str | Sequence[Message]) -> list[Message]:
+        if isinstance(turn, str):
+            if not turn.strip():
+                raise RequestError("the message is empty: give some text")
+            turn = [{"role": "user", "content": turn}]
+        return [*self.messages, *turn]
+
+    def _close_turn(self, said: list[Message], answer: Answer) -> None:
+        if answer.token_ids:
+            self.messages = [*said, {"role": "assistant", "content": answer.text}]
+
+    def send(self, turn: str | Sequence[Message], *, params: Params = None, **settings: Any) -> Answer:
         """One whole turn."""
-        answer = finish(self.stream(text, params=params, **settings))
-        self.close_turn(answer.text)
-        return answer
+        return finish(self.stream(turn, params=params, **settings))
 
 
 def finish(stream: Stream) -> Answer:
@@ -202,39 +341,66 @@ def finish(stream: Stream) -> Answer:
     return stream.answer
 
 
-def _params(params: SamplingParams | None, settings: dict[str, Any]) -> SamplingParams:
-    known = {field.name for field in dataclasses.fields(SamplingParams)}
-    unknown = sorted(set(settings) - known)
-    if unknown:
-        raise RequestError(f"unknown setting {unknown[0]!r}: expected one of {', '.join(sorted(known))}")
-    if "stop" in settings and isinstance(settings["stop"], list):
-        settings = {**settings, "stop": tuple(settings["stop"])}
-    if params is None:
-        return SamplingParams(**settings)
-    return dataclasses.replace(params, **settings)
+def _all(prompt: Any, kind: Any) -> bool:
+    """Whether this is a list of something, all of one kind."""
+    return isinstance(prompt, list | tuple) and bool(prompt) and all(isinstance(part, kind) for part in prompt)
+
+
+def _are_prompts(prompt: Any) -> bool:
+    """Whether a list holds prompts, not the messages or token ids of one."""
+    return _all(prompt, str | list | tuple)
+
+
+def _only_text(messages: Sequence[Any]) -> str:
+    """The text of a single user message; raises RequestError for a conversation."""
+    if len(messages) != 1 or messages[0].get("role") != "user" or not isinstance(messages[0].get("content"), str):
+        raise RequestError("a conversation needs the target's chat template: give one text, or leave out --raw")
+    return str(messages[0]["content"])
+
+
+def _shown(prompt: Any) -> str:
+    shown = repr(prompt)
+    return shown if len(shown) <= 60 else f"{shown[:60]} ..."
 
 
 def load(
-    target: str = DEFAULT_TARGET,
-    drafter: str | None = None,
+    target: str | Path = DEFAULT_TARGET,
+    drafter: str | Path | None = None,
     *,
     tree: str | int | None = None,
     device: str | None = None,
     dtype: str | None = None,
     fast: bool = True,
     allow_other_target: bool = False,
+    revision: str | None = None,
+    token: str | None = None,
+    cache_dir: str | Path | None = None,
+    local_files_only: bool = False,
 ) -> LLM:
     """Load a target (named default, folder, GGUF file or hub id) and a drafter.
 
     drafter: 'none', a name shipped for this target ('amphista', 'medusa'), a folder or a hub id; 'lookup', which drafts
     what followed the same tokens before; or any of them with '+lookup'. By default 'amphista+lookup' where an Amphista
-    drafter is shipped for the target, else 'lookup', said on standard error. tree: see `parse_tree`; 'auto' measures
-    this machine once. fast: the fast forward where the target qualifies (`llm.target.path`), on CUDA as captured
-    graphs, else the stock model.
+    drafter is shipped for the target, else 'lookup', which is logged. tree: see `parse_tree`; 'auto' measures this
+    machine once. fast: the fast forward where the target qualifies (`llm.target.path`), on CUDA as captured graphs,
+    else the stock model. revision (of the target), token, cache_dir, local_files_only: for the hub; a drafter's
+    revision is written behind its id: owner/name@revision.
+
+    Sampling settings in the model's generation_config are not applied unless asked for by params='model'; what it has
+    of them is logged as a warning.
     """
     check_tree(tree)
-    loaded = load_target(target, device=device, dtype=dtype, fast=fast)
-    return LLM(loaded, choose_drafter(loaded, drafter, allow_other_target=allow_other_target), tree=tree)
+    hub = HubAccess(token=token, cache_dir=None if cache_dir is None else str(cache_dir), local_only=local_files_only)
+    source: dict[str, Any] = {
+        "revision": revision,
+        "token": token,
+        "cache_dir": hub.cache_dir,
+        "local_files_only": local_files_only,
+    }
+    loaded = load_target(str(target), device=device, dtype=dtype, fast=fast, **{k: v for k, v in source.items() if v})
+    tell_unused(loaded)
+    name = None if drafter is None else str(drafter)
+    return LLM(loaded, choose_drafter(loaded, name, allow_other_target=allow_other_target, hub=hub), tree=tree)
 
 
 def calibrated_accuracy(drafter: Drafter) -> list[list[float]] | None:
@@ -243,13 +409,17 @@ def calibrated_accuracy(drafter: Drafter) -> list[list[float]] | None:
     return None if calibration is None else calibration.accuracy
 
 
-def choose_drafter(target: Target, name: str | None, *, allow_other_target: bool = False) -> Drafter:
+def choose_drafter(
+    target: Target, name: str | None, *, allow_other_target: bool = False, hub: HubAccess | None = None
+) -> Drafter:
     """The named drafter; by default lookup, beside the preferred drafter where one is shipped."""
     if name is None:
         shipped = shipped_for(PREFERRED_DRAFTER, target.fingerprint)
         if shipped is not None and shipped.fingerprint != target.fingerprint and not allow_other_target:
             shipped = None
         if shipped is None:
-            say(f"no drafter is shipped for {target.name}: drafting by lookup alone (see `amphista train`)")
+            logger.info(f"no drafter is shipped for {target.name}: drafting by lookup alone (see `amphista train`)")
         name = LOOKUP if shipped is None else f"{PREFERRED_DRAFTER}+{LOOKUP}"
-    return load_drafter(name, target.spec, target.shared, target.fingerprint, allow_other_target=allow_other_target)
+    return load_drafter(
+        name, target.spec, target.shared, target.fingerprint, allow_other_target=allow_other_target, hub=hub
+    )

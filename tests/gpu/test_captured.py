@@ -202,7 +202,7 @@ def test_out_of_memory_in_a_capture_is_said_and_survived(monkeypatch):
 
     monkeypatch.setattr(Recorder, "_capture", greedy_run)
     with pytest.warns(RuntimeWarning, match="decodes without captured graphs, slower"):
-        target.verify(TokenTree.root_alone(3), cache)
+        target.verify(TokenTree([3], [-1]), cache)
     cache.trim(9)
     assert target.path == "fast"
     assert difference(target.verify(DEEP, cache).logits, first) < 1e-9

@@ -11,9 +11,9 @@ import random
 
 import pytest
 
-from amphista.tree.candidates import Candidates, Graft
+from amphista.tree.candidates import Candidates, NgramDraft
 from amphista.tree.grow import AutoGrower, ChainGrower, DynamicGrower, StaticGrower
-from amphista.tree.offers import NO_RANK, Offers
+from amphista.tree.offers import NO_RANK, ChildCandidates
 from amphista.tree.template import TreeTemplate
 from amphista.tree.tune import Costs, best_size
 from tests.unit.tree.test_offers import all_paths, best_plainly, children_plainly, with_paths
@@ -40,7 +40,7 @@ def random_candidates(seed, kind):
     tokens = [[10 * depth + rank for rank in range(2)] for depth in (1, 2)]
     graft = None
     if kind.endswith("graft"):
-        graft = Graft(
+        graft = NgramDraft(
             [source.choice([10, 11, 99]), source.choice([20, 88]), 77],
             [math.log(0.3 + 0.6 * source.random()) for _ in range(3)],
         )
@@ -102,8 +102,8 @@ def test_mutations_are_seen(mutation, monkeypatch):
             "amphista.tree.grow.best_size", lambda scores, costs, drafted: best_size(scores, costs, drafted=False)
         )
     elif mutation == "paths-forgotten":
-        children = Offers._children
-        monkeypatch.setattr(Offers, "_children", lambda offers, depth, _: children(offers, depth, NO_RANK))
+        children = ChildCandidates._children
+        monkeypatch.setattr(ChildCandidates, "_children", lambda offers, depth, _: children(offers, depth, NO_RANK))
     else:
         monkeypatch.setattr("amphista.tree.offers._joined", lambda heads, *_: heads)
     with pytest.raises(AssertionError):

@@ -86,7 +86,7 @@ def worst_difference(fast: Target, stock: Target, length: int) -> float:
         tree = target.verify(TREE, cache)
         cache.commit([0, 2, 5])
         again = target.verify(TREE, cache)
-        alone = target.verify(TokenTree.root_alone(9), _committed(cache))
+        alone = target.verify(TokenTree([9], [-1]), _committed(cache))
         outputs.append([t for o in (first, tree, again, alone) for t in (o.logits, o.hidden)])
     return max(difference(a, b) for a, b in zip(*outputs, strict=True))
 

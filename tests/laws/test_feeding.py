@@ -38,7 +38,7 @@ class Seldom(DynamicGrower):
 
     calls = 0
 
-    def wants_heads(self, pace, graft) -> bool:
+    def wants_heads(self, controller, graft) -> bool:
         type(self).calls += 1
         return type(self).calls % 4 == 0
 

@@ -6,6 +6,8 @@ by never accepting anything.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -38,6 +40,21 @@ SAMPLINGS = {
     "filtered": SamplingParams(max_new_tokens=24, temperature=1.2, top_k=40, top_p=0.9, min_p=0.01, seed=4),
     "penalised": SamplingParams(max_new_tokens=24, repetition_penalty=1.5),
     "penalised-sampled": SamplingParams(max_new_tokens=24, temperature=0.9, repetition_penalty=1.3, seed=2**63),
+    "counted": SamplingParams(
+        max_new_tokens=24, frequency_penalty=2.0, presence_penalty=6.0, logit_bias={7: 9, 8: 9, EOS: 30}, min_tokens=20
+    ),
+    "everything": SamplingParams(
+        max_new_tokens=24,
+        temperature=1.1,
+        top_p=0.95,
+        repetition_penalty=1.2,
+        frequency_penalty=-0.5,
+        presence_penalty=3.0,
+        logit_bias={"9": 12, EOS: 30},
+        suppress_tokens=[28, 119],
+        min_tokens=15,
+        seed=6,
+    ),
 }
 
 
@@ -84,6 +101,13 @@ def test_hostile_drafters(target, expected, name, tree, sampling):
 @pytest.mark.parametrize("name", REAL_DRAFTERS)
 def test_real_drafters(target, drafters, expected, name, tree, sampling):
     check(target, drafters[name], tree, sampling, expected)
+
+
+def test_the_new_settings_are_felt(expected):
+    """Without this the cases above might compare answers that no penalty, bias or ban has changed."""
+    counted, everything = expected["counted"], expected["everything"]
+    assert len(counted) == 21 and counted[-1] == EOS and len(everything) == 16 and everything[-1] == EOS
+    assert counted[:20] != expected["greedy"][:20] and {7, 8} & set(counted) and not {28, 119} & set(everything)
 
 
 def test_real_drafters_are_accepted_somewhere(target, drafters, expected):
@@ -170,17 +194,12 @@ def test_limit_inside_an_accepted_path(target, expected, limit):
 
 @pytest.mark.parametrize("index", [0, 1, 2, 3, 4, 5, 9])
 def test_end_token_inside_an_accepted_path(target, expected, index):
-    """Declare the token at `index` an end token: nothing behind it is emitted, counted or cached."""
+    """Ask for an end at the token at `index`: nothing behind it is emitted, counted or cached."""
     answer = expected["greedy"]
     end = answer[index]
     drafter = HOSTILE["always-right"](PROMPT + answer)
     engine = Engine(target, drafter, parse_tree("chain"))
-    sequence, _ = engine.start(PROMPT, SAMPLINGS["greedy"])
-    sequence.eos_ids = frozenset([end])
-    if sequence.output_ids[0] == end:
-        return
-    while sequence.finish_reason is None:
-        engine.step(sequence)
+    sequence = decode(engine, PROMPT, replace(SAMPLINGS["greedy"], stop_token_ids=(end,)))
     assert sequence.output_ids == answer[: answer.index(end) + 1]
     assert sequence.finish_reason is FinishReason.STOP
     assert sequence.context.cache.num_committed == len(PROMPT) + len(sequence.output_ids) - 1

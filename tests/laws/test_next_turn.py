@@ -124,20 +124,49 @@ def test_prefill_broken_off_between_chunks_leaves_usable_caches(target, monkeypa
 
 
 def test_streams_keep_their_own_answers():
-    """An answer read after the next turn began is still its own; a stream the next turn has overtaken says so."""
+    """An answer read after the next turn began is still its own; the next turn ends a stream that has not ended."""
     target = tiny_target(with_text=True)
     llm = LLM(target, real_drafters(target)["amphista-full"], tree=7)
     conversation = llm.conversation()
     first = conversation.stream("Hello", params=PARAMS)
     "".join(first)
     ids = list(first.answer.token_ids)
-    conversation.close_turn(first.answer.text)
     second = conversation.stream("And then?", params=PARAMS)
-    assert first.answer.token_ids == ids and first.answer.prompt_ids != second._decoding.sequence.prompt_ids
-    next(iter(second))
+    assert first.answer.token_ids == ids and first.answer.prompt_ids != second._decoding.prompt_ids
+    begun = next(second.steps()).token_ids
     conversation.stream("Something else", params=PARAMS)
+    assert list(second) == [] and second.answer.token_ids == begun and second.answer.finish_reason == "abort"
+
+
+def test_a_sequence_whose_caches_were_taken_over_says_so(target):
+    engine = Engine(target, real_drafters(target)["amphista-full"], parse_tree(7))
+    context = engine.new_context()
+    sequence, _ = engine.start([5, 17, 230], PARAMS, context)
+    engine.start([5, 17], PARAMS, context)
     with pytest.raises(RequestError, match="a later request has taken over"):
-        list(second)
+        engine.step(sequence)
+
+
+def test_a_turn_becomes_history_by_itself():
+    """When its stream is read to the end, or closed, or the next turn begins; not when it never began."""
+    llm = LLM(tiny_target(with_text=True))
+    conversation = llm.conversation("Be brief")
+    text = "".join(conversation.stream("Hello", params=PARAMS))
+    system = {"role": "system", "content": "Be brief"}
+    said = [system, {"role": "user", "content": "Hello"}, {"role": "assistant", "content": text}]
+    assert conversation.messages == said
+    with conversation.stream("And then?", params=PARAMS) as stream:
+        piece = next(iter(stream))
+    assert conversation.messages[3:] == [
+        {"role": "user", "content": "And then?"},
+        {"role": "assistant", "content": stream.answer.text},
+    ]
+    assert stream.answer.text.startswith(piece)
+    conversation.stream("Never read", params=PARAMS)
+    answer = conversation.send("Last", params=PARAMS)
+    assert [message["content"] for message in conversation.messages[5:]] == ["Last", answer.text]
+    fresh = llm.generate(conversation.messages[:-1], params=PARAMS)
+    assert fresh.token_ids == answer.token_ids
 
 
 def test_reading_on_after_a_break_goes_on(text_target):

@@ -56,7 +56,7 @@ def outputs_of(target: Target, cache: KVCache, length: int) -> list[torch.Tensor
     for tree, path in (
         (TREE, [0, 2, 5]),
         (TREE, [0, 1]),
-        (TokenTree.root_alone(9), [0]),
+        (TokenTree([9], [-1]), [0]),
         (TokenTree([4, 5, 6], [-1, 0, 0]), [0, 2]),
         (TREE, [0, 1, 3, 6, 7, 8, 9]),
         (DEEP, [0, 3, 4]),

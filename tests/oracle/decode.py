@@ -17,15 +17,17 @@ def decode_plainly(model, prompt_ids, params, eos_ids=()):
         if len(ids) > model.config.max_position_embeddings:
             break
         logits = model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1].double().tolist()
-        ids.append(choose_plainly(logits, ids, params))
+        ids.append(choose_plainly(logits, ids, params, len(prompt_ids), eos_ids))
         if ids[-1] in eos_ids:
             break
     return ids[len(prompt_ids) :]
 
 
-def choose_plainly(logits, ids, params):
-    """Penalty, temperature, top-k, top-p, min-p, noise: one token, with lists and loops."""
+def choose_plainly(logits, ids, params, num_prompt=0, end_ids=()):
+    """Bias, penalties, bans, temperature, top-k, top-p, min-p, noise: one token, with lists and loops."""
     scores = list(logits)
+    for token, added in params.logit_bias.items():
+        scores[token] += added
     if params.repetition_penalty != 1:
         for token in set(ids):
             scores[token] = (
@@ -33,6 +35,13 @@ def choose_plainly(logits, ids, params):
                 if scores[token] < 0
                 else scores[token] / params.repetition_penalty
             )
+    for token in ids[num_prompt:]:
+        scores[token] -= params.frequency_penalty
+    for token in set(ids[num_prompt:]):
+        scores[token] -= params.presence_penalty
+    kept_back = end_ids if len(ids) - num_prompt < params.min_tokens else ()
+    for token in (*params.suppress_tokens, *kept_back):
+        scores[token] = -math.inf
     if params.temperature == 0:
         return max(range(len(scores)), key=lambda token: scores[token])
     scores = [score / params.temperature for score in scores]

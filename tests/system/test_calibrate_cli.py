@@ -48,7 +48,7 @@ def data(target, tmp_path_factory):
 
 
 def calibrated(*arguments):
-    result = amphista("calibrate", *arguments, "--json")
+    result = amphista("dev", "calibrate", *arguments, "--json")
     assert result.returncode == 0, result.stderr
     return json.loads(result.stdout.splitlines()[-1])
 
@@ -86,13 +86,24 @@ def test_another_draft_vocabulary(target_folder, folder, data, tmp_path):
     ("arguments", "match"), [(["--nodes", "1"], "--nodes is 1"), (["--decode", "-1"], "--decode -1")]
 )
 def test_bad_settings(target_folder, folder, data, tmp_path, arguments, match):
-    command = ["calibrate", folder, "--target", target_folder, "--data", data, "--out", tmp_path / "out", *arguments]
+    command = [
+        "dev",
+        "calibrate",
+        folder,
+        "--target",
+        target_folder,
+        "--data",
+        data,
+        "--out",
+        tmp_path / "out",
+        *arguments,
+    ]
     result = amphista(*command)
     assert result.returncode == 2 and match in result.stderr and not (tmp_path / "out").exists()
 
 
 def test_a_folder_of_something_else_is_not_replaced(target_folder, folder, data, tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
-    result = amphista("calibrate", folder, "--target", target_folder, "--data", data, "--out", tmp_path)
+    result = amphista("dev", "calibrate", folder, "--target", target_folder, "--data", data, "--out", tmp_path)
     assert result.returncode == 2 and "choose another --out" in result.stderr
     assert (tmp_path / "notes.txt").read_text() == "mine"

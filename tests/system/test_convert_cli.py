@@ -57,7 +57,7 @@ def test_converted_calibrated_compared_and_ready_to_push(theirs, answers, target
                           "--tree", 12)  # fmt: skip
     assert compared["identical"] is True and compared["drafter"] == "medusa"
 
-    dry = amphista("push", ours, "owner/name", "--dry-run", "--private")
+    dry = amphista("dev", "push", ours, "owner/name", "--dry-run", "--private")
     assert dry.returncode == 0, dry.stderr
     *files, total = dry.stdout.splitlines()
     sizes = {line.split()[1]: int(line.split()[0].replace(",", "")) for line in files}
@@ -73,7 +73,7 @@ def test_without_answers_it_works_uncalibrated_and_is_not_published(theirs, targ
     assert "names owner/target as its target" in result.stderr
     (record,) = records("Hello", "--target", target_folder, "--drafter", ours, "--max-new-tokens", 8)
     assert record["drafter"] == "medusa"
-    refused = amphista("push", ours, "owner/name", "--dry-run")
+    refused = amphista("dev", "push", ours, "owner/name", "--dry-run")
     assert refused.returncode == 2
     assert "a measured tau" in refused.stderr and "base_model" in refused.stderr and "license" not in refused.stderr
 
@@ -107,6 +107,6 @@ def test_push_refusals_are_one_sentence(tmp_path):
         ([tmp_path, "name"], "is no repository id of the hub"),
     ):
         for more in ([], ["--dry-run"]):
-            result = amphista("push", *arguments, *more)
+            result = amphista("dev", "push", *arguments, *more)
             assert result.returncode == 2 and message in result.stderr
             assert len(result.stderr.strip().splitlines()) == 1

@@ -14,15 +14,18 @@ Shapes: B sequences, V vocabulary.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+import secrets
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Self
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from amphista.errors import RequestError
+from amphista.errors import RequestError, TargetError
 
 Floats = NDArray[np.float64]
 TOP_P_FIRST = 1024
@@ -31,40 +34,93 @@ ROUNDING = 1e-6  # far above that of a few float64 additions on scores
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How to choose. temperature 0 is greedy; top_k 0, top_p 1, min_p 0 and repetition_penalty 1 are off."""
+    """How to choose. temperature 0 is greedy; top_k 0 or -1, top_p 1, min_p 0 and the penalties' defaults are off.
+
+    repetition_penalty looks at prompt and output (arXiv 1909.05858, section 4.1), frequency_penalty and
+    presence_penalty at the output alone, as in the OpenAI API. logit_bias: {token id: what is added to its logit}.
+    suppress_tokens: ids that are never chosen. min_tokens: no token that ends the answer before so many are there.
+    seed None: a fresh one for each answer, told in `Answer.params`.
+    """
 
     temperature: float = 0.0
     top_k: int = 0
     top_p: float = 1.0
     min_p: float = 0.0
     repetition_penalty: float = 1.0
-    seed: int = 0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict, hash=False)
+    suppress_tokens: tuple[int, ...] = ()
+    min_tokens: int = 0
+    seed: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("temperature", "top_p", "min_p", "repetition_penalty", "top_k", "seed"):
-            value = getattr(self, name)
-            kinds = int if name in ("top_k", "seed") else (int, float)
-            if isinstance(value, bool) or not isinstance(value, kinds):
-                raise RequestError(f"{name} is {value!r}: expected a{' whole' if kinds is int else ''} number")
-
-        def require(holds: bool, name: str, expected: str) -> None:
-            if not holds:
-                raise RequestError(f"{name} is {getattr(self, name)}: expected {expected}")
-
-        require(math.isfinite(self.temperature) and self.temperature >= 0, "temperature", "0 (greedy) or more")
-        require(self.top_k >= 0, "top_k", "0 (off) or more")
-        require(0 < self.top_p <= 1, "top_p", "a number above 0 and at most 1 (off)")
-        require(0 <= self.min_p <= 1, "min_p", "a number from 0 (off) to 1")
-        require(
-            math.isfinite(self.repetition_penalty) and self.repetition_penalty > 0,
-            "repetition_penalty",
-            "a number above 0; 1 is off",
-        )
-        require(0 <= self.seed < 2**64, "seed", "an integer from 0 to 2^64 - 1")
+        for name in NUMBERS:
+            value, is_whole = getattr(self, name), name in WHOLE
+            if name == "seed" and value is None:
+                continue
+            if isinstance(value, bool) or not isinstance(value, int if is_whole else (int, float)):
+                raise RequestError(f"{name} is {value!r}: expected a{' whole' if is_whole else ''} number")
+            if not NUMBERS[name][0](value):
+                raise RequestError(f"{name} is {value}: expected {NUMBERS[name][1]}")
+        object.__setattr__(self, "logit_bias", _bias(self.logit_bias))
+        object.__setattr__(self, "suppress_tokens", token_ids("suppress_tokens", self.suppress_tokens))
 
     @property
     def is_greedy(self) -> bool:
         return self.temperature == 0
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether logits are taken as they are: no penalty, bias or ban."""
+        return (
+            (self.repetition_penalty, self.frequency_penalty, self.presence_penalty) == (1, 0, 0)
+            and not (self.logit_bias or self.suppress_tokens)
+            and self.min_tokens == 0
+        )
+
+    def with_seed(self) -> Self:
+        """The same with a seed: its own, or a fresh one."""
+        return self if self.seed is not None else replace(self, seed=fresh_seed())
+
+
+def fresh_seed() -> int:
+    """53 bits of the system's entropy: every reader of JSON keeps them whole."""
+    return secrets.randbits(53)
+
+
+Check = Callable[[Any], bool]
+NUMBERS: dict[str, tuple[Check, str]] = {
+    "temperature": (lambda value: math.isfinite(value) and value >= 0, "0 (greedy) or more"),
+    "top_k": (lambda value: value >= -1, "0 or -1 (off) or more"),
+    "top_p": (lambda value: 0 < value <= 1, "a number above 0 and at most 1 (off)"),
+    "min_p": (lambda value: 0 <= value <= 1, "a number from 0 (off) to 1"),
+    "repetition_penalty": (lambda value: math.isfinite(value) and value > 0, "a number above 0; 1 is off"),
+    "frequency_penalty": (math.isfinite, "a finite number; 0 is off"),
+    "presence_penalty": (math.isfinite, "a finite number; 0 is off"),
+    "min_tokens": (lambda value: value >= 0, "0 (off) or more"),
+    "seed": (lambda value: 0 <= value < 2**64, "an integer from 0 to 2^64 - 1, or none for a fresh one"),
+}
+WHOLE = ("top_k", "min_tokens", "seed")
+
+
+def token_ids(name: str, value: Any) -> tuple[int, ...]:
+    """One token id or several as a tuple; raises RequestError."""
+    ids = (value,) if type(value) is int else value
+    if not isinstance(ids, list | tuple | set | frozenset) or not all(type(i) is int and i >= 0 for i in ids):
+        raise RequestError(f"{name} is {value!r}: expected a list of token ids (whole numbers)")
+    return tuple(ids)
+
+
+def _bias(value: Any) -> dict[int, float]:
+    """Token id -> bias; the keys may be strings, as in JSON. raises RequestError."""
+    try:
+        bias = {int(token): float(added) for token, added in dict(value or {}).items()}
+    except (TypeError, ValueError) as error:
+        raise RequestError(f"logit_bias is {value!r}: expected {{token id: number}}") from error
+    if any(token < 0 for token in bias) or not all(map(math.isfinite, bias.values())):
+        raise RequestError(f"logit_bias is {value!r}: expected token ids from 0 and finite numbers")
+    return bias
 
 
 def gumbel_noise(seed: int, position: int, vocab_size: int) -> Floats:
@@ -101,7 +157,10 @@ def _noise(bits: NDArray[np.uint64]) -> Floats:
 
 def filtered_log_probs(logits: Floats, sampling: Sampling) -> Floats:
     """Temperature, then top-k, top-p, min-p: unnormalised log-probabilities [V], -inf where filtered out."""
-    scores = logits / sampling.temperature
+    with np.errstate(over="ignore", invalid="ignore"):
+        scores = logits / sampling.temperature
+        if not np.isfinite(scores.max()):  # a temperature so low that the quotient is beyond all numbers
+            scores = (logits - logits.max()) / sampling.temperature
     if 0 < sampling.top_k < scores.size:
         kth = np.partition(scores, scores.size - sampling.top_k)[scores.size - sampling.top_k]
         scores = np.where(scores < kth, -np.inf, scores)
@@ -133,29 +192,38 @@ def _top_p(scores: Floats, top_p: float) -> Floats:
 class Chooser:
     """The target's choice at successive positions of one sequence.
 
-    `seen` are the tokens a repetition penalty looks at: prompt and output. Tokens on the path under verification are
-    passed with each choice, because a plain decoding would have had them in its output.
+    prompt_ids and the output (`extend`) are what penalties look at; end_ids are kept back until `min_tokens` are there.
+    Tokens on the path under verification are passed with each choice, because a plain decoding would have had them in
+    its output.
     """
 
-    def __init__(self, sampling: Sampling, seen: Iterable[int]) -> None:
+    def __init__(self, sampling: Sampling, prompt_ids: Sequence[int], end_ids: Iterable[int] = ()) -> None:
         self.sampling = sampling
-        self._seen = set(seen) if sampling.repetition_penalty != 1 else set()
+        self._seed = fresh_seed() if sampling.seed is None else sampling.seed
+        self._first = len(prompt_ids)  # the position of the first output token
+        self._prompt = set(prompt_ids) if sampling.repetition_penalty != 1 else set()
+        self.output: Counter[int] = Counter()  # replaced, never changed
+        self._banned = sorted({*sampling.suppress_tokens})
+        self._ends = sorted({*sampling.suppress_tokens, *end_ids})
 
     def extend(self, token_ids: Iterable[int]) -> None:
         """Tokens that became output."""
-        if self.sampling.repetition_penalty != 1:
-            self._seen.update(token_ids)
+        if not self.sampling.is_plain:
+            self.output = self.output + Counter(token_ids)
 
     @property
     def is_argmax(self) -> bool:
         """Whether the choice is the plain argmax of the logits, whatever came before."""
-        return self.sampling.is_greedy and self.sampling.repetition_penalty == 1
+        return self.sampling.is_greedy and self.sampling.is_plain
 
     def choose(self, logits: Tensor, position: int, path: Iterable[int] = ()) -> int:
         """The token for absolute `position`, from the target's logits [V] at the position before."""
-        if self.sampling.is_greedy:
-            return int(self._scores(logits, position, path).argmax())
-        return gumbel_argmax(self._log_probs(logits, path), self.sampling.seed, position)
+        if not self.sampling.is_greedy:
+            return gumbel_argmax(self._log_probs(logits, position, path), self._seed, position)
+        scores = self._adjusted(logits, position, path)
+        token = int(scores.argmax())
+        _refuse_broken(float(scores[token]))
+        return token
 
     def margin(self, logits: Tensor, position: int, path: Iterable[int] = ()) -> float:
         """Gap between the two best scores: the logit margin when greedy, the gap of the noised scores otherwise."""
@@ -164,25 +232,41 @@ class Chooser:
 
     def _scores(self, logits: Tensor, position: int, path: Iterable[int]) -> Tensor:
         if self.sampling.is_greedy:
-            return self._penalised(logits, path)
-        log_probs = self._log_probs(logits, path)
-        return torch.from_numpy(log_probs + gumbel_noise(self.sampling.seed, position, log_probs.size))
+            return self._adjusted(logits, position, path)
+        log_probs = self._log_probs(logits, position, path)
+        return torch.from_numpy(log_probs + gumbel_noise(self._seed, position, log_probs.size))
 
-    def _log_probs(self, logits: Tensor, path: Iterable[int]) -> Floats:
-        return filtered_log_probs(self._penalised(logits, path).double().cpu().numpy(), self.sampling)
+    def _log_probs(self, logits: Tensor, position: int, path: Iterable[int]) -> Floats:
+        scores = self._adjusted(logits, position, path).double().cpu().numpy()
+        _refuse_broken(float(scores.max()))
+        return filtered_log_probs(scores, self.sampling)
 
-    def _penalised(self, logits: Tensor, path: Iterable[int]) -> Tensor:
-        """Divide positive and multiply negative logits of tokens already there (arXiv 1909.05858, section 4.1)."""
-        if self.sampling.repetition_penalty == 1:
+    def _adjusted(self, logits: Tensor, position: int, path: Iterable[int]) -> Tensor:
+        """Bias, then penalties, then bans; in float32 as `transformers` has it, whatever type the logits come in."""
+        sampling = self.sampling
+        if sampling.is_plain:
             return logits
-        index = torch.tensor(sorted({*self._seen, *path}), device=logits.device)
-        if index.numel() == 0:
-            return logits
-        logits = logits.clone()
-        picked = logits[index]
-        penalty = self.sampling.repetition_penalty
-        logits[index] = torch.where(picked < 0, picked * penalty, picked / penalty)
-        return logits
+        scores = logits.to(torch.promote_types(logits.dtype, torch.float32), copy=True)
+        if sampling.logit_bias:
+            scores[list(sampling.logit_bias)] += scores.new_tensor(list(sampling.logit_bias.values()))
+        output = self.output + Counter(path) if path else self.output
+        if sampling.repetition_penalty != 1 and (seen := sorted(self._prompt | output.keys())):
+            picked = scores[seen]
+            penalty = sampling.repetition_penalty
+            scores[seen] = torch.where(picked < 0, picked * penalty, picked / penalty)
+        if output and (sampling.frequency_penalty or sampling.presence_penalty):
+            counts = scores.new_tensor(list(output.values()))
+            scores[list(output)] -= sampling.frequency_penalty * counts + sampling.presence_penalty
+        scores[self._ends if position - self._first < sampling.min_tokens else self._banned] = -math.inf
+        return scores
+
+
+def _refuse_broken(best: float) -> None:
+    """Raise where the best score shows that there is nothing to choose from."""
+    if math.isnan(best) or best == math.inf:
+        raise TargetError("the target's logits are no finite numbers: its weights are damaged, or its type too coarse")
+    if best == -math.inf:
+        raise RequestError("every token is suppressed: nothing is left to choose from")
 
 
 def choose_each(choosers: Sequence[Chooser], logits: Tensor, positions: Sequence[int]) -> list[int]:

@@ -3,78 +3,129 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from amphista.cli.standard import is_utf8
+from amphista.engine.params import SamplingParams
 from amphista.engine.stats import DecodeStats
 from amphista.errors import ConfigError, RequestError
 from amphista.evaluation.lossless import first_divergence
-from amphista.llm import LLM, Answer, finish
+from amphista.llm import LLM, Answer, Conversation, finish
 from amphista.prompts import PromptRecord
 
 WARM_UP_TOKENS = 8
+logger = logging.getLogger("amphista")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Job:
     """What to answer, how, and where the records go."""
 
     llm: LLM
     prompts: list[PromptRecord]
-    params: Any
+    params: SamplingParams
     system: str | None
     raw: bool
+    template: dict[str, Any]
     compare: bool
     output: Path | None
     json_lines: bool
 
+    @cached_property
+    def baseline(self) -> LLM | None:
+        """What answers are compared with."""
+        return self.llm.baseline if self.compare else None
+
+    def conversation(self) -> Conversation:
+        """A new one, for one prompt."""
+        return self.llm.conversation(self.system, raw=self.raw, chat_template_kwargs=self.template)
+
 
 def run_job(job: Job) -> None:
-    """Check every prompt, warm up, then answer one by one; each record is written as soon as it exists."""
-    first_ids = [_prompt_ids(job, prompt, _first_messages(prompt)) for prompt in job.prompts]
-    for prompt, ids in zip(job.prompts, first_ids, strict=True):
-        _check_length(job, prompt, ids)
-    failed = []
+    """Check every prompt, then answer one by one; each record is written as soon as it exists."""
+    first_ids = [_first_ids(job, prompt) for prompt in job.prompts]
+    failed = 0
     with _sink(job.output) as write:
-        for llm in (job.llm, job.llm.baseline) if job.compare else (job.llm,):
-            if job.compare:  # else sizes are recorded as they occur: all of them would keep the first answer waiting
-                llm.engine.prepare(max(map(len, first_ids)) + job.params.max_new_tokens)
-            finish(llm.stream_ids(first_ids[0], replace(job.params, max_new_tokens=WARM_UP_TOKENS, stop=())))
+        if job.baseline is not None:
+            _warm_up(job, job.baseline, first_ids)
         for prompt in job.prompts:
             try:
                 for record in _answer(job, prompt):
-                    line = json.dumps(record, ensure_ascii=False, allow_nan=False)
                     if job.json_lines:
-                        print(line, flush=True)
-                    write(line + "\n")
+                        print(_json(record, is_utf8(sys.stdout)), flush=True)
+                    write(_json(record, True) + "\n")
             except RequestError as error:  # a later turn that no longer fits: the other prompts are still answered
-                failed.append(str(error))
+                failed += 1
                 print(f"amphista: {error}", file=sys.stderr, flush=True)
     if failed:
-        raise RequestError(f"{len(failed)} of {len(job.prompts)} prompts could not be answered to their end")
+        raise RequestError(f"{failed} of {len(job.prompts)} prompts could not be answered to their end")
+
+
+def _json(record: dict[str, Any], with_unicode: bool) -> str:
+    return json.dumps(record, ensure_ascii=not with_unicode, allow_nan=False)
+
+
+def _turns(prompt: PromptRecord) -> Sequence[str | list[dict[str, Any]]]:
+    return [prompt.messages] if prompt.messages else prompt.turns
+
+
+def _first_ids(job: Job, prompt: PromptRecord) -> list[int]:
+    """The first turn's token ids; raises RequestError where it cannot be decoded, or no second one could."""
+    try:
+        ids = job.conversation().prompt_ids(_turns(prompt)[0])
+        job.llm.engine.check(ids, job.params)
+        text = job.llm.target.text
+        if len(prompt.turns) > 1 and (job.raw or text is None or not text.has_chat_template):
+            raise RequestError("a conversation needs the target's chat template: leave out --raw")
+    except RequestError as error:
+        raise RequestError(f"prompt {prompt.id}: {error}") from error
+    return ids
+
+
+def _warm_up(job: Job, baseline: LLM, first_ids: list[list[int]]) -> None:
+    """Unmeasured, where methods are timed against each other; else it would only keep the first answer waiting."""
+    for llm in (job.llm, baseline):
+        llm.engine.prepare(max(map(len, first_ids)) + job.params.max_new_tokens)
+        finish(llm.stream_ids(first_ids[0], replace(job.params, max_new_tokens=WARM_UP_TOKENS, stop=())))
 
 
 @contextmanager
 def _sink(path: Path | None) -> Iterator[Callable[[str], object]]:
     """Where records go, each as soon as it exists; FILE itself is only replaced once the run has ended.
 
-    A killed run leaves its records in FILE.partial and an older FILE untouched.
+    A run that breaks off leaves its records in FILE.partial and an older FILE untouched.
     """
     if path is None:
         yield lambda line: None
         return
     partial = path.with_name(path.name + ".partial")
+    with _writing(partial):
+        stream = partial.open("w", encoding="utf-8", buffering=1)
     try:
-        with partial.open("w", encoding="utf-8", buffering=1) as stream:
-            yield stream.write
+        with stream:
+            yield _writing(partial)(stream.write)
+    except BaseException:
+        logger.warning(f"what was answered before is in {partial}")
+        raise
+    with _writing(partial):
         partial.replace(path)
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """Raise ConfigError where a file cannot be written."""
+    try:
+        yield
     except OSError as error:
-        raise ConfigError(f"cannot write {partial}: {error.strerror}") from error
+        raise ConfigError(f"cannot write {path}: {error.strerror}") from error
 
 
 def check_output(path: Path | None) -> None:
@@ -83,59 +134,29 @@ def check_output(path: Path | None) -> None:
         raise ConfigError(f"cannot write {path}: give a file in a folder that exists")
 
 
-def _first_messages(prompt: PromptRecord) -> list[dict[str, str]]:
-    return prompt.messages or [{"role": "user", "content": prompt.turns[0]}]
-
-
-def _prompt_ids(job: Job, prompt: PromptRecord, messages: list[dict[str, str]]) -> list[int]:
-    if job.raw:
-        if prompt.messages or len(prompt.turns) > 1:
-            raise RequestError(f"prompt {prompt.id} is a conversation, which needs the chat template: leave out --raw")
-        return job.llm.prompt_ids(prompt.turns[0], system=job.system, raw=True)
-    text = job.llm.target.text
-    if text is not None and not text.has_chat_template:
-        if prompt.messages or len(prompt.turns) > 1:
-            raise RequestError(f"prompt {prompt.id} is a conversation, but the target has no chat template")
-        return job.llm.prompt_ids(prompt.turns[0], system=job.system)
-    return job.llm.prompt_ids(messages, system=job.system)
-
-
-def _check_length(job: Job, prompt: PromptRecord, ids: list[int], turn: int = 0) -> None:
-    limit = job.llm.target.spec.max_positions
-    if len(ids) > limit:
-        where = f"prompt {prompt.id}, turn {turn + 1}," if turn else f"prompt {prompt.id}"
-        raise RequestError(f"{where} has {len(ids)} tokens, but the target's context holds {limit}: shorten it")
-    if not ids:
-        raise RequestError(f"prompt {prompt.id} is empty: give some text")
-
-
 def _answer(job: Job, prompt: PromptRecord) -> Iterator[dict[str, Any]]:
     """One record per turn; each method keeps its own caches between turns."""
-    messages = _first_messages(prompt)
-    methods = [job.llm, *([job.llm.baseline] if job.compare else [])]
-    contexts = [llm.engine.new_context() for llm in methods]
-    num_turns = max(1, len(prompt.turns))
-    for turn in range(num_turns):
-        ids = _prompt_ids(job, prompt, messages)
-        _check_length(job, prompt, ids, turn)
-        stream = job.llm.stream_ids(ids, job.params, contexts[0])
+    conversation = job.conversation()
+    context = None if job.baseline is None else job.baseline.engine.new_context()
+    for number, turn in enumerate(_turns(prompt)):
+        try:
+            stream = conversation.stream(turn, params=job.params)
+        except RequestError as error:
+            raise RequestError(f"prompt {prompt.id}, turn {number + 1}: {error}") from error
         for piece in stream:
             if not job.json_lines:
                 print(piece, end="", flush=True)
         answer = stream.answer
-        record = describe(job.llm, prompt.id, turn, answer)
-        if job.compare:
-            record |= compare(job.llm, answer, finish(methods[1].stream_ids(ids, job.params, contexts[1])))
+        record = describe(job.llm, prompt.id, number, answer)
+        if job.template:
+            record["template"] = job.template
+        if job.baseline is not None:
+            plain = finish(job.baseline.stream_ids(answer.prompt_ids, answer.params, context))
+            record |= compare(job.llm, answer, plain)
         if not job.json_lines:
             print()
             print(summary(record), file=sys.stderr, flush=True)
         yield record
-        if turn + 1 < num_turns:
-            messages = [
-                *messages,
-                {"role": "assistant", "content": answer.text},
-                {"role": "user", "content": prompt.turns[turn + 1]},
-            ]
 
 
 def describe(llm: LLM, name: str | int, turn: int, answer: Answer) -> dict[str, Any]:
@@ -158,6 +179,7 @@ def _measures(answer: Answer) -> dict[str, Any]:
         "tokens_per_second": stats.tokens_per_second,
         "finish_reason": str(answer.finish_reason),
         "seed": answer.params.seed,
+        **({} if answer.logprobs is None else {"logprobs": [asdict(one) for one in answer.logprobs]}),
     }
 
 

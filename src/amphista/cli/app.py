@@ -7,9 +7,11 @@ its trace. Ctrl-C exits with 130.
 from __future__ import annotations
 
 import sys
+from typing import Annotated, Any
 
 import typer
 
+from amphista import __version__
 from amphista.cli.ablate import ablate
 from amphista.cli.calibrate import calibrate
 from amphista.cli.chat import chat
@@ -21,32 +23,46 @@ from amphista.cli.info import info
 from amphista.cli.latency import latency
 from amphista.cli.push import push
 from amphista.cli.report import report
+from amphista.cli.standard import prepare, told
 from amphista.cli.train import train
 from amphista.cli.tune import tune
 from amphista.errors import AmphistaError
 
+SETTINGS: dict[str, Any] = {
+    "no_args_is_help": True,
+    "add_completion": False,
+    "pretty_exceptions_enable": False,
+    "rich_markup_mode": "rich",
+    "context_settings": {"help_option_names": ["-h", "--help"]},
+}
 app = typer.Typer(
     name="amphista",
     help="Amphista: the same tokens as your language model, sooner.\n\n"
     "Start with: amphista generate --compare 'Why is the sky blue?'",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    rich_markup_mode="rich",
+    **SETTINGS,
 )
-app.command()(generate)
-app.command()(chat)
-app.command()(distill)
-app.command()(train)
-app.command()(ablate)
-app.command()(calibrate)
-app.command()(convert)
-app.command()(push)
-app.command()(evaluate)
-app.command()(report)
-app.command()(latency)
-app.command()(tune)
-app.command()(info)
+dev = typer.Typer(help="For those who make drafters and measure them.", **SETTINGS)
+for command in (generate, chat, train, distill, evaluate, convert, info):
+    app.command()(command)
+for command in (ablate, calibrate, latency, push, report, tune):
+    dev.command()(command)
+app.add_typer(dev, name="dev")
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        print(f"amphista {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _amphista(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", callback=_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Options of the program itself."""
+
 
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
@@ -54,8 +70,10 @@ EXIT_INTERRUPTED = 130
 
 def main() -> None:
     """Entry point of the `amphista` script."""
+    prepare()
     try:
-        app()
+        with told():
+            app()
     except AmphistaError as error:
         print(f"amphista: {error}", file=sys.stderr)
         sys.exit(EXIT_USER_ERROR)

@@ -35,8 +35,9 @@ def calibrate(
     json_lines: Annotated[bool, typer.Option("--json", help="Print the record as one JSON object at the end.")] = False,
 ) -> None:
     """Temperatures per head, accuracy by depth and rank, coverage: measured and written into the checkpoint."""
+    from amphista.drafter.checkpoint import check_out
     from amphista.target.loading import load_target
-    from amphista.train.recalibrate import CalibrateConfig, check_out, recalibrate
+    from amphista.train.recalibrate import CalibrateConfig, recalibrate
 
     config = CalibrateConfig(all_rows=all_rows, draft_vocab=draft_vocab, nodes=nodes, decode=decode)
     check_out(out)

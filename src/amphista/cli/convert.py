@@ -43,9 +43,10 @@ def convert(
     if layout not in LAYOUTS:
         raise ConfigError(f"unknown layout {layout!r}: expected {', '.join(LAYOUTS)}")
     from amphista.drafter.card import CardConfig
+    from amphista.drafter.checkpoint import check_out
     from amphista.drafter.convert import read_medusa
     from amphista.target.loading import load_target
-    from amphista.train.recalibrate import check_out, save_converted
+    from amphista.train.recalibrate import save_converted
 
     check_out(out)
     loaded = load_target(target, device=device, dtype=dtype)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     from amphista.evaluation.run import EvaluationConfig
 
 
+FAILED_ANSWERS = 1  # the exit code: the run is whole, but some of its answers are crashes
+
 Methods = Annotated[
     str,
     typer.Option(
@@ -31,7 +34,9 @@ Methods = Annotated[
 ]
 
 
+@options.with_records
 def evaluate(
+    choice: options.ChoiceOptions,
     questions: Annotated[str, typer.Argument(help="mt_bench, spec_bench, humaneval, gsm8k, or a JSONL file.")],
     methods: Methods,
     out: Annotated[Path, typer.Option(help="Folder for records and report; the same command again resumes it.")],
@@ -47,14 +52,6 @@ def evaluate(
     dtype: options.Dtype = None,
     fast: options.Fast = True,
     tree: options.Tree = None,
-    max_new_tokens: options.MaxNewTokens = 256,
-    temperature: options.Temperature = 0.0,
-    top_k: options.TopK = 0,
-    top_p: options.TopP = 1.0,
-    min_p: options.MinP = 0.0,
-    repetition_penalty: options.RepetitionPenalty = 1.0,
-    seed: options.Seed = 0,
-    ignore_eos: options.IgnoreEos = False,
     system: options.System = None,
     json_lines: Annotated[
         bool, typer.Option("--json", help="Print the numbers as one JSON object at the end.")
@@ -69,17 +66,7 @@ def evaluate(
     check_tree(tree)
     config = EvaluationConfig(
         methods=tuple(parse_methods(methods)),
-        params=options.sampling_params(
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            min_p=min_p,
-            repetition_penalty=repetition_penalty,
-            seed=seed,
-            stop=None,
-            ignore_eos=ignore_eos,
-        ),
+        params=replace(choice.params(), seed=choice.seed or 0),
         settings=Settings(tree=tree, allow_other_target=allow_other_target),
         repeats=repeats,
         protocol=protocol,
@@ -103,12 +90,17 @@ def _run(
     from amphista.target.loading import load_target
 
     name, device, dtype, fast = target
-    with StepProgress() as progress:
-        evaluation = Evaluation(load_target(name, device=device, dtype=dtype, fast=fast), asked, config, out)
-        evaluation.run(progress.step)
-    summary = evaluation.finish()
-    write_report(out, summary)
+    loaded = load_target(name, device=device, dtype=dtype, fast=fast)
+    with Evaluation(loaded, asked, config, out) as evaluation:
+        with StepProgress() as progress:
+            evaluation.run(progress.step)
+        summary = evaluation.finish()
+        write_report(out, summary)
     print(markdown_tables(summary), file=sys.stderr if json_lines else sys.stdout)
     print(f"amphista: the report is {out / 'report.html'}", file=sys.stderr)
     if json_lines:
         print(json.dumps(contract(summary["measures"], len(asked.questions))))
+    failed = len(summary["failures"])
+    if failed:
+        print(f"amphista: {failed} of {evaluation.num_records} answers failed: the report names them", file=sys.stderr)
+        raise typer.Exit(FAILED_ANSWERS)

@@ -63,7 +63,7 @@ def _describe(checkpoint: Any) -> dict[str, Any]:
         "hidden_size": checkpoint.fingerprint.hidden_size,
         "num_heads": checkpoint.config.num_heads,
         "draft_vocab": checkpoint.config.draft_vocab,
-        "megabytes": round(weights.stat().st_size / 1e6, 1),
+        "megabytes": round(weights.stat().st_size / 1e6, 1) if weights.is_file() else 0.0,
     }
 
 

@@ -1,13 +1,23 @@
-"""Options that several commands share, declared once."""
+"""Options that several commands share, declared once: alone, or as records that a command takes whole."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, fields, is_dataclass
+from functools import wraps
+from inspect import Parameter, Signature, signature
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
+from amphista.errors import RequestError
+from amphista.target import DEFAULT_TARGET
+
 if TYPE_CHECKING:
     from amphista.engine.params import SamplingParams
+    from amphista.llm import LLM
 
 MODEL, TREE, SAMPLING = "Model", "Tree", "Sampling"
 
@@ -56,65 +66,160 @@ Tree = Annotated[
     str | None,
     typer.Option(
         metavar="auto|chain|N|static:N|FILE",
-        help="auto: as large as pays here, in each step (measured once, `amphista tune` shows it); chain; N nodes "
+        help="auto: as large as pays here, in each step (measured once, `amphista dev tune` shows it); chain; N nodes "
         "chosen anew in each step (root included, 1 is plain decoding); static:N from the drafter's calibration; or "
         "a template file. Default auto.",
         rich_help_panel=TREE,
     ),
 ]
-MaxNewTokens = Annotated[int, typer.Option(help="At most this many tokens an answer.", rich_help_panel=SAMPLING)]
-Temperature = Annotated[float, typer.Option(help="0 is greedy.", rich_help_panel=SAMPLING)]
-TopK = Annotated[int, typer.Option(help="Keep the k best tokens; 0 is off.", rich_help_panel=SAMPLING)]
-TopP = Annotated[
-    float, typer.Option(help="Keep the best tokens holding this probability; 1 is off.", rich_help_panel=SAMPLING)
-]
-MinP = Annotated[
-    float,
+System = Annotated[str | None, typer.Option(help="System message.", rich_help_panel=SAMPLING)]
+TemplateArgs = Annotated[
+    list[str] | None,
     typer.Option(
-        help="Drop tokens below this share of the best one's probability; 0 is off.", rich_help_panel=SAMPLING
-    ),
-]
-RepetitionPenalty = Annotated[
-    float, typer.Option(help="Above 1 makes tokens already there less likely; 1 is off.", rich_help_panel=SAMPLING)
-]
-Seed = Annotated[int, typer.Option(help="Same seed, same text, whatever drafter or tree.", rich_help_panel=SAMPLING)]
-Stop = Annotated[
-    list[str] | None, typer.Option(help="End the answer at this text (repeatable).", rich_help_panel=SAMPLING)
-]
-IgnoreEos = Annotated[
-    bool,
-    typer.Option(
-        "--ignore-eos",
-        help="Decode on behind end tokens, to --max-new-tokens: for measuring long answers.",
+        "--template-arg",
+        metavar="NAME=VALUE",
+        help="A variable of the chat template, as JSON, e.g. enable_thinking=false (repeatable).",
         rich_help_panel=SAMPLING,
     ),
 ]
-System = Annotated[str | None, typer.Option(help="System message.", rich_help_panel=SAMPLING)]
 
 
-def sampling_params(
-    *,
-    max_new_tokens: int,
-    temperature: float,
-    top_k: int,
-    top_p: float,
-    min_p: float,
-    repetition_penalty: float,
-    seed: int,
-    stop: list[str] | None,
-    ignore_eos: bool = False,
-) -> SamplingParams:
-    """Checked sampling settings; a model's generation_config never sets any of them."""
-    from amphista.engine.params import SamplingParams
+@dataclass(frozen=True, kw_only=True)
+class ModelOptions:
+    """What is loaded, and from where."""
 
-    return SamplingParams(
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        min_p=min_p,
-        repetition_penalty=repetition_penalty,
-        seed=seed,
-        stop=tuple(stop or ()),
-        ignore_eos=ignore_eos,
+    target: Target = DEFAULT_TARGET
+    drafter: Drafter = None
+    allow_other_target: AllowOtherTarget = False
+    device: Device = None
+    dtype: Dtype = None
+    fast: Fast = True
+    tree: Tree = None
+    revision: Annotated[
+        str | None, typer.Option(help="Branch, tag or commit of a target on the hub.", rich_help_panel=MODEL)
+    ] = None
+    cache_dir: Annotated[
+        Path | None, typer.Option(help="Folder for what the hub sends. Default: the hub's own.", rich_help_panel=MODEL)
+    ] = None
+    local_files_only: Annotated[
+        bool, typer.Option("--local-files-only", help="Only what was fetched before.", rich_help_panel=MODEL)
+    ] = False
+
+    def load(self) -> LLM:
+        """Target and drafter, ready to decode; the hub's token comes from its login or HF_TOKEN."""
+        from amphista.llm import load
+
+        return load(**asdict(self))
+
+
+def _setting(text: str, *names: str, **more: Any) -> Any:
+    return typer.Option(*names, help=text, rich_help_panel=SAMPLING, show_default=False, **more)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChoiceOptions:
+    """How tokens are chosen, and how many; what is None was not asked for."""
+
+    max_new_tokens: Annotated[
+        int | None, _setting("At most this many tokens an answer. Default 256.", "--max-new-tokens", "--max-tokens")
+    ] = None
+    temperature: Annotated[float | None, _setting("0, the default, is greedy.")] = None
+    top_k: Annotated[int | None, _setting("Keep the k best tokens.")] = None
+    top_p: Annotated[float | None, _setting("Keep the best tokens holding this probability.")] = None
+    min_p: Annotated[float | None, _setting("Drop tokens below this share of the best one's probability.")] = None
+    repetition_penalty: Annotated[
+        float | None, _setting("Above 1 makes tokens already in prompt or answer less likely.")
+    ] = None
+    seed: Annotated[
+        int | None, _setting("Same seed, same text, whatever drafter or tree. Default: a fresh one, told.")
+    ] = None
+    ignore_eos: Annotated[
+        bool | None, _setting("Decode on behind end tokens, for measuring long answers.", "--ignore-eos")
+    ] = None
+
+    def settings(self) -> dict[str, Any]:
+        """Those of SamplingParams that were asked for."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
+
+    def params(self) -> SamplingParams:
+        """Checked settings, the others at their defaults."""
+        from amphista.engine.params import SamplingParams
+
+        return SamplingParams(**self.settings())
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingOptions(ChoiceOptions):
+    """All sampling settings."""
+
+    frequency_penalty: Annotated[float | None, _setting("Taken off a logit for each time its token was said.")] = None
+    presence_penalty: Annotated[float | None, _setting("Taken off the logits of tokens that were said.")] = None
+    logit_bias: Annotated[list[str] | None, _setting("Added to a token's logit (repeatable).", metavar="ID=NUMBER")] = (
+        None
     )
+    min_tokens: Annotated[int | None, _setting("No end before so many tokens.")] = None
+    stop: Annotated[list[str] | None, _setting("End the answer at this text (repeatable).")] = None
+    stop_token_ids: Annotated[
+        list[int] | None, _setting("End the answer at this token (repeatable).", "--stop-token-id")
+    ] = None
+    model_defaults: Annotated[
+        bool, _setting("Start from the settings in the model's generation_config.", "--model-defaults")
+    ] = False
+
+    def settings(self) -> dict[str, Any]:
+        found = super().settings()
+        del found["model_defaults"]
+        if "logit_bias" in found:
+            found["logit_bias"] = dict(_pair(text, "--logit-bias") for text in found["logit_bias"])
+        return found
+
+    def params_for(self, llm: LLM) -> SamplingParams:
+        """Checked settings, on top of the model's own where they are asked for."""
+        return llm.params("model" if self.model_defaults else None, **self.settings())
+
+
+def template_kwargs(arguments: Sequence[str] | None) -> dict[str, Any]:
+    """NAME=VALUE pairs, values as JSON, bare words as texts."""
+    found: dict[str, Any] = {}
+    for text in arguments or ():
+        name, value = _pair(text, "--template-arg")
+        try:
+            found[name] = json.loads(value)
+        except ValueError:
+            found[name] = value
+    return found
+
+
+def _pair(text: str, option: str) -> tuple[str, str]:
+    name, found, value = text.partition("=")
+    if not (found and name):
+        raise RequestError(f"{option} {text!r}: expected NAME=VALUE")
+    return name, value
+
+
+def with_records(command: Callable[..., None]) -> Callable[..., None]:
+    """A command that takes records of options: on the command line each of their fields is an option of its own."""
+    hints = get_type_hints(command, include_extras=True)
+    records = {name: kind for name, kind in hints.items() if is_dataclass(kind) and isinstance(kind, type)}
+    parameters: list[Parameter] = []
+    for name, parameter in signature(command).parameters.items():
+        if name in records:
+            own = get_type_hints(records[name], include_extras=True)
+            parameters += [
+                Parameter(field.name, Parameter.KEYWORD_ONLY, default=field.default, annotation=own[field.name])
+                for field in fields(records[name])
+            ]
+        else:
+            parameters.append(parameter.replace(kind=Parameter.KEYWORD_ONLY, annotation=hints[name]))
+
+    @wraps(command)
+    def run(**values: Any) -> None:
+        built = {
+            name: kind(**{field.name: values.pop(field.name) for field in fields(kind)})
+            for name, kind in records.items()
+        }
+        command(**built, **values)
+
+    run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    run.__signature__ = Signature(parameters)  # type: ignore[attr-defined]
+    return run

@@ -15,7 +15,11 @@ class StepProgress:
     def __init__(self, *, is_shown: bool = True) -> None:
         console = Console(stderr=True, quiet=not is_shown)
         self._bar = Progress(
-            BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}"), console=console
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.description}", markup=False),
+            console=console,
         )
         self._is_shown, self._is_terminal = is_shown, console.is_terminal
         self._task = self._bar.add_task("", total=None)

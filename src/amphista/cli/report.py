@@ -1,7 +1,6 @@
-"""amphista report: make the report of an evaluation anew from its records; no model is loaded.
+"""amphista dev report: make the report of an evaluation anew from its records; no model is loaded.
 
-amphista report runs/spec-bench
-amphista report runs/bench-speed     # a folder of such folders and those of `amphista latency`: one page of all
+amphista dev report runs/spec-bench
 """
 
 from __future__ import annotations
@@ -14,19 +13,12 @@ import typer
 
 
 def report(
-    folder: Annotated[
-        Path, typer.Argument(help="The --out folder of a finished `amphista evaluate`, or a folder of several.")
-    ],
+    folder: Annotated[Path, typer.Argument(help="The --out folder of a finished `amphista evaluate`.")],
 ) -> None:
-    """Write DIR/summary.json, report.md and report.html from DIR's records; of several runs, one report.md of all."""
-    from amphista.evaluation.gather import gather
+    """Write DIR/summary.json, report.md and report.html from DIR's records."""
     from amphista.evaluation.report import markdown_tables, write_report
-    from amphista.evaluation.summary import RUN, rebuild_summary
+    from amphista.evaluation.summary import rebuild_summary
 
-    if not (folder / RUN).exists():
-        print(gather(folder))
-        print(f"amphista: the report is {folder / 'report.md'}", file=sys.stderr)
-        return
     summary = rebuild_summary(folder)
     write_report(folder, summary)
     print(markdown_tables(summary))

@@ -1,18 +1,22 @@
-"""amphista tune: what steps cost here, and what trees follow from it; `--tree auto` decodes by these numbers.
+"""amphista dev tune: what steps cost here; `--tree auto` decodes by these numbers.
 
-amphista tune
-amphista tune --refresh --drafter medusa --json
+amphista dev tune
+amphista dev tune --refresh --drafter medusa --json
 """
 
 from __future__ import annotations
 
 import json
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from amphista.cli import options
 from amphista.target import DEFAULT_TARGET
+
+if TYPE_CHECKING:
+    from amphista.engine.costs import Tuned
+    from amphista.llm import LLM
 
 
 def tune(
@@ -25,11 +29,56 @@ def tune(
     refresh: Annotated[bool, typer.Option("--refresh", help="Measure again, whatever is kept.")] = False,
     json_lines: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Show the measured costs of a step and the trees that pay; measure them where they are not known yet."""
+    """Show the measured costs of a step, and from which tau on trees pay; measure what is not known yet."""
     from amphista.engine import costs
-    from amphista.evaluation.tune_report import tune_record, tune_text
     from amphista.llm import load
 
     llm = load(target, drafter, tree=1, device=device, dtype=dtype, fast=fast, allow_other_target=allow_other_target)
-    record = tune_record(llm.target, llm.drafter, costs.tune(llm.target, llm.drafter, refresh=refresh))
-    print(json.dumps(record) if json_lines else tune_text(record))
+    record = _record(llm, costs.tune(llm.target, llm.drafter, refresh=refresh))
+    print(json.dumps(record) if json_lines else _text(record))
+
+
+def _record(llm: LLM, tuned: Tuned) -> dict[str, Any]:
+    """Times in milliseconds; `forwards` in forwards of one row. pays_above_with_heads: the tau at which a tree of that
+    many nodes, heads asked, is as fast as plain decoding."""
+    from amphista import provenance
+
+    costs = tuned.costs
+    single = costs.verify[0]
+    return {
+        "target": llm.target.name,
+        "drafter": llm.drafter.name,
+        "dtype": llm.target.type_name,
+        "path": llm.target.path,
+        "device": str(llm.target.device),
+        "spread": tuned.spread,
+        "verify": [
+            {
+                "nodes": size,
+                "ms": 1000 * seconds,
+                "forwards": costs.verify[size - 1] / single,
+                "pays_above_with_heads": (costs.verify[size - 1] + costs.draft) / single,
+            }
+            for size, seconds in tuned.verify.items()
+        ],
+        "draft_ms": 1000 * costs.draft,
+        "draft_forwards": costs.draft / single,
+        **provenance.record(),
+    }
+
+
+def _text(record: dict[str, Any]) -> str:
+    from amphista.evaluation.cells import table
+
+    machine = record["machine"]
+    rows = [
+        [str(row["nodes"]), f"{row['ms']:.1f}", f"{row['forwards']:.2f}", f"{row['pays_above_with_heads']:.2f}"]
+        for row in record["verify"]
+    ]
+    return (
+        f"{record['target']}, {record['dtype']}, {record['path']} path, {record['device']} "
+        f"({machine.get('accelerator', machine['processor'])}, {machine['torch_threads']} threads)\n\n"
+        f"{table(['nodes', 'ms', 'forwards of one', 'pays above a tau of'], rows)}\n\n"
+        f"asking {record['drafter']}: {record['draft_ms']:.1f} ms, {record['draft_forwards']:.2f} forwards of one\n"
+        f"spread of the times (median over shortest, at worst): {record['spread']:.2f}"
+    )

@@ -22,7 +22,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from amphista.drafter.base import DrafterConfig, DrafterState
+from amphista.drafter.base import MAX_LAYERS, MAX_SIZE, DrafterConfig, DrafterState, check_range
 from amphista.drafter.heads import ParallelHeads, StateOf
 from amphista.drafter.layers import LayerCache, LayerSizes, ResidualBlock, RMSNorm, RowCache, TransformerLayer
 from amphista.drafter.lean import LeanAmphista
@@ -52,14 +52,13 @@ class AmphistaConfig(DrafterConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.stages not in (0, 1, 2):
-            raise ConfigError(f"stages is {self.stages}: expected 0, 1 or 2")
-        if self.stage_split is not None and not 0 <= self.stage_split <= self.num_heads:
-            raise ConfigError(f"stage_split is {self.stage_split}: expected 0..{self.num_heads}")
+        check_range("stages", self.stages, 0, 2)
+        check_range("stage_split", self.stage_split, 0, self.num_heads)
         if self.slot_mask not in ("bidirectional", "causal"):
             raise ConfigError(f"slot_mask is {self.slot_mask!r}: expected 'bidirectional' or 'causal'")
-        if self.num_encoder_layers < 1:
-            raise ConfigError(f"num_encoder_layers is {self.num_encoder_layers}: switch auto_embedding off instead")
+        check_range("num_encoder_layers", self.num_encoder_layers, 1, MAX_LAYERS)  # without: auto_embedding off
+        check_range("intermediate_size", self.intermediate_size, 1, MAX_SIZE)
+        check_range("encoder_intermediate_size", self.encoder_intermediate_size, 1, MAX_SIZE)
 
 
 class StagedAdaptation(nn.Module):

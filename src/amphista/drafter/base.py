@@ -18,7 +18,20 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from amphista.errors import ConfigError
-from amphista.tree.candidates import Candidates, Graft
+from amphista.tree.candidates import Candidates, NgramDraft
+
+# Beyond any drafter that pays; what stands in a stranger's config.json must not steer loops or sizes.
+MAX_HEADS = 64
+MAX_LAYERS = 64
+MAX_SHORTLIST = 256
+MAX_SIZE = 1 << 20
+HEAD_TEMPERATURES = (0.01, 100.0)
+
+
+def check_range(name: str, value: int | None, least: int, most: int) -> None:
+    """Raise ConfigError for a setting outside least..most; None is left out."""
+    if value is not None and not least <= value <= most:
+        raise ConfigError(f"{name} is {str(value)[:40]}: expected {least} to {most}")
 
 
 @dataclass
@@ -47,16 +60,12 @@ class DrafterConfig:
     path_shortlist: int = 16
 
     def __post_init__(self) -> None:
-        if self.num_heads < 1:
-            raise ConfigError(f"num_heads is {self.num_heads}: a drafter needs at least one head")
+        check_range("num_heads", self.num_heads, 1, MAX_HEADS)
+        check_range("draft_vocab", self.draft_vocab, 1, 1 << 31)
+        check_range("path_rank", self.path_rank, 1, MAX_SIZE)
+        check_range("path_shortlist", self.path_shortlist, 1, MAX_SHORTLIST)
         if self.lm_head not in ("shared", "own"):
             raise ConfigError(f"lm_head is {self.lm_head!r}: expected 'shared' or 'own'")
-        if self.draft_vocab is not None and self.draft_vocab < 1:
-            raise ConfigError(f"draft_vocab is {self.draft_vocab}: give at least 1, or leave it out for all tokens")
-        if self.path_rank is not None and self.path_rank < 1:
-            raise ConfigError(f"path_rank is {self.path_rank}: give at least 1, or leave it out for no path correction")
-        if self.path_shortlist < 1:
-            raise ConfigError(f"path_shortlist is {self.path_shortlist}: expected at least 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +80,23 @@ class Calibration:
     sampled: list[float]
     coverage: float = 1.0
     accuracy: list[list[float]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        least, most = HEAD_TEMPERATURES
+        if not all(least <= value <= most for value in [*self.greedy, *self.sampled]):
+            raise ConfigError(f"a head's temperature lies outside {least} to {most}: expected one near 1")
+        if not 0 < self.coverage <= 1:
+            raise ConfigError(f"coverage is {self.coverage}: expected a share above 0, at most 1")
+        if not all(0 <= value <= 1 for ranks in self.accuracy for value in ranks):
+            raise ConfigError("accuracy holds a number that is no share: expected 0 to 1")
+        if not all(sum(ranks) <= 1.001 for ranks in self.accuracy):
+            raise ConfigError("accuracy adds up to more than 1 over the ranks of a head")
+        if len({len(self.greedy), len(self.sampled), len(self.accuracy or self.greedy)}) != 1:
+            raise ConfigError("calibration has another number of heads in greedy, sampled and accuracy")
+
+    @property
+    def num_heads(self) -> int:
+        return len(self.greedy)
 
 
 class Drafter(nn.Module):
@@ -93,7 +119,7 @@ class Drafter(nn.Module):
         """An empty state for a new sequence."""
         return DrafterState()
 
-    def recall(self, state: DrafterState, token_ids: list[int], max_depth: int) -> Graft | None:
+    def draft_ngrams(self, state: DrafterState, token_ids: list[int], max_depth: int) -> NgramDraft | None:
         """What the sequence itself suggests after `token_ids`, the pending one included; costs no pass over anything.
 
         The ids grow at their end between two calls, or begin anew after a `trim`.

@@ -3,7 +3,7 @@
 Two functions are recorded. *Feeding* gives up to T rows to the staged adaptation layers, whose caches then lie at fixed
 addresses (stage_rows.py); padded rows write to a row that belongs to nobody and are seen by none. *Asking* makes the
 best R tokens of all heads, which come to the host in one copy. Everything else (lookup, trims, the rows of a prompt) is
-the drafter's own. One thread drafts here at a time; others use the drafter as it is meanwhile.
+the drafter's own. Threads take turns, call by call: each call leaves nothing behind that another would have to keep.
 
 Law: the same candidates as the drafter as it is, whatever the order of feeding, trimming and asking.
 
@@ -16,7 +16,8 @@ import math
 import threading
 import warnings
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -26,8 +27,8 @@ from amphista.drafter.base import Drafter, DrafterState
 from amphista.drafter.heads import ParallelHeads, Ranked
 from amphista.drafter.stage_rows import StageHome, StageRows
 from amphista.errors import CaptureError
-from amphista.kernels.graph import Inputs, OneThread, Recorded, Recorder, bucket, capacities
-from amphista.tree.candidates import Candidates, Graft
+from amphista.kernels.graph import Inputs, Recorded, Recorder, bucket, capacities
+from amphista.tree.candidates import Candidates, NgramDraft
 
 ROWS = (1, 2, 4, 8, 16, 32)  # fed at once; more are read as they are
 FIRST_CAPACITY = 256
@@ -115,11 +116,11 @@ class CapturedDrafter(Drafter):
             self._divisors = torch.ones(heads.num_heads, 1, device=device)
         self._divided: tuple[float, object] | None = None
         self._owner: weakref.ref[DrafterState] | None = None  # whose features are in the buffers
-        recorder = Recorder(device)
-        self._feeds: Recorded[FeedRegion] = Recorded(recorder)
-        self._asks: Recorded[AskRegion] = Recorded(recorder)
+        self._recorder = Recorder(device)
+        self._feeds: Recorded[FeedRegion] = Recorded(self._recorder)
+        self._asks: Recorded[AskRegion] = Recorded(self._recorder)
         self._homes: dict[int, StageHome] = {}
-        self._thread, self._lock = OneThread(), threading.Lock()
+        self._lock = threading.Lock()
         self.why_not_captured: str | None = None
 
     @property
@@ -133,50 +134,67 @@ class CapturedDrafter(Drafter):
     def start(self) -> DrafterState:
         return self._around.start()
 
-    def recall(self, state: DrafterState, token_ids: list[int], max_depth: int) -> Graft | None:
-        return self._around.recall(state, token_ids, max_depth)
+    def draft_ngrams(self, state: DrafterState, token_ids: list[int], max_depth: int) -> NgramDraft | None:
+        return self._around.draft_ngrams(state, token_ids, max_depth)
 
     def trim(self, state: DrafterState, num_rows: int) -> None:
-        self._around.trim(state, num_rows)
+        with self._lock:
+            self._around.trim(state, num_rows)
 
     @torch.inference_mode()
     def commit(self, state: DrafterState, hidden: Tensor, next_ids: Tensor) -> None:
         num_rows = bucket(len(next_ids), ROWS)
-        if self._admits(state) and self._staged is not None and num_rows is not None:
-            try:
-                self._feed(self._staged, state, hidden, next_ids, num_rows)
-            except CaptureError as error:
-                self._uncapture(error)
-            else:
-                return
-        self._around.commit(state, hidden, next_ids)
+        with self._turn():
+            if self._is_recorded and self._staged is not None and num_rows is not None:
+                try:
+                    self._feed(self._staged, state, hidden, next_ids, num_rows)
+                except CaptureError as error:
+                    self._uncapture(error)
+                else:
+                    return
+            self._around.commit(state, hidden, next_ids)
 
     @torch.inference_mode()
     def draft(
         self, state: DrafterState, num_ranks: int, temperature: float = 0.0, max_depth: int | None = None
     ) -> Candidates:
-        if self._admits(state):
-            try:
-                return self._ask(state, min(num_ranks, self._heads.draft_vocab), temperature, max_depth)
-            except CaptureError as error:
-                self._uncapture(error)
-        return self._around.draft(state, num_ranks, temperature, max_depth)
+        with self._turn():
+            if self._is_recorded:
+                try:
+                    return self._ask(state, min(num_ranks, self._heads.draft_vocab), temperature, max_depth)
+                except CaptureError as error:
+                    self._uncapture(error)
+            return self._around.draft(state, num_ranks, temperature, max_depth)
 
     @torch.inference_mode()
     def prepare(self, num_ranks: int, num_rows: int) -> None:
         """Record now what feeding up to so many rows and asking for so many ranks will replay."""
-        if not self._thread.is_mine() or self.why_not_captured is not None:
-            return
-        try:
-            if num_ranks > 0:
-                self._ask_region(min(num_ranks, self._heads.draft_vocab))
-            if self._staged is not None:
-                self._take_buffers(DrafterState())  # recording writes to them
-                for capacity in capacities(FIRST_CAPACITY, num_rows):
-                    for size in ROWS:
-                        self._feed_region(self._staged, self._home(self._staged, capacity), size)
-        except CaptureError as error:
-            self._uncapture(error)
+        with self._turn():
+            try:
+                if self._is_recorded:
+                    self._record_ahead(num_ranks, num_rows)
+            except CaptureError as error:
+                self._uncapture(error)
+
+    def _record_ahead(self, num_ranks: int, num_rows: int) -> None:
+        if num_ranks > 0:
+            self._ask_region(min(num_ranks, self._heads.draft_vocab))
+        if self._staged is not None:
+            self._take_buffers(DrafterState())  # recording writes to them
+            for capacity in capacities(FIRST_CAPACITY, num_rows):
+                for size in ROWS:
+                    self._feed_region(self._staged, self._home(self._staged, capacity), size)
+
+    @contextmanager
+    def _turn(self) -> Iterator[None]:
+        """Nobody else reads or writes the buffers, the homes and the states that live in them meanwhile."""
+        with self._lock:
+            self._recorder.follow()
+            yield
+
+    @property
+    def _is_recorded(self) -> bool:
+        return self.why_not_captured is None
 
     def _feed(self, heads: Amphista, state: DrafterState, hidden: Tensor, next_ids: Tensor, num_rows: int) -> None:
         for cache in state.caches:
@@ -185,8 +203,7 @@ class CapturedDrafter(Drafter):
         home = self._home_for(heads, state, size)
         self._take_buffers(state)  # first: recording writes to them
         region, replay = self._feed_region(heads, home, num_rows)
-        with self._lock:
-            home.move_in(state)
+        home.move_in(state)
         region.load(hidden, next_ids, state.num_rows)
         replay()
         for cache in state.caches:
@@ -241,17 +258,6 @@ class CapturedDrafter(Drafter):
             except torch.OutOfMemoryError as error:
                 raise CaptureError(f"no memory for {capacity} rows at fixed addresses") from error
         return self._homes[capacity]
-
-    def _admits(self, state: DrafterState) -> bool:
-        """Whether the calling thread drafts here; if not, the state moves out, so that it may be used elsewhere."""
-        if self._thread.is_mine() and self.why_not_captured is None:
-            return True
-        with self._lock:
-            for home in self._homes.values():
-                home.move_out(state)
-        if state.features is self._features:
-            state.features = [feature.clone() for feature in self._features]
-        return False
 
     def _uncapture(self, error: CaptureError) -> None:
         """Go on with the drafter as it is, and say so once."""

@@ -110,7 +110,7 @@ def front_matter(kind: str, base_model: str, training: dict[str, Any], config: C
 
 def _training_data(training: dict[str, Any]) -> dict[str, Any]:
     if "converted" in training:
-        return {"published_by": training["converted"]["source"]}
+        return {"published_by": training["converted"].get("source")}
     data = training.get("data", {})
     return {name: data[name] for name in ("files", "rows", "answer_tokens") if name in data}
 
@@ -156,11 +156,11 @@ def _before(before: dict[str, Any] | None) -> str:
 
 def _converted(training: dict[str, Any]) -> list[str]:
     source = training["converted"]
-    named = f", which names {source['base_model']} as its target" if source["base_model"] else ""
+    named = f", which names {source['base_model']} as its target" if source.get("base_model") else ""
     lines = [
         "## Origin",
         "",
-        f"Converted from {source['source']}{named}; the weights of `{source['file']}` are unchanged.",
+        f"Converted from {source.get('source')}{named}; the weights of `{source.get('file')}` are unchanged.",
         "",
     ]
     if "validation" not in training:

@@ -2,12 +2,13 @@
 
 Layouts, by their tensor names (head k, block l of L):
     medusa_lm_head.{safetensors,pt}   {k}.{l}.linear.{weight,bias}, {k}.{L}.weight       the Medusa repository's
-    model*.safetensors                medusa_head. + the same, beside the model's own    fine-tuned whole models (v1.0)
+    model*.safetensors, or .bin       medusa_head. + the same, beside the model's own    fine-tuned whole models (v1.0)
     model.safetensors                 blocks.{k}.layers.{l}.{weight,bias}, lm_heads.{k}.weight, token_map        vLLM's
 Heads without an LM head of their own (the oldest form) read the target's: `lm_head="shared"`.
 
 Head k of all of them predicts x_{t+2+k} from h_t, which is our head k + 1 (ALGORITHM section 1). The published class
-repeats one block object L times, so a file may hold the first block alone; it is copied then.
+repeats one block object L times, so a file may hold the first block alone; it is copied then. What config.json says of
+sizes is often of another file: the tensors decide, and the log says so.
 
 Shapes: K heads, L blocks, D hidden size, N tokens scored.
 """
@@ -15,6 +16,7 @@ Shapes: K heads, L blocks, D hidden size, N tokens scored.
 from __future__ import annotations
 
 import json
+import logging
 import pickle
 import re
 from collections.abc import Callable
@@ -30,14 +32,23 @@ from torch import Tensor
 from amphista.drafter.card import read_front_matter
 from amphista.drafter.hub import fetch
 from amphista.drafter.medusa import Medusa, MedusaConfig
-from amphista.errors import DrafterError
+from amphista.errors import ConfigError, DrafterError
 from amphista.target.spec import SharedWeights, TargetSpec
 
-HEAD_FILES = ("medusa_lm_head.safetensors", "medusa_lm_head.pt", "model.safetensors", "model.safetensors.index.json")
+log = logging.getLogger(__name__)
+
+SHARDS = ".index.json"
+HEAD_FILES = (
+    *("medusa_lm_head.safetensors", "medusa_lm_head.pt", "medusa_lm_head.bin", f"medusa_lm_head.safetensors{SHARDS}"),
+    *("model.safetensors", f"model.safetensors{SHARDS}", "pytorch_model.bin", f"pytorch_model.bin{SHARDS}"),
+)
 HUB_FILES = ("config.json", "README.md", "medusa_lm_head.*", "model*.safetensors", "model.safetensors.index.json")
 PREFIX = re.compile(r"medusa_heads?\.")
-BLOCK = re.compile(r"(\d+)\.(\d+)\.linear\.(weight|bias)|blocks\.(\d+)\.layers\.(\d+)\.(weight|bias)")
-LM_HEAD = re.compile(r"(\d+)\.\d+\.weight|lm_heads\.(\d+)\.weight")
+NUMBER = r"(\d{1,3})"  # a name promises no more heads or blocks than this
+BLOCK = re.compile(rf"{NUMBER}\.{NUMBER}\.linear\.(weight|bias)|blocks\.{NUMBER}\.layers\.{NUMBER}\.(weight|bias)")
+LM_HEAD = re.compile(rf"{NUMBER}\.{NUMBER}\.weight|lm_heads\.{NUMBER}\.weight")
+STATED = {"heads": ("medusa_num_heads", "num_heads"), "layers": ("medusa_num_layers",), "hidden size": ("hidden_size",)}
+MAX_JSON_BYTES = 1 << 26
 Reader = Callable[[], Tensor]
 HYDRA = (
     "{} is a Hydra checkpoint: its heads read the tokens drafted before them, which no Medusa head does. There is no "
@@ -92,12 +103,13 @@ def read_medusa(source: str, spec: TargetSpec, shared: SharedWeights) -> Publish
     except (OSError, SafetensorError) as error:
         raise DrafterError(f"{path} is damaged or lacks a part ({error}): fetch the checkpoint again") from error
     _fill_repeated_blocks(heads, path)
-    _check_counts(heads, config, path)
-    base_model = config.get("base_model_name_or_path") or None
+    base_model = config.get("base_model_name_or_path")
+    base_model = base_model if isinstance(base_model, str) and base_model else None
     _check_sizes(heads, spec, path, base_model)
+    _tell_differences(heads, config, spec, path)
     dtypes = {tensor.dtype for tensor in [*heads.weights.values(), *heads.lm_heads.values()]}
     return Published(
-        drafter=_make_drafter(heads, spec, shared),
+        drafter=_make_drafter(heads, spec, shared, path),
         source=source if not Path(source).expanduser().is_dir() else folder.resolve().name,
         file=path.name,
         base_model=base_model,
@@ -120,8 +132,8 @@ def _read_config(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+        config = _read_json(path)
+    except (ValueError, OSError, RecursionError) as error:
         raise DrafterError(f"{path} is no JSON: {error}") from error
     if not isinstance(config, dict):
         raise DrafterError(f"{path} is no JSON object: expected a published checkpoint's configuration")
@@ -143,20 +155,32 @@ def _license(folder: Path) -> str | None:
 
 def _readers(path: Path) -> dict[str, Reader]:
     """The tensors of a checkpoint file (or of the shards of an index) by name, each read only when called for."""
-    if path.suffix == ".pt":
-        return {name: partial(_identity, tensor) for name, tensor in _load_pickled(path).items()}
-    files = [path]
-    if path.suffix == ".json":
-        try:
-            index = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
-            files = [path.parent / name for name in sorted({index[name] for name in index if PREFIX.match(name)})]
-        except (ValueError, KeyError, TypeError) as error:
-            raise DrafterError(f"{path} is no index of shards ({error}): fetch the checkpoint again") from error
     readers: dict[str, Reader] = {}
-    for file in files:
-        opened = safe_open(file, framework="pt")
-        readers |= {name: partial(opened.get_tensor, name) for name in opened.keys()}  # noqa: SIM118 (no mapping)
+    for file in _shards(path) if path.suffix == ".json" else [path]:
+        if file.suffix == ".safetensors":
+            opened = safe_open(file, framework="pt")
+            readers |= {name: partial(opened.get_tensor, name) for name in opened.keys()}  # noqa: SIM118 (no mapping)
+        else:
+            readers |= {name: partial(_identity, tensor) for name, tensor in _load_pickled(file).items()}
     return readers
+
+
+def _shards(path: Path) -> list[Path]:
+    """The files of an index that hold heads; raises DrafterError for one outside the index's own folder."""
+    try:
+        index = _read_json(path)["weight_map"]
+        names = sorted({index[name] for name in index if PREFIX.match(name)} or set(index.values()))
+        if not names or any(Path(name).name != name for name in names):
+            raise ValueError(f"expected names of files beside it, found {', '.join(names)[:80] or 'none'}")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise DrafterError(f"{path} is no index of shards ({error}): fetch the checkpoint again") from error
+    return [path.parent / name for name in names]
+
+
+def _read_json(path: Path) -> Any:
+    if path.stat().st_size > MAX_JSON_BYTES:
+        raise ValueError(f"larger than {MAX_JSON_BYTES >> 20} MB")
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def _identity(tensor: Tensor) -> Tensor:
@@ -164,19 +188,26 @@ def _identity(tensor: Tensor) -> Tensor:
 
 
 def _load_pickled(path: Path) -> dict[str, Tensor]:
-    """A .pt file of nothing but tensors; anything that would run code is refused by torch's own unpickler."""
+    """A .pt or .bin file of nothing but tensors; anything that would run code is refused by torch's own unpickler."""
     try:
         try:
             loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         except RuntimeError:  # files of before torch 1.6 cannot be mapped
             loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, LookupError) as error:
         raise DrafterError(
             f"{path} is damaged, or holds more than tensors, which is never executed here: expected a state dictionary"
         ) from error
-    if not isinstance(loaded, dict) or not all(isinstance(tensor, Tensor) for tensor in loaded.values()):
+    if not isinstance(loaded, dict) or not all(isinstance(n, str) and _is_plain(t) for n, t in loaded.items()):
         raise DrafterError(f"{path} is no dictionary of tensors: expected the state dictionary of Medusa heads")
     return loaded
+
+
+def _is_plain(tensor: Any) -> bool:
+    """Whether a tensor has all its numbers in the file: none on `meta`, sparse, or repeated by strides."""
+    if not isinstance(tensor, Tensor) or tensor.layout is not torch.strided or tensor.device.type != "cpu":
+        return False
+    return tensor.numel() * tensor.element_size() <= tensor.untyped_storage().nbytes()
 
 
 # -- sorting and checking tensors -------------------------------------------------------------------------------------
@@ -197,9 +228,9 @@ def _sort_tensors(tensors: dict[str, Reader], path: Path, *, original_lm_head: b
             heads.num_layers = max(heads.num_layers, int(layer) + 1)
         elif lm_head := LM_HEAD.fullmatch(name):
             if not original_lm_head:  # vLLM's word for: all heads read the target's own
-                heads.lm_heads[int(lm_head[1] or lm_head[2])] = read()
-            if lm_head[1] is not None:
-                heads.num_layers = max(heads.num_layers, int(name.split(".")[1]))
+                heads.lm_heads[int(lm_head[1] or lm_head[3])] = read()
+            if lm_head[2] is not None:
+                heads.num_layers = max(heads.num_layers, int(lm_head[2]))
         elif name == "token_map":
             heads.token_map = read()
         elif not (name == "lm_head.weight" and original_lm_head):
@@ -229,16 +260,13 @@ def _fill_repeated_blocks(heads: _Heads, path: Path) -> None:
         raise DrafterError(f"{path} is incomplete: it lacks {what}")
 
 
-def _check_counts(heads: _Heads, config: dict[str, Any], path: Path) -> None:
-    """The tensors decide; a configuration that says otherwise is not of these tensors."""
+def _tell_differences(heads: _Heads, config: dict[str, Any], spec: TargetSpec, path: Path) -> None:
     found = {"heads": len(heads.weights) // heads.num_layers, "layers": heads.num_layers}
-    for what, names in {"heads": ("medusa_num_heads", "num_heads"), "layers": ("medusa_num_layers",)}.items():
+    found["hidden size"] = spec.hidden_size
+    for what, names in STATED.items():
         said = next((config[name] for name in names if config.get(name) is not None), found[what])
         if said != found[what]:
-            raise DrafterError(
-                f"{path} holds {found['heads']} heads of {found['layers']} blocks, but config.json says {said} {what}: "
-                "correct config.json if the file is the right one"
-            )
+            log.warning("%s holds %d %s, its config.json says %.40r: the file decides", path, found[what], what, said)
 
 
 def _check_sizes(heads: _Heads, spec: TargetSpec, path: Path, base_model: str | None) -> None:
@@ -254,7 +282,7 @@ def _check_sizes(heads: _Heads, spec: TargetSpec, path: Path, base_model: str | 
         if bias is not None and bias.shape != (hidden,):
             raise DrafterError(f"{path}: the bias of head {head} has shape {list(bias.shape)}: expected [{hidden}]")
     ids = heads.token_map
-    if ids is not None and (ids.numel() < 1 or not 0 <= int(ids.min()) <= int(ids.max()) < spec.vocab_size):
+    if ids is not None and not _are_token_ids(ids, spec.vocab_size):
         raise DrafterError(f"{path}: token_map names tokens beyond the target's {spec.vocab_size}: {trained_for}")
     allowed = {spec.vocab_size} if ids is None else {spec.vocab_size, ids.numel()}
     for head, weight in heads.lm_heads.items():
@@ -265,18 +293,27 @@ def _check_sizes(heads: _Heads, spec: TargetSpec, path: Path, base_model: str | 
             )
 
 
+def _are_token_ids(ids: Tensor, vocab_size: int) -> bool:
+    if ids.dim() != 1 or ids.is_floating_point() or not 1 <= ids.numel() <= vocab_size:
+        return False
+    return 0 <= int(ids.min()) <= int(ids.max()) < vocab_size
+
+
 # -- the drafter ------------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
-def _make_drafter(heads: _Heads, spec: TargetSpec, shared: SharedWeights) -> Medusa:
+def _make_drafter(heads: _Heads, spec: TargetSpec, shared: SharedWeights, path: Path) -> Medusa:
     ids = heads.token_map
-    config = MedusaConfig(
-        num_heads=len(heads.weights) // heads.num_layers,
-        num_layers=heads.num_layers,
-        lm_head="own" if heads.lm_heads else "shared",
-        draft_vocab=None if ids is None else ids.numel(),
-    )
+    try:
+        config = MedusaConfig(
+            num_heads=len(heads.weights) // heads.num_layers,
+            num_layers=heads.num_layers,
+            lm_head="own" if heads.lm_heads else "shared",
+            draft_vocab=None if ids is None else ids.numel(),
+        )
+    except ConfigError as error:
+        raise DrafterError(f"{path} holds more than a Medusa drafter here may have: {error}") from error
     drafter = Medusa(config, spec, shared)
     if ids is not None:
         drafter.set_draft_ids(ids.long())

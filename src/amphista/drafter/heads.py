@@ -23,7 +23,7 @@ from amphista.errors import ConfigError, DrafterError
 from amphista.kernels.frozen import pack_linears
 from amphista.kernels.linear import PackedLinear, quick_type
 from amphista.target.spec import SharedWeights, TargetSpec
-from amphista.tree.candidates import Below, Candidates
+from amphista.tree.candidates import Candidates, ConditionalRanks
 
 ROWS_IN_CACHE = 64  # whose logits over a draft vocabulary stay near the processor from one pass to the next
 StateOf = Callable[[int, Tensor], Tensor]  # head and rows [M] -> the head's states of these rows [M, D]
@@ -31,7 +31,7 @@ StateOf = Callable[[int, Tensor], Tensor]  # head and rows [M] -> the head's sta
 
 class Ranked(NamedTuple):
     """The best tokens of k heads as tensors, on the device: ids and log-probabilities [k, R], and for heads that know
-    paths, of each of their tokens the best below it, `Below` as tensors [k - 1, parents, children]."""
+    paths, of each of their tokens the best below it, `ConditionalRanks` as tensors [k - 1, parents, children]."""
 
     token_ids: Tensor
     log_probs: Tensor
@@ -42,7 +42,7 @@ class Ranked(NamedTuple):
         """The same for a tree to grow from."""
         below = None
         if self.ranks_below is not None and self.log_probs_below is not None:
-            below = Below(self.ranks_below.tolist(), self.log_probs_below.tolist())
+            below = ConditionalRanks(self.ranks_below.tolist(), self.log_probs_below.tolist())
         return Candidates(self.token_ids.tolist(), self.log_probs.tolist(), below=below)
 
 
@@ -95,10 +95,10 @@ class ParallelHeads(Drafter):
         ids = torch.arange(size) if size is not None else None
         self.register_buffer("draft_ids", ids)
         if config.lm_head == "own":
-            weight, bias = self._gather_head()
-            self.own_head = nn.Parameter(weight.float().expand(config.num_heads, -1, -1).clone())
-            own_bias = None if bias is None else bias.float().expand(config.num_heads, -1).clone()
-            self.own_bias = None if own_bias is None else nn.Parameter(own_bias)
+            rows = (config.num_heads, self.draft_vocab)
+            self.own_head = nn.Parameter(torch.empty(*rows, spec.hidden_size))
+            self.own_bias = nn.Parameter(torch.empty(rows)) if shared.has_bias else None
+            self._start_own_head()
         self.path = None if config.path_rank is None else PathCorrection(config.path_rank, spec)
 
     # -- once trained -------------------------------------------------------------------------------------------
@@ -160,11 +160,16 @@ class ParallelHeads(Drafter):
         self.draft_ids.copy_(token_ids.sort().values)
         self.forget_gathered_head()
         if self.config.lm_head == "own":
+            self._start_own_head()
+
+    @torch.no_grad()
+    def _start_own_head(self) -> None:
+        """Every head's own LM head begins as the target's; on `meta`, where weights are only sizes, nothing begins."""
+        if not self.own_head.is_meta:
             weight, bias = self._gather_head()
-            with torch.no_grad():
-                self.own_head.copy_(weight.float().expand_as(self.own_head))
-                if self.own_bias is not None and bias is not None:
-                    self.own_bias.copy_(bias.float().expand_as(self.own_bias))
+            self.own_head.copy_(weight)
+            if self.own_bias is not None and bias is not None:
+                self.own_bias.copy_(bias)
 
     @property
     def draft_vocab(self) -> int:
@@ -349,7 +354,8 @@ class ParallelHeads(Drafter):
     def ranks_below(
         self, states: Tensor, token_ids: Tensor, log_probs: Tensor, divisors: Tensor, num_ranks: int
     ) -> tuple[Tensor, Tensor]:
-        """Decoding form, all heads' shortlists at once: `Below` as tensors [..., K - 1, S parents, R best children].
+        """Decoding form, all heads' shortlists at once -> `ConditionalRanks` as tensors
+        [..., K - 1, S parents, R best children].
 
         states [..., K, D]; token_ids and log_probs [..., K, S or more] as `top_ranks` gives them; divisors [K].
         """

@@ -140,10 +140,15 @@ class LayerCache:
         self.num_rows = min(self.num_rows, num_rows)
 
 
-def rotary_tables(positions: Tensor, head_size: int, theta: float) -> tuple[Tensor, Tensor]:
-    """Cosine and sine [..., T, E] for integer positions [..., T] (arXiv 2104.09864), in float32."""
+def rotary_angles(positions: Tensor, head_size: int, theta: float) -> Tensor:
+    """Angles [..., T, E / 2] of integer positions [..., T] (arXiv 2104.09864), in float32."""
     exponents = torch.arange(0, head_size, 2, device=positions.device, dtype=torch.float32) / head_size
-    angles = positions.float()[..., None] * theta**-exponents
+    return positions.float()[..., None] * theta**-exponents
+
+
+def rotary_tables(positions: Tensor, head_size: int, theta: float) -> tuple[Tensor, Tensor]:
+    """Cosine and sine [..., T, E] for integer positions [..., T]."""
+    angles = rotary_angles(positions, head_size, theta)
     angles = torch.cat([angles, angles], dim=-1)
     return angles.cos(), angles.sin()
 
@@ -156,28 +161,37 @@ def _rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
 def mix(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *, is_causal: bool) -> Tensor:
     """Attention of queries [B, H, T, E] over keys and values [B, J, S, E], H a multiple of J; -> [B, H, T, E].
 
-    On a CPU torch's own attention is slow where rows are few (the slots of the heads: 5, thousands of times) and in
-    bfloat16, where two batched products are faster. They hold all scores at once, so long rows stay with torch.
+    Causal: the last row sees all S keys, each one before it one less. On a CPU torch's own attention is slow where rows
+    are few (the slots of the heads: 5, thousands of times) and in bfloat16, where two batched products are faster. They
+    hold all scores at once, so long rows stay with torch.
     """
-    few = query.shape[2] <= FEW_ROWS
-    halved = query.dtype is torch.bfloat16 and query.shape[2] <= MANY_ROWS
+    length, num_keys = query.shape[2], key.shape[2]
+    few = length <= FEW_ROWS
+    halved = query.dtype is torch.bfloat16 and length <= MANY_ROWS
+    is_causal = is_causal and length > 1
     if query.device.type == "cpu" and mask is None and (few or halved):
-        return _mix_in_products(query, key, value, is_causal=is_causal)
+        return _mix_in_products(query, key, value, _future(length, num_keys, query) if is_causal else None)
+    if is_causal and length < num_keys:  # torch's own causal mask lets the first row see one key
+        mask, is_causal = _future(length, num_keys, query), False
     grouped = query.shape[1] != key.shape[1]
     return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=is_causal, enable_gqa=grouped)
 
 
-def _mix_in_products(query: Tensor, key: Tensor, value: Tensor, *, is_causal: bool) -> Tensor:
+def _future(length: int, num_keys: int, like: Tensor) -> Tensor:
+    """Additive [T, S]: what each row may not see yet."""
+    return like.new_full((length, num_keys), -torch.inf).triu_(num_keys - length + 1)
+
+
+def _mix_in_products(query: Tensor, key: Tensor, value: Tensor, hidden: Tensor | None) -> Tensor:
     """The same in two batched products: the query heads of a group lie one below the other over their keys."""
     batch, heads, length, size = query.shape
     groups = heads // key.shape[1]
     below = query.reshape(batch * key.shape[1], groups * length, size)
     keys, values = key.reshape(-1, *key.shape[2:]), value.reshape(-1, *value.shape[2:])
-    if is_causal:
-        hidden = query.new_full((length, key.shape[2]), -torch.inf).triu_(key.shape[2] - length + 1)
-        scores = torch.baddbmm(hidden.repeat(groups, 1), below, keys.transpose(1, 2), alpha=size**-0.5)
-    else:
+    if hidden is None:
         scores = torch.bmm(below * size**-0.5, keys.transpose(1, 2))
+    else:
+        scores = torch.baddbmm(hidden.repeat(groups, 1), below, keys.transpose(1, 2), alpha=size**-0.5)
     return torch.bmm(scores.softmax(-1), values).view(batch, heads, length, size)
 
 

@@ -1,7 +1,7 @@
 """Drafters to decode with: the same weights as the modules they were trained as, in as few and as cheap steps.
 
 Projections of one input stand side by side in one packed product, the numbers of a head that are rotated together side
-by side in their rows, the scale of attention inside the query's weights. Of the last staged layer only keys and values
+by side in their rows. Of the last staged layer only keys and values
 are needed of every row: its output, and what follows, is made for the last row alone.
 
 Where the processor multiplies bfloat16 itself, weights are held and products made in it, half the bytes to read: a
@@ -21,16 +21,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from amphista.drafter.layers import LayerCache, LayerSizes, ResidualBlock, RMSNorm, TransformerLayer
+from amphista.drafter.layers import (
+    LayerCache,
+    LayerSizes,
+    ResidualBlock,
+    RMSNorm,
+    TransformerLayer,
+    mix,
+    rotary_angles,
+)
 from amphista.kernels.linear import PackedLinear
-from amphista.kernels.parts import Norm, paired
-
-FIRST_POSITIONS = 1024
-MANY_SCORES = 1 << 18  # of one head; beyond, torch's own attention holds fewer of them at a time
-
-
-def _norm(module: RMSNorm) -> Norm:
-    return Norm(module.weight.detach(), module.eps)
+from amphista.kernels.parts import Norm, RotaryTable, paired
 
 
 class Projection:
@@ -57,22 +58,12 @@ class Projection:
         return residual + self._product(rows.to(self._product.dtype))
 
 
-class Turns:
-    """Rotary positions (arXiv 2104.09864) as complex numbers, kept for all positions seen so far."""
+def _rotary_table(sizes: LayerSizes, device: torch.device) -> RotaryTable:
+    def make(num_positions: int) -> Tensor:
+        angles = rotary_angles(torch.arange(num_positions, device=device), sizes.head_size, sizes.rope_theta)
+        return torch.polar(torch.ones_like(angles), angles)
 
-    def __init__(self, head_size: int, theta: float) -> None:
-        self._head_size, self._theta = head_size, theta
-        self._table = torch.empty(0)
-
-    def at(self, first: int, num_rows: int, device: torch.device) -> Tensor:
-        """complex [N, 1, E / 2] of the positions from `first` on."""
-        end, table = first + num_rows, self._table  # which another thread may replace meanwhile
-        if end > len(table):
-            exponents = torch.arange(0, self._head_size, 2, device=device, dtype=torch.float32) / self._head_size
-            positions = torch.arange(max(FIRST_POSITIONS, 2 * end), device=device, dtype=torch.float32)
-            angles = positions[:, None] * self._theta**-exponents
-            self._table = table = torch.polar(torch.ones_like(angles), angles)[:, None]
-        return table[first:end]
+    return RotaryTable(make)
 
 
 class LeanLayer:
@@ -82,9 +73,8 @@ class LeanLayer:
         attention, mlp = layer.attention, layer.mlp
         self._sizes = layer.sizes
         size = layer.sizes.head_size
-        query = paired(attention.query.weight, size) * size**-0.5
-        key = paired(attention.key.weight, size)
-        self._attention_norm, self._mlp_norm = _norm(layer.attention_norm), _norm(layer.mlp_norm)
+        query, key = (paired(part.weight, size) for part in (attention.query, attention.key))
+        self._attention_norm, self._mlp_norm = Norm.of(layer.attention_norm), Norm.of(layer.mlp_norm)
         self._qkv = Projection([query, key, attention.value.weight], dtype=dtype)
         self._output = Projection.of(attention.output, dtype=dtype)
         self._gate_up = Projection.of(mlp.gate, mlp.up, dtype=dtype)
@@ -112,52 +102,22 @@ class LeanLayer:
             pairs.narrow(1, 0, heads + key_heads).mul_(turn)  # in place: nobody else reads the projections
             projected = exact.to(rows.dtype)
         queries, keys, values = projected.split((heads, key_heads, key_heads), dim=1)
-        keys, values = keys.transpose(0, 1), values.transpose(0, 1)
+        keys, values = keys.transpose(0, 1)[None], values.transpose(0, 1)[None]
         if cache is not None:
-            keys, values = (part[0] for part in cache.append(keys[None], values[None]))
+            keys, values = cache.append(keys, values)
         if only_last:
             rows, queries = rows[-1:], queries[-1:]
-        rows = self._output.added(_mix(queries, keys, values, is_causal=is_causal), rows)
+        mixed = mix(queries.transpose(0, 1)[None], keys, values, None, is_causal=is_causal)
+        rows = self._output.added(mixed[0].transpose(0, 1).reshape(len(rows), -1), rows)
         gate, up = self._gate_up(self._mlp_norm(rows)).chunk(2, dim=-1)
         return self._down.added(functional.silu(gate) * up, rows)
-
-
-def _mix(queries: Tensor, keys: Tensor, values: Tensor, *, is_causal: bool) -> Tensor:
-    """Queries [N, H, E], scaled already, over keys and values [J, S, E] -> [N, H * E].
-
-    Causal: the last query sees all S, each one before it one less.
-    """
-    num_rows, num_heads, size = queries.shape
-    key_heads, num_keys, _ = keys.shape
-    hidden = _future(num_rows, num_keys, queries) if is_causal and num_rows > 1 else None
-    if num_rows * num_keys > MANY_SCORES:
-        mask = None if hidden is None else hidden[None]
-        turned = queries.transpose(0, 1)[None]
-        mixed = functional.scaled_dot_product_attention(
-            turned, keys[None], values[None], attn_mask=mask, scale=1.0, enable_gqa=num_heads > key_heads
-        )
-        return mixed[0].transpose(0, 1).reshape(num_rows, -1)
-    groups = num_heads // key_heads
-    below = queries.view(num_rows, key_heads, groups, size).permute(1, 2, 0, 3).reshape(key_heads, -1, size)
-    turned_keys = keys.transpose(1, 2)
-    if hidden is None:
-        scores = torch.bmm(below, turned_keys)
-    else:
-        scores = torch.baddbmm(hidden.repeat(groups, 1), below, turned_keys)
-    mixed = torch.bmm(scores.softmax(-1), values).view(key_heads, groups, num_rows, size)
-    return mixed.permute(2, 0, 1, 3).reshape(num_rows, -1)
-
-
-def _future(num_rows: int, num_keys: int, like: Tensor) -> Tensor:
-    """Additive [N, S]: what each row may not see yet."""
-    return like.new_full((num_rows, num_keys), -torch.inf).triu_(num_keys - num_rows + 1)
 
 
 class LeanStage:
     """One staged adaptation layer: a state fused with the next token's embedding, then a causal layer."""
 
     def __init__(self, state_norm: RMSNorm, fuse: nn.Linear, layer: TransformerLayer, dtype: torch.dtype) -> None:
-        self._norm, self._fuse = _norm(state_norm), Projection.of(fuse, dtype=dtype)
+        self._norm, self._fuse = Norm.of(state_norm), Projection.of(fuse, dtype=dtype)
         self._layer = LeanLayer(layer, dtype)
 
     def __call__(self, rows: Tensor, embedded: Tensor, turn: Tensor, cache: LayerCache, *, only_last: bool) -> Tensor:
@@ -190,8 +150,8 @@ class LeanAmphista:
 
     def __init__(self, drafter: Any, sizes: LayerSizes, dtype: torch.dtype) -> None:
         """drafter: the Amphista whose weights are taken; sizes: of its staged layers."""
-        self._embedding_norm = _norm(drafter.embedding_norm) if drafter.stages else None
-        self._hidden_norm = None if drafter.stages else _norm(drafter.hidden_norm)
+        self._embedding_norm = Norm.of(drafter.embedding_norm) if drafter.stages else None
+        self._hidden_norm = None if drafter.stages else Norm.of(drafter.hidden_norm)
         self._stages = [LeanStage(stage.state_norm, stage.fuse, stage.layer, dtype) for stage in drafter.stages]
         parts = (drafter.heads[: drafter.split], drafter.heads[drafter.split :])
         self._heads = [LeanHeads([[head] for head in part], dtype) if part else None for part in parts]
@@ -199,8 +159,8 @@ class LeanAmphista:
         self._encoder = [LeanLayer(layer, dtype) for layer in block.layers] if block is not None else []
         self._position = None if block is None or block.position is None else block.position.detach()
         self._is_causal = block is not None and block.is_causal
-        self._output_norm = _norm(drafter.output_norm)
-        self._turns = Turns(sizes.head_size, sizes.rope_theta)
+        self._output_norm = Norm.of(drafter.output_norm)
+        self._rotary = _rotary_table(sizes, drafter.device)
 
     def adapt(self, hidden: Tensor, embedded: Tensor, first: int, caches: Sequence[LayerCache]) -> list[Tensor]:
         """Hidden states [N, D] from row `first` on, embeddings of the next tokens -> what the heads read, [1, D] each:
@@ -209,7 +169,8 @@ class LeanAmphista:
             assert self._hidden_norm is not None
             return [self._hidden_norm(hidden[-1:])] * 2
         embedded = self._embedding_norm(embedded)
-        turn = self._turns.at(first, len(hidden), hidden.device)
+        end = first + len(hidden)
+        turn = self._rotary.reserve(end)[first:end, None]
         rows, read = hidden, []
         for index, (stage, cache) in enumerate(zip(self._stages, caches, strict=True)):
             rows = stage(rows, embedded, turn, cache, only_last=index + 1 == len(self._stages))

@@ -1,7 +1,7 @@
 """Lookup: what followed the last tokens where they stood before, in the prompt or in the answer so far.
 
 No weights and no pass over anything (prompt lookup; SAM decoding, arXiv 2411.10666, is the same idea on a suffix
-automaton). It gives one chain of tokens, a `Graft` on the tree of whatever heads it stands beside, and it may be
+automaton). It gives one chain of tokens, a `NgramDraft` on the tree of whatever heads it stands beside, and it may be
 deeper than they are.
 
 How likely a token of the chain is: a token d deep behind a match of m tokens is right about as often as one behind a
@@ -12,6 +12,8 @@ default target; each request moves it by its own outcomes.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import pairwise
 
@@ -20,7 +22,7 @@ from torch import Tensor
 from amphista.drafter.base import Drafter, DrafterState
 from amphista.drafter.ngrams import LONGEST_MATCH, NgramIndex
 from amphista.drafter.none import NoDrafter
-from amphista.tree.candidates import Candidates, Graft
+from amphista.tree.candidates import Candidates, NgramDraft
 
 LOOKUP = "lookup"
 PRIOR = {1: 0.24, 2: 0.52, 3: 0.6, 4: 0.66, 6: 0.74, 9: 0.84, 12: 0.87, 16: 0.95}  # from that many agreeing tokens on
@@ -36,9 +38,10 @@ class Lookup:
         self._outcomes = {start: [0, 0] for start in PRIOR}  # right, all
         self._proposed: tuple[int, int, list[int]] | None = None  # tokens known then, the match's length, what it said
 
-    def propose(self, token_ids: list[int], max_depth: int) -> Graft | None:
+    def propose(self, token_ids: list[int], max_depth: int) -> NgramDraft | None:
         """The chain that may follow `token_ids`, which begin with what was given before (or since the last trim)."""
-        self.index.extend(token_ids[len(self.index) :])
+        with self._whole():
+            self.index.extend(token_ids[len(self.index) :])
         self._learn()
         found = self.index.match()
         depth = min(max_depth, DEEPEST)
@@ -47,7 +50,7 @@ class Lookup:
         place, length = found
         tokens = self.index.continuation(place, depth)
         self._proposed = (len(self.index), length, tokens)
-        return Graft(tokens, [math.log(self.likelihood(length + ahead)) for ahead in range(depth)])
+        return NgramDraft(tokens, [math.log(self.likelihood(length + ahead)) for ahead in range(depth)])
 
     def likelihood(self, num_agreeing: int) -> float:
         """How likely the next token is the one that followed before, so many tokens having agreed."""
@@ -57,9 +60,19 @@ class Lookup:
 
     def trim(self, num_tokens: int) -> None:
         """Forget the tokens behind the first `num_tokens`, and all outcomes: another request begins."""
-        self.index.trim(num_tokens)
+        with self._whole():
+            self.index.trim(num_tokens)
         self._outcomes = {start: [0, 0] for start in PRIOR}
         self._proposed = None
+
+    @contextmanager
+    def _whole(self) -> Iterator[None]:
+        """An index that is broken off in mid-change (Ctrl-C) is given up; the next proposal builds it anew."""
+        try:
+            yield
+        except BaseException:
+            self.index, self._proposed = NgramIndex(), None
+            raise
 
     def _learn(self) -> None:
         """Compare the last proposal with the tokens that have come since, up to its first mistake."""
@@ -110,7 +123,7 @@ class WithLookup(Drafter):
     ) -> Candidates:
         return self._inner.draft(state, num_ranks, temperature, max_depth)
 
-    def recall(self, state: DrafterState, token_ids: list[int], max_depth: int) -> Graft | None:
+    def draft_ngrams(self, state: DrafterState, token_ids: list[int], max_depth: int) -> NgramDraft | None:
         assert isinstance(state.lookup, Lookup)
         return state.lookup.propose(token_ids, max_depth)
 

@@ -12,11 +12,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from amphista.drafter.base import DrafterConfig, DrafterState
+from amphista.drafter.base import MAX_LAYERS, DrafterConfig, DrafterState, check_range
 from amphista.drafter.heads import ParallelHeads, StateOf
 from amphista.drafter.layers import ResidualBlock
 from amphista.drafter.lean import LeanHeads
-from amphista.errors import ConfigError
 from amphista.target.spec import SharedWeights, TargetSpec
 
 
@@ -28,8 +27,7 @@ class MedusaConfig(DrafterConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.num_layers < 1:
-            raise ConfigError(f"num_layers is {self.num_layers}: a Medusa head needs at least one residual block")
+        check_range("num_layers", self.num_layers, 1, MAX_LAYERS)
 
 
 class Medusa(ParallelHeads):

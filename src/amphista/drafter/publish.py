@@ -14,7 +14,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from amphista.drafter.card import read_front_matter
-from amphista.drafter.checkpoint import CHECKPOINT_FILES, read_checkpoint
+from amphista.drafter.checkpoint import CHECKPOINT_FILES, read_checkpoint, recover_drafter, weights_file
 from amphista.drafter.hub import check_repo_id, upload
 from amphista.errors import DrafterError
 
@@ -29,8 +29,8 @@ def publishable_files(folder: Path) -> list[Path]:
     """The files that `push` uploads; raises DrafterError naming everything that is missing."""
     if not folder.is_dir():
         raise DrafterError(f"there is no folder {folder}: give a drafter's folder, such as OUT/best of a training run")
-    read_checkpoint(folder)
-    weights = folder / "model.safetensors"
+    recover_drafter(folder)
+    weights = weights_file(read_checkpoint(folder))
     try:
         with safe_open(weights, framework="pt") as tensors:  # reads and checks the header, no weight
             tensors.keys()

@@ -20,7 +20,7 @@ from amphista.engine.loops import LoopWatch, loop_free_length
 from amphista.engine.params import FinishReason, SamplingParams
 from amphista.engine.sequence import Context, Sequence
 from amphista.engine.step import Engine
-from amphista.errors import ConfigError
+from amphista.errors import ConfigError, RequestError
 from amphista.target.target import Target
 from amphista.tree.grow import parse_tree
 
@@ -109,9 +109,9 @@ class BatchDecoder(Generic[Tag]):
         self._slots.check_integrity()
 
     def _start(self, request: Request[Tag], context: Context) -> _Row[Tag]:
+        if request.params.logprobs:
+            raise RequestError("log-probabilities are not told of answers decoded in a batch")
         sequence, _ = self._engine.start(request.prompt_ids, request.params, context)
-        if not request.params.stop:
-            sequence.text = None  # nobody reads pieces of text here
         self.num_tokens += 1
         return _Row(request, sequence, LoopWatch() if self._cut_loops else None)
 

@@ -2,12 +2,13 @@
 
 That is processor, threads and accelerator, versions, the code of the forward, the target, its type, path and device,
 the batch; for drafting also the drafter's dimensions. Drafting is kept in forwards of one row, so that the two stay
-comparable when they were measured on different days.
+comparable when they were measured on different days. What other programs have disturbed is not kept.
 """
 
 from __future__ import annotations
 
 import hashlib
+import logging
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,11 +19,12 @@ from amphista.drafter.base import Drafter
 from amphista.drafter.heads import ParallelHeads
 from amphista.engine.cost_cache import kept
 from amphista.engine.timing import NOISY, draft_ratio, verify_seconds
-from amphista.target.loading import say
 from amphista.target.target import Target
 from amphista.tree.tune import NOTHING_PAYS, Costs
 
-FORMAT = 1
+logger = logging.getLogger("amphista")
+
+FORMAT = 2
 TIMED_CODE = ("cache", "drafter", "engine", "kernels", "target", "tree")
 
 
@@ -53,8 +55,8 @@ def tune(target: Target, drafter: Drafter, *, refresh: bool = False) -> Tuned:
     draft = 0.0
     if isinstance(inner, ParallelHeads):
         key = {"what": "draft", **key, "drafter": drafter_key(inner)}
-        ratio = kept(key, lambda: {"ratio": draft_ratio(target, drafter)}, _is_ratio, refresh=refresh)["ratio"]
-        draft = verify[1] * ratio
+        draft = verify[1] * kept(key, lambda: _measure_draft(target, drafter), _is_ratio, refresh=refresh)["ratio"]
+    target.give_back_graphs()
     return Tuned(verify, record["spread"], Costs.measured(verify, draft, in_steps=target.is_static))
 
 
@@ -80,21 +82,39 @@ def drafter_key(drafter: ParallelHeads) -> dict[str, Any]:
 
 
 def _measure_verify(target: Target) -> dict[str, Any]:
-    say("measuring what a forward costs here (some seconds, once; `amphista tune` shows it)")
+    logger.info("measuring what a forward costs here (some seconds, once; `amphista dev tune` shows it)")
     seconds, spread = verify_seconds(target)
-    if spread > NOISY:
-        say("the measurement was disturbed by other programs: `amphista tune --refresh` repeats it")
+    _say_if_noisy("forwards", spread)
     return {"seconds": {str(size): value for size, value in seconds.items()}, "spread": spread}
+
+
+def _measure_draft(target: Target, drafter: Drafter) -> dict[str, Any]:
+    ratio, spread = draft_ratio(target, drafter)
+    _say_if_noisy("drafting", spread)
+    return {"ratio": ratio, "spread": spread}
+
+
+def _say_if_noisy(what: str, spread: float) -> None:
+    if spread > NOISY:
+        logger.warning(
+            f"other programs disturbed the measurement of {what}: it is not kept, the next start measures again"
+        )
 
 
 def _is_curve(record: dict[str, Any]) -> bool:
     seconds = record["seconds"]
     sizes = [int(size) for size in seconds]
-    return sizes[:1] == [1] and sizes == sorted(sizes) and all(map(_is_positive, [*seconds.values(), record["spread"]]))
+    return (
+        sizes[:1] == [1] and sizes == sorted(sizes) and all(map(_is_positive, seconds.values())) and _is_quiet(record)
+    )
 
 
 def _is_ratio(record: dict[str, Any]) -> bool:
-    return _is_positive(record["ratio"])
+    return _is_positive(record["ratio"]) and _is_quiet(record)
+
+
+def _is_quiet(record: dict[str, Any]) -> bool:
+    return _is_positive(record["spread"]) and bool(record["spread"] <= NOISY)
 
 
 def _is_positive(value: Any) -> bool:

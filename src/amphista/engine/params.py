@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import InitVar, dataclass
 from enum import StrEnum
+from typing import Any
 
-from amphista.accept.sampling import Sampling
+from amphista.accept.sampling import Sampling, token_ids
 from amphista.errors import RequestError
+from amphista.prompts import is_text
 
 
 class FinishReason(StrEnum):
@@ -15,26 +17,64 @@ class FinishReason(StrEnum):
     STOP = "stop"  # an end token or a stop string
     LENGTH = "length"  # the token limit or the end of the context
     LOOP = "loop"  # it began to repeat itself; only where a batch was asked to cut loops
+    ABORT = "abort"  # its stream was closed
 
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingParams(Sampling):
-    """Sampling settings plus limits. `stop` strings end an answer; the text excludes them.
+    """Sampling settings plus limits and what is told.
 
-    ignore_eos: decode on behind end tokens, to `max_new_tokens`: for measuring answers of one length.
+    max_new_tokens, or max_tokens. stop: texts that end an answer, one or several; the text excludes them.
+    stop_token_ids: further end tokens. ignore_eos: decode on behind the target's own end tokens, for measuring answers
+    of one length. logprobs: tell each token's log-probability by the target's raw logits, before temperature, filters
+    and penalties; a number, or top_logprobs, tells so many of the best tokens beside it.
     """
 
     max_new_tokens: int = 256
+    max_tokens: InitVar[int | None] = None
     stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
+    logprobs: bool = False
+    top_logprobs: int = 0
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, max_tokens: int | None) -> None:
         super().__post_init__()
-        if type(self.max_new_tokens) is not int or self.max_new_tokens < 1:
-            raise RequestError(f"max_new_tokens is {self.max_new_tokens!r}: expected a whole number, at least 1")
-        if not isinstance(self.stop, tuple) or not all(isinstance(stop, str) for stop in self.stop):
-            raise RequestError(f"stop is {self.stop!r}: expected a tuple of strings")
-        if any(not stop for stop in self.stop):
-            raise RequestError("an empty stop string would end every answer at once")
+        if max_tokens is not None:
+            self._set("max_new_tokens", max_tokens)
+        if type(self.logprobs) is int:
+            self._set("top_logprobs", self.logprobs)
+        elif not isinstance(self.logprobs, bool | None):
+            raise RequestError(f"logprobs is {self.logprobs!r}: expected true, false or a number of tokens")
+        self._set("logprobs", type(self.logprobs) is int or bool(self.logprobs) or self.top_logprobs != 0)
+        self._set("stop", _texts(self.stop))
+        self._set("stop_token_ids", token_ids("stop_token_ids", self.stop_token_ids))
+        for name, least in (("max_new_tokens", 1), ("top_logprobs", 0)):
+            value = getattr(self, name)
+            if type(value) is not int or value < least:
+                raise RequestError(f"{name} is {value!r}: expected a whole number, at least {least}")
         if type(self.ignore_eos) is not bool:
             raise RequestError(f"ignore_eos is {self.ignore_eos!r}: expected true or false")
+
+    def _set(self, name: str, value: Any) -> None:
+        object.__setattr__(self, name, value)
+
+    def check_ids(self, vocab_size: int) -> None:
+        """Raise RequestError for token ids that a target of so many tokens does not have."""
+        for name in ("logit_bias", "suppress_tokens", "stop_token_ids"):
+            worst = max(getattr(self, name), default=0)
+            if worst >= vocab_size:
+                raise RequestError(f"{name} names token id {worst}; the target has {vocab_size} tokens")
+        if self.top_logprobs > vocab_size:
+            raise RequestError(f"top_logprobs is {self.top_logprobs}; the target has {vocab_size} tokens")
+
+
+def _texts(value: Any) -> tuple[str, ...]:
+    stops = () if value is None else (value,) if isinstance(value, str) else value
+    if not isinstance(stops, list | tuple) or not all(isinstance(stop, str) for stop in stops):
+        raise RequestError(f"stop is {value!r}: expected a text or a list of texts")
+    if any(not stop for stop in stops):
+        raise RequestError("an empty stop string would end every answer at once")
+    if not all(map(is_text, stops)):
+        raise RequestError(f"stop is {value!r}: it holds half a character (a lone surrogate)")
+    return tuple(stops)

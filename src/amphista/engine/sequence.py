@@ -6,19 +6,22 @@ cache holds what it was fed; rows wait in `unfed` until it is asked again, and a
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from amphista.accept.logprobs import TokenLogprob
 from amphista.accept.sampling import Chooser
 from amphista.cache.static import KVCache, sent
 from amphista.drafter.base import Drafter, DrafterState
 from amphista.engine.params import FinishReason, SamplingParams
 from amphista.engine.stats import DecodeStats
-from amphista.errors import RequestError
+from amphista.errors import CapacityError, RequestError
 from amphista.target.text import IncrementalText
-from amphista.tree.tune import Pace
+from amphista.tree.tune import DraftController
 
 MAX_UNFED = 512
 
@@ -42,11 +45,14 @@ class Context:
     def feed(self, drafter: Drafter) -> None:
         """Give the drafter every row it has not read. Row j is made of h_j and x_{j+1}, and never rolled back."""
         if self.unfed:
+            num_fed = self.cache.num_committed - sum(len(ids) for _, ids in self.unfed)
+            if self.draft_state.num_rows > num_fed:  # it was fed, and broken off before that was noted
+                drafter.trim(self.draft_state, num_fed)
             hidden = torch.cat([rows for rows, _ in self.unfed]) if len(self.unfed) > 1 else self.unfed[0][0]
             device = hidden.device if drafter.num_heads else None  # without heads nobody reads the ids: no copy
             ids = sent([token for _, tokens in self.unfed for token in tokens], device)
             drafter.commit(self.draft_state, hidden, ids)
-            self.unfed.clear()  # last: a feeding that is broken off is done again, from the first row
+            self.unfed.clear()  # last: a feeding that is broken off is done again
 
     def rewind(self, prompt_ids: list[int], drafter: Drafter) -> int:
         """Keep what a new prompt shares with the cached rows; returns how many rows that is.
@@ -72,25 +78,33 @@ class Context:
 
 @dataclass
 class Sequence:
-    """One request. While it runs, `context.token_ids` are its prompt and output; the last one is pending."""
+    """One request. While it runs, `context.token_ids` are its prompt and output; the last one is pending.
+
+    stops: the text so far, where a stop string may end it; else text is the reader's.
+    """
 
     context: Context
     request: int
     params: SamplingParams
     chooser: Chooser
     prompt_ids: list[int]
-    eos_ids: frozenset[int]
+    end_ids: frozenset[int]
     max_positions: int
-    text: IncrementalText | None = None
+    stops: IncrementalText | None = None
     stats: DecodeStats = field(default_factory=DecodeStats)
-    pace: Pace = field(default_factory=Pace)
+    controller: DraftController = field(default_factory=DraftController)
     finish_reason: FinishReason | None = None
     output_ids: list[int] = field(default_factory=list)  # everything emitted, the end token included
+    logprobs: list[TokenLogprob] = field(default_factory=list)
 
     def check_context(self) -> None:
-        """Raise RequestError when another request has taken over this one's caches."""
+        """Raise RequestError when another request has taken over this one's caches, CapacityError when they do not hold
+        every token but the pending one."""
         if self.context.num_requests != self.request:
             raise RequestError("this answer cannot go on: a later request has taken over its conversation's caches")
+        cache = self.context.cache
+        if not cache.num_committed == cache.num_rows == self.root_position:
+            raise CapacityError(f"{cache.num_committed} rows are cached, but {self.root_position} tokens were read")
 
     @property
     def pending(self) -> int:
@@ -108,27 +122,43 @@ class Sequence:
         remaining = self.params.max_new_tokens - self.stats.num_tokens
         return max(0, min(remaining - 1, self.max_positions - 1 - self.root_position))
 
-    def take(self, tokens: list[int]) -> tuple[int, str]:
-        """Add chosen tokens up to the first that ends the answer: (how many were taken, text that may be shown)."""
-        pieces = []
+    def take(self, tokens: list[int]) -> int:
+        """Add chosen tokens up to the first that ends the answer; returns how many were taken."""
         taken = 0
         for token in tokens:
             taken += 1
             self.context.token_ids.append(token)
             self.output_ids.append(token)
             self.stats.num_tokens += 1
-            if token in self.eos_ids:
+            if token in self.end_ids:
                 self.finish_reason = FinishReason.STOP
-            elif self.text is not None:
-                pieces.append(self.text.push(token))
-                if self.text.stopped:
+            elif self.stops is not None:
+                self.stops.push(token)
+                if self.stops.stopped:
                     self.finish_reason = FinishReason.STOP
             full = self.stats.num_tokens >= self.params.max_new_tokens or self.root_position >= self.max_positions
             if self.finish_reason is None and full:
                 self.finish_reason = FinishReason.LENGTH
             if self.finish_reason is not None:
                 break
-        if self.finish_reason is not None and self.text is not None:
-            pieces.append(self.text.finish())
         self.chooser.extend(tokens[:taken])
-        return taken, "".join(pieces)
+        return taken
+
+    @contextmanager
+    def whole_step(self) -> Iterator[None]:
+        """All that a block does to this sequence, or, where it is broken off (Ctrl-C), nothing of it.
+
+        Rows behind the pending token are dropped; what was there before lies untouched below them.
+        """
+        context, num_tokens, num_output = self.context, len(self.context.token_ids), len(self.output_ids)
+        unfed, stats, output = list(context.unfed), self.stats.snapshot(), self.chooser.output
+        stops = None if self.stops is None else self.stops.copy()
+        try:
+            yield
+        except BaseException:
+            self.finish_reason, self.stops, self.chooser.output = None, stops, output
+            del context.token_ids[num_tokens:], self.output_ids[num_output:], self.logprobs[num_output:]
+            context.unfed[:] = unfed
+            context.cache.trim(self.root_position)
+            self.stats.restore(stats)
+            raise

@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -73,18 +74,22 @@ class DecodeStats:
         """Tokens after the first per second of decoding; None without a step."""
         return (self.num_tokens - 1) / self.decode_seconds if self.num_steps and self.decode_seconds else None
 
-    @property
-    def accepted_by_depth(self) -> list[float]:
-        """Share of steps that accepted at least 1, 2, ... draft tokens."""
-        deepest = max(self.accepted, default=0)
-        return [sum(n >= depth for n in self.accepted) / self.num_steps for depth in range(1, deepest + 1)]
-
     def count(self, growth: Growth, num_accepted: int, *, drafted: bool) -> None:
         """Add a decode step; its tokens are counted as they are taken."""
         self.accepted.append(num_accepted)
         self.expected.append(growth.expected)
         self.tree_nodes.append(growth.tree.num_nodes)
         self.drafted.append(drafted)
+
+    def snapshot(self) -> tuple[Any, ...]:
+        """What `restore` needs to forget all that is counted from now on."""
+        return self.num_steps, self.num_tokens, self.num_dropped, dict(self.phase_seconds)
+
+    def restore(self, snapshot: tuple[Any, ...]) -> None:
+        """Forget what was counted since."""
+        num_steps, self.num_tokens, self.num_dropped, self.phase_seconds = snapshot
+        for counted in (self.accepted, self.expected, self.tree_nodes, self.drafted, self.step_seconds):
+            del counted[num_steps:]
 
 
 class Clock:

@@ -1,4 +1,4 @@
-"""What a step costs here, timed: forwards over 1, 2, ... rows, and drafting.
+"""What a step costs here, timed: forwards over 1, 2, ... rows, and drafting. `Cell` and `rounds` time anything.
 
 Everything is timed in turns, round after round, so that a drifting machine hits all alike, and the shortest time is
 kept: other programs only ever make a run longer, and they need not be there tomorrow. A forward is timed with what
@@ -8,8 +8,9 @@ of two tokens.
 
 from __future__ import annotations
 
+import itertools
 import statistics
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -60,22 +61,34 @@ class Cell:
         return statistics.median(self.seconds) / self.shortest
 
 
+def rounds(cells: Sequence[Cell], device: torch.device) -> Iterator[int]:
+    """Time every cell once a round, each round begun at another one, so that none always follows the same neighbour;
+    yields the number of rounds done, without end."""
+    for done in itertools.count():
+        first = done % len(cells)
+        for cell in [*cells[first:], *cells[:first]]:
+            cell.seconds.append(cell.time(device))
+        yield done + 1
+
+
 def verify_seconds(target: Target) -> tuple[dict[int, float], float]:
     """Seconds of a forward over a tree of n rows, by n, and the worst spread; the first n is 1."""
     cache, rows = _filled(target)
     cells: dict[int, Cell] = {}
     for size in _sizes(target, rows):
-        cells[size] = _forward(target, size, cache, rows)
-        cells[size].time(target.device)  # the first time of a shape is not like the others
-        cells[size].seconds.append(cells[size].time(target.device))
-        if cells[size].seconds[0] > DEAREST * cells[1].seconds[0]:
+        cell = cells[size] = _forward(target, size, cache, rows)
+        cell.time(target.device)  # the first time of a shape is not like the others
+        while not cell.seconds or (len(cell.seconds) < MIN_ROUNDS and cell.shortest > DEAREST * cells[1].shortest):
+            cell.seconds.append(cell.time(target.device))  # one long time may be another program's
+        if cell.shortest > DEAREST * cells[1].shortest:
             break
-    _time(target, cells)
+    _time(target, list(cells.values()))
     return {size: cell.shortest for size, cell in cells.items()}, max(cell.spread for cell in cells.values())
 
 
-def draft_ratio(target: Target, drafter: Drafter) -> float:
-    """Seconds of asking the heads, in forwards of one row; in fixed shapes where the target verifies in them."""
+def draft_ratio(target: Target, drafter: Drafter) -> tuple[float, float]:
+    """Seconds of asking the heads, in forwards of one row, and the worst spread; in fixed shapes where the target
+    verifies in them."""
     drafter = captured(drafter.inner, is_static=target.is_static)
     cache, rows = _filled(target)
     hidden = torch.randn(rows, target.spec.hidden_size, generator=torch.Generator().manual_seed(0))
@@ -88,11 +101,11 @@ def draft_ratio(target: Target, drafter: Drafter) -> float:
         drafter.commit(state, hidden[-FED_ROWS:], ids[-FED_ROWS:])
         best_first(0, drafter.draft(state, MAX_RANKS), GROWN_NODES, drafter.num_heads)
 
-    cells = {0: Cell(draft, lambda: drafter.trim(state, rows)), 1: _forward(target, 1, cache, rows)}
-    for cell in cells.values():
+    cells = [Cell(draft, lambda: drafter.trim(state, rows)), _forward(target, 1, cache, rows)]
+    for cell in cells:
         cell.time(target.device)
     _time(target, cells)
-    return cells[0].shortest / cells[1].shortest
+    return cells[0].shortest / cells[1].shortest, max(cell.spread for cell in cells)
 
 
 def _filled(target: Target) -> tuple[KVCache, int]:
@@ -122,13 +135,11 @@ def _forward(target: Target, num_nodes: int, cache: KVCache, rows: int) -> Cell:
     return Cell(run, lambda: cache.trim(rows))
 
 
-def _time(target: Target, cells: Mapping[int, Cell]) -> None:
-    """Round after round, each begun at another cell, until the budget is spent: three of it on a disturbed machine."""
-    order, started = list(cells.values()), now(target.device)
-    for turn in range(MAX_ROUNDS):
+def _time(target: Target, cells: Sequence[Cell]) -> None:
+    """Until the budget is spent: three of it on a disturbed machine."""
+    started = now(target.device)
+    for done in rounds(cells, target.device):
         spent = (now(target.device) - started) / BUDGET_SECONDS
-        if turn >= MIN_ROUNDS and spent > (3 if max(cell.spread for cell in order) > NOISY else 1):
-            break
-        first = turn % len(order)
-        for cell in order[first:] + order[:first]:
-            cell.seconds.append(cell.time(target.device))
+        is_enough = spent > (3 if max(cell.spread for cell in cells) > NOISY else 1)
+        if done == MAX_ROUNDS or (done >= MIN_ROUNDS and is_enough):
+            return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 DASH = "-"
@@ -31,6 +32,23 @@ def share(value: float | None, count: int) -> str:
 
 def table(headers: list[str], rows: list[list[str]]) -> str:
     """A Markdown table with aligned columns."""
+    headers, *rows = [[cell.replace("|", "\\|") for cell in line] for line in (headers, *rows)]
     widths = [max(len(row[i]) for row in [headers, *rows]) for i in range(len(headers))]
     lines = [headers, ["-" * width for width in widths], *rows]
     return "\n".join("| " + " | ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)) + " |" for line in lines)
+
+
+def pivot(
+    rows: Sequence[dict[str, Any]],
+    by: Sequence[str],
+    column: Callable[[dict[str, Any]], str],
+    cell: Callable[[dict[str, Any]], str],
+) -> str:
+    """A table with a line for each combination of the values `by`, a column for each of what `column` says."""
+    names = list(dict.fromkeys(map(column, rows)))
+    lines: dict[tuple[str, ...], dict[str, str]] = {}
+    for row in rows:
+        lines.setdefault(tuple(str(row[key]) for key in by), {})[column(row)] = cell(row)
+    return table(
+        [*by, *names], [[*place, *(cells.get(name, DASH) for name in names)] for place, cells in lines.items()]
+    )

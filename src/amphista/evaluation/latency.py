@@ -7,8 +7,7 @@ decoding does it. T_draft(n): the drafter's heads and the tree grown from them. 
 two committed tokens. Not in it: accepting, committing, text. The tau at which drafting starts to pay needs no drafter
 that was ever trained, so sizes nobody holds the weights of can be judged; whatever rests on it is called projected.
 
-All cells of one context and batch are measured in turn, round after round, so that a drifting machine hits all alike.
-Beside each forward stands the least it could take here (limits.py).
+All cells of one context and batch are measured in turn, round after round (`engine/timing.py`).
 """
 
 from __future__ import annotations
@@ -17,6 +16,7 @@ import json
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,9 +26,10 @@ from amphista.cache.static import KVCache
 from amphista.drafter.base import Drafter
 from amphista.drafter.captured import captured
 from amphista.drafter.heads import ParallelHeads
+from amphista.engine.timing import Cell, rounds
 from amphista.errors import ConfigError
-from amphista.evaluation.limits import ForwardWork, Limits, measure_limits
-from amphista.evaluation.stock import now
+from amphista.evaluation.cells import pivot
+from amphista.files import write_file, write_json
 from amphista.target.shapes import free_bytes, without_layers
 from amphista.target.target import Target
 from amphista.tree.build import build_template
@@ -36,13 +37,15 @@ from amphista.tree.candidates import Candidates
 from amphista.tree.grow import DynamicGrower
 from amphista.tree.token_tree import TokenTree
 
-FORMAT = 2
+FORMAT = 3
+JSON, MARKDOWN = "latency.json", "latency.md"
 TREE_DEPTH = 5  # heads of the shipped drafters: a tree of many nodes is wide, not deep
 FED_ROWS = (1, 2, 4)
 TYPICAL_FEED = 2
 SEED = 0
 Report = Callable[[int, int, str], None]
 Measures = dict[str, Any]
+Keyed = tuple[Measures, Cell]  # what is timed, and its times
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +53,7 @@ class LatencyConfig:
     """What is timed: every combination of `nodes` (root included), `contexts` (rows) and `batches` (sequences).
 
     rounds: timed repetitions of each, after one that is not timed. num_layers: the layers the numbers shall stand for;
-    where the target holds fewer, the cost of its layers is scaled up to them. tau: assumed for projections, by nodes.
+    where the target holds fewer, the cost of its layers is scaled up to them.
     """
 
     nodes: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64)
@@ -58,31 +61,15 @@ class LatencyConfig:
     batches: tuple[int, ...] = (1,)
     rounds: int = 7
     num_layers: int | None = None
-    tau: tuple[tuple[int, float], ...] = ()
 
     def __post_init__(self) -> None:
         for option, values in (("nodes", self.nodes), ("contexts", self.contexts), ("batches", self.batches)):
             if not values or min(values) < 1 or len(set(values)) != len(values):
-                raise ConfigError(f"--{option} is {_listed(values)!r}: expected distinct whole numbers of at least 1")
+                raise ConfigError(f"--{option} is {values}: expected distinct whole numbers of at least 1")
         if 1 not in self.nodes:
-            raise ConfigError(
-                f"--nodes is {_listed(self.nodes)!r}: 1 must be among them, it is what others are compared to"
-            )
+            raise ConfigError(f"--nodes is {self.nodes}: 1 must be among them, it is what others are compared to")
         if self.rounds < 1:
             raise ConfigError(f"--rounds is {self.rounds}: expected at least 1")
-        for nodes, tau in self.tau:
-            if nodes not in self.nodes or tau < 1:
-                raise ConfigError(f"--tau {nodes}={tau:g}: expected one of the --nodes and a tau of at least 1")
-
-
-@dataclass
-class Cell:
-    """One thing to time. `key` says what it is; `reset` undoes it, outside the clock."""
-
-    key: dict[str, Any]
-    run: Callable[[], Any]
-    reset: Callable[[], None]
-    seconds: list[float]
 
 
 def measure_latency(
@@ -99,33 +86,32 @@ def measure_latency(
     verify: list[Measures] = []
     draft: list[Measures] = []
     for place, (batch, context) in enumerate(pairs):
-        cells = _cells(target, config, drafters, batch, context)
-
-        def step(done: int, total: int, base: int = place, text: str = f"batch {batch}, context {context}") -> None:
+        keyed = _cells(target, config, drafters, batch, context)
+        cells = [cell for _, cell in keyed]
+        for cell in cells:
+            cell.time(target.device)  # the first time is not like the others
+        for done in rounds(cells, target.device):
             if report is not None:
-                report(base * total + done, len(pairs) * total, text)
-
-        _time(target, cells, config.rounds, step)
-        timed = _merged(cells, _scale(target, config))
+                total = config.rounds
+                report(place * total + done, len(pairs) * total, f"batch {batch}, context {context}")
+            if done == config.rounds:
+                break
+        timed = _merged(keyed, _scale(target, config))
         verify += [row for row in timed if row["what"] == "verify"]
         draft += [row for row in timed if row["what"] in ("draft", "feed")]
     _add_ratios(verify)
-    limits = measure_limits(target)
-    _add_limits(verify, ForwardWork.of(target, config.num_layers), limits)
     return {
         "format": FORMAT,
         **_described(target, config, drafters),
-        "limits": asdict(limits),
         "verify": verify,
         "draft": draft,
-        "projection": project(verify, draft, dict(config.tau)),
+        "projection": project(verify, draft),
         **provenance.record(),
     }
 
 
-def project(verify: Sequence[Measures], draft: Sequence[Measures], tau: dict[int, float]) -> list[Measures]:
-    """Per drafter, context and tree size at batch 1: the tau at which drafting breaks even; with an assumed tau, the
-    projected speedup."""
+def project(verify: Sequence[Measures], draft: Sequence[Measures]) -> list[Measures]:
+    """The tau at which drafting breaks even, for each drafter, context and tree size at batch 1."""
     forwards = {(row["context"], row["nodes"]): row["ms"] for row in verify if row["batch"] == 1}
     rows = []
     for drafted in (row for row in draft if row["what"] == "draft"):
@@ -136,10 +122,7 @@ def project(verify: Sequence[Measures], draft: Sequence[Measures], tau: dict[int
             if (row["what"], row["drafter"], row["context"]) == ("feed", name, context) and row["rows"] == TYPICAL_FEED
         )
         cost = (forwards[context, nodes] + drafted["ms"] + feed) / forwards[context, 1]
-        row = {"drafter": name, "context": context, "nodes": nodes, "break_even_tau": cost}
-        if nodes in tau:
-            row |= {"assumed_tau": tau[nodes], "projected_speedup": tau[nodes] / cost}
-        rows.append(row)
+        rows.append({"drafter": name, "context": context, "nodes": nodes, "break_even_tau": cost})
     return rows
 
 
@@ -148,24 +131,25 @@ def project(verify: Sequence[Measures], draft: Sequence[Measures], tau: dict[int
 
 def _cells(
     target: Target, config: LatencyConfig, drafters: Mapping[str, ParallelHeads], batch: int, context: int
-) -> list[Cell]:
+) -> list[Keyed]:
     generator = torch.Generator().manual_seed(SEED)
     ids = torch.randint(target.spec.vocab_size, (context,), generator=generator).tolist()
     cache = target.new_cache()
     output = target.prefill(ids, cache)
-    is_scaled = _scale(target, config) != 1
     if batch > 1:
         cache = _repeated(cache, batch)
-    cells = []
+    cells: list[Keyed] = []
+
+    def trim() -> None:
+        cache.trim(context)
+
     for nodes in config.nodes:
         tree = typical_tree(target.spec.vocab_size, nodes)
         key = {"batch": batch, "context": context, "nodes": nodes}
-        run, reset = _forward(target, tree, cache, batch), _trim(cache, context)
-        cells.append(Cell({"what": "verify", **key}, run, reset, []))
-        if is_scaled:
-            cells.append(
-                Cell({"what": "rest", **key}, _forward_without_layers(target, tree, cache, batch, context), reset, [])
-            )
+        cells.append(({"what": "verify", **key}, Cell(_forward(target, tree, cache, batch), trim)))
+        if _scale(target, config) != 1:
+            rest = _forward_without_layers(target, tree, cache, batch, context)
+            cells.append(({"what": "rest", **key}, Cell(rest, trim)))
     if batch == 1:
         for name, drafter in drafters.items():
             around = [captured(drafter, is_static=target.is_static) for _ in range(2)]
@@ -216,7 +200,7 @@ def _forward_without_layers(
 
 def _drafter_cells(
     name: str, drafters: Sequence[Drafter], hidden: torch.Tensor, ids: list[int], sizes: Sequence[int]
-) -> list[Cell]:
+) -> list[Keyed]:
     """drafters: the same one twice, so that what is asked and what is fed keep their places where those are fixed."""
     drafter, feeder = drafters
     context = len(ids)
@@ -225,7 +209,7 @@ def _drafter_cells(
     ready, fed = drafter.start(), feeder.start()  # feeding is undone by a trim, after which no draft may follow
     drafter.commit(ready, hidden, next_ids)
     feeder.commit(fed, hidden, next_ids)
-    cells = []
+    cells: list[Keyed] = []
     for nodes in sizes:
         if nodes > 1:
             grower = DynamicGrower(nodes)
@@ -234,7 +218,7 @@ def _drafter_cells(
                 candidates = drafter.draft(ready, grower.num_ranks, 0.0, grower.max_depth)
                 return grower.grow(0, candidates, drafter.num_heads).tree
 
-            cells.append(Cell({"what": "draft", **key, "nodes": nodes}, draft, _nothing, []))
+            cells.append(({"what": "draft", **key, "nodes": nodes}, Cell(draft)))
     for rows in FED_ROWS:
         chunk = hidden[-1:].expand(rows, -1)
 
@@ -244,7 +228,7 @@ def _drafter_cells(
         def undo() -> None:
             feeder.trim(fed, context)
 
-        cells.append(Cell({"what": "feed", **key, "rows": rows}, feed, undo, []))
+        cells.append(({"what": "feed", **key, "rows": rows}, Cell(feed, undo)))
     return cells
 
 
@@ -260,42 +244,20 @@ def _repeated(cache: KVCache, batch: int) -> KVCache:
     return repeated
 
 
-def _trim(cache: KVCache, num_rows: int) -> Callable[[], None]:
-    return lambda: cache.trim(num_rows)
+# -- from seconds to rows ---------------------------------------------------------------------------------------------
 
 
-def _nothing() -> None:
-    return None
-
-
-# -- the clock --------------------------------------------------------------------------------------------------------
-
-
-def _time(target: Target, cells: list[Cell], rounds: int, step: Callable[[int, int], None]) -> None:
-    """Round 0 warms up. Each round starts at another cell, so that none always follows the same neighbour."""
-    for turn in range(rounds + 1):
-        start = turn % len(cells)
-        for cell in cells[start:] + cells[:start]:
-            started = now(target)
-            cell.run()
-            seconds = now(target) - started
-            cell.reset()
-            if turn:
-                cell.seconds.append(seconds)
-        step(turn + 1, rounds + 1)
-
-
-def _merged(cells: Sequence[Cell], scale: float) -> list[Measures]:
+def _merged(cells: Sequence[Keyed], scale: float) -> list[Measures]:
     """Milliseconds per cell; where layers are scaled, round by round with the forward that had none."""
-    rest = {_place(cell.key): cell.seconds for cell in cells if cell.key["what"] == "rest"}
+    rest = {_place(key): cell.seconds for key, cell in cells if key["what"] == "rest"}
     rows = []
-    for cell in cells:
-        if cell.key["what"] == "rest":
+    for key, cell in cells:
+        if key["what"] == "rest":
             continue
-        row = dict(cell.key)
+        row = dict(key)
         seconds = cell.seconds
-        if cell.key["what"] == "verify" and scale != 1:
-            without = rest[_place(cell.key)]
+        if key["what"] == "verify" and scale != 1:
+            without = rest[_place(key)]
             row |= {"measured_ms": _milliseconds(seconds), "without_layers_ms": _milliseconds(without)}
             seconds = [base + scale * (whole - base) for whole, base in zip(seconds, without, strict=True)]
         row |= {"ms": _milliseconds(seconds), "ms_min": 1000 * min(seconds), "ms_max": 1000 * max(seconds)}
@@ -316,12 +278,6 @@ def _add_ratios(verify: list[Measures]) -> None:
     single = {(row["batch"], row["context"]): row["ms"] for row in verify if row["nodes"] == 1}
     for row in verify:
         row["ratio"] = row["ms"] / single[row["batch"], row["context"]]
-
-
-def _add_limits(verify: list[Measures], work: ForwardWork, limits: Limits) -> None:
-    """The least milliseconds each forward could take on this machine."""
-    for row in verify:
-        row["least_ms"] = work.least_ms(limits, batch=row["batch"], context=row["context"], nodes=row["nodes"])
 
 
 # -- checks and words -------------------------------------------------------------------------------------------------
@@ -362,21 +318,73 @@ def _described(target: Target, config: LatencyConfig, drafters: Mapping[str, Par
     return {
         "target": target.name,
         "path": target.path,
-        "dtype": str(target.dtype).removeprefix("torch."),
+        "dtype": target.type_name,
         "device": str(target.device),
         "num_layers": config.num_layers or target.spec.num_layers,
         "measured_layers": target.spec.num_layers,
         "settings": json.loads(json.dumps(asdict(config))),  # lists, as it will be read back
         "drafters": {
-            name: {
-                "parameters": drafter.num_weights,
-                "heads": drafter.num_heads,
-                "draft_vocab": drafter.draft_vocab,
-            }
+            name: {"parameters": drafter.num_weights, "heads": drafter.num_heads, "draft_vocab": drafter.draft_vocab}
             for name, drafter in drafters.items()
         },
     }
 
 
-def _listed(values: Sequence[int]) -> str:
-    return ",".join(map(str, values))
+# -- files and tables -------------------------------------------------------------------------------------------------
+
+
+def write_latency(folder: Path, record: Measures) -> None:
+    """Write the record and its page."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"cannot write to {folder}: {error.strerror}; give a folder with --out") from error
+    write_json(folder / JSON, record)
+    write_file(folder / MARKDOWN, latency_markdown(record))
+
+
+def latency_markdown(record: Measures) -> str:
+    """A page: what was measured and where, then the tables."""
+    machine, versions = record["machine"], record["versions"]
+    return (
+        f"# Latency of {record['target']}\n\n"
+        f"{record['path'].capitalize()} forward, {record['dtype']} on "
+        f"{machine.get('accelerator') or machine['processor']}, {machine['torch_threads']} threads; "
+        f"medians of {record['settings']['rounds']} rounds; torch {versions.get('torch')}, transformers "
+        f"{versions.get('transformers')}; amphista {record['git'] or versions.get('amphista')}.\n\n"
+        f"{latency_tables(record)}"
+    )
+
+
+def latency_tables(record: Measures) -> str:
+    """Forwards, drafting, and from which tau on it pays."""
+    parts = ["## One forward, ms"]
+    if record["num_layers"] != record["measured_layers"]:
+        parts.append(
+            f"Scaled: {record['measured_layers']} distinct layers and the LM head were measured; the cost of the "
+            f"layers is multiplied up to {record['num_layers']}. {JSON} holds the measured times too."
+        )
+    parts.append(
+        pivot(record["verify"], ("batch", "context"), _nodes, lambda row: f"{row['ms']:.1f} ({row['ratio']:.2f}x)")
+    )
+    if record["draft"]:
+        parts.append("## Drafting, one sequence, ms")
+        parts += [
+            f"{name}: {about['parameters'] / 1e6:.1f} M weights, scores {about['draft_vocab']} tokens."
+            for name, about in record["drafters"].items()
+        ]
+        parts.append(pivot(record["draft"], ("drafter", "context"), _drafted, lambda row: f"{row['ms']:.2f}"))
+    if record["projection"]:
+        parts.append("## Tau above which a tree pays (projected from the times above, not decoded)")
+        parts.append(
+            pivot(record["projection"], ("drafter", "context"), _nodes, lambda row: f"{row['break_even_tau']:.2f}")
+        )
+    return "\n\n".join(parts) + "\n"
+
+
+def _nodes(row: Measures) -> str:
+    return f"{row['nodes']} node{'s' * (row['nodes'] > 1)}"
+
+
+def _drafted(row: Measures) -> str:
+    return f"draft {_nodes(row)}" if row["what"] == "draft" else f"feed {row['rows']} row{'s' * (row['rows'] > 1)}"

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from amphista.accept.sampling import Chooser
 from amphista.engine.params import SamplingParams
+from amphista.engine.step import end_ids
 from amphista.target.target import Target
 
 
@@ -33,4 +34,6 @@ def first_divergence(
     same = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), min(len(ours), len(theirs)))
     before = [*prompt_ids, *ours[:same]]
     logits = target.prefill(before, target.new_cache()).logits[-1]
-    return Divergence(same, Chooser(params, before).margin(logits, len(before)))
+    chooser = Chooser(params, prompt_ids, end_ids(target, params))
+    chooser.extend(ours[:same])
+    return Divergence(same, chooser.margin(logits, len(before)))

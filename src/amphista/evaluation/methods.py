@@ -8,6 +8,7 @@ the user's choice. A new kind of method is one line in METHODS.
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -25,10 +26,11 @@ from amphista.engine.params import SamplingParams
 from amphista.errors import AmphistaError, ConfigError
 from amphista.evaluation.stock import StockGenerate, assisted, plain, prompt_lookup
 from amphista.llm import LLM
-from amphista.target.loading import say
 from amphista.target.shapes import free_bytes
 from amphista.target.target import Target
 from amphista.tree.grow import DEFAULT_TREE, AutoGrower, check_tree
+
+logger = logging.getLogger("amphista")
 
 NONE, HF = "none", "hf"
 
@@ -252,7 +254,7 @@ def _random_drafter(kind: str, target: Target, draft_vocab: int | None) -> Paral
         raise ConfigError(
             f"{told} needs {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free: leave it out of --drafters"
         )
-    say(f"{told} is timed")
+    logger.info(f"{told} is timed")
     with target.device:
         drafter = make_drafter(kind, config, target.spec, target.shared)
     return drafter.to(dtype=target.dtype).eval().requires_grad_(False)

@@ -56,9 +56,9 @@ class Measures:
     """One method over a set of answers. None where there is nothing to count; shares lie between 0 and 1.
 
     acceptance_by_depth[d]: share of decode steps that accepted more than d draft tokens. tokens_per_step[n]: steps that
-    committed n tokens. identical: share of compared answers with the same tokens as `none`'s. speedup_hf: over stock
-    `generate`, None without it. expected_tau: tau by the drafter's own probabilities. mean_tree_nodes: rows per target
-    forward, root included. drafted_share: steps in which heads were asked, None where records do not tell.
+    committed n tokens. identical: share of compared answers with the same tokens as `none`'s, failed ones counted
+    against it. speedup_hf: over stock `generate`, None without it. expected_tau: tau by the drafter's own
+    probabilities. mean_tree_nodes: rows per target forward, root included.
     """
 
     num_answers: int
@@ -81,25 +81,17 @@ class Measures:
     identical: float | None
     compared: int
     mean_tree_nodes: float | None
-    mean_tree_nodes_interval: Interval | None
-    plain_step_share: float | None
-    plain_step_share_interval: Interval | None
-    drafted_share: float | None
-    drafted_share_interval: Interval | None
-    ms_per_step: float | None
     acceptance_by_depth: list[float]
     tokens_per_step: dict[str, int]
     phase_seconds: dict[str, float]
     looping_answers: int
-    correct: float | None
-    scored: int
     spec_bench: dict[str, Any]
 
 
 def summarise(records: Sequence[Record], methods: Sequence[str]) -> dict[str, dict[str, dict[str, Any]]]:
     """`{task: {method: measures}}`; the first task, `all`, is every answer."""
     tasks = list(dict.fromkeys(record.task for record in records))
-    chosen = {ALL: list(records)} | ({task: [r for r in records if r.task == task] for task in tasks})
+    chosen = {ALL: list(records)} | {task: [r for r in records if r.task == task] for task in tasks if task != ALL}
     return {task: {name: asdict(_measures(name, members)) for name in methods} for task, members in chosen.items()}
 
 
@@ -108,14 +100,8 @@ def _measures(name: str, records: Sequence[Record]) -> Measures:
     plain = [r for r in records if r.method == NONE and not r.failed]
     stock = [r for r in records if r.method == HF and not r.failed]
     has_stock = any(r.method == HF for r in records)
-    compared = [r for r in mine if r.matches is not None]
-    scored = [r for r in mine if r.correct is not None]
+    compared = [r for r in records if r.method == name and r.matches is not None]
     steps = Counter(accepted + 1 for r in mine for accepted in r.accepted)
-    nodes, nodes_interval = _per_step(mine, lambda r: sum(r.tree_nodes))
-    plain_share, plain_interval = _per_step(mine, lambda r: r.tree_nodes.count(1))
-    drafted, drafted_interval = _per_step(
-        mine if all(len(r.drafted) == len(r.accepted) for r in mine) else [], lambda r: sum(r.drafted)
-    )
     speedup, interval = speedup_over(mine, plain, whole)
     decode_speedup, decode_interval = speedup_over(mine, plain, decode_only)
     hf_speedup, hf_interval = speedup_over(mine, stock, whole)
@@ -126,7 +112,7 @@ def _measures(name: str, records: Sequence[Record]) -> Measures:
         num_tokens=sum(len(r.token_ids) for r in mine),
         num_steps=sum(steps.values()),
         tau=_tau(name, mine, loop_free=False),
-        tau_interval=_per_step(mine, _decoded)[1],
+        tau_interval=per_step(mine, _decoded)[1],
         expected_tau=_expected_tau(mine),
         tau_loop_free=_tau(name, mine, loop_free=True),
         tokens_per_second=_rate(mine, whole),
@@ -140,19 +126,11 @@ def _measures(name: str, records: Sequence[Record]) -> Measures:
         speedup_hf_interval=hf_interval,
         identical=1.0 if name == NONE and mine else _mean([r.matches for r in compared]),
         compared=len(compared),
-        mean_tree_nodes=nodes,
-        mean_tree_nodes_interval=nodes_interval,
-        plain_step_share=plain_share,
-        plain_step_share_interval=plain_interval,
-        drafted_share=drafted,
-        drafted_share_interval=drafted_interval,
-        ms_per_step=_per_step(mine, lambda r: 1000 * r.decode_seconds)[0],
+        mean_tree_nodes=per_step(mine, lambda r: sum(r.tree_nodes))[0],
         acceptance_by_depth=_acceptance_by_depth(steps),
         tokens_per_step={str(count): steps[count] for count in sorted(steps)},
         phase_seconds=_phases(mine),
         looping_answers=sum(loop_free_length(r.token_ids) < len(r.token_ids) for r in mine),
-        correct=_mean([r.correct for r in scored]),
-        scored=len(scored),
         spec_bench=spec_bench_counts(mine, stock if has_stock else plain, is_baseline_kind=is_baseline),
     )
 
@@ -162,7 +140,7 @@ def _decoded(record: Record) -> int:
     return len(record.token_ids) - record.prefill_tokens
 
 
-def _per_step(records: Sequence[Record], amount: Callable[[Record], float]) -> tuple[float | None, Interval | None]:
+def per_step(records: Sequence[Record], amount: Callable[[Record], float]) -> tuple[float | None, Interval | None]:
     """Something summed over answers, by their decode steps."""
     sums: dict[str, list[float]] = {}
     for record in records:
@@ -228,6 +206,10 @@ def speedup_over(
 def contract(summary: dict[str, dict[str, dict[str, Any]]], num_questions: int) -> dict[str, Any]:
     """What `amphista evaluate --json` prints."""
     keys = (
+        "num_answers",
+        "failed",
+        "identical",
+        "compared",
         "tau",
         "tau_loop_free",
         "tokens_per_second",
@@ -236,9 +218,7 @@ def contract(summary: dict[str, dict[str, dict[str, Any]]], num_questions: int) 
         "speedup_interval",
         "decode_speedup",
         "speedup_hf",
-        "identical",
         "num_tokens",
-        "failed",
     )
     return {
         "questions": num_questions,

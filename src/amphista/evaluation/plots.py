@@ -1,5 +1,4 @@
-"""Figures as SVG: speedup by task and over tau, acceptance by depth, time by phase, tokens per step, growing answers;
-latency over tree size."""
+"""Figures as SVG: speedup by task, acceptance by depth, time by phase, tokens per step."""
 
 from __future__ import annotations
 
@@ -16,7 +15,13 @@ from amphista.evaluation.metrics import ALL
 
 COLOURS = ["#8a94a6", "#4c78a8", "#72b7b2", "#f58518", "#e45756", "#54a24b", "#b279a2", "#9d755d"]
 PHASES = ("prefill", "draft", "tree", "verify", "accept", "commit", "generate")
-STYLE = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "svg.hashsalt": "amphista"}
+STYLE = {
+    "font.size": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "svg.hashsalt": "amphista",
+    "text.parse_math": False,
+}
 
 
 def figures(summary: dict[str, Any]) -> list[tuple[str, str]]:
@@ -27,10 +32,6 @@ def figures(summary: dict[str, Any]) -> list[tuple[str, str]]:
         ("Where the seconds go", _phases),
         ("Tokens committed per target forward", _tokens_per_step),
     ]
-    if summary.get("points"):
-        drawn.insert(1, ("Decode speedup over tau, one point a question; dotted: speedup = tau", _speedup_over_tau))
-    if summary.get("stretches"):
-        drawn.append(("Milliseconds of a step as the answer grows", _stretches))
     return [(caption, _svg(draw, summary)) for caption, draw in drawn]
 
 
@@ -50,7 +51,7 @@ def _coloured(summary: dict[str, Any]) -> dict[str, str]:
 
 def _speedup_by_task(axes: Axes, summary: dict[str, Any]) -> None:
     tasks = [task for task in summary["measures"] if task != ALL]
-    tasks = [*tasks, ALL] if len(tasks) > 1 else tasks
+    tasks = tasks if len(tasks) == 1 else [*tasks, ALL]
     methods = {name: colour for name, colour in _coloured(summary).items() if name != "none"}
     width = 0.8 / max(1, len(methods))
     for i, (name, colour) in enumerate(methods.items()):
@@ -67,48 +68,13 @@ def _speedup_by_task(axes: Axes, summary: dict[str, Any]) -> None:
                 color=colour,
                 yerr=[[max(0.0, value - low)], [max(0.0, high - value)]],
                 error_kw={"elinewidth": 0.8},
-                label=name if j == 0 else None,
+                label=name if name not in axes.get_legend_handles_labels()[1] else None,
             )
     axes.axhline(1, color="#333333", linewidth=0.8)
     axes.set_xticks(range(len(tasks)), [task.replace("_", "\n") for task in tasks], fontsize=7 if len(tasks) > 5 else 9)
     axes.set_ylabel("speedup over none")
-    if methods:
-        axes.legend(frameon=False, ncols=min(4, len(methods)), fontsize=8, loc="upper left", bbox_to_anchor=(0, 1.16))
-
-
-def _speedup_over_tau(axes: Axes, summary: dict[str, Any]) -> None:
-    """Methods that look up are triangles, heads alone and stock methods are dots; a large mark is the whole run."""
-    points = summary["points"]
-    most = max(point["tau"] for point in points)
-    for name, colour in _coloured(summary).items():
-        mine = [point for point in points if point["method"] == name]
-        whole = summary["measures"][ALL][name]
-        if not mine or max(point["tau"] for point in mine) == 1:
-            continue
-        mark = "^" if "lookup" in name else "o"
-        axes.scatter([p["tau"] for p in mine], [p["speedup"] for p in mine], 14, color=colour, marker=mark, alpha=0.5)
-        axes.scatter([whole["tau"]], [whole["decode_speedup"]], 60, color=colour, marker=mark, label=name)
-    axes.plot([1, most], [1, most], ":", color="#333333", linewidth=0.8)
-    axes.axhline(1, color="#333333", linewidth=0.8)
-    axes.set_xlabel("tau")
-    axes.set_ylabel("decode speedup over none")
     if axes.get_legend_handles_labels()[0]:
-        axes.legend(frameon=False, fontsize=8)
-
-
-def _stretches(axes: Axes, summary: dict[str, Any]) -> None:
-    for name, colour in _coloured(summary).items():
-        mine = [row for row in summary["stretches"] if row["method"] == name]
-        axes.plot(
-            [row["end"] for row in mine], [row["ms_per_step"] for row in mine], marker="o", color=colour, label=name
-        )
-    ends = sorted({row["end"] for row in summary["stretches"]})
-    axes.set_xscale("log", base=2)
-    axes.set_xticks(ends, [f"to {end}" for end in ends])
-    axes.set_ylim(bottom=0)
-    axes.set_xlabel("tokens of the answer")
-    axes.set_ylabel("milliseconds a step")
-    axes.legend(frameon=False, fontsize=8)
+        axes.legend(frameon=False, ncols=min(4, len(methods)), fontsize=8, loc="upper left", bbox_to_anchor=(0, 1.16))
 
 
 def _acceptance(axes: Axes, summary: dict[str, Any]) -> None:
@@ -152,34 +118,3 @@ def _tokens_per_step(axes: Axes, summary: dict[str, Any]) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     if drafting:
         axes.legend(frameon=False)
-
-
-def latency_figure(record: dict[str, Any]) -> str:
-    """One line per batch and context: a forward's time over the number of tree nodes; drafting below them, dashed."""
-    places = list(dict.fromkeys((row["batch"], row["context"]) for row in record["verify"]))
-    is_scaled = record["num_layers"] != record["measured_layers"]
-
-    def draw(axes: Axes, record: dict[str, Any]) -> None:
-        for i, (batch, context) in enumerate(places):
-            rows = [row for row in record["verify"] if (row["batch"], row["context"]) == (batch, context)]
-            _timed_line(axes, rows, COLOURS[(i + 1) % len(COLOURS)], f"batch {batch}, context {context}", "-")
-        drafted = [row for row in record["draft"] if row["what"] == "draft"]
-        for i, (name, context) in enumerate(dict.fromkeys((row["drafter"], row["context"]) for row in drafted)):
-            rows = [row for row in drafted if (row["drafter"], row["context"]) == (name, context)]
-            _timed_line(axes, rows, COLOURS[-1 - i % len(COLOURS)], f"{name} drafts, context {context}", "--")
-        axes.set_xscale("log", base=2)
-        axes.set_xticks(record["settings"]["nodes"], [str(n) for n in record["settings"]["nodes"]])
-        axes.set_ylim(bottom=0)
-        axes.set_xlabel("tree nodes, root included")
-        axes.set_ylabel("milliseconds" + (", layers scaled" if is_scaled else ""))
-        axes.set_title(f"{record['target']}, {record['dtype']}", loc="left", fontsize=10)
-        axes.legend(frameon=False, fontsize=8)
-
-    return _svg(draw, record)
-
-
-def _timed_line(axes: Axes, rows: list[dict[str, Any]], colour: str, label: str, style: str) -> None:
-    rows = sorted(rows, key=lambda row: int(row["nodes"]))
-    nodes = [row["nodes"] for row in rows]
-    axes.plot(nodes, [row["ms"] for row in rows], style, marker="o", markersize=3, color=colour, label=label)
-    axes.fill_between(nodes, [row["ms_min"] for row in rows], [row["ms_max"] for row in rows], color=colour, alpha=0.15)

@@ -1,5 +1,7 @@
 """Evaluation questions: MT-Bench, Spec-Bench, HumanEval, GSM8K or a file in one of their formats, checked whole.
 
+A question is text to be asked and nothing else: what a file says beside it (answers, tests, entry points) is not read.
+
 Named sets are read from a data folder; MT-Bench (arXiv 2306.05685) and Spec-Bench (arXiv 2401.07851) else come from
 their public origin, into the user's cache, and only if their sha256 is the pinned one. Question text stays in memory:
 records and reports carry ids.
@@ -10,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import reprlib
 import urllib.error
 import urllib.request
 from collections import Counter
@@ -18,16 +21,18 @@ from pathlib import Path
 from typing import Any
 
 from amphista.errors import ConfigError, DataError
-from amphista.evaluation.quality import gsm8k_reference
+from amphista.files import write_file
 from amphista.jsonl import read_lines
 from amphista.prompts import is_message, is_text
 from amphista.target.gguf import cache_folder
 
 DATA_VARIABLE = "AMPHISTA_DATA"
 DOWNLOAD_SECONDS = 60
+MAX_NAME = 200  # characters of an id or a category
+MAX_CHARACTERS = 200_000_000  # of all questions: what is unpacked may be a thousand times its file
 MT_BENCH_CATEGORIES = ("writing", "roleplay", "reasoning", "math", "coding", "extraction", "stem", "humanities")
-GSM8K_INSTRUCTION = "\n\nThink step by step, and end with a line that says: The answer is <number>."
-HUMANEVAL_INSTRUCTION = "Complete this Python function. Answer with the whole function in one code block.\n\n"
+ID_KEYS = ("question_id", "id", "task_id")
+PROMPT_KEYS = ("prompt", "question")
 
 
 @dataclass(frozen=True)
@@ -59,14 +64,6 @@ NAMED_SETS = {
 
 
 @dataclass(frozen=True)
-class Check:
-    """How an answer is scored: `gsm8k` by its final number, `humaneval` by running it against its tests."""
-
-    kind: str
-    fields: dict[str, str]
-
-
-@dataclass(frozen=True)
 class Question:
     """User turns to be asked one after the other, behind a `history` of messages if there is one.
 
@@ -78,7 +75,6 @@ class Question:
     task: str
     turns: list[str]
     history: list[dict[str, str]] = field(default_factory=list)
-    check: Check | None = None
 
 
 @dataclass(frozen=True)
@@ -122,12 +118,18 @@ def load_questions(name: str, data: Path | None = None, limit: int | None = None
             known = ", ".join(NAMED_SETS)
             raise ConfigError(f"{name!r} is neither a question file nor one of the named sets {known}")
         name = path.name
-    questions = [_question(line, f"{path} line {number}", number) for number, line in read_lines(path)]
+    questions, size = [], 0
+    for number, line in read_lines(path):
+        questions.append(_question(line, f"{path} line {number}", number))
+        asked = [*questions[-1].turns, *(message["content"] for message in questions[-1].history)]
+        size += sum(map(len, asked))
+        if size > MAX_CHARACTERS:
+            raise DataError(f"{path} holds more than {MAX_CHARACTERS:,} characters: no set of questions is that large")
     if not questions:
         raise DataError(f"{path} holds no questions")
     twice = [key for key, count in Counter(str(question.id) for question in questions).items() if count > 1]
     if twice:
-        raise DataError(f"{path} has more than one question with the id {twice[0]!r}: ids must be distinct")
+        raise DataError(f"{path} has more than one question with the id {reprlib.repr(twice[0])}: ids must be distinct")
     return _as_set(name, questions, full_size or len(questions)).sample(limit)
 
 
@@ -172,9 +174,7 @@ def _fetch(name: str) -> Path:
     if _sha256(content) != wanted.sha256:
         raise DataError(f"{wanted.url} is not the file known as {name}: its sha256 is {_sha256(content)}")
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(f".{os.getpid()}.partial")
-    partial.write_bytes(content)
-    partial.replace(path)
+    write_file(path, content)
     return path
 
 
@@ -186,16 +186,12 @@ def _sha256(content: bytes) -> str:
 
 
 def _question(line: dict[str, Any], where: str, number: int) -> Question:
-    if "entry_point" in line:
-        return _humaneval(line, where)
-    if "question" in line and "answer" in line:
-        return _gsm8k(line, where, number)
-    name = line.get("question_id", line.get("id", number))
-    if isinstance(name, bool) or not isinstance(name, str | int):
-        raise DataError(f"{where}: the question's id is {name!r}, expected a string or a number")
+    name = next((line[key] for key in ID_KEYS if key in line), number)
+    if isinstance(name, bool) or not (isinstance(name, int) or _is_name(name)):
+        raise DataError(f"{where}: the question's id is {reprlib.repr(name)}, expected a short text or a number")
     category = line.get("category", "all")
-    if not is_text(category):
-        raise DataError(f"{where}: category is {category!r}, expected a text")
+    if not _is_name(category):
+        raise DataError(f"{where}: category is {reprlib.repr(category)}, expected a short text")
     task = "mt_bench" if category in MT_BENCH_CATEGORIES else category
     if "messages" in line:
         messages = line["messages"]
@@ -204,35 +200,15 @@ def _question(line: dict[str, Any], where: str, number: int) -> Question:
         if messages[-1]["role"] != "user" or not messages[-1]["content"].strip():
             raise DataError(f"{where}: the last message must be the user's, and not empty")
         return Question(name, category, task, [messages[-1]["content"]], messages[:-1])
-    turns = [line["prompt"]] if "prompt" in line else line.get("turns")
+    turns = next(([line[key]] for key in PROMPT_KEYS if key in line), line.get("turns"))
     if not isinstance(turns, list) or not turns or not all(is_text(t) and t.strip() for t in turns):
         raise DataError(
             f"{where}: a question without turns: expected 'turns', a list of one or more texts that are not empty "
-            f"(or 'prompt', 'messages', or the lines of GSM8K or HumanEval); its keys: {', '.join(line) or 'none'}"
+            f"(or 'prompt', 'question', 'messages'); its keys: {reprlib.repr(list(line))}"
         )
     return Question(name, category, task, turns)
 
 
-def _gsm8k(line: dict[str, Any], where: str, number: int) -> Question:
-    _need_texts(line, ("question", "answer"), where)
-    check = Check("gsm8k", {"reference": gsm8k_reference(line["answer"])})
-    return Question(line.get("id", number), "gsm8k", "gsm8k", [line["question"] + GSM8K_INSTRUCTION], check=check)
-
-
-def _humaneval(line: dict[str, Any], where: str) -> Question:
-    fields = ("prompt", "entry_point", "test")
-    _need_texts(line, ("task_id", *fields), where)
-    check = Check("humaneval", {key: line[key] for key in fields})
-    return Question(
-        line["task_id"],
-        "humaneval",
-        "humaneval",
-        [f"{HUMANEVAL_INSTRUCTION}```python\n{line['prompt']}```"],
-        check=check,
-    )
-
-
-def _need_texts(line: dict[str, Any], keys: tuple[str, ...], where: str) -> None:
-    for key in keys:
-        if not is_text(line.get(key)) or not line[key].strip():
-            raise DataError(f"{where}: {key!r} must be a text that is not empty")
+def _is_name(value: Any) -> bool:
+    """Ids and categories are written to terminals, tables and figures."""
+    return isinstance(value, str) and value.isprintable() and len(value) <= MAX_NAME

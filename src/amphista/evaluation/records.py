@@ -17,6 +17,7 @@ from typing import Any
 
 from amphista.config import build
 from amphista.errors import ConfigError, DataError
+from amphista.files import write_file
 
 Group = tuple[int, str, int]  # repeat, question id, turn
 
@@ -29,7 +30,8 @@ class Record:
     forward (1, or more where a method drafts into the prefill). expected: draft tokens that should be accepted by the
     drafter's own probabilities. drafted: 1 where heads were asked, 0 where not. num_dropped: tokens chosen behind the
     end of the answer. recount: tokens of the text when tokenised again (`protocol.py`). divergence: where the answer
-    first differs from the one of `none` to the same prompt; `matches` is None where the two cannot be compared.
+    first differs from the one of `none` to the same prompt. matches: whether it is the same, False for a failed answer
+    where `none` gave one; None where the two cannot be compared.
     """
 
     id: str
@@ -57,8 +59,6 @@ class Record:
     finish_reason: str | None = None
     matches: bool | None = None
     divergence: dict[str, Any] | None = None
-    correct: bool | None = None
-    verdict: str | None = None
 
     @property
     def failed(self) -> bool:
@@ -131,9 +131,7 @@ class RecordFile:
     def __init__(self, path: Path, kept: Sequence[Record] = ()) -> None:
         """Keep `kept` (whole groups of an earlier run) and cut off what a kill has left behind them."""
         self._path = path
-        partial = path.with_name(path.name + ".partial")
-        partial.write_text("".join(map(_line, kept)), encoding="utf-8")
-        partial.replace(path)
+        write_file(path, "".join(map(_line, kept)))
 
     def append(self, group: Sequence[Record]) -> None:
         """Write one group in one piece."""
@@ -154,21 +152,3 @@ _DEFAULTS = {
     for f in dataclasses.fields(Record)
     if f.default is not dataclasses.MISSING or f.default_factory is not dataclasses.MISSING
 }
-
-
-def write_json(path: Path, value: Any) -> None:
-    """A JSON file, replaced whole."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(value, ensure_ascii=False, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    partial.replace(path)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object; raises DataError for anything else."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise DataError(f"cannot read {path}: {error}") from error
-    if not isinstance(value, dict):
-        raise DataError(f"{path} is not a JSON object")
-    return value

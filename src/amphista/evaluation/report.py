@@ -11,8 +11,8 @@ from typing import Any
 from amphista.errors import ConfigError
 from amphista.evaluation.cells import DASH, number, share, table, times, with_interval
 from amphista.evaluation.metrics import ALL
-from amphista.evaluation.speed_tables import speed_sections
 from amphista.evaluation.summary import ACCEPTED
+from amphista.files import write_file
 
 Summary = dict[str, Any]
 MAX_LISTED = 30
@@ -30,19 +30,21 @@ HEADERS = (
 LEGEND = (
     "tau: tokens committed per target forward (loop-free: before an answer begins to loop). speedup: tokens per second "
     "over none (our engine without drafts), prefill included; decode speedup: without it. over hf: over stock "
-    "generate. In parentheses: 95 % bootstrap intervals over questions. same as none: answers with identical tokens."
+    "generate. In parentheses: 95 % bootstrap intervals over questions. same as none: answers with identical tokens, "
+    "of those that none gave (a method that failed on one does not have the same)."
 )
 
 EXPECTED = (
-    "expected tau: by the drafter's own probabilities; as large as tau where they are calibrated. loop-free speedup: "
-    "of the tokens before an answer begins to loop; looping: how many answers do."
+    "expected tau: by the drafter's own probabilities; as large as tau where they are calibrated. nodes: rows of a "
+    "target forward, root included. loop-free speedup: of the tokens before an answer begins to loop; looping: how "
+    "many answers do."
 )
 
 
 def write_report(folder: Path, summary: Summary) -> None:
     """Write report.md and report.html; without matplotlib the page has no figures and says so."""
-    (folder / "report.md").write_text(markdown(summary), encoding="utf-8")
-    (folder / "report.html").write_text(html(summary), encoding="utf-8")
+    write_file(folder / "report.md", markdown(summary))
+    write_file(folder / "report.html", html(summary))
 
 
 # -- cells and tables, shared by both -----------------------------------------------------------------------------
@@ -82,7 +84,7 @@ def main_rows(measures: dict[str, dict[str, Any]]) -> list[list[str]]:
             with_interval(m, "decode_speedup"),
             with_interval(m, "speedup_hf"),
             "" if name == "none" else share(m["identical"], m["compared"]),
-            str(m["failed"]),
+            f"{m['failed']} of {m['failed'] + m['num_answers']}",
         ]
         for name, m in measures.items()
     ]
@@ -98,12 +100,13 @@ def task_rows(summary: Summary, cell: Any) -> tuple[list[str], list[list[str]]]:
 
 def detail_rows(measures: dict[str, dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
     """What each method's forwards bring."""
-    headers = ["method", "tau", "expected tau", "accepted at depth 1, 2, ...", "loop-free speedup", "looping"]
+    headers = ["method", "tau", "expected tau", "nodes", "accepted at depth 1, 2, ...", "loop-free speedup", "looping"]
     rows = [
         [
             name,
             number(m["tau"]),
             number(m["expected_tau"]),
+            number(m["mean_tree_nodes"], ".1f"),
             " ".join(f"{value:.2f}" for value in m["acceptance_by_depth"]) or DASH,
             times(m["loop_free_speedup"]),
             f"{m['looping_answers']} of {m['num_answers']}",
@@ -145,12 +148,6 @@ def protocol_rows(measures: dict[str, dict[str, Any]]) -> tuple[list[str], list[
     return headers, rows
 
 
-def quality_rows(measures: dict[str, dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
-    """Share of right answers; empty for sets that have no check."""
-    rows = [[name, share(m["correct"], m["scored"])] for name, m in measures.items() if m["scored"]]
-    return ["method", "right"], rows
-
-
 def divergence_lines(summary: Summary) -> list[str]:
     """Every answer that is not `none`'s, with the position and the target's margin there."""
     lines = []
@@ -179,15 +176,12 @@ def sections(summary: Summary) -> list[tuple[str, str, list[str], list[list[str]
     if len(summary["measures"]) > 2:
         found.append(("Speedup by task", "", *task_rows(summary, lambda m: with_interval(m, "speedup"))))
         found.append(("tau by task", "", *task_rows(summary, lambda m: with_interval(m, "tau", unit=""))))
-    found += speed_sections(summary)
     found.append(("What the forwards bring", EXPECTED, *detail_rows(everything)))
     legend = (
         "The counting of Spec-Bench's scripts: plain means over questions, the baseline's tokens counted by tokenising "
         "its text again, a method's by its own loop."
     )
     found.append(("Spec-Bench's counting", legend, *protocol_rows(everything)))
-    if quality_rows(everything)[1]:
-        found.append(("Answer quality", "", *quality_rows(everything)))
     return found
 
 
@@ -214,7 +208,7 @@ def markdown_tables(summary: Summary) -> str:
 
 
 def _described(settings: dict[str, Any]) -> str:
-    return ", ".join(f"{key} {value}" for key, value in settings.items() if key != "drafter_sha256")
+    return ", ".join(f"{key} {value}" for key, value in settings.items() if not key.endswith("_sha256"))
 
 
 # -- HTML ---------------------------------------------------------------------------------------------------------

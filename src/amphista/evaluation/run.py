@@ -1,7 +1,8 @@
 """Questions x methods x repeats -> records. Methods are interleaved turn by turn, so that a drifting machine hits all.
 
 A method that raises leaves a failed record and the run goes on. A killed run goes on where it stopped when its command
-is given again; a folder that holds another run is refused. Each method's second turn follows its own first answer.
+is given again; a folder that holds another run, or that another process writes to, is refused. Each method's second
+turn follows its own first answer.
 """
 
 from __future__ import annotations
@@ -22,20 +23,24 @@ from amphista.errors import AmphistaError, ConfigError, RequestError
 from amphista.evaluation.lossless import first_divergence
 from amphista.evaluation.methods import HF, NONE, Method, MethodSpec, Ours, Settings, build_method, costs_of
 from amphista.evaluation.protocol import recount, warm_up_plan
-from amphista.evaluation.quality import score
 from amphista.evaluation.questions import Question, QuestionSet
-from amphista.evaluation.records import Record, RecordFile, read_groups, read_json, write_json
+from amphista.evaluation.records import Record, RecordFile, read_groups
 from amphista.evaluation.stock import StockGenerate
 from amphista.evaluation.summary import RECORDS, RUN, SUMMARY, build_summary, take_samples
+from amphista.files import Lock, check_same_run, read_json, write_json
 from amphista.target.target import Target
 
 Report = Callable[[int, int, str], None]
+LOCK = ".lock"
 TEMPLATE_TOKENS = 32  # around a message, more than those of the templates we know
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationConfig:
-    """What is measured and how. `params.seed` is the run's seed; each answer has one of its own made from it."""
+    """What is measured and how. `params.seed` is the run's seed, 0 where it is None: the same run, the same answers.
+
+    Each answer has a seed of its own made from it.
+    """
 
     methods: tuple[MethodSpec, ...]
     params: SamplingParams
@@ -45,6 +50,8 @@ class EvaluationConfig:
     system: str | None = None
 
     def __post_init__(self) -> None:
+        if self.params.seed is None:
+            object.__setattr__(self, "params", replace(self.params, seed=0))
         if self.repeats < 1:
             raise ConfigError(f"--repeats is {self.repeats}: expected at least 1")
         if self.protocol not in ("own", "spec-bench"):
@@ -52,7 +59,10 @@ class EvaluationConfig:
 
 
 class Evaluation:
-    """One run in one folder. `records` are all of it once `run` has ended."""
+    """One run in one folder, which it locks until `close` or the end of its `with` block.
+
+    `records` are all of it once `run` has ended.
+    """
 
     def __init__(self, target: Target, questions: QuestionSet, config: EvaluationConfig, out: Path) -> None:
         if target.text is None:
@@ -64,24 +74,33 @@ class Evaluation:
         }
         self.records: list[Record] = []
         self._out = out
-        self._open(out)
+        self._lock = _locked(out)
+        try:
+            self._open(out)
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Let other processes have the folder."""
+        self._lock.release()
+
+    def __enter__(self) -> Evaluation:
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        self.close()
 
     # -- the run's folder -----------------------------------------------------------------------------------------
 
     def _open(self, out: Path) -> None:
-        """Create the folder, or take up what a run with the very same settings has left in it."""
+        """Begin a run, or take up what one with the very same settings has left."""
         settings = json.loads(json.dumps(self._settings()))  # as it will be read back: tuples are lists there
         costs = {name: costs_of(method) for name, method in self.methods.items()}
         environment = provenance.record() | {"costs": {name: known for name, known in costs.items() if known}}
-        try:
-            out.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ConfigError(f"cannot write to {out}: {error.strerror}; give a folder with --out") from error
         if (out / RUN).exists():
             self.run_record = read_json(out / RUN)
-            different = _differences(self.run_record.get("settings", {}), settings)
-            if different:
-                raise ConfigError(f"{out} holds a run with other settings ({different}): give another --out")
+            check_same_run(f"{out} holds another run", self.run_record.get("settings", {}), settings)
             if (out / RECORDS).exists():
                 self.records = read_groups(out / RECORDS, self.names)
             if self.records and len(self.records) < self.num_records:
@@ -98,7 +117,7 @@ class Evaluation:
         return {
             "target": self.target.name,
             "target_fingerprint": as_dict(self.target.fingerprint),
-            "dtype": str(self.target.dtype).removeprefix("torch."),
+            "dtype": self.target.type_name,
             "device": str(self.target.device),
             "path": self.target.path,
             "questions": {
@@ -188,7 +207,8 @@ class Evaluation:
                 conversations[record.method] = _next(conversations[record.method], question, turn, record)
 
     def _measure(self, question: Question, repeat: int, turn: int, conversations: dict[str, Any]) -> list[Record]:
-        params = replace(self.config.params, seed=answer_seed(self.config.params.seed, question.id, turn, repeat))
+        seed = answer_seed(self.config.params.seed or 0, question.id, turn, repeat)
+        params = replace(self.config.params, seed=seed)
         first = self.questions.questions.index(question) + turn + repeat  # each method leads in its turn
         order = [self.names[(first + i) % len(self.names)] for i in range(len(self.names))]
         found: dict[str, Record] = {}
@@ -202,13 +222,12 @@ class Evaluation:
                 turn=turn,
                 repeat=repeat,
                 method=name,
-                seed=params.seed,
+                seed=seed,
                 num_prompt_tokens=len(prompts[name]),
                 **outcome,
             )
             conversations[name] = _next(conversations[name], question, turn, found[name])
-        group = [self._compared(found[name], found[NONE], prompts, params) for name in self.names]
-        return [self._scored(record, question) for record in group]
+        return [self._compared(found[name], found[NONE], prompts, params) for name in self.names]
 
     def _answer(
         self,
@@ -244,10 +263,13 @@ class Evaluation:
         return prompt_ids
 
     def _compared(self, record: Record, plain: Record, prompts: dict[str, list[int]], params: SamplingParams) -> Record:
-        """Same tokens as `none`? Stock sampling draws its own noise, so only its greedy answers can be compared."""
+        """Same tokens as `none`? A failed answer has none. Stock sampling draws its own noise, so only its greedy
+        answers can be compared."""
         own_noise = isinstance(self.methods[record.method], StockGenerate) and not params.is_greedy
-        if record.failed or plain.failed or record.method == NONE or own_noise:
+        if plain.failed or record.method == NONE or own_noise:
             return record
+        if record.failed:
+            return replace(record, matches=False)
         prompt_ids = prompts[record.method]
         if prompt_ids != prompts[NONE]:
             return replace(record, matches=False, divergence={"position": 0, "margin": None, "earlier_turn": True})
@@ -257,11 +279,13 @@ class Evaluation:
         margin = found.margin if math.isfinite(found.margin) else None
         return replace(record, matches=False, divergence={"position": found.position, "margin": margin})
 
-    def _scored(self, record: Record, question: Question) -> Record:
-        if record.failed or question.check is None:
-            return record
-        verdict = score(question.check.kind, question.check.fields, record.text)
-        return replace(record, correct=verdict.correct, verdict=verdict.reason)
+
+def _locked(out: Path) -> Lock:
+    """The folder's lock; raises ConfigError where another process has it or the folder cannot be."""
+    try:
+        return Lock(out / LOCK, f"another process is evaluating into {out}: wait for its end or give another --out")
+    except OSError as error:
+        raise ConfigError(f"cannot write to {out}: {error.strerror}; give a folder with --out") from error
 
 
 def _next(
@@ -291,17 +315,3 @@ def _described(error: Exception) -> str:
     frames = traceback.extract_tb(error.__traceback__)
     place = f" ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""
     return f"{type(error).__name__}: {sentence}{place}"
-
-
-def _differences(old: dict[str, Any], new: dict[str, Any]) -> str:
-    """Names of settings that differ, one level down where both are sections."""
-    found = []
-    for key in sorted(old.keys() | new.keys()):
-        a, b = old.get(key), new.get(key)
-        if a == b:
-            continue
-        if isinstance(a, dict) and isinstance(b, dict):
-            found += [f"{key}.{name}" for name in sorted(a.keys() | b.keys()) if a.get(name) != b.get(name)]
-        else:
-            found.append(key)
-    return ", ".join(found)

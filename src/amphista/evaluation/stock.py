@@ -7,7 +7,6 @@ counted by hooks on the model, never taken from the library's own statistics.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -17,6 +16,7 @@ from typing import Any
 import torch
 
 from amphista.engine.params import FinishReason, SamplingParams
+from amphista.engine.stats import now
 from amphista.errors import ConfigError
 from amphista.target.loading import load_target
 from amphista.target.target import Target
@@ -52,7 +52,8 @@ def assisted(name: str, target: Target) -> Variant:
     theirs = None if assistant.text is None else assistant.text.vocabulary
     if ours != theirs:
         raise ConfigError(f"the draft model {name} has another vocabulary than the target {target.name}")
-    return Variant({"generate": "assisted", "assistant": name}, models={"assistant_model": assistant.model})
+    described = {"generate": "assisted", "assistant": name, "assistant_sha256": assistant.fingerprint.lm_head_sha256}
+    return Variant(described, models={"assistant_model": assistant.model})
 
 
 class ForwardMeter:
@@ -85,14 +86,7 @@ class ForwardMeter:
         self.rows.append(int(ids.shape[1]))
 
     def _after(self, module: Any, args: Any, output: Any) -> None:
-        self.ends.append(now(self._target))
-
-
-def now(target: Target) -> float:
-    """Wall clock, after all queued device work is done."""
-    if target.device.type == "cuda":
-        torch.cuda.synchronize(target.device)
-    return time.perf_counter()
+        self.ends.append(now(self._target.device))
 
 
 class StockGenerate:
@@ -115,12 +109,12 @@ class StockGenerate:
         config = self._generation_config(params, min(params.max_new_tokens, room))
         devices = [target.device] if target.device.type == "cuda" else []
         with torch.random.fork_rng(devices), torch.inference_mode(), ForwardMeter(target).attached() as meter:
-            torch.manual_seed(params.seed % 2**63)
-            started = now(target)
+            torch.manual_seed((params.seed or 0) % 2**63)
+            started = now(target.device)
             output = target.model.generate(
                 ids, attention_mask=torch.ones_like(ids), generation_config=config, **self._variant.models
             )
-            ended = now(target)
+            ended = now(target.device)
         token_ids = output[0, len(prompt_ids) :].tolist()
         return self._measured(meter, (started, ended), len(prompt_ids), token_ids, self._end_tokens(params))
 
@@ -133,7 +127,7 @@ class StockGenerate:
         generation_config = self._target.model.generation_config
         sampling = {
             "temperature": params.temperature,
-            "top_k": params.top_k,
+            "top_k": max(params.top_k, 0),
             "top_p": params.top_p,
             "min_p": params.min_p or (0.0 if generation_config.min_p else None),  # None: the model's own
         }

@@ -1,7 +1,6 @@
 """The summary of a run: everything its report shows, in one JSON file made from the records.
 
-{"run": settings and environment, "measures": {task: {method: Measures}}, "efficiency": {method: Efficiency},
- "points": of curve.py, "stretches": [Stretch], "divergences", "failures",
+{"run": settings and environment, "measures": {task: {method: Measures}}, "divergences", "failures",
  "samples": answers with their accepted tokens marked, "notes": sentences a reader must know}
 """
 
@@ -12,12 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from amphista.errors import DataError
-from amphista.evaluation.curve import points
-from amphista.evaluation.efficiency import efficiencies
 from amphista.evaluation.methods import NONE
 from amphista.evaluation.metrics import summarise
-from amphista.evaluation.records import Record, read_json, read_records, write_json
-from amphista.evaluation.stretches import stretches
+from amphista.evaluation.records import Record, read_records
+from amphista.files import read_json, write_json
 from amphista.target.text import IncrementalText, Text
 
 RUN, RECORDS, SUMMARY = "run.json", "records.jsonl", "summary.json"
@@ -34,10 +31,7 @@ def build_summary(run: dict[str, Any], records: Sequence[Record], samples: list[
     return {
         "run": run,
         "measures": summarise(records, methods),
-        "efficiency": efficiencies(records, run.get("costs", {})),
-        "points": points(records, methods),
-        "stretches": stretches(records, methods),
-        "divergences": [_place(r) | (r.divergence or {}) for r in records if r.matches is False],
+        "divergences": [_place(r) | (r.divergence or {}) for r in records if r.matches is False and not r.failed],
         "failures": [_place(r) | {"error": r.error} for r in records if r.failed],
         "samples": samples,
         "notes": _notes(run, records),
@@ -57,14 +51,12 @@ def _notes(run: dict[str, Any], records: Sequence[Record]) -> list[str]:
         notes.append(f"The run was broken off after {resumed['after']} records and resumed{what}.")
     failed = sum(record.failed for record in records)
     if failed:
-        notes.append(f"{failed} of {len(records)} records failed. They are in no number but `failed`.")
+        notes.append(
+            f"{failed} of {len(records)} answers failed. Where none gave one, they count as not the same; they are in "
+            "no speed and no tau."
+        )
     if run["settings"]["params"]["temperature"] > 0:
         notes.append("Stock sampling draws its own noise: its answers are not compared with those of `none`.")
-    if any(record.correct is not None for record in records):
-        notes.append(
-            "Answer quality shows that methods agree, not how good a target is: sets may be subsets, and the default "
-            "target is small."
-        )
     return notes
 
 

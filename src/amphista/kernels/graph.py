@@ -13,6 +13,7 @@ Source: CUDA graphs as torch.cuda.graph captures them (pytorch.org/docs, "CUDA s
 from __future__ import annotations
 
 import threading
+import time
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
@@ -26,6 +27,7 @@ from torch import Tensor
 from amphista.errors import CaptureError
 
 WARM_UPS = 3  # kernels choose their workspaces and what is made lazily is made before the capture
+IDLE_SECONDS = 0.25  # without a replay, after which another thread may have the buffers
 MAX_RECORDED = 128  # tree sizes times capacities that a run meets; a graph holds the launch records of its kernels
 
 
@@ -46,6 +48,14 @@ class Recorder:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._pool: Any = None
+        self._stream: Any = None
+
+    def follow(self) -> None:
+        """Let this thread's stream wait for what another one has queued on the same buffers."""
+        if self._device.type == "cuda":
+            before, self._stream = self._stream, torch.cuda.current_stream(self._device)
+            if before is not None and before != self._stream:
+                self._stream.wait_stream(before)
 
     def record(self, run: Callable[[], None]) -> Callable[[], None]:
         """What replays `run`; raises CaptureError where the device cannot record it, out of memory included."""
@@ -131,21 +141,46 @@ class Inputs:
             self._arrived.record()
 
 
-class OneThread:
-    """Buffers serve one thread: the first that asks, until it ends."""
+class ThreadLease:
+    """Which thread may use buffers whose contents outlive a call: one at a time.
+
+    It is theirs until they give it back, end, or neither use the buffers nor what was last shown of them for a while.
+    """
 
     def __init__(self) -> None:
         self._holder: weakref.ref[threading.Thread] | None = None
+        self._shown: weakref.ref[object] | None = None
+        self._used = 0.0
         self._lock = threading.Lock()
 
-    def is_mine(self) -> bool:
-        """Whether the calling thread has them; it takes them if nobody does."""
+    def take(self) -> bool:
+        """Whether the calling thread has the buffers now."""
         with self._lock:
-            holder = None if self._holder is None else self._holder()
-            if holder is None or not holder.is_alive():
-                holder = threading.current_thread()
-                self._holder = weakref.ref(holder)
-            return holder is threading.current_thread()
+            if not self._is_open():
+                return False
+            self._holder, self._used = weakref.ref(threading.current_thread()), time.monotonic()
+            return True
+
+    def show(self, views: object) -> None:
+        """Nobody else is let in while `views`, which show the buffers, are alive."""
+        self._shown = weakref.ref(views)
+
+    def give_back(self) -> None:
+        """The buffers are anybody's."""
+        with self._lock:
+            self._holder = None
+
+    def is_open(self) -> bool:
+        """Whether the calling thread would get the buffers; takes nothing."""
+        with self._lock:
+            return self._is_open()
+
+    def _is_open(self) -> bool:
+        holder = None if self._holder is None else self._holder()
+        if holder is None or not holder.is_alive() or holder is threading.current_thread():
+            return True
+        is_shown = self._shown is not None and self._shown() is not None
+        return not is_shown and time.monotonic() - self._used > IDLE_SECONDS
 
 
 def bucket(size: int, sizes: tuple[int, ...]) -> int | None:

@@ -14,17 +14,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from amphista.errors import TargetError
 from amphista.kernels.linear import Product
+from amphista.kernels.onednn import ZERO, int8_products
 
 LEVELS = 127
-ZERO = 128  # inputs are stored unsigned; oneDNN has no fast kernel for signed ones
 
 
 def can_quantise(weight: Tensor) -> bool:
     """Whether this machine multiplies 8-bit numbers without saturating and oneDNN is there to do it."""
-    if weight.device.type != "cpu" or weight.dtype is not torch.float32 or not torch.cpu._is_vnni_supported():
-        return False
-    return hasattr(torch.ops.onednn, "qlinear_prepack") and hasattr(torch.ops.onednn, "qlinear_pointwise")
+    return weight.device.type == "cpu" and weight.dtype is torch.float32 and int8_products() is not None
 
 
 class Int8Linear(Product):
@@ -35,11 +34,15 @@ class Int8Linear(Product):
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
         self.num_outputs, self.num_inputs = weight.shape
         self.bias = None if bias is None else bias.detach().clone()
+        products = int8_products()
+        if products is None:
+            raise TargetError("this machine, or this torch, has no products of 8-bit numbers: choose another dtype")
+        self._multiply = products.multiply
         with torch.inference_mode():
             plain = weight.detach()
             self.scales = plain.abs().amax(1).clamp_min(torch.finfo(plain.dtype).tiny) / LEVELS
             numbers = (plain / self.scales[:, None]).round().to(torch.int8)
-            self._weight = torch.ops.onednn.qlinear_prepack(numbers, None)
+            self._weight = products.pack(numbers)
             self._zeros = torch.zeros(self.num_outputs, dtype=torch.int64)
             self._offset = torch.full((1, 1), ZERO + 0.5)
 
@@ -63,10 +66,7 @@ class Int8Linear(Product):
 
     def _product(self, numbers: Tensor) -> Tensor:
         """Whole-number products [N, O], times the outputs' scales."""
-        product: Tensor = torch.ops.onednn.qlinear_pointwise(
-            numbers, 1.0, ZERO, self._weight, self.scales, self._zeros, None, 1.0, 0, torch.float32, "none", [], ""
-        )
-        return product
+        return self._multiply(numbers, self._weight, self.scales, self._zeros)
 
     @property
     def num_bytes(self) -> int:

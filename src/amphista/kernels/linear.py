@@ -10,7 +10,6 @@ Shapes: N rows, I inputs, O outputs.
 
 from __future__ import annotations
 
-import os
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Self
@@ -19,31 +18,22 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-# torch asks the system for huge pages (2 MB) for what it allocates from here on: a step reads every weight once, and
-# with pages of 4 KB looking them up takes its time, too. The system gives them where it allows them by request.
-os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+from amphista.kernels.onednn import packed_products, supports
 
-PACKED_ROWS = 16  # rows the packed order is chosen for: fastest or as fast as any other from 1 to 256 in our sweep
 PROBED_ROWS = 64
 _ONE_ROW_DIFFERS: dict[tuple[int, int], bool] = {}  # by outputs and inputs
-PACKED_TYPES = (torch.float32, torch.bfloat16)
 
 
 def can_pack(weight: Tensor) -> bool:
     """Whether oneDNN can hold this weight in its own order here."""
-    if weight.device.type != "cpu" or weight.dtype not in PACKED_TYPES or not torch.backends.mkldnn.is_available():
-        return False
-    if weight.dtype is torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        return False
-    return hasattr(torch.ops.mkldnn, "_linear_pointwise") and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
+    return weight.device.type == "cpu" and packed_products(weight.dtype) is not None
 
 
 def quick_type(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     """The type to multiply in where accuracy may give way: bfloat16 for float32, where the processor has it."""
-    if dtype is not torch.float32 or device.type != "cpu" or not can_pack(torch.empty(0, dtype=torch.bfloat16)):
+    if dtype is not torch.float32 or device.type != "cpu" or packed_products(torch.bfloat16) is None:
         return dtype
-    is_native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return torch.bfloat16 if is_native else dtype
+    return torch.bfloat16 if supports("_is_avx512_bf16_supported", "_is_amx_tile_supported") else dtype
 
 
 class Product(ABC):
@@ -100,9 +90,10 @@ class PackedLinear(Product):
         with torch.inference_mode():
             plain = weight.detach().contiguous()
             if self.is_packed:
-                self._weight = torch.ops.mkldnn._reorder_linear_weight(plain, PACKED_ROWS)
-                overloads = torch.ops.mkldnn._linear_pointwise  # found once, not in each of a forward's many products
-                self._multiply, self._multiply_add = overloads.default, overloads.binary
+                products = packed_products(self.dtype)
+                assert products is not None
+                self._weight = products.pack(plain)
+                self._multiply, self._multiply_add = products.multiply, products.multiply_add
                 self._pairs = self.dtype is torch.bfloat16 and self._one_row_differs()
             else:
                 self._weight = plain

@@ -1,4 +1,4 @@
-"""Parts of a transformer layer that the fast forms of target and drafter share: the norm, and rotation by pairs.
+"""Parts of a transformer layer that the fast forms of target and drafter share: norm, rotary table, rotation by pairs.
 
 The two numbers of a head that are rotated together are stored side by side, so that rotating is one product of complex
 numbers (arXiv 2104.09864): `paired` puts the rows of a weight, or of a norm over heads, in that order.
@@ -6,10 +6,15 @@ numbers (arXiv 2104.09864): `paired` puts the rows of a weight, or of a norm ove
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+
+FIRST_POSITIONS = 1024
 
 
 @dataclass(frozen=True)
@@ -19,8 +24,35 @@ class Norm:
     weight: Tensor
     eps: float
 
+    @classmethod
+    def of(cls, module: Any) -> Norm:
+        """That of a norm module, ours or the target's."""
+        return cls(module.weight.detach(), getattr(module, "eps", None) or module.variance_epsilon)
+
     def __call__(self, rows: Tensor) -> Tensor:
         return torch.rms_norm(rows, self.weight.shape, self.weight, self.eps)
+
+
+class RotaryTable:
+    """Rotary positions (arXiv 2104.09864) as complex numbers [P, E / 2], for all positions asked for so far.
+
+    Threads share it, so it only grows; what it has outgrown is kept, for recorded forwards read that very table.
+    """
+
+    def __init__(self, make: Callable[[int], Tensor]) -> None:
+        """make: the numbers of so many positions, from 0 on."""
+        self._make, self._lock = make, threading.Lock()
+        self.table = torch.empty(0)
+        self._outgrown: list[Tensor] = []
+
+    def reserve(self, num_positions: int) -> Tensor:
+        """The table, with at least the positions 0..num_positions-1."""
+        if num_positions > len(self.table):
+            with self._lock:
+                if num_positions > len(self.table):
+                    self._outgrown.append(self.table)
+                    self.table = self._make(max(FIRST_POSITIONS, 2 * num_positions))
+        return self.table
 
 
 def paired(rows: Tensor, head_size: int) -> Tensor:

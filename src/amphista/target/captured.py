@@ -6,8 +6,9 @@ is made from it on the device. A smaller tree is padded: a padded node writes it
 to nobody, sees that row beside the committed ones, and is seen by no node of the tree.
 
 Kept: one residence of keys and values for each capacity met (they double, so all of them together take less than twice
-the largest) and the recorded forwards that were used last. One thread decodes here at a time; others take the ordinary
-path of the same forward meanwhile.
+the largest) and the recorded forwards that were used last. One thread decodes here at a time, since what a forward
+shows lies in its buffers; others take the ordinary path of the same forward until that thread rests (`ThreadLease`). A
+cache that lives here is read and written elsewhere only between a forward and the commit of its path.
 
 Shapes: N nodes of the bucket, n of the tree, C capacity, S = C + 1 rows, D hidden size, V vocabulary.
 """
@@ -25,7 +26,7 @@ from torch import Tensor
 from amphista.cache.resident import Residence, ResidentCache
 from amphista.cache.static import KVCache
 from amphista.errors import CaptureError
-from amphista.kernels.graph import Inputs, OneThread, Recorded, Recorder, bucket, capacities
+from amphista.kernels.graph import Inputs, Recorded, Recorder, ThreadLease, bucket, capacities
 from amphista.target.attention import MaskPlan
 from amphista.target.lean import LeanModel
 from amphista.target.output import TargetOutput
@@ -52,7 +53,7 @@ class VerifyRegion:
         self._columns = torch.arange(residence.capacity + 1, device=device)
         self._bits = torch.arange(BITS, device=device)
         self._rows = residence.scattered(self.slots)
-        self._turns = model.turns.reserve(residence.capacity)  # held: the recorded forward reads this very table
+        model.rotary.reserve(residence.capacity)
         self.logits = torch.zeros(num_nodes, vocab_size, dtype=model.dtype, device=device)
         self.hidden = torch.zeros(num_nodes, hidden_size, dtype=model.dtype, device=device)
         self.choices = torch.zeros(num_nodes, dtype=torch.int64, device=device)
@@ -101,18 +102,23 @@ class CapturedForward:
     def __init__(self, model: LeanModel, plan: MaskPlan, spec: TargetSpec) -> None:
         self._model, self._plan, self._spec = model, plan, spec
         self._device = model.device
-        self._regions: Recorded[VerifyRegion] = Recorded(Recorder(self._device))
+        self._recorder = Recorder(self._device)
+        self._regions: Recorded[VerifyRegion] = Recorded(self._recorder)
         self._residences: dict[int, Residence] = {}
         self._lock = threading.Lock()
-        self._thread = OneThread()
+        self.lease = ThreadLease()
 
     def verify(self, tree: TokenTree, cache: KVCache) -> TargetOutput | None:
         """One forward over the tree; None for what the ordinary path must read: a tree beyond the largest bucket, a
         cache that cannot live here, another thread. raises CaptureError where the device cannot record it."""
-        num_nodes = bucket(tree.num_nodes, NODES)
-        if num_nodes is None or not isinstance(cache, ResidentCache) or not self.admit(cache):
+        if not isinstance(cache, ResidentCache):
             return None
+        num_nodes = bucket(tree.num_nodes, NODES)
         with self._lock:
+            self._recorder.follow()
+            if num_nodes is None or not self.lease.take():
+                cache.move_out()
+                return None
             past, size = cache.num_committed, tree.num_nodes
             residence = self._home_for(cache, past + size)
             region, replay = self._region(residence, num_nodes)
@@ -122,16 +128,16 @@ class CapturedForward:
             choices: list[int] = region.choices.tolist()
             for layer in cache.layers:
                 layer.num_rows = past + size
-        return TargetOutput(region.logits[:size], region.hidden[:size], choices[:size])
+            output = TargetOutput(region.logits[:size], region.hidden[:size], choices[:size])
+            self.lease.show(output)
+        return output
 
-    def admit(self, cache: KVCache) -> bool:
-        """Whether the calling thread decodes here; if not, the cache moves out, so that it may use it elsewhere."""
-        if self._thread.is_mine():
-            return True
+    def move_out(self, cache: KVCache) -> None:
+        """Let a cache take its rows along: what follows reads and writes it elsewhere, and may take long."""
         if isinstance(cache, ResidentCache):
             with self._lock:
+                self._recorder.follow()
                 cache.move_out()
-        return False
 
     @property
     def num_bytes(self) -> int:
@@ -140,9 +146,9 @@ class CapturedForward:
 
     def prepare(self, max_nodes: int, num_rows: int) -> None:
         """Record all sizes up to these now, so that none has to be in mid-answer. raises CaptureError."""
-        if not self._thread.is_mine():
-            return
         with self._lock:
+            if not self.lease.take():
+                return
             for capacity in capacities(FIRST_CAPACITY, min(num_rows, self._most_rows)):
                 for num_nodes in NODES[: bisect_left(NODES, max_nodes) + 1]:
                     self._region(self._residence(min(capacity, self._most_rows)), num_nodes)

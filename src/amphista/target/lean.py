@@ -22,7 +22,7 @@ from torch.nn import functional
 
 from amphista.kernels.int8 import Int8Linear
 from amphista.kernels.linear import PackedLinear, Product
-from amphista.kernels.parts import Norm, paired
+from amphista.kernels.parts import Norm, RotaryTable, paired
 from amphista.target.pages import give_back
 
 # From so many scores a sequence on, torch's own attention is faster than two products and a softmax.
@@ -35,7 +35,6 @@ FUSED_ATTENTION_SCORES = {
 EXACT_ROWS = 64  # of one sequence, which is more than any tree that pays on a CPU; beyond, a prompt is read
 # On CUDA torch has no kernel for grouped heads under a mask and repeats keys and values: products, memory permitting.
 GROUPED_CUDA_SCORES = 1 << 28
-FIRST_POSITIONS = 1024
 Mask = Tensor | Mapping[str, Tensor | None] | None
 
 
@@ -51,10 +50,6 @@ class NoRows:
 
     def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         return keys, values
-
-
-def _norm(module: Any) -> Norm:
-    return Norm(module.weight.detach(), module.variance_epsilon)
 
 
 def _norm_of_heads(module: Any) -> Norm:
@@ -90,12 +85,12 @@ class LeanLayer:
         attention, mlp = layer.self_attn, layer.mlp
         normed = hasattr(attention, "q_norm")
         return cls(
-            attention_norm=_norm(layer.input_layernorm),
+            attention_norm=Norm.of(layer.input_layernorm),
             qkv=_projections(attention, product),
             query_norm=_norm_of_heads(attention.q_norm) if normed else None,
             key_norm=_norm_of_heads(attention.k_norm) if normed else None,
             output=product.of(attention.o_proj),
-            mlp_norm=_norm(layer.post_attention_layernorm),
+            mlp_norm=Norm.of(layer.post_attention_layernorm),
             gate_up=product.of(mlp.gate_proj, mlp.up_proj),
             down=product.of(mlp.down_proj),
             kind=kind,
@@ -113,13 +108,13 @@ class LeanModel:
         self.head_size = attention.head_dim
         self.num_heads, self.num_key_value_heads = config.num_attention_heads, config.num_key_value_heads
         self._embedding = decoder.embed_tokens.weight.detach()
-        self.turns = Turns(decoder.rotary_emb, self._embedding.device)
+        self.rotary = _rotary_table(decoder.rotary_emb, self._embedding.device)
         self._exact = torch.promote_types(self.dtype, torch.float32)  # what is rotated in
         self.sums_in = _sums_in(self.dtype, self.device, product)
         scales = torch.ones(self.num_heads + self.num_key_value_heads, 1, dtype=self._exact)
         scales[: self.num_heads] = attention.scaling
         self._heads_scale = scales.to(self._embedding.device)
-        self._norm = _norm(decoder.norm)
+        self._norm = Norm.of(decoder.norm)
         kinds = getattr(config, "layer_types", None) or ["full_attention"] * len(decoder.layers)
         self._kinds = set(kinds)
         self.layers: list[LeanLayer] = []
@@ -154,7 +149,7 @@ class LeanModel:
         mask: bool [B or 1, 1, N, S], a dict of them by layer type, or None where every new row sees all of S (N = 1),
         or, without a cache, all rows before it.
         """
-        self.turns.reserve(int(positions.max()) + 1)
+        self.rotary.reserve(int(positions.max()) + 1)
         if token_ids.shape == (1, 1) and mask is not None:
             mask = _without_those_that_hide_nothing(mask)
         return self.states(token_ids, positions, mask, cache)
@@ -198,31 +193,22 @@ class LeanModel:
 
     def _rotation(self, positions: Tensor, num_sequences: int) -> Tensor:
         """What queries and keys are multiplied by: complex [B * N, H + J, E / 2]."""
-        turns = self.turns.table[positions]
+        turns = self.rotary.table[positions]
         if len(positions) != num_sequences:
             turns = turns.expand(num_sequences, -1, -1)
         return turns.reshape(-1, 1, turns.shape[-1]) * self._heads_scale
 
 
-class Turns:
-    """Rotary positions as complex numbers [P, E / 2], kept for all positions seen so far.
+def _rotary_table(rotary: Any, device: torch.device) -> RotaryTable:
+    """The table of a model's own rotary embedding."""
 
-    A table that has been outgrown is replaced, never written: whoever holds it may go on using it.
-    """
+    def make(num_positions: int) -> Tensor:
+        rows = torch.empty(0, dtype=torch.float32, device=device)
+        cosine, sine = rotary(rows, torch.arange(num_positions, device=device)[None])
+        half = cosine.shape[-1] // 2
+        return torch.complex(cosine[0, :, :half], sine[0, :, :half])
 
-    def __init__(self, rotary: Any, device: torch.device) -> None:
-        self._rotary, self._device = rotary, device
-        self.table = torch.empty(0, device=device)
-
-    def reserve(self, num_positions: int) -> Tensor:
-        """The table, with at least the positions 0..num_positions-1."""
-        if num_positions > len(self.table):
-            size = max(FIRST_POSITIONS, 2 * num_positions)
-            rows = torch.empty(0, dtype=torch.float32, device=self._device)
-            cosine, sine = self._rotary(rows, torch.arange(size, device=self._device)[None])
-            half = cosine.shape[-1] // 2
-            self.table = torch.complex(cosine[0, :, :half], sine[0, :, :half])
-        return self.table
+    return RotaryTable(make)
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import sys
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -29,15 +29,11 @@ from amphista.target.spec import TargetSpec
 from amphista.target.target import Target
 from amphista.target.text import Text
 
+logger = logging.getLogger("amphista")
+
 NAMED_TARGETS: dict[str, PackagedTarget] = {DEFAULT_TARGET: SMOLLM2_135M}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 INT8 = "int8"
-
-
-def say(line: str) -> None:
-    """Progress for people, on standard error."""
-    sys.stderr.write(f"amphista: {line}\n")
-    sys.stderr.flush()
 
 
 def load_target(
@@ -46,7 +42,7 @@ def load_target(
     device: str | None = None,
     dtype: str | None = None,
     fast: bool = True,
-    progress: Progress = say,
+    progress: Progress = logger.info,
 ) -> Target:
     """Load a target and check that it verifies trees.
 
@@ -67,7 +63,7 @@ def load_target(
         target.fingerprint = Target(_load_model(name, folder, torch.device("cpu"), "auto"), text).fingerprint
     quantisation = getattr(target.config, "quantization_config", None)
     if quantisation is not None:
-        progress(
+        logger.warning(
             "the target is quantised. Kernels that scale activations over several rows at once would make its choices "
             "depend on the tree: check with --compare before trusting it"
         )
@@ -88,7 +84,7 @@ def _refuse_int8(place: torch.device, fast: bool) -> None:
         raise TargetError("int8 weights need a CPU with 8-bit dot products (VNNI) and a torch built with oneDNN")
 
 
-def locate(name: str, progress: Progress = say) -> str:
+def locate(name: str, progress: Progress = logger.info) -> str:
     """Where `transformers` should load a target from: a folder, or the hub id itself."""
     if name in NAMED_TARGETS:
         return str(packaged_target_folder(NAMED_TARGETS[name], progress))

@@ -6,6 +6,7 @@ Dimensions: Llama (arXiv 2302.13971, table 2) for 7b, 13b and 33b (Vicuna has th
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,8 +17,10 @@ import torch
 
 from amphista.errors import CapacityError, ConfigError
 from amphista.target.gguf import Progress
-from amphista.target.loading import DTYPES, device_of, say
+from amphista.target.loading import DTYPES, device_of
 from amphista.target.target import Target
+
+logger = logging.getLogger("amphista")
 
 VOCAB_SIZE = 32000
 MAX_POSITIONS = 4096
@@ -86,7 +89,7 @@ def random_target(
     device: str | None = None,
     dtype: str | None = None,
     fast: bool = False,
-    progress: Progress = say,
+    progress: Progress = logger.info,
 ) -> Target:
     """A target of a known shape with random weights, whole or cut to its first `num_layers` layers.
 

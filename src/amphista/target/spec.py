@@ -147,6 +147,11 @@ class SharedWeights:
         """The LM head [V, D]."""
         return self._lm_head.weight
 
+    @property
+    def has_bias(self) -> bool:
+        """Whether the LM head has a bias."""
+        return getattr(self._lm_head, "bias", None) is not None
+
     @torch.no_grad()
     def head_rows(self, token_ids: Tensor) -> tuple[Tensor, Tensor | None]:
         """A copy of some LM-head rows: ids [...] -> weight [..., D] and bias [...] or None."""

@@ -61,7 +61,7 @@ class Target:
         self._lean: LeanModel | None = None
         self._wants_static = static
         self._captured: CapturedForward | None = None
-        self.why_not_captured: str | None = None
+        self._why_not_captured: str | None = None
         self.why_stock: str | None = why_not_fast(model)
         self.load_stock: Callable[[], Target] | None = None
         self._stock: Target | None = None
@@ -100,13 +100,27 @@ class Target:
     @property
     def path(self) -> str:
         """Which forward verifies: `captured` (captured.py; off CUDA `fast-static`), `fast` or `fast-int8` (lean.py), or
-        `stock`."""
+        `stock`. While another thread has the captured graphs it is `fast` in this one."""
         if self._lean is None:
             return "stock"
         fast = "fast-int8" if self.has_int8 else "fast"
-        if self._captured is None:
+        captured = self._captured
+        if captured is None or not captured.lease.is_open():
             return fast
         return "captured" if self.device.type == "cuda" else f"{fast}-static"
+
+    @property
+    def why_not_captured(self) -> str | None:
+        """Why the calling thread decodes without recorded forwards; None where it has them, or nobody wanted them."""
+        captured = self._captured
+        if captured is not None and not captured.lease.is_open():
+            return "another thread decodes with the captured graphs now, this one without until that one rests"
+        return self._why_not_captured
+
+    def give_back_graphs(self) -> None:
+        """Let any thread decode with the recorded forwards: this one, which loads or measures, is done with them."""
+        if self._captured is not None:
+            self._captured.lease.give_back()
 
     @property
     def is_static(self) -> bool:
@@ -167,6 +181,7 @@ class Target:
         difference = float((outputs[0] - outputs[1]).abs().max() / outputs[1].abs().max())
         if not difference <= self._probe_tolerance:
             self._uncapture(f"a recorded forward differs from the same one as it is by {difference:.2g}")
+        self.give_back_graphs()
 
     @property
     def _probe_tolerance(self) -> float:
@@ -174,7 +189,7 @@ class Target:
 
     def _uncapture(self, reason: str) -> None:
         """Go on without recorded forwards, and say so once."""
-        self._captured, self.why_not_captured = None, reason
+        self._captured, self._why_not_captured = None, reason
         warnings.warn(f"{self.name} decodes without captured graphs, slower: {reason}", RuntimeWarning, stacklevel=2)
 
     def stock(self) -> Target:
@@ -196,6 +211,11 @@ class Target:
         if not isinstance(getattr(holder, "layers", None), nn.ModuleList | list):
             raise TargetError(f"{self.spec.family} keeps its layers elsewhere: only whole targets can be measured")
         return holder
+
+    @property
+    def generation_config(self) -> Any:
+        """The model's own, None where it has none; nothing but its end tokens is used unasked."""
+        return self._generation_config
 
     @cached_property
     def eos_ids(self) -> frozenset[int]:
@@ -227,8 +247,9 @@ class Target:
 
     def prefill(self, token_ids: list[int], cache: KVCache) -> TargetOutput:
         """Read and commit a prompt (or its continuation) in chunks: logits of the last token, hidden of all."""
-        if self._captured is not None:
-            self._captured.admit(cache)
+        captured = self._captured
+        if captured is not None:
+            captured.move_out(cache)
         hidden = []
         logits = None
         for start in range(0, len(token_ids), PREFILL_CHUNK):
@@ -247,9 +268,10 @@ class Target:
     def verify(self, tree: TokenTree, cache: KVCache) -> TargetOutput:
         """One forward over the tree's N nodes behind the committed rows; the caller commits the accepted path."""
         self._check_context(cache.num_committed + max(tree.depths))
-        if self._captured is not None:
+        captured = self._captured  # which another thread may give up meanwhile
+        if captured is not None:
             try:
-                output = self._captured.verify(tree, cache)
+                output = captured.verify(tree, cache)
             except CaptureError as error:
                 self._uncapture(str(error))
             else:

@@ -1,19 +1,26 @@
 """The text side of a target: tokenizer, chat template, and text that appears piece by piece.
 
 Law: the pieces of `IncrementalText`, joined, equal the whole answer decoded at once; no piece ever ends inside a
-multi-byte character, and nothing that may still become a stop string is shown.
+multi-byte character, and nothing that may still become a stop string is shown. A conversation's texts are texts: the
+only control tokens in a rendered prompt are those that the chat template itself writes.
 """
 
 from __future__ import annotations
 
+import copy
+import inspect
+import re
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
 from amphista.errors import RequestError, TargetError
+from amphista.prompts import is_text
 
-Message = Mapping[str, str]
+Message = Mapping[str, Any]
 REPLACEMENT = "\ufffd"  # what a decoder prints for bytes that are not yet a whole character
+MAX_OPEN = 16  # tokens that may wait for a character to end; none has more than 4 bytes
+CHARACTER_BYTES = 4
 
 
 class Text:
@@ -27,6 +34,21 @@ class Text:
         """Every token and its id."""
         return dict(self.tokenizer.get_vocab())
 
+    @cached_property
+    def special_tokens(self) -> dict[str, int]:
+        """The tokens that are no text, and their ids."""
+        added = self.tokenizer.added_tokens_decoder.items()
+        return {token.content: token_id for token_id, token in added if token.special and not self.decode([token_id])}
+
+    @cached_property
+    def byte_tokens(self) -> dict[int, int]:
+        """Ids and values of the tokens that stand for single bytes, where a run of them that is not UTF-8 is decoded to
+        nothing but replacements (byte fallback): what comes later then changes what came before."""
+        names = {f"<0x{byte:02X}>": byte for byte in range(256)}
+        found = {self.vocabulary[name]: byte for name, byte in names.items() if name in self.vocabulary}
+        broken = [self.vocabulary.get(f"<0x{byte:02X}>", -1) for byte in (*"é".encode(), 0xFF)]
+        return found if -1 not in broken and self.decode(broken) == REPLACEMENT * 3 else {}
+
     @property
     def eos_id(self) -> int | None:
         """The tokenizer's own end token."""
@@ -38,20 +60,52 @@ class Text:
         return bool(getattr(self.tokenizer, "chat_template", None))
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of plain text, with the special tokens the tokenizer adds by itself."""
+        """Token ids of plain text, with the special tokens the tokenizer adds by itself; raw: control tokens in it are
+        control tokens."""
+        if not is_text(text):
+            raise RequestError("the prompt holds half a character (a lone surrogate): it is no text")
         return list(self.tokenizer(text)["input_ids"])
 
-    def render(self, messages: Sequence[Message], *, add_generation_prompt: bool = True) -> list[int]:
-        """Token ids of a conversation in the target's own chat template."""
-        return self.encode_part(self.render_text(messages, add_generation_prompt=add_generation_prompt))
+    def render(
+        self, messages: Sequence[Message], *, add_generation_prompt: bool = True, **template_kwargs: Any
+    ) -> list[int]:
+        """Token ids of a conversation in the target's own chat template; `template_kwargs` are its variables.
+
+        What the messages hold is encoded as text, control tokens too. raises RequestError for messages that are none,
+        for what the template refuses, and for control tokens where this transformers cannot take them as text.
+        """
+        if not self.has_chat_template:
+            raise TargetError("the target's tokenizer has no chat template: pass plain text (--raw)")
+        plain = [plain_message(message) for message in messages]
+        settings: dict[str, Any] = {"add_generation_prompt": add_generation_prompt, **template_kwargs}
+        if "sanitize_control_tokens" in inspect.signature(self.tokenizer.apply_chat_template).parameters:
+            settings["sanitize_control_tokens"] = True
+        else:
+            self._refuse_control_tokens(plain, template_kwargs)
+        try:
+            ids = self.tokenizer.apply_chat_template(plain, tokenize=True, return_dict=False, **settings)
+        except Exception as error:  # templates raise whatever their author chose; the sentence is the template's own
+            raise RequestError(f"the target's chat template refuses this conversation: {error}") from error
+        return list(ids)
+
+    def _refuse_control_tokens(self, *parts: Any) -> None:
+        """Raise RequestError where a text holds a special token."""
+        for text in _texts_in(parts):
+            held = next((token for token in self.special_tokens if token in text), None)
+            if held is not None:
+                raise RequestError(
+                    f"a message holds the control token {held!r}: take it out, or install a transformers that can read "
+                    "it as text (`sanitize_control_tokens` of `apply_chat_template`)"
+                )
 
     def render_text(self, messages: Sequence[Message], *, add_generation_prompt: bool = True) -> str:
         """A conversation in the target's own chat template, as text."""
         if not self.has_chat_template:
             raise TargetError("the target's tokenizer has no chat template: pass plain text (--raw)")
+        plain = [plain_message(message) for message in messages]
         try:
             text: str = self.tokenizer.apply_chat_template(
-                [dict(message) for message in messages], tokenize=False, add_generation_prompt=add_generation_prompt
+                plain, tokenize=False, add_generation_prompt=add_generation_prompt
             )
         except Exception as error:  # templates raise whatever their author chose; the sentence is the template's own
             raise RequestError(f"the target's chat template refuses this conversation: {error}") from error
@@ -63,70 +117,175 @@ class Text:
 
     def decode_exactly(self, token_ids: Sequence[int]) -> str:
         """Text of token ids, special tokens written out."""
-        text: str = self.tokenizer.decode(list(token_ids), clean_up_tokenization_spaces=False)
+        return self.decode(token_ids, with_special=True)
+
+    def decode(self, token_ids: Sequence[int], *, with_special: bool = False) -> str:
+        """Text of token ids, special tokens left out unless asked for."""
+        text: str = self.tokenizer.decode(
+            list(token_ids), skip_special_tokens=not with_special, clean_up_tokenization_spaces=False
+        )
         return text
 
-    def decode(self, token_ids: Sequence[int]) -> str:
-        """Text of token ids, special tokens left out."""
-        text: str = self.tokenizer.decode(list(token_ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        return text
+
+def plain_message(message: Any) -> dict[str, Any]:
+    """A chat message with its text parts joined; raises RequestError for what is none, or more than text."""
+    if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+        raise RequestError(f"a message is {message!r}: expected an object with 'role' and 'content'")
+    if not re.fullmatch(r"[\w -]+", message["role"]):  # templates build control tokens around it
+        raise RequestError(f"a message's role is {message['role']!r}: expected a word, such as user or assistant")
+    plain = dict(message)
+    content = plain.get("content")
+    if isinstance(content, list | tuple):
+        plain["content"] = "".join(map(_part_text, content))
+    elif not isinstance(content, str) and not (content is None and len(plain.keys() - {"role", "content"})):
+        raise RequestError(f"a message's content is {content!r}: expected a text, or a list of text parts")
+    if not all(map(is_text, _texts_in(plain))):
+        raise RequestError("a message holds half a character (a lone surrogate): it is no text")
+    return plain
+
+
+def _part_text(part: Any) -> str:
+    if isinstance(part, str):
+        return part
+    if isinstance(part, Mapping) and part.get("type", "text") == "text" and isinstance(part.get("text"), str):
+        return str(part["text"])
+    kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
+    raise RequestError(f"a message holds a part of the type {kind!r}: this target reads text alone")
+
+
+def _texts_in(value: Any) -> list[str]:
+    """All texts in nested lists and objects, keys included."""
+    if isinstance(value, Mapping):
+        value = [*value.keys(), *value.values()]
+    if isinstance(value, list | tuple):
+        return [text for part in value for text in _texts_in(part)]
+    return [value] if isinstance(value, str) else []
 
 
 class IncrementalText:
     """Turns a growing list of token ids into text pieces; ends at the first stop string.
 
     `push` returns what may be shown now, `finish` the rest. `stopped` is set by the token that completes a stop
-    string; the text then excludes the stop string.
+    string, from the one behind `min_tokens` on; the text then excludes the stop string. Stop strings may hold special
+    tokens, which are never shown. The work for a token does not grow with the text.
     """
 
-    def __init__(self, text: Text, stops: Sequence[str] = ()) -> None:
-        self._text, self._stops = text, tuple(stops)
-        self._ids: list[int] = []
-        self._window_start = 0  # decoding starts here ...
-        self._window_end = 0  # ... and everything before here is already in `_decoded`
+    def __init__(self, text: Text, stops: Sequence[str] = (), min_tokens: int = 0) -> None:
+        self._text, self._stops, self._min_tokens = text, tuple(stops), min_tokens
+        self._longest = max(map(len, self._stops), default=0)
+        special = text.special_tokens
+        self._reads_special = any(token in stop for stop in self._stops for token in special)
+        self._unread = frozenset() if self._reads_special else frozenset(special.values())
+        self._num_tokens = 0
+        self._context: list[int] = []  # the last tokens before the open ones: decoders treat a first token differently
+        self._open: list[int] = []  # tokens whose text is not certain yet
         self._decoded = ""
         self._num_shown = 0
+        self._run, self._broken, self._rest = (
+            "",
+            False,
+            b"",
+        )  # of a run of byte tokens: text, not UTF-8?, bytes left over
         self.stopped = False
+
+    def copy(self) -> IncrementalText:
+        """The same, to be carried on independently."""
+        other = copy.copy(self)
+        other._context, other._open = list(self._context), list(self._open)
+        return other
 
     @property
     def value(self) -> str:
-        """All text so far, shown or held back, without a completed stop string."""
-        return self._decoded
+        """All certain text so far, shown or held back, without a completed stop string."""
+        return self._visible(self._decoded)
 
     def push(self, token_id: int) -> str:
         """Add one token; the text that is now certain."""
-        self._ids.append(token_id)
-        before = self._text.decode(self._ids[self._window_start : self._window_end])
-        after = self._text.decode(self._ids[self._window_start :])
-        if len(after) > len(before) and not after.endswith(REPLACEMENT):
-            self._extend(after[len(before) :])
-            self._window_start, self._window_end = self._window_end, len(self._ids)
+        self._num_tokens += 1
+        if token_id in self._unread:
+            return ""  # decoding leaves it out, and joins what stands beside it
+        self._open.append(token_id)
+        byte = self._text.byte_tokens.get(token_id)
+        if byte is None:
+            self._push_token()
+        else:
+            self._push_byte(byte)
         return self._show(self._num_safe())
 
     def finish(self) -> str:
         """The rest: bytes that never became a character, and a stop prefix that never completed."""
-        if not self.stopped:
-            before = self._text.decode(self._ids[self._window_start : self._window_end])
-            self._extend(self._text.decode(self._ids[self._window_start :])[len(before) :])
-            self._window_start, self._window_end = self._window_end, len(self._ids)
+        if not self.stopped and self._open:
+            self._close(len(self._open), self._tail(self._open))
         return self._show(len(self._decoded))
 
-    def _extend(self, piece: str) -> None:
+    def _push_token(self) -> None:
+        """Close the open tokens, unless they end inside a character."""
+        self._run, self._broken, self._rest = "", False, b""
+        tail = self._tail(self._open)
+        if self._text.byte_tokens or not tail.endswith(REPLACEMENT):
+            self._close(len(self._open), tail)
+            return
+        self._look_for_stops(tail)
+        if len(self._open) > MAX_OPEN:
+            self._close_what_is_certain(tail)
+
+    def _push_byte(self, byte: int) -> None:
+        """A run of byte tokens is certain once it has ended, or can no longer become UTF-8."""
+        self._rest += bytes([byte])
+        try:
+            self._run += self._rest.decode("utf-8")
+            self._rest = b""
+        except UnicodeDecodeError as error:
+            self._broken = self._broken or error.reason != "unexpected end of data"
+        if self._broken:
+            self._close(len(self._open), REPLACEMENT * len(self._open))
+        elif not self._rest and any(stop in self._known() + self._run for stop in self._stops):
+            self._look_for_stops(self._tail(self._open))
+
+    def _tail(self, open_ids: list[int]) -> str:
+        """What open tokens add to the text, were it to end with them."""
+        before = self._decode(self._context) if self._context else ""
+        return self._decode([*self._context, *open_ids])[len(before) :]
+
+    def _decode(self, token_ids: list[int]) -> str:
+        return self._text.decode(token_ids, with_special=True) if self._reads_special else self._text.decode(token_ids)
+
+    def _close(self, num_tokens: int, tail: str) -> None:
+        """Make the text of the first open tokens certain."""
+        self._look_for_stops(tail)
         if self.stopped:
             return
-        search_from = max(0, len(self._decoded) - max((len(stop) for stop in self._stops), default=0))
-        self._decoded += piece
-        found = [at for stop in self._stops if (at := self._decoded.find(stop, search_from)) >= 0]
+        self._decoded += tail
+        closed, self._open = self._open[:num_tokens], self._open[num_tokens:]
+        self._context = (closed if tail else [*self._context, *closed])[-MAX_OPEN:]
+
+    def _close_what_is_certain(self, tail: str) -> None:
+        """Split open tokens that have become many where a character ends: before one of the last few."""
+        for size in range(len(self._open) - CHARACTER_BYTES, len(self._open) - 2 * CHARACTER_BYTES, -1):
+            first = self._tail(self._open[:size])
+            if first + self._decode(self._open[size:]) == tail:
+                self._close(size, first)
+                return
+
+    def _known(self) -> str:
+        """The end of the certain text, as much of it as may begin a stop string."""
+        return self._decoded[max(0, len(self._decoded) - self._longest + 1) :] if self._longest > 1 else ""
+
+    def _look_for_stops(self, tail: str) -> None:
+        """End where the text with this tail holds a stop string that was not there before."""
+        if self._num_tokens <= self._min_tokens:
+            return
+        known = self._known()
+        found = [at for stop in self._stops if (at := _first_behind(known, tail, stop)) is not None]
         if found:
-            self.stopped = True
-            self._decoded = self._decoded[: min(found)]
+            self.stopped, self._open = True, []
+            self._decoded = self._decoded[: len(self._decoded) - len(known)] + (known + tail)[: min(found)]
 
     def _num_safe(self) -> int:
         """Characters that no stop string can still swallow."""
         if self.stopped or not self._stops:
             return len(self._decoded)
-        longest = max(len(stop) for stop in self._stops)
-        for held in range(min(longest - 1, len(self._decoded)), 0, -1):
+        for held in range(min(self._longest - 1, len(self._decoded)), 0, -1):
             tail = self._decoded[-held:]
             if any(stop.startswith(tail) for stop in self._stops):
                 return len(self._decoded) - held
@@ -135,4 +294,15 @@ class IncrementalText:
     def _show(self, end: int) -> str:
         piece = self._decoded[self._num_shown : end]
         self._num_shown = max(self._num_shown, end)
+        return self._visible(piece)
+
+    def _visible(self, piece: str) -> str:
+        for token in self._text.special_tokens if self._reads_special else ():
+            piece = piece.replace(token, "")
         return piece
+
+
+def _first_behind(known: str, tail: str, stop: str) -> int | None:
+    """Where in both together a stop string stands first that does not end in `known`."""
+    at = (known + tail).find(stop, max(0, len(known) - len(stop) + 1))
+    return at if at >= 0 else None

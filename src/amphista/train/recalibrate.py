@@ -20,10 +20,10 @@ from amphista.config import build
 from amphista.drafter.card import CardConfig, write_card
 from amphista.drafter.checkpoint import (
     Checkpoint,
+    check_out,
     load_drafter,
     locate_checkpoint,
     make_drafter,
-    read_checkpoint,
     save_drafter,
 )
 from amphista.drafter.convert import Published
@@ -31,7 +31,7 @@ from amphista.drafter.heads import ParallelHeads
 from amphista.engine.decoder import decode
 from amphista.engine.params import SamplingParams
 from amphista.engine.step import Engine
-from amphista.errors import ConfigError, DrafterError
+from amphista.errors import ConfigError
 from amphista.target.loading import hub_name
 from amphista.target.target import Target
 from amphista.train.calibrate import calibrate
@@ -111,8 +111,8 @@ def save_converted(
     """Save a converted drafter as a checkpoint, calibrated where there are answers; returns its training record.
 
     data: files as for training, all of them held out, since nothing is trained. Without them its trees take its
-    probabilities as they are. card: its licence defaults to the published one. Raises ConfigError if `out` holds
-    something else than a drafter.
+    probabilities as they are. card: its licence defaults to the published one. Raises ConfigError where `check_out`
+    does.
     """
     check_out(out)
     drafter = published.drafter.to(target.device)
@@ -130,16 +130,6 @@ def save_converted(
     text = write_card(drafter, hub_name(target.name), training, card, published.dtype)
     save_drafter(drafter, out, target.fingerprint, card=text, training=training, dtype=published.dtype)
     return training
-
-
-def check_out(out: Path) -> None:
-    """Raise ConfigError unless `out` is free, empty or a drafter's."""
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
-        return
-    try:
-        read_checkpoint(out)
-    except (DrafterError, OSError) as error:
-        raise ConfigError(f"{out} is there already and is no drafter of ours: choose another --out") from error
 
 
 def _read(data: Sequence[Path], target: Target) -> list[TokenRow]:

@@ -22,7 +22,7 @@ from typing import Any
 
 from accelerate import Accelerator
 
-from amphista.drafter.checkpoint import recover_drafter
+from amphista.drafter.checkpoint import check_out, recover_drafter
 from amphista.files import (
     Lock,
     check_same_run,
@@ -76,6 +76,8 @@ class RunFolder:
                 recover_drafter(self.path / name)
             for left_over in self.path.glob(".*.partial"):
                 left_over.unlink()
+            for name in DRAFTERS_KEPT:
+                check_out(self.path / name)
         self._accelerator.wait_for_everyone()
         progress = Progress()
         if state.is_dir():

@@ -26,7 +26,7 @@ from amphista.train.dataset import Batch, HiddenStates, batches_of
 from amphista.train.head_loss import HeadLoss
 from amphista.train.losses import LossConfig
 from amphista.train.rows import TokenRow
-from amphista.tree.candidates import Below, Candidates
+from amphista.tree.candidates import Candidates, ConditionalRanks
 from amphista.tree.dynamic import best_first
 
 NUM_RANKS = 10
@@ -112,7 +112,7 @@ def _share_above(accepted: Counter[int], depth: int) -> float:
 class RankedHeads:
     """Top ranks of every head at every answer row: token ids and log-probabilities [Q, K, R], on CPU.
 
-    Of a drafter with a path correction also `Below` as tensors [Q, K - 1, S, R]: ranks and log-probabilities.
+    Of a drafter with a path correction also `ConditionalRanks`, tensors [Q, K - 1, S, R]: ranks and log-probabilities.
     """
 
     tokens: Tensor
@@ -125,7 +125,7 @@ class RankedHeads:
 
     def candidates(self, row: int) -> Candidates:
         """What the drafter would offer at that row."""
-        below = None if self.below is None else Below(*(values[row].tolist() for values in self.below))
+        below = None if self.below is None else ConditionalRanks(*(values[row].tolist() for values in self.below))
         return Candidates(self.tokens[row].tolist(), self.log_probs[row].tolist(), below=below)
 
     def ranked_tokens(self, head: int, index: Tensor, above: Tensor) -> Tensor:
@@ -163,7 +163,7 @@ def ranked_heads(drafter: ParallelHeads, batch: Batch, num_ranks: int, temperatu
 def _ranked_below(
     drafter: ParallelHeads, states: Tensor, tokens: Tensor, log_probs: Tensor, divisors: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """`Below` at all rows, some at a time: for each of them there are K - 1 times S states. On CPU."""
+    """`ConditionalRanks` at all rows, some at a time: for each of them there are K - 1 times S states. On CPU."""
     parts = []
     num_ranks = drafter.config.path_shortlist
     with torch.autocast(divisors.device.type, enabled=False):  # as `exact_logits`

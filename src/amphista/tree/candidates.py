@@ -1,4 +1,4 @@
-"""Candidates: what a drafter offers a tree, per depth the best tokens and their log-probabilities; and a graft.
+"""Candidates: what a drafter offers a tree, per depth the best tokens and their log-probabilities; and an n-gram draft.
 
 A drafter that knows paths also says, below each of its tokens, which of the next depth's come how likely.
 """
@@ -9,15 +9,18 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Graft:
-    """One chain of tokens below the root; `log_probs[d]` is that of the token d + 1 deep, those above being right."""
+class NgramDraft:
+    """One chain of tokens, grafted on the tree below its root.
+
+    `log_probs[d]` is that of the token d + 1 deep, those above being right.
+    """
 
     tokens: list[int]
     log_probs: list[float]
 
 
 @dataclass(frozen=True)
-class Below:
+class ConditionalRanks:
     """The children of each token: below `tokens[k][i]`, the j-th best is `tokens[k + 1][ranks[k][i][j]]`.
 
     Its natural log-probability, given `tokens[k][i]` above it, is `log_probs[k][i][j]`; best first.
@@ -37,8 +40,8 @@ class Candidates:
 
     tokens: list[list[int]]
     log_probs: list[list[float]]
-    graft: Graft | None = None
-    below: Below | None = None
+    graft: NgramDraft | None = None
+    below: ConditionalRanks | None = None
 
     @property
     def num_heads(self) -> int:

@@ -12,8 +12,7 @@ import heapq
 import math
 
 from amphista.tree.candidates import Candidates
-from amphista.tree.offers import GrownNodes, Offers
-from amphista.tree.token_tree import TokenTree
+from amphista.tree.offers import ChildCandidates, GrownNodes
 
 
 def best_first(pending: int, candidates: Candidates, num_nodes: int, max_depth: int) -> GrownNodes:
@@ -21,7 +20,7 @@ def best_first(pending: int, candidates: Candidates, num_nodes: int, max_depth: 
 
     They come in the order they were chosen, so the first n are the best tree of n nodes.
     """
-    grown, offers = GrownNodes.root(pending), Offers(candidates, max_depth)
+    grown, offers = GrownNodes.root(pending), ChildCandidates(candidates, max_depth)
     frontier: list[tuple[float, int, int, int]] = []  # (-log score, depth, rank, parent): ties go to the shallow
 
     def offer(depth: int, rank: int, parent: int) -> None:
@@ -39,8 +38,3 @@ def best_first(pending: int, candidates: Candidates, num_nodes: int, max_depth: 
         offer(depth, rank + 1, parent)  # the next sibling
         offer(depth + 1, 0, grown.num_nodes - 1)  # the first child
     return grown
-
-
-def dynamic_tree(pending: int, candidates: Candidates, num_nodes: int, max_depth: int) -> TokenTree:
-    """The best tree of at most `num_nodes` nodes for this step."""
-    return best_first(pending, candidates, num_nodes, max_depth).tree()

@@ -11,12 +11,12 @@ from pathlib import Path
 
 from amphista.errors import ConfigError
 from amphista.tree.build import build_template
-from amphista.tree.candidates import Candidates, Graft
+from amphista.tree.candidates import Candidates, NgramDraft
 from amphista.tree.dynamic import best_first
 from amphista.tree.offers import GrownNodes
 from amphista.tree.template import TreeTemplate
 from amphista.tree.token_tree import TokenTree
-from amphista.tree.tune import NOTHING_PAYS, Costs, Pace, best_size
+from amphista.tree.tune import NOTHING_PAYS, Costs, DraftController, best_size
 
 AUTO = "auto"
 DEFAULT_TREE = AUTO
@@ -58,11 +58,13 @@ class Grower(ABC):
     def grow(self, pending: int, candidates: Candidates, max_depth: int) -> Growth:
         """A tree over the pending token, at most `max_depth` deep."""
 
-    def wants_heads(self, pace: Pace, graft: Graft | None) -> bool:
+    def wants_heads(self, controller: DraftController, graft: NgramDraft | None) -> bool:
         """Whether the heads shall be asked in this step; to be called once a step."""
         return True
 
-    def learn(self, pace: Pace, candidates: Candidates, num_nodes: int, accepted: Sequence[int]) -> None:  # noqa: B027
+    def learn(  # noqa: B027
+        self, controller: DraftController, candidates: Candidates, num_nodes: int, accepted: Sequence[int]
+    ) -> None:
         """Take note of what became of a step's tree; most need not."""
 
 
@@ -84,13 +86,15 @@ class AutoGrower(Grower):
         grown = best_first(pending, candidates, self.costs.max_nodes, max_depth)
         return Growth.of(grown, best_size(grown.scores, self.costs, drafted=candidates.num_heads > 0))
 
-    def wants_heads(self, pace: Pace, graft: Graft | None) -> bool:
-        return pace.wants_heads(self.costs, [] if graft is None else graft.log_probs)
+    def wants_heads(self, controller: DraftController, graft: NgramDraft | None) -> bool:
+        return controller.wants_heads(self.costs, [] if graft is None else graft.log_probs)
 
-    def learn(self, pace: Pace, candidates: Candidates, num_nodes: int, accepted: Sequence[int]) -> None:
+    def learn(
+        self, controller: DraftController, candidates: Candidates, num_nodes: int, accepted: Sequence[int]
+    ) -> None:
         graft = candidates.graft
         if candidates.num_heads and not (graft is not None and list(accepted[:1]) == graft.tokens[:1]):
-            pace.record(self.costs, num_nodes, len(accepted))
+            controller.record(self.costs, num_nodes, len(accepted))
 
 
 @dataclass(frozen=True)

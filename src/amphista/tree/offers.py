@@ -1,10 +1,10 @@
-"""What may stand below a node, heads and graft put together; and the nodes of a tree that grows from such offers.
+"""What may stand below a node, heads and n-gram draft put together; and the nodes of a tree that grows from it.
 
 Heads know depths, not paths: every node of a depth has the same children on offer, unless the drafter knows paths
-(`Below`): then a node has its own, those of its token. Below the nodes of the graft its next token joins them: as often
-as the graft knows, its token comes; else the heads decide. So a token both name is offered once and gains by it, the
-others lose in proportion, and no node promises more than one child. On answers of the default target this met the truth
-within a few hundredths; the higher of the two fell far short of it.
+(`ConditionalRanks`): then a node has its own, those of its token. The n-gram draft is grafted on the tree; below its
+nodes its next token joins them: as often as that draft knows, its token comes; else the heads decide. So a token both
+name is offered once and gains by it, the others lose in proportion, and no node promises more than one child. On
+answers of the default target this met the truth within a few hundredths; the higher of the two fell far short of it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from amphista.tree.token_tree import TokenTree
 NO_RANK = -1  # of a token that the heads do not name at its depth
 
 
-class Offer(NamedTuple):
+class ChildCandidate(NamedTuple):
     """One possible child: its token, natural log-probability, whether the graft goes on below it, its head's rank."""
 
     token: int
@@ -29,14 +29,14 @@ class Offer(NamedTuple):
     rank: int = NO_RANK
 
 
-class Offers:
+class ChildCandidates:
     """Children on offer by depth and, of a drafter that knows paths, by parent; best first, none below `max_depth`."""
 
     def __init__(self, candidates: Candidates, max_depth: int) -> None:
         self._tokens, self._log_probs = candidates.tokens, candidates.log_probs
         self._num_heads, self._paths = min(candidates.num_heads, max_depth), candidates.below
-        self._made: dict[tuple[int, int], list[Offer]] = {}  # (depth, rank above): most are never asked for
-        self._grafted: list[list[Offer]] = []
+        self._made: dict[tuple[int, int], list[ChildCandidate]] = {}  # (depth, rank above): most are never asked for
+        self._grafted: list[list[ChildCandidate]] = []
         if candidates.graft is not None:
             above = NO_RANK
             chain = zip(candidates.graft.tokens, candidates.graft.log_probs, strict=True)
@@ -45,7 +45,7 @@ class Offers:
                 above = self._rank(depth, token)
                 self._grafted.append(_joined(heads_below, token, log_prob, above))
 
-    def below(self, depth: int, *, on_graft: bool, parent_rank: int = NO_RANK) -> list[Offer]:
+    def below(self, depth: int, *, on_graft: bool, parent_rank: int = NO_RANK) -> list[ChildCandidate]:
         """What may stand at this depth (1 or more), below a node of the graft (the root is one) or another.
 
         parent_rank: the rank of the node above among what its head offers.
@@ -61,13 +61,13 @@ class Offers:
             known = self._made[depth, parent_rank] = self._children(depth, parent_rank)
         return known
 
-    def _children(self, depth: int, parent_rank: int) -> list[Offer]:
+    def _children(self, depth: int, parent_rank: int) -> list[ChildCandidate]:
         tokens = self._tokens[depth - 1]
         if self._paths is None or parent_rank == NO_RANK:
             named = zip(tokens, self._log_probs[depth - 1], strict=True)
-            return [Offer(token, value, False, rank) for rank, (token, value) in enumerate(named)]
+            return [ChildCandidate(token, value, False, rank) for rank, (token, value) in enumerate(named)]
         ranks, log_probs = self._paths.ranks[depth - 2][parent_rank], self._paths.log_probs[depth - 2][parent_rank]
-        return [Offer(tokens[rank], value, False, rank) for rank, value in zip(ranks, log_probs, strict=True)]
+        return [ChildCandidate(tokens[rank], value, False, rank) for rank, value in zip(ranks, log_probs, strict=True)]
 
     def _rank(self, depth: int, token: int) -> int:
         """Where a token of the graft stands among what the head of its depth offers; asked only where paths are."""
@@ -76,15 +76,15 @@ class Offers:
         return self._tokens[depth - 1].index(token)
 
 
-def _joined(heads: list[Offer], token: int, log_prob: float, rank: int = NO_RANK) -> list[Offer]:
+def _joined(heads: list[ChildCandidate], token: int, log_prob: float, rank: int = NO_RANK) -> list[ChildCandidate]:
     said = next((math.exp(offer.log_prob) for offer in heads if offer.token == token), 0.0)
     unknown = max(1 - math.exp(log_prob), 1e-9)
     share, left = min(1.0, math.exp(log_prob) + unknown * said), math.log(unknown)
     others = [other._replace(log_prob=other.log_prob + left) for other in heads if other.token != token]
-    return sorted([Offer(token, math.log(share), True, rank), *others], key=lambda offer: -offer.log_prob)
+    return sorted([ChildCandidate(token, math.log(share), True, rank), *others], key=lambda offer: -offer.log_prob)
 
 
-@dataclass(frozen=True)
+@dataclass
 class GrownNodes:
     """Nodes in the order they were added; per node its log-score, the sum of log-probabilities along its path.
 
@@ -106,7 +106,7 @@ class GrownNodes:
     def num_nodes(self) -> int:
         return len(self.tokens)
 
-    def add(self, parent: int, offer: Offer) -> None:
+    def add(self, parent: int, offer: ChildCandidate) -> None:
         """Put a node below `parent`."""
         self.tokens.append(offer.token)
         self.parents.append(parent)

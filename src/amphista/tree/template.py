@@ -14,7 +14,7 @@ from pathlib import Path
 
 from amphista.errors import ConfigError
 from amphista.tree.candidates import Candidates
-from amphista.tree.offers import GrownNodes, Offers
+from amphista.tree.offers import ChildCandidates, GrownNodes
 from amphista.tree.token_tree import TokenTree
 
 
@@ -87,9 +87,6 @@ class TreeTemplate:
             paths.append([*paths[parent], rank])
         return paths[1:]
 
-    def to_json(self) -> str:
-        return json.dumps({"paths": self.paths()})
-
     def fill(self, pending: int, candidates: Candidates, max_depth: int) -> TokenTree:
         """A token tree of this shape; nodes that are too deep or that no candidate fills are left out."""
         return self.grow(pending, candidates, max_depth).tree()
@@ -97,7 +94,7 @@ class TreeTemplate:
     def grow(self, pending: int, candidates: Candidates, max_depth: int) -> GrownNodes:
         """The same, with the nodes' scores."""
         kept = {0: 0}
-        grown, offers = GrownNodes.root(pending), Offers(candidates, max_depth)
+        grown, offers = GrownNodes.root(pending), ChildCandidates(candidates, max_depth)
         depths = self.depths
         for node in range(1, self.num_nodes):
             if (parent := kept.get(self.parents[node])) is None:

@@ -28,11 +28,6 @@ class TokenTree:
         assert all(0 <= parent < node for node, parent in enumerate(self.parents) if node)
         assert len(self._children) == len(self.tokens) - 1, "two siblings carry the same token"
 
-    @classmethod
-    def root_alone(cls, pending: int) -> TokenTree:
-        """The tree of plain decoding."""
-        return cls([pending], [-1])
-
     @property
     def num_nodes(self) -> int:
         return len(self.tokens)

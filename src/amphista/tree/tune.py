@@ -4,7 +4,8 @@ A step over n rows commits 1 + gain(n) tokens in T_draft + T_verify(n). Best-fir
 the best tree of every size, and the step takes the size with the most tokens per second. T_verify is measured, rises
 but need not be convex, so all sizes are looked at. Where the root alone is best, the step is plain decoding.
 
-Whether to ask the heads at all has to be known before their word: `Pace` keeps how much they have given lately.
+Whether to ask the heads at all has to be known before their word: `DraftController` keeps how much they
+have given lately.
 """
 
 from __future__ import annotations
@@ -93,10 +94,11 @@ PROBE = 4  # drafts of one trial
 FADING = 0.3  # what is left of the old evidence then
 
 
-class Pace:
-    """What asking the heads has brought lately in one sequence: accepted tokens, and seconds for their rows.
+class DraftController:
+    """Decides in each step of one sequence whether the heads are asked, by what asking has brought lately.
 
-    Counted over the steps in which the heads were asked and no graft was right, which is what they are asked for.
+    That is accepted tokens, and seconds for their rows, counted over the steps in which the
+    heads were asked and no n-gram draft was right, which is what they are asked for.
     """
 
     def __init__(self) -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from amphista.accept.sampling import Chooser, Sampling, choose_each, filtered_log_probs, gumbel_argmax, gumbel_noise
-from amphista.errors import RequestError
+from amphista.errors import RequestError, TargetError
 from tests.oracle.decode import choose_plainly
 
 FALSE_ALARM = 1e-9
@@ -208,12 +208,18 @@ def test_choices_equal_the_slow_reference(case):
         temperature=source.choice([0.0, 0.7, 1.3]),
         top_p=source.choice([1.0, 0.8]),
         repetition_penalty=source.choice([1.0, 0.8, 1.6]),
+        frequency_penalty=source.choice([0.0, 0.0, 1.5, -0.5]),
+        presence_penalty=source.choice([0.0, 0.0, 2.0]),
+        logit_bias=source.choice([{}, {3: 4.0, 40: -2.0}]),
+        suppress_tokens=source.choice([(), (1, 2, 30)]),
+        min_tokens=source.choice([0, 12]),
         seed=source.randrange(2**64),
     )
     cut = source.randrange(len(ids) + 1)
-    chooser = Chooser(sampling, ids[: cut // 2])
+    chooser = Chooser(sampling, ids[: cut // 2], [4, 5])
     chooser.extend(ids[cut // 2 : cut])
-    assert chooser.choose(logits, len(ids), ids[cut:]) == choose_plainly(logits.tolist(), ids, sampling)
+    expected = choose_plainly(logits.tolist(), ids, sampling, cut // 2, [4, 5])
+    assert chooser.choose(logits, len(ids), ids[cut:]) == expected
 
 
 def test_penalty_divides_positive_and_multiplies_negative_logits_once():
@@ -242,7 +248,16 @@ def test_margin_is_the_gap_of_the_two_best_scores():
         {"temperature": -0.1},
         {"temperature": math.nan},
         {"temperature": math.inf},
-        {"top_k": -1},
+        {"top_k": -2},
+        {"min_tokens": -1},
+        {"presence_penalty": math.inf},
+        {"frequency_penalty": math.nan},
+        {"logit_bias": {"x": 1}},
+        {"logit_bias": {-1: 1}},
+        {"logit_bias": {1: math.inf}},
+        {"logit_bias": 3},
+        {"suppress_tokens": [1.5]},
+        {"suppress_tokens": [-1]},
         {"top_p": 0.0},
         {"top_p": 1.1},
         {"top_p": math.nan},
@@ -286,3 +301,49 @@ def test_gumbel_argmax_is_the_argmax_with_all_noise(spread):
         assert gumbel_argmax(scores, trial, 5) == expected
         winners.add(expected == int(scores.argmax()))
     assert winners == {True, False} or spread in (0.0, 30.0)
+
+
+def test_penalties_are_taken_in_float32_whatever_the_logits_type():
+    """7 / 1.3 is 5.385 in float32, above 5.375; rounded to bfloat16 it would be 5.375 and tie."""
+    logits = torch.full((20,), -4.0)
+    logits[12], logits[3] = 7.0, 5.375
+    for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
+        assert Chooser(Sampling(repetition_penalty=1.3), [12]).choose(logits.to(dtype), 1) == 12
+    assert Chooser(Sampling(presence_penalty=1.63), []).choose(logits.bfloat16(), 0) == 12
+    chooser = Chooser(Sampling(presence_penalty=1.622), [])
+    chooser.extend([12])
+    assert chooser.choose(logits.bfloat16(), 1) == 12, "7 - 1.622 is above 5.375"
+
+
+@pytest.mark.parametrize("penalty", [1.1, 1.7, 0.6])
+def test_penalties_equal_those_of_transformers(penalty):
+    from transformers import RepetitionPenaltyLogitsProcessor
+
+    ids = [3, 3, 8, 19]
+    for trial in range(10):
+        logits = (torch.randn(60, generator=torch.Generator().manual_seed(trial)) * 3).bfloat16()
+        theirs = RepetitionPenaltyLogitsProcessor(penalty)(torch.tensor([ids]), logits.float()[None].clone())[0]
+        assert torch.equal(Chooser(Sampling(repetition_penalty=penalty), ids)._scores(logits, 4, []), theirs)
+
+
+@pytest.mark.parametrize("temperature", [5e-309, 5e-324, 1e-300])
+def test_a_temperature_next_to_nothing_is_greedy(temperature):
+    for logits in ([1.0, 3.0, 2.5], [-1.0, -3.0, -2.5], [0.0, 1e-3, -5.0]):
+        chooser = Chooser(Sampling(temperature=temperature, seed=1), [])
+        assert all(chooser.choose(torch.tensor(logits), at) == max(range(3), key=logits.__getitem__) for at in range(9))
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+@pytest.mark.parametrize("broken", [math.nan, math.inf])
+def test_logits_that_are_no_numbers_are_said(temperature, broken):
+    if temperature == 0 and broken == math.inf:
+        broken = math.nan
+    with pytest.raises(TargetError, match="no finite numbers"):
+        Chooser(Sampling(temperature=temperature), []).choose(torch.tensor([1.0, broken, 2.0]), 0)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_nothing_left_to_choose_from_is_said(temperature):
+    chooser = Chooser(Sampling(temperature=temperature, suppress_tokens=(0, 1)), [])
+    with pytest.raises(RequestError, match="every token is suppressed"):
+        chooser.choose(torch.tensor([1.0, 2.0]), 0)

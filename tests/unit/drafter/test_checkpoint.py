@@ -12,7 +12,14 @@ from safetensors.torch import load_file, save_file
 from amphista.drafter import checkpoint
 from amphista.drafter.amphista import AmphistaConfig
 from amphista.drafter.base import Calibration
-from amphista.drafter.checkpoint import load_drafter, make_drafter, read_checkpoint, recover_drafter, save_drafter
+from amphista.drafter.checkpoint import (
+    CHECKPOINT_FILES,
+    load_drafter,
+    make_drafter,
+    read_checkpoint,
+    recover_drafter,
+    save_drafter,
+)
 from amphista.drafter.medusa import MedusaConfig
 from amphista.drafter.none import NoDrafter
 from amphista.errors import ConfigError, DrafterError
@@ -199,16 +206,125 @@ def test_other_weights_of_the_same_shape_are_refused_unless_allowed(folder):
 # -- saving over an old one -------------------------------------------------------------------------------------------
 
 
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+
+
 def test_saving_again_replaces_the_old_one(folder, target):
     other = shaken(drafter_of(target), seed=9)
     save(other, folder, target)
     assert torch.equal(load(folder, target).heads[0].linear.weight, other.heads[0].linear.weight)
+    assert set(contents(folder)) == set(CHECKPOINT_FILES)
     assert [path.name for path in folder.parent.iterdir()] == [folder.name]
 
 
-@pytest.mark.parametrize("failing", ["save_file", "asdict"])
+def test_saving_touches_no_other_file(folder, target):
+    """A clone of the hub keeps its history, and whatever else lies there."""
+    (folder / ".git" / "objects").mkdir(parents=True)
+    (folder / ".git" / "HEAD").write_text("ref: refs/heads/main\n")
+    (folder / "notes.txt").write_text("mine")
+    inode = folder.stat().st_ino
+    save(shaken(drafter_of(target), seed=9), folder, target)
+    assert (folder / ".git" / "HEAD").read_text() == "ref: refs/heads/main\n" and (folder / ".git" / "objects").is_dir()
+    assert (folder / "notes.txt").read_text() == "mine" and folder.stat().st_ino == inode
+
+
+def test_saving_does_not_write_through_links(folder, target, tmp_path):
+    """Folders of the hub's cache hold links to files that other folders share."""
+    elsewhere = tmp_path / "shared"
+    elsewhere.mkdir()
+    for name in CHECKPOINT_FILES:
+        (folder / name).rename(elsewhere / name)
+        (folder / name).symlink_to(elsewhere / name)
+    before = contents(elsewhere)
+    save(shaken(drafter_of(target), seed=9), folder, target)
+    assert contents(elsewhere) == before and load(folder, target).name == "amphista"
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "README.md", "notes.txt"])
+def test_saving_over_files_of_somebody_else_is_refused(target, tmp_path, name):
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs" / name).write_text('{"model_type": "llama"}')
+    before = contents(tmp_path / "theirs")
+    with pytest.raises(ConfigError, match="is there already and is no drafter of ours"):
+        save(drafter_of(target), tmp_path / "theirs", target)
+    assert contents(tmp_path / "theirs") == before
+
+
+def test_a_folder_of_hidden_files_is_free(target, tmp_path):
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here" / ".gitattributes").write_text("*.safetensors filter=lfs\n")
+    save(drafter_of(target), tmp_path / "here", target)
+    assert load(tmp_path / "here", target).name == "amphista" and (tmp_path / "here" / ".gitattributes").is_file()
+
+
+def test_saving_where_a_file_is_or_nothing_can_be_written(target, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="is no folder"):
+        save(drafter_of(target), tmp_path / "file", target)
+    with pytest.raises(ConfigError, match="cannot write the drafter to"):
+        save(drafter_of(target), tmp_path / "file" / "below", target)
+
+
+class Killed(BaseException):
+    """Stands for a kill: nothing that follows it is run."""
+
+
+def points_of_a_save(monkeypatch, run):
+    """Run a save again and again, killed before its first, second, ... change of the folder, until one goes through."""
+    real_replace, real_write, real_unlink = Path.replace, checkpoint.write_weights, Path.unlink
+    for deadline in range(20):
+        steps = iter(range(deadline))
+
+        def step(real, steps=steps):
+            def stepped(*args, **kwargs):
+                try:
+                    next(steps)
+                except StopIteration:
+                    raise Killed from None
+                return real(*args, **kwargs)
+
+            return stepped
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "replace", step(real_replace))
+            patch.setattr(Path, "unlink", step(real_unlink))
+            patch.setattr(checkpoint, "write_weights", step(real_write))
+            try:
+                run()
+                return
+            except Killed:
+                pass
+        yield deadline
+    raise AssertionError("the save never went through")
+
+
+def test_a_save_killed_anywhere_leaves_the_old_drafter_or_the_new_one(folder, target, tmp_path, monkeypatch):
+    old, new = load(folder, target), shaken(drafter_of(target), seed=9)
+    new.calibration = dataclasses.replace(CALIBRATION, coverage=0.5)
+    whole = {0.9: old.state_dict(), 0.5: new.state_dict()}
+    work, seen = tmp_path / "work", []
+
+    def run():
+        shutil.rmtree(work, ignore_errors=True)
+        shutil.copytree(folder, work)
+        save(new, work, target)
+
+    for _ in points_of_a_save(monkeypatch, run):
+        found = load(work, target)  # as it lies there
+        recover_drafter(work)
+        again = load(work, target)
+        seen.append(found.calibration.coverage)
+        for loaded in (found, again):
+            for name, tensor in whole[found.calibration.coverage].items():
+                assert torch.equal(loaded.state_dict()[name], tensor), (seen, name)
+        assert set(contents(work)) == set(CHECKPOINT_FILES)
+    assert seen == sorted(seen, reverse=True) and set(seen) == {0.9, 0.5}, "killed on both sides of the switch"
+
+
+@pytest.mark.parametrize("failing", ["write_weights", "asdict", "_replace"])
 def test_a_failed_save_leaves_the_old_one_whole(folder, target, monkeypatch, failing):
-    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    before = contents(folder)
 
     def fail(*args, **kwargs):
         raise KeyboardInterrupt
@@ -216,39 +332,20 @@ def test_a_failed_save_leaves_the_old_one_whole(folder, target, monkeypatch, fai
     monkeypatch.setattr(checkpoint, failing, fail)
     with pytest.raises(KeyboardInterrupt):
         save(shaken(drafter_of(target), seed=9), folder, target)
-    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    with pytest.raises(KeyboardInterrupt):
+        save(drafter_of(target), folder.parent / "new", target)
+    assert contents(folder) == before
     assert [path.name for path in folder.parent.iterdir()] == [folder.name]
 
 
-def test_a_save_that_fails_at_its_very_end_leaves_the_old_one_whole(folder, target, monkeypatch):
-    before = {path.name: path.read_bytes() for path in folder.iterdir()}
-    rename = Path.rename
-
-    def fail(self, to):
-        if self.name.startswith(".saving-"):
-            raise OSError("no space")
-        return rename(self, to)
-
-    monkeypatch.setattr(Path, "rename", fail)
-    with pytest.raises(OSError, match="no space"):
-        save(shaken(drafter_of(target), seed=9), folder, target)
-    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
-    assert [path.name for path in folder.parent.iterdir()] == [folder.name]
+def test_weights_of_another_save_are_refused(folder, target):
+    """A copy that was broken off: the configuration of one, the weights of another."""
+    save(shaken(drafter_of(target), seed=9), folder.parent / "other", target)
+    shutil.copy(folder.parent / "other" / "model.safetensors", folder)
+    refused(folder, target, "holds other weights than its config.json was saved with")
 
 
 # -- where checkpoints are found --------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("between_renames", [True, False])
-def test_after_a_kill_in_mid_save_one_drafter_stands_and_nothing_else(folder, between_renames):
-    """Killed between the two renames only the old one is there; behind them, the new one and the old."""
-    before = load_file(folder / "model.safetensors")
-    old = folder.with_name(f".old-{folder.name}")
-    folder.rename(old) if between_renames else shutil.copytree(folder, old)
-    (folder.parent / ".saving-x1").mkdir()
-    recover_drafter(folder)
-    assert [path.name for path in folder.parent.iterdir()] == [folder.name]
-    assert load_file(folder / "model.safetensors").keys() == before.keys()
 
 
 def test_none_is_plain_decoding(target):
@@ -257,7 +354,7 @@ def test_none_is_plain_decoding(target):
 
 @pytest.mark.parametrize("name", ["./nowhere", "/nowhere", "~/nowhere", "nowhere", "a/b/c"])
 def test_unknown_names_are_refused_without_asking_the_hub(target, name, monkeypatch):
-    monkeypatch.setattr(checkpoint, "_from_hub", None)
+    monkeypatch.setattr(checkpoint, "fetch", None)
     with pytest.raises(DrafterError, match="unknown drafter"):
         load(name, target)
 
@@ -268,8 +365,9 @@ def test_a_folder_without_a_checkpoint_is_refused(target, tmp_path):
 
 def test_the_hub_is_asked_for_owner_and_name(target, folder, monkeypatch):
     asked = []
-    monkeypatch.setattr(checkpoint, "_from_hub", lambda name: asked.append(name) or folder)
-    assert load("owner/name", target).name == "amphista" and asked == ["owner/name"]
+    monkeypatch.setattr(checkpoint, "fetch", lambda name, files, hub: asked.append((name, files)) or folder)
+    assert load("owner/name", target).name == "amphista"
+    assert asked == [("owner/name", ("config.json",)), ("owner/name", CHECKPOINT_FILES)]
 
 
 def test_a_hub_that_cannot_be_reached_is_one_sentence(target):
@@ -315,6 +413,6 @@ def test_a_draft_vocabulary_that_is_no_set_of_token_ids_is_refused(folder, targe
 
 
 def test_a_calibration_for_another_number_of_heads_is_refused(folder, target):
-    edit(folder, lambda values: values["calibration"].update(greedy=[1.0, 1.0, 1.0]))
+    edit(folder, lambda values: values["calibration"].update(greedy=[1.0] * 3, sampled=[1.0] * 3, accuracy=[]))
     with pytest.raises(DrafterError, match="calibrated for another number of heads"):
         load(folder, target)

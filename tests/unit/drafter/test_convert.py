@@ -371,11 +371,118 @@ def test_incomplete_or_foreign_tensors_are_refused_by_name(target, tmp_path, cha
     refused(tmp_path, target, message)
 
 
-@pytest.mark.parametrize(("key", "said"), [("medusa_num_heads", 5), ("medusa_num_layers", 2), ("num_heads", 4)])
-def test_a_configuration_of_another_file_is_refused(target, tmp_path, key, said):
-    write_pt(tmp_path, random_heads())
+STATED = [("medusa_num_heads", 5), ("medusa_num_heads", 2), ("medusa_num_heads", "three"), ("medusa_num_heads", [3])]
+STATED += [("medusa_num_layers", 2), ("medusa_num_layers", 0), ("num_heads", 4), ("hidden_size", 4096)]
+
+
+@pytest.mark.parametrize(("key", "said"), STATED)
+def test_the_tensors_decide_where_the_configuration_is_of_another_file(target, tmp_path, caplog, key, said):
+    """As in folders published with the counts of a training script's defaults; one line says so."""
+    heads, hidden = random_heads(), torch.randn(6, D)
+    write_pt(tmp_path, heads)
     write_config(tmp_path, **{key: said})
-    refused(tmp_path, target, f"holds 3 heads of 1 blocks, but config.json says {said}")
+    drafter = converted(tmp_path, target)
+    assert (drafter.num_heads, drafter.config.num_layers) == (K, 1)
+    check_forward(drafter, published_forward(heads, hidden), hidden)
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert "the file decides" in line and f"its config.json says {said!r}" in line
+
+
+@pytest.mark.parametrize("values", [{}, {"medusa_num_heads": K, "medusa_num_layers": 1, "hidden_size": D}])
+def test_a_configuration_that_agrees_is_not_mentioned(target, tmp_path, caplog, values):
+    write_pt(tmp_path, random_heads())
+    write_config(tmp_path, **values)
+    assert converted(tmp_path, target).num_heads == K and not caplog.records
+
+
+@pytest.mark.parametrize("base_model", [5, ["a"], {}, ""])
+def test_a_base_model_that_is_no_name(target, tmp_path, base_model):
+    write_pt(tmp_path, random_heads())
+    write_config(tmp_path, base_model_name_or_path=base_model)
+    assert read_medusa(str(tmp_path), target.spec, target.shared).base_model is None
+
+
+def whole_bin(folder, heads):
+    torch.save(prefixed(heads), folder / "pytorch_model.bin")
+
+
+def whole_bin_shards(folder, heads):
+    names = prefixed(heads)
+    torch.save(names, folder / "b.bin")
+    torch.save({"model.norm.weight": torch.zeros(D)}, folder / "a.bin")
+    write_index(folder, "pytorch_model.bin", {**dict.fromkeys(names, "b.bin"), "model.norm.weight": "a.bin"})
+
+
+def bare_shards(folder, heads):
+    names = sequential_names(heads)
+    for number, name in enumerate(names):
+        save_file({name: names[name]}, folder / f"{number}.safetensors")
+    write_index(
+        folder, "medusa_lm_head.safetensors", {name: f"{number}.safetensors" for number, name in enumerate(names)}
+    )
+
+
+def prefixed(heads):
+    return {f"medusa_head.{name}": tensor for name, tensor in sequential_names(heads).items()}
+
+
+def write_index(folder, name, weight_map):
+    (folder / f"{name}.index.json").write_text(json.dumps({"weight_map": weight_map}))
+
+
+@pytest.mark.parametrize("write", [whole_bin, whole_bin_shards, bare_shards])
+def test_other_files_of_the_same_tensors(target, tmp_path, write):
+    heads, hidden = random_heads(2), torch.randn(6, D)
+    write(tmp_path, heads)
+    check_forward(converted(tmp_path, target), published_forward(heads, hidden), hidden)
+
+
+@pytest.mark.parametrize(
+    "name", ["../out.safetensors", "/{}/out.safetensors", "a/../../out.safetensors", "..", 3, None]
+)
+def test_shards_outside_the_folder_are_refused(target, tmp_path, name):
+    folder, names = tmp_path / "theirs", prefixed(random_heads())
+    folder.mkdir()
+    save_file(names, tmp_path / "out.safetensors")
+    name = name.format(tmp_path) if isinstance(name, str) else name
+    write_index(folder, "model.safetensors", dict.fromkeys(names, name))
+    refused(folder, target, "is no index of shards|is damaged or lacks a part")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"99999999999.0.linear.weight": torch.zeros(D, D)}, "found 99999999999.0.linear.weight"),
+        ({"9" * 5000 + ".0.linear.weight": torch.zeros(D, D)}, "no Medusa heads"),
+        ({"0.999999999.linear.weight": torch.zeros(D, D)}, "found 0.999999999.linear.weight"),
+        ({"0.999.weight": torch.zeros(VOCAB, D)}, "more than a Medusa drafter here may have"),
+        ({f"{k}.0.linear.weight": torch.zeros(D, D) for k in range(3, 100)}, "is incomplete"),
+        ({"7.0.linear.weight": torch.zeros(D, D)}, "lacks block 0 of head 3"),
+        ({"token_map": torch.arange(VOCAB * 2)}, "token_map"),
+        ({"token_map": torch.rand(40)}, "token_map"),
+        ({"token_map": torch.zeros(4, 10, dtype=torch.long)}, "token_map"),
+    ],
+    ids=lambda value: str(next(iter(value)))[:30] if isinstance(value, dict) else "",
+)
+def test_names_and_ids_that_promise_too_much(target, tmp_path, change, message):
+    save_file({**sequential_names(random_heads()), **change}, tmp_path / "medusa_lm_head.safetensors")
+    refused(tmp_path, target, message)
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        torch.zeros(1).expand(2**20, 2**20),
+        torch.zeros(2, 2).to_sparse(),
+        torch.zeros(2, 2, device="meta"),
+        "text",
+        {"nested": torch.zeros(1)},
+    ],
+    ids=["expanded", "sparse", "meta", "text", "nested"],
+)
+def test_a_pickle_with_tensors_that_are_not_there(target, tmp_path, extra):
+    torch.save({**sequential_names(random_heads()), "token_map": extra}, tmp_path / "medusa_lm_head.pt")
+    refused(tmp_path, target, "no dictionary of tensors|never executed")
 
 
 def test_a_missing_configuration_is_no_loss(target, tmp_path):

@@ -90,7 +90,7 @@ def test_lookup_alone_has_no_heads_and_recalls():
     drafter = WithLookup(NoDrafter())
     state = drafter.start()
     assert drafter.num_heads == 0
-    assert drafter.recall(state, TEXT, 2).tokens == [4, 5]
+    assert drafter.draft_ngrams(state, TEXT, 2).tokens == [4, 5]
     drafter.commit(state, torch.zeros(11, 4), torch.tensor(TEXT[1:]))
     drafter.trim(state, 4)
     assert state.num_rows == 4 and len(state.lookup.index) == 4
@@ -104,7 +104,7 @@ def test_beside_another_it_leaves_the_others_word_as_it_is():
         drafter.commit(state, torch.zeros(3, 4), torch.tensor(TEXT[1:4]))
     assert both.draft(states[1], 3) == alone.draft(states[0], 3)
     assert both.num_heads == alone.num_heads and both.inner is alone
-    assert states[0].lookup is None and alone.recall(states[0], TEXT, 4) is None
+    assert states[0].lookup is None and alone.draft_ngrams(states[0], TEXT, 4) is None
 
 
 def test_names_that_load(target):

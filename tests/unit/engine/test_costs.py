@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import time
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from amphista.drafter.medusa import Medusa, MedusaConfig
 from amphista.drafter.none import NoDrafter
 from amphista.engine import cost_cache, costs, timing
 from amphista.engine.costs import costs_for, target_key, tune
+from amphista.engine.timing import Cell
 from amphista.target.captured import NODES, VerifyRegion
 from amphista.target.target import Target
 from amphista.tree.tune import NOTHING_PAYS, Costs
@@ -21,18 +24,25 @@ from tests.tiny import tiny_model, tiny_target
 
 
 @pytest.fixture
-def measured(tmp_path, monkeypatch):
+def spreads():
+    """How disturbed what is measured says it was."""
+    return {"verify": 1.1, "draft": 1.1}
+
+
+@pytest.fixture
+def measured(tmp_path, monkeypatch, spreads):
     """A cache folder of its own, and what was measured instead of timed."""
     monkeypatch.setenv("AMPHISTA_CACHE", str(tmp_path))
+    monkeypatch.setattr(cost_cache, "_not_kept", {})
     calls = []
 
     def verify(target):
         calls.append("verify")
-        return {1: 1.0, 2: 1.0 + 0.5 * len(calls), 4: 1.5}, 1.1
+        return {1: 1.0, 2: 1.0 + 0.5 * len(calls), 4: 1.5}, spreads["verify"]
 
     def draft(target, drafter):
         calls.append("draft")
-        return 0.25
+        return 0.25, spreads["draft"]
 
     monkeypatch.setattr(costs, "verify_seconds", verify)
     monkeypatch.setattr(costs, "draft_ratio", draft)
@@ -126,10 +136,53 @@ def test_a_damaged_file_is_measured_again(target, measured, damage):
     assert measured == ["verify"] * 2
 
 
-def test_a_folder_that_cannot_be_written_is_said_and_no_more(target, measured, tmp_path, capsys):
+def test_a_folder_that_cannot_be_written_is_said_and_no_more(target, measured, tmp_path, caplog):
     (tmp_path / "costs").write_text("a file where the folder should be")
     assert costs_for(target, WithLookup(NoDrafter())).max_nodes == 4
-    assert "cannot be kept" in capsys.readouterr().err
+    assert "cannot be kept" in caplog.text
+    costs_for(target, WithLookup(NoDrafter()))
+    assert measured == ["verify"], "this process goes on with what it has"
+
+
+@pytest.mark.parametrize("what", ["verify", "draft"])
+def test_what_was_disturbed_serves_its_process_and_is_measured_again(target, measured, spreads, what, caplog):
+    drafter = medusa(target)
+    spreads[what] = 2.59
+    first = costs_for(target, drafter)
+    assert measured == ["verify", "draft"] and "the next start measures again" in caplog.text
+    assert costs_for(target, drafter) == first and measured == ["verify", "draft"], "not once a method"
+    cost_cache._not_kept.clear()  # the next start
+    spreads[what] = 1.1
+    costs_for(target, drafter)
+    assert measured == ["verify", "draft", what]
+    cost_cache._not_kept.clear()
+    costs_for(target, drafter)
+    assert measured == ["verify", "draft", what]
+
+
+def test_a_disturbed_record_of_another_version_is_not_believed(target, measured, tmp_path):
+    costs_for(target, WithLookup(NoDrafter()))
+    (path,) = (tmp_path / "costs").iterdir()
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"spread": 2.59}))
+    costs_for(target, WithLookup(NoDrafter()))
+    assert measured == ["verify", "verify"] and json.loads(path.read_text())["spread"] == 1.1
+
+
+def test_what_is_old_is_measured_again(target, measured, tmp_path):
+    costs_for(target, WithLookup(NoDrafter()))
+    (path,) = (tmp_path / "costs").iterdir()
+    for days, times in ((29, 1), (31, 2), (0, 2)):
+        os.utime(path, (time.time() - 86400 * days,) * 2) if days else None
+        costs_for(target, WithLookup(NoDrafter()))
+        assert measured == ["verify"] * times
+
+
+def test_a_disturbed_refresh_leaves_the_quiet_record(target, measured, spreads):
+    drafter = medusa(target)
+    old = tune(target, drafter)
+    spreads["verify"] = 2.0
+    assert tune(target, drafter, refresh=True) != old
+    assert tune(target, drafter) == old
 
 
 def test_a_write_that_is_killed_leaves_the_old_record(target, measured, monkeypatch):
@@ -140,7 +193,7 @@ def test_a_write_that_is_killed_leaves_the_old_record(target, measured, monkeypa
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(cost_cache.os, "replace", killed)
+        patch.setattr("amphista.files.os.fsync", killed)
         with pytest.raises(KeyboardInterrupt):
             tune(target, drafter, refresh=True)
     assert tune(target, drafter) == old
@@ -158,14 +211,16 @@ def test_real_seconds(target, tmp_path, monkeypatch):
     assert found.costs.verify == sorted(found.costs.verify) and found.costs.draft > 0 and found.spread >= 1
 
 
-def test_sizes_end_where_a_tree_costs_too_much(target, monkeypatch):
-    from amphista.engine import timing
+@pytest.mark.parametrize("blip", [None, 2, 3])
+def test_sizes_end_where_a_tree_costs_too_much(target, monkeypatch, blip):
+    """And not where another program came between once."""
 
-    class Slow(timing.Cell):
+    class Slow(Cell):
         def time(self, device):
             self.run()
             self.reset()
-            return float(self.size)
+            self.times = getattr(self, "times", 0) + 1
+            return 100.0 if self.size == blip and self.times == 2 else float(self.size)
 
     def forward(target, num_nodes, cache, rows):
         cell = Slow(lambda: None)
@@ -174,12 +229,10 @@ def test_sizes_end_where_a_tree_costs_too_much(target, monkeypatch):
 
     monkeypatch.setattr(timing, "_forward", forward)
     seconds, spread = timing.verify_seconds(target)
-    assert list(seconds) == [1, 2, 3, 4, 6] and spread == 1
+    assert list(seconds) == [1, 2, 3, 4, 6] and list(seconds.values()) == [1, 2, 3, 4, 6] and spread == 1
 
 
 def test_measuring_leaves_cache_and_drafter_as_they_were(target):
-    from amphista.engine import timing
-
     cache, rows = timing._filled(target)
     before = cache.layers[0].keys[:, :, :rows].clone()
     timing._forward(target, 4, cache, rows).time(target.device)

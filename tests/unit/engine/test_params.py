@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from amphista.engine.params import FinishReason, SamplingParams
@@ -11,7 +13,14 @@ from amphista.errors import RequestError
     [
         ({"max_new_tokens": 0}, "max_new_tokens is 0"),
         ({"max_new_tokens": -5}, "max_new_tokens is -5"),
-        ({"stop": "END"}, "expected a tuple of strings"),
+        ({"stop": 3}, "expected a text or a list of texts"),
+        ({"stop": ["a", 3]}, "expected a text or a list of texts"),
+        ({"stop": "\ud83d"}, "half a character"),
+        ({"max_tokens": 0}, "max_new_tokens is 0"),
+        ({"stop_token_ids": "x"}, "expected a list of token ids"),
+        ({"stop_token_ids": [-1]}, "expected a list of token ids"),
+        ({"logprobs": "yes"}, "logprobs is 'yes'"),
+        ({"top_logprobs": -1}, "top_logprobs is -1"),
         ({"stop": ("a", "")}, "empty stop string"),
         ({"temperature": -1.0}, "temperature is -1.0"),  # the checks of the base class run too
         ({"seed": -1}, "seed is -1"),
@@ -29,10 +38,33 @@ def test_defaults_are_greedy():
 
 
 def test_finish_reasons_print_as_words():
-    assert [str(reason) for reason in FinishReason] == ["stop", "length", "loop"]
+    assert [str(reason) for reason in FinishReason] == ["stop", "length", "loop", "abort"]
 
 
 @pytest.mark.parametrize("wrong", [{"temperature": "x"}, {"top_k": 1.5}, {"seed": True}, {"top_p": None}])
 def test_values_of_another_type_are_refused_by_name(wrong):
     with pytest.raises(RequestError, match=f"{next(iter(wrong))} is .*expected a( whole)? number"):
         SamplingParams(**wrong)
+
+
+def test_the_spellings_of_others_are_taken():
+    params = SamplingParams(
+        max_tokens=7, stop="END", stop_token_ids=5, top_k=-1, logit_bias={"3": -1}, suppress_tokens=[4], logprobs=2
+    )
+    assert (params.max_new_tokens, params.stop, params.stop_token_ids) == (7, ("END",), (5,))
+    assert (params.logit_bias, params.suppress_tokens) == ({3: -1.0}, (4,))
+    assert params.logprobs is True and params.top_logprobs == 2
+    assert SamplingParams(stop=["a", "b"]).stop == ("a", "b") and SamplingParams(stop=None).stop == ()
+    assert replace(params, max_new_tokens=9).max_new_tokens == 9 and replace(params, max_tokens=8).max_new_tokens == 8
+    assert SamplingParams(logprobs=0).logprobs and not SamplingParams(logprobs=False).logprobs
+
+
+def test_a_seed_is_fresh_unless_one_is_given():
+    assert SamplingParams().seed is None and SamplingParams(seed=0).with_seed().seed == 0
+    assert len({SamplingParams().with_seed().seed for _ in range(20)}) == 20
+
+
+@pytest.mark.parametrize("wrong", [{"logit_bias": {300: 1}}, {"suppress_tokens": [2, 300]}, {"stop_token_ids": [300]}])
+def test_token_ids_the_target_does_not_have_are_refused(wrong):
+    with pytest.raises(RequestError, match=f"{next(iter(wrong))} names token id 300"):
+        SamplingParams(**wrong).check_ids(300)

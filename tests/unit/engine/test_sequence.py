@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from copy import deepcopy
+
 import pytest
 import torch
 
@@ -9,6 +11,7 @@ from amphista.drafter.base import DrafterState
 from amphista.drafter.none import NoDrafter
 from amphista.engine.params import FinishReason, SamplingParams
 from amphista.engine.sequence import Context, Sequence
+from amphista.errors import CapacityError
 from amphista.target.text import IncrementalText, Text
 from tests.tiny import EOS, byte_tokenizer
 
@@ -23,7 +26,7 @@ def context(token_ids, num_cached=None):
     return Context(cache, DrafterState(num_rows=num_rows), list(token_ids))
 
 
-def sequence(*, max_new_tokens=10, max_positions=100, stop=(), with_text=False, penalty=1.0):
+def sequence(*, max_new_tokens=10, max_positions=100, stop=(), penalty=1.0):
     params = SamplingParams(max_new_tokens=max_new_tokens, stop=stop, repetition_penalty=penalty)
     return Sequence(
         context=context(PROMPT, num_cached=3),
@@ -31,9 +34,9 @@ def sequence(*, max_new_tokens=10, max_positions=100, stop=(), with_text=False, 
         chooser=Chooser(params, PROMPT),
         request=0,
         prompt_ids=PROMPT,
-        eos_ids=frozenset([EOS]),
+        end_ids=frozenset([EOS]),
         max_positions=max_positions,
-        text=IncrementalText(Text(byte_tokenizer()), stop) if with_text else None,
+        stops=IncrementalText(Text(byte_tokenizer()), stop) if stop else None,
     )
 
 
@@ -70,21 +73,21 @@ def test_rewind_keeps_no_hold_of_the_callers_list():
 
 def test_take_counts_what_it_takes():
     found = sequence()
-    assert found.take([7]) == (1, "") and found.take([8, 9]) == (2, "")
+    assert found.take([7]) == 1 and found.take([8, 9]) == 2
     assert found.output_ids == [7, 8, 9] and found.pending == 9 and found.root_position == 5
     assert found.stats.num_tokens == 3 and found.finish_reason is None
 
 
 def test_take_ends_at_the_end_token():
     found = sequence()
-    assert found.take([7, EOS, 8])[0] == 2
+    assert found.take([7, EOS, 8]) == 2
     assert found.output_ids == [7, EOS] and found.stats.num_tokens == 2
     assert found.finish_reason is FinishReason.STOP
 
 
 def test_take_ends_at_the_token_limit():
     found = sequence(max_new_tokens=2)
-    assert found.take([7, 8, 9])[0] == 2
+    assert found.take([7, 8, 9]) == 2
     assert found.finish_reason is FinishReason.LENGTH and found.output_ids == [7, 8]
 
 
@@ -97,7 +100,7 @@ def test_an_end_token_at_the_limit_is_a_stop():
 def test_take_ends_with_the_context():
     """Position 5 is the last one that can be read; the token chosen there is still an answer."""
     found = sequence(max_positions=6)
-    assert found.take([7, 8, 9, 10, 11])[0] == 4
+    assert found.take([7, 8, 9, 10, 11]) == 4
     assert found.finish_reason is FinishReason.LENGTH and found.root_position == 6
 
 
@@ -118,22 +121,37 @@ def tokens_of(text):
 
 
 def test_text_ends_at_a_stop_string_inside_the_tokens():
-    found = sequence(with_text=True, stop=("XY",), max_new_tokens=50)
-    taken, text = found.take(tokens_of("abXYcd"))
-    assert (taken, text) == (4, "ab")
+    found = sequence(stop=("XY",), max_new_tokens=50)
+    assert found.take(tokens_of("abXYcd")) == 4
     assert found.output_ids == tokens_of("abXY") and found.finish_reason is FinishReason.STOP
 
 
-def test_what_was_held_back_comes_out_at_the_end():
-    found = sequence(with_text=True, stop=("XYZ",), max_new_tokens=4)
-    assert found.take(tokens_of("ab")) == (2, "ab")
-    assert found.take(tokens_of("XYZ")) == (2, "XY")
-    assert found.finish_reason is FinishReason.LENGTH
+def test_a_step_broken_off_has_done_nothing():
+    found = sequence(stop=("XYZ",), penalty=2.0, max_new_tokens=50)
+    found.take(tokens_of("aX"))
+    found.context.cache.layers[0].append(torch.zeros(1, 1, 1, 2), torch.zeros(1, 1, 1, 2))
+    found.context.cache.commit(range(1))
+    found.check_context()
+    before = deepcopy(found.stats)
+    with pytest.raises(KeyboardInterrupt), found.whole_step():
+        found.context.cache.layers[0].append(torch.zeros(1, 1, 3, 2), torch.zeros(1, 1, 3, 2))
+        found.context.defer(NoDrafter(), torch.zeros(2, 2), [1, 2])
+        found.take(tokens_of("YZ"))
+        assert found.finish_reason is FinishReason.STOP and found.stops.stopped
+        raise KeyboardInterrupt
+    found.check_context()
+    assert found.output_ids == tokens_of("aX") and found.finish_reason is None and found.stats == before
+    assert not found.context.unfed and found.chooser.output.keys() == set(tokens_of("aX"))
+    assert found.take(tokens_of("YZ")) == 2 and found.finish_reason is FinishReason.STOP
 
 
-def test_the_end_token_is_no_text():
-    found = sequence(with_text=True)
-    assert found.take([*tokens_of("ab"), EOS]) == (3, "ab")
+def test_caches_that_do_not_hold_what_was_read_are_refused():
+    found = sequence()
+    found.take([7])
+    found.check_context()
+    found.context.cache.layers[0].append(torch.zeros(1, 1, 1, 2), torch.zeros(1, 1, 1, 2))
+    with pytest.raises(CapacityError, match="3 rows are cached"):
+        found.check_context()
 
 
 def test_penalties_see_what_was_taken_and_nothing_else():

@@ -10,7 +10,6 @@ def test_nothing_is_made_up_without_a_step():
     stats = DecodeStats(num_tokens=1)
     assert stats.num_steps == 0 and stats.tau is None
     assert stats.tokens_per_second is None and stats.decode_tokens_per_second is None
-    assert stats.accepted_by_depth == []
 
 
 def test_the_token_of_the_prefill_is_not_counted_in_tau():
@@ -18,12 +17,10 @@ def test_the_token_of_the_prefill_is_not_counted_in_tau():
     assert stats.tau == pytest.approx(8 / 3) == pytest.approx(sum(stats.accepted) / 3 + 1)
     assert stats.seconds == 3.0
     assert stats.tokens_per_second == 3.0 and stats.decode_tokens_per_second == 4.0
-    assert stats.accepted_by_depth == pytest.approx([2 / 3, 2 / 3, 1 / 3])
 
 
 def test_plain_decoding_has_tau_1():
     assert DecodeStats(num_tokens=5, accepted=[0, 0, 0, 0]).tau == 1.0
-    assert DecodeStats(num_tokens=5, accepted=[0, 0, 0, 0]).accepted_by_depth == []
 
 
 def test_clock_adds_phases_up(monkeypatch):

@@ -152,6 +152,7 @@ def test_stock_sampling_depends_on_the_seed_alone(target):
     torch.manual_seed(99)
     assert run(target, plain(), seed=2**63 + 1, **settings)["token_ids"] == one
     assert run(target, plain(), seed=3, **settings)["token_ids"] != one
+    assert run(target, plain(), seed=2**63 + 1, top_k=-1, **settings)["token_ids"] == one, "-1 is off, too"
 
 
 def test_the_models_own_generation_config_decides_nothing(target):

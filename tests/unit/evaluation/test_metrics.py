@@ -36,9 +36,18 @@ RECORDS = [
     record("none", "a1", tokens=5, seconds=5.0),
     record("fast", "a1", tokens=5, seconds=3.0, accepted=[1, 1]),
     record("none", "b1", tokens=7, seconds=13.0),
-    record("fast", "b1", tokens=7, seconds=4.0, accepted=[2, 0, 1], matches=False, num_dropped=2),
+    record(
+        "fast",
+        "b1",
+        tokens=7,
+        seconds=4.0,
+        accepted=[2, 0, 1],
+        matches=False,
+        num_dropped=2,
+        divergence={"position": 2, "margin": 1e-6},
+    ),
     record("none", "b2", tokens=9, seconds=9.0),
-    record("fast", "b2", tokens=0, seconds=0.0, accepted=[], error="RuntimeError: broken"),
+    record("fast", "b2", tokens=0, seconds=0.0, accepted=[], error="RuntimeError: broken", matches=False),
 ]
 
 
@@ -54,10 +63,10 @@ def test_by_hand():
     assert fast["decode_tokens_per_second"] == pytest.approx(10 / 5)
     assert fast["speedup"] == pytest.approx((12 / 7) / (12 / 18))  # b2 failed, so it counts on neither side
     assert fast["decode_speedup"] == pytest.approx((10 / 5) / (10 / 16))
-    assert fast["identical"] == 0.5 and fast["compared"] == 2
+    assert fast["identical"] == pytest.approx(1 / 3) and fast["compared"] == 3, "a crash has not the same tokens"
     assert fast["acceptance_by_depth"] == [0.8, 0.2]
     assert fast["tokens_per_step"] == {"1": 1, "2": 3, "3": 1}
-    assert fast["mean_tree_nodes"] == 4 and fast["plain_step_share"] == 0 and none["plain_step_share"] == 1
+    assert fast["mean_tree_nodes"] == 4 and none["mean_tree_nodes"] == 1
     assert fast["phase_seconds"] == {"prefill": 2.0, "verify": 5.0}
     assert fast["speedup_hf"] is None
     low, high = fast["speedup_interval"]
@@ -66,11 +75,13 @@ def test_by_hand():
 
 
 def test_nothing_but_failures_gives_no_number():
-    failed = [record("none", "a1", tokens=3, seconds=3.0), record("bad", "a1", tokens=0, seconds=0, error="x")]
+    bad = record("bad", "a1", tokens=0, seconds=0, error="x", matches=False)
+    failed = [record("none", "a1", tokens=3, seconds=3.0), bad]
     bad = summarise(failed, ["none", "bad"])["all"]["bad"]
     assert bad["failed"] == 1 and bad["num_answers"] == 0
-    for key in ("tau", "tau_loop_free", "tokens_per_second", "speedup", "speedup_interval", "identical"):
+    for key in ("tau", "tau_loop_free", "tokens_per_second", "speedup", "speedup_interval"):
         assert bad[key] is None
+    assert (bad["identical"], bad["compared"]) == (0, 1)
 
 
 def test_one_token_answers_are_plain_by_definition():
@@ -120,6 +131,8 @@ def test_the_contract():
     found = contract(summarise(RECORDS, ["none", "fast"]), 3)
     assert found["questions"] == 3 and list(found["methods"]) == ["none", "fast"]
     assert set(found["methods"]["fast"]) == {
+        "num_answers",
+        "compared",
         "tau",
         "tau_loop_free",
         "tokens_per_second",

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from amphista.errors import DataError
-from amphista.evaluation.records import Record, RecordFile, read_groups, read_json, read_records
+from amphista.evaluation.records import Record, RecordFile, read_groups, read_records
+from amphista.files import read_json
 
 METHODS = ["none", "fast"]
 

@@ -5,15 +5,20 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 
+from amphista.drafter.none import NoDrafter
 from amphista.engine.params import SamplingParams
 from amphista.errors import ConfigError
 from amphista.evaluation.methods import METHODS, Ours, Settings, parse_methods
+from amphista.evaluation.metrics import contract
 from amphista.evaluation.questions import load_questions
 from amphista.evaluation.records import read_records
+from amphista.evaluation.report import markdown_tables, write_report
 from amphista.evaluation.run import Evaluation, EvaluationConfig, answer_seed
 from amphista.evaluation.summary import ACCEPTED, rebuild_summary
 from amphista.kernels.graph import Recorder
+from amphista.kernels.int8 import can_quantise
 from amphista.target.target import Target
 from amphista.target.text import Text
 from tests.tiny import Amphista, AmphistaConfig, byte_tokenizer, shaken, tiny_model
@@ -21,7 +26,7 @@ from tests.tiny import Amphista, AmphistaConfig, byte_tokenizer, shaken, tiny_mo
 QUESTIONS = [
     {"question_id": 1, "category": "writing", "turns": ["First?", "Second?"]},
     {"question_id": 2, "category": "qa", "turns": ["Only?"]},
-    {"question": "Ann has 2 pears and buys 1. How many?", "answer": "#### 3"},
+    {"question": "Ann has 2 pears and buys 1. How many?", "answer": "#### 3", "category": "maths"},
 ]
 
 
@@ -76,9 +81,9 @@ def config(methods="none,hf,drafts", **changes):
 
 
 def evaluate(target, asked, out, **changes):
-    evaluation = Evaluation(target, asked, config(**changes), out)
-    evaluation.run()
-    return evaluation, evaluation.finish()
+    with Evaluation(target, asked, config(**changes), out) as evaluation:
+        evaluation.run()
+        return evaluation, evaluation.finish()
 
 
 def tokens(records):
@@ -95,8 +100,7 @@ def test_a_run(text_target, asked, tmp_path, temperature):
     assert everything["drafts"]["identical"] == 1.0 and everything["drafts"]["compared"] == 8
     assert everything["hf"]["identical"] == (1.0 if temperature == 0 else None)
     assert everything["none"]["tau"] == everything["hf"]["tau"] == 1.0
-    assert set(summary["measures"]) == {"all", "mt_bench", "qa", "gsm8k"}
-    assert everything["none"]["scored"] == 2 and everything["none"]["correct"] == 0
+    assert set(summary["measures"]) == {"all", "mt_bench", "qa", "maths"}
     by_group = {(r.group, r.method): r for r in records}
     second = by_group[(0, "1", 1), "none"]
     first = by_group[(0, "1", 0), "none"]
@@ -113,9 +117,11 @@ def test_recorded_forwards_give_the_same_run_and_none_is_recorded_in_it(asked, t
     for static in (True, False):
         target = Target(tiny_model(), Text(byte_tokenizer()), static=static)
         assert target.speed_up() and target.is_static == static
-        evaluation = Evaluation(target, asked, config("none,drafts"), tmp_path / str(static))
         recorded = []
-        with monkeypatch.context() as patch:
+        with (
+            Evaluation(target, asked, config("none,drafts"), tmp_path / str(static)) as evaluation,
+            monkeypatch.context() as patch,
+        ):
             if static:
                 evaluation._warm_up()
 
@@ -149,6 +155,57 @@ def test_a_crash_is_a_failed_record_and_never_a_number(text_target, asked, tmp_p
     assert any("failed" in note for note in summary["notes"])
 
 
+def test_nine_crashes_of_ten_are_told_truly(text_target, tmp_path, monkeypatch):
+    """One answer in ten is the same tokens; the other nine are crashes, which are not."""
+
+    class Surviving(Ours):
+        calls = -1  # the warm-up comes first
+
+        def run(self, prompt_ids, params):
+            self.calls += 1
+            if self.calls > 1:
+                raise ZeroDivisionError("on purpose")
+            return super().run(prompt_ids, params)
+
+    monkeypatch.setitem(METHODS, "survives", drafting(Surviving))
+    path = tmp_path / "ten.jsonl"
+    path.write_text("".join(json.dumps({"prompt": f"Question {i}?"}) + "\n" for i in range(10)))
+    for temperature in (0.0, 0.8):
+        out = tmp_path / str(temperature)
+        _, summary = evaluate(
+            text_target, load_questions(str(path)), out, methods="none,hf,survives", temperature=temperature
+        )
+        found = summary["measures"]["all"]["survives"]
+        assert (found["failed"], found["num_answers"], found["compared"]) == (9, 1, 10)
+        assert found["identical"] == 0.1 and len(summary["failures"]) == 9 and summary["divergences"] == []
+        assert "| 10.0% of 10 " in markdown_tables(summary) and "| 9 of 10 |" in markdown_tables(summary)
+        assert any("9 of 30 answers failed" in note for note in summary["notes"])
+        told = contract(summary["measures"], 10)["methods"]["survives"]
+        assert told == told | {"identical": 0.1, "compared": 10, "failed": 9, "num_answers": 1}
+    assert summary["measures"]["all"]["hf"]["compared"] == 0, "stock noise is its own"
+
+
+def test_where_none_itself_failed_nothing_is_compared(text_target, asked, tmp_path, monkeypatch):
+    def build(spec, target, settings):
+        return Crashing(target, NoDrafter(), "1", {"drafter": "none"})
+
+    monkeypatch.setitem(METHODS, "none", build)
+    _, summary = evaluate(text_target, asked, tmp_path / "out", methods="none,drafts")
+    measures = summary["measures"]["all"]
+    assert measures["none"]["failed"] > 0
+    assert measures["drafts"]["compared"] == measures["none"]["num_answers"] and measures["drafts"]["identical"] == 1
+
+
+def test_two_runs_in_one_folder_are_kept_apart(text_target, asked, tmp_path):
+    with Evaluation(text_target, asked, config(), tmp_path / "out") as evaluation:
+        before = (tmp_path / "out" / "records.jsonl").stat().st_ino
+        with pytest.raises(ConfigError, match="another process is evaluating into"):
+            Evaluation(text_target, asked, config(), tmp_path / "out")
+        assert (tmp_path / "out" / "records.jsonl").stat().st_ino == before, "left alone"
+        evaluation.run()
+    evaluate(text_target, asked, tmp_path / "out")
+
+
 def test_a_divergence_is_found_with_its_place_and_margin(text_target, asked, tmp_path):
     evaluation, summary = evaluate(text_target, asked, tmp_path / "out", methods="none,drafts,lies")
     found = summary["divergences"]
@@ -162,15 +219,15 @@ def test_a_divergence_is_found_with_its_place_and_margin(text_target, asked, tmp
 @pytest.mark.parametrize("kept", [0, 1, 2, 3])
 def test_a_killed_run_resumes_to_the_same_records(text_target, asked, tmp_path, kept):
     whole, _ = evaluate(text_target, asked, tmp_path / "whole")
-    broken = Evaluation(text_target, asked, config(), tmp_path / "broken")
 
     def stop(done, total, text):
         if done == 3 * kept:
             raise KeyboardInterrupt
 
-    if kept:
-        with pytest.raises(KeyboardInterrupt):
-            broken.run(stop)
+    with Evaluation(text_target, asked, config(), tmp_path / "broken") as broken:
+        if kept:
+            with pytest.raises(KeyboardInterrupt):
+                broken.run(stop)
     path = tmp_path / "broken" / "records.jsonl"
     path.write_bytes(path.read_bytes() + b'{"id":"2","cat')
     resumed, summary = evaluate(text_target, asked, tmp_path / "broken")
@@ -205,6 +262,16 @@ def test_another_run_is_refused_and_nothing_lost(text_target, asked, tmp_path, c
     assert (tmp_path / "out" / "records.jsonl").read_bytes() == before
 
 
+@pytest.mark.skipif(not can_quantise(torch.empty(0)), reason="this CPU has no 8-bit dot products")
+def test_another_type_of_the_same_target_is_another_run(asked, tmp_path):
+    """Path and the type of what flows between weights are the same."""
+    targets = [Target(tiny_model(), Text(byte_tokenizer()), name="t") for _ in range(2)]
+    assert targets[0].speed_up() and targets[1].speed_up(int8=True)
+    evaluate(targets[0], asked, tmp_path / "out", methods="none")
+    with pytest.raises(ConfigError, match="dtype is int8, there it is float32"):
+        Evaluation(targets[1], asked, config("none"), tmp_path / "out")
+
+
 def test_folders_that_cannot_be(text_target, asked, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match="cannot write to"):
@@ -232,6 +299,16 @@ def test_seeds_are_unrelated_and_fixed():
     seeds = {answer_seed(s, q, t, r) for s in range(3) for q in ("1", "11", 2) for t in range(3) for r in range(3)}
     assert len(seeds) == 81 and all(0 <= seed < 2**64 for seed in seeds)
     assert answer_seed(0, 1, 0, 0) == answer_seed(0, "1", 0, 0)
+
+
+def test_a_run_without_a_seed_is_the_run_of_seed_0(text_target, asked, tmp_path):
+    unseeded = EvaluationConfig(
+        methods=config("none").methods, params=SamplingParams(max_new_tokens=10, temperature=0.8), settings=Settings()
+    )
+    with Evaluation(text_target, asked, unseeded, tmp_path / "out") as evaluation:
+        evaluation.run()
+    assert [r.seed for r in evaluation.records[:2]] == [answer_seed(0, "1", turn, 0) for turn in (0, 1)]
+    evaluate(text_target, asked, tmp_path / "out", methods="none", temperature=0.8, seed=0)  # goes on in it
 
 
 def test_methods_lead_in_turn(text_target, asked, tmp_path, monkeypatch):
@@ -283,3 +360,29 @@ def test_the_costs_of_drafting_methods_stand_in_the_record_and_bind_no_resumed_r
     record["costs"]["lookup"]["verify_ms"] = [1.0, 9.0]
     (tmp_path / "run.json").write_text(json.dumps(record))
     assert evaluate(text_target, asked, tmp_path, methods="lookup,drafts")[1]["measures"] == summary["measures"]
+
+
+def test_a_hostile_question_file_runs_nothing_writes_nowhere_and_spoils_no_report(text_target, tmp_path, monkeypatch):
+    """Tests and entry points beside a prompt, ids that look like paths, markup of every kind, a prompt without end."""
+    canary = tmp_path / "canary"
+    code = f"import pathlib\npathlib.Path({str(canary)!r}).touch()\n"
+    lines = [
+        {"task_id": "../../up", "prompt": code, "entry_point": "f", "test": code, "canonical_solution": code},
+        {"id": str(canary), "prompt": "One?", "category": "$\\\\frac{$ | [/] {{ 7 * 7 }} <script>", "check": code},
+        {"id": "__import__", "question": "Two?", "answer": code, "category": "../canary", "kind": "humaneval"},
+        {"id": "{0.__class__}", "prompt": "x" * 300_000},
+    ]
+    path = tmp_path / "questions.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    out = tmp_path / "out"
+    evaluation, summary = evaluate(text_target, load_questions(str(path)), out, methods="none,drafts")
+    write_report(out, summary)
+    assert [record.failed for record in evaluation.records] == [False] * 6 + [True] * 2
+    assert "context holds 512" in evaluation.records[-1].error
+    assert {p.name for p in tmp_path.iterdir()} == {"here", "out", "questions.jsonl"}
+    assert not list((tmp_path / "here").iterdir()) and len(list(out.iterdir())) == 6, "five files and the lock"
+    page = (out / "report.html").read_text()
+    assert "<script>" not in page and "{{ 7 * 7 }}" in page
+    assert summary["measures"]["all"]["drafts"]["num_answers"] == 3, "questions without a category are not all of them"

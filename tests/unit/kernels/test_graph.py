@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import threading
+import time
 from contextlib import contextmanager
 
 import numpy as np
@@ -11,7 +12,8 @@ import pytest
 import torch
 
 from amphista.errors import CaptureError
-from amphista.kernels.graph import WARM_UPS, Inputs, OneThread, Recorded, Recorder, bucket, capacities
+from amphista.kernels import graph
+from amphista.kernels.graph import WARM_UPS, Inputs, Recorded, Recorder, ThreadLease, bucket, capacities
 
 CPU = torch.device("cpu")
 
@@ -99,14 +101,44 @@ def test_sizes():
     assert capacities(16, 1) == [16] and capacities(16, 17) == [16, 32] and capacities(16, 64) == [16, 32, 64]
 
 
-def test_the_first_thread_has_it_until_it_ends():
-    one, answers = OneThread(), []
-    first = threading.Thread(target=lambda: answers.append(one.is_mine()))
-    first.start(), first.join()
-    assert answers == [True] and one.is_mine(), "the thread that had it has ended"
-    second = threading.Thread(target=lambda: answers.append(one.is_mine()))
-    second.start(), second.join()
-    assert answers == [True, False] and one.is_mine()
+def test_one_thread_has_it_until_it_ends_gives_it_back_or_rests(monkeypatch):
+    lease, answers = ThreadLease(), []
+
+    def elsewhere(ask):
+        thread = threading.Thread(target=lambda: answers.append(ask()))
+        thread.start(), thread.join()
+        return answers.pop()
+
+    assert elsewhere(lease.take) and lease.is_open() and lease.take(), "the thread that had it has ended"
+    assert not elsewhere(lease.take) and not elsewhere(lease.is_open) and lease.take()
+    lease.give_back()
+    assert elsewhere(lease.is_open) and elsewhere(lease.take)
+    assert lease.take()
+    monkeypatch.setattr(graph, "IDLE_SECONDS", 0.0)
+    views = Counting()
+    lease.show(views)
+    time.sleep(0.001)
+    assert not elsewhere(lease.take), "somebody still reads what it showed"
+    del views
+    assert elsewhere(lease.take)
+
+
+def test_another_stream_waits_for_the_one_before(monkeypatch):
+    """Only the names are real here."""
+
+    class Stream:
+        def __init__(self):
+            self.waited = []
+
+        def wait_stream(self, other):
+            self.waited.append(other)
+
+    first, second = Stream(), Stream()
+    recorder = Recorder(torch.device("cuda"))
+    for stream in (first, first, second, first):
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda device, stream=stream: stream)
+        recorder.follow()
+    assert first.waited == [second] and second.waited == [first]
 
 
 def test_how_cuda_is_asked(monkeypatch):

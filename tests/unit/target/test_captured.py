@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+
 import pytest
 import torch
 
@@ -103,15 +105,14 @@ def test_buffers_stay(monkeypatch):
     assert len(addresses) >= 6, "several sizes and capacities"
 
 
-def test_the_turns_a_forward_was_recorded_with_outlive_a_larger_table():
+def test_the_rotary_table_a_forward_was_recorded_with_outlives_a_larger_table():
     target = static_target(max_position_embeddings=4096)
     cache = target.new_cache()
     target.prefill([5, 6, 7], cache)
     expected = target.verify(binary(3), cache).logits.clone()
-    region = next(reversed(regions_of(target).values()))
-    held = region._turns.data_ptr()
-    target._lean.turns.reserve(3000)
-    assert target._lean.turns.table.data_ptr() != held == region._turns.data_ptr()
+    recorded = weakref.ref(target._lean.rotary.table)
+    target._lean.rotary.reserve(3000)
+    assert recorded() is not None and recorded() is not target._lean.rotary.table
     assert torch.equal(target.verify(binary(3), cache).logits, expected)
 
 

@@ -8,13 +8,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from amphista.evaluation.memory import resident_bytes
 from amphista.kernels import linear
 from amphista.target import lean, spec
 from amphista.target import target as targets
 from amphista.target.loading import _converted, _is_only_weights, load_target
 from amphista.target.pages import give_back, trim_allocator
 from amphista.target.target import Target
+from benchmarks.lab.memory import resident_bytes
 from tests.tiny import tiny_model
 
 NUMBERS = 1 << 20

@@ -101,4 +101,4 @@ def test_on_the_fast_path_like_a_loaded_target(tiny):
     target = random_target("tiny", fast=True, progress=lambda line: None)
     assert target.path == "fast"
     with without_layers(target):
-        assert target.verify(TokenTree.root_alone(3), target.new_cache()).logits.shape == (1, target.spec.vocab_size)
+        assert target.verify(TokenTree([3], [-1]), target.new_cache()).logits.shape == (1, target.spec.vocab_size)

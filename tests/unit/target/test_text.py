@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import random
+from typing import ClassVar
 
 import pytest
 
@@ -9,6 +10,13 @@ from amphista.target.text import REPLACEMENT, IncrementalText, Text
 from tests.tiny import EOS, byte_tokenizer
 
 CHARACTERS = "az \n\u00e9\u00df\u20ac\u4e16\u754c\U0001f600\U0001f1e9\U0001f1eae\u0301\ufffd"
+
+
+class Bare:
+    """A decoder without special tokens."""
+
+    special_tokens: ClassVar = {}
+    byte_tokens: ClassVar = {}
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +83,7 @@ def test_finish_may_be_called_twice(text):
 def test_a_decoder_that_drops_the_first_space_loses_none():
     """Sentence-piece decoders do: a window that began at each new token would swallow every space."""
 
-    class Pieces:
+    class Pieces(Bare):
         def decode(self, ids):
             return "".join([" one", " two", "s", " three"][i] for i in ids).removeprefix(" ")
 
@@ -105,7 +113,7 @@ def test_a_prefix_that_never_completes_comes_out_at_the_end(text):
 
 
 def test_one_token_may_hold_text_around_the_stop_string():
-    class Words:
+    class Words(Bare):
         def decode(self, ids):
             return "".join({0: "ab", 1: "cXYd", 2: "e"}[i] for i in ids)
 
@@ -114,7 +122,7 @@ def test_one_token_may_hold_text_around_the_stop_string():
 
 
 def test_the_earliest_of_several_stops_counts():
-    class Words:
+    class Words(Bare):
         def decode(self, ids):
             return "".join({0: "ab", 1: "c--d##"}[i] for i in ids)
 

@@ -74,3 +74,13 @@ def test_other_settings_are_refused_and_equal_ones_are_not(target, data, first, 
     with pytest.raises(ConfigError, match="num_heads is 2, not 3"):
         Trainer(target, config_of(data, init=str(first), model={"num_heads": 3}), tmp_path / "run", print)
     Trainer(target, config_of(data, init=str(first), model=MODEL), tmp_path / "run", print)
+
+
+def test_a_folder_that_no_drafter_may_be_saved_to_is_refused_before_the_first_step(target, data, tmp_path):
+    (tmp_path / "best").mkdir()
+    (tmp_path / "best" / "config.json").write_text("{}")
+    steps = []
+    trainer = Trainer(target, config_of(data, model=MODEL), tmp_path, steps.append)
+    with pytest.raises(ConfigError, match="best is there already and is no drafter of ours"):
+        trainer.run()
+    assert not steps and (tmp_path / "best" / "config.json").read_text() == "{}"

@@ -6,7 +6,7 @@ import random
 import pytest
 
 from amphista.tree.candidates import Candidates
-from amphista.tree.dynamic import best_first, dynamic_tree
+from amphista.tree.dynamic import best_first
 from tests.unit.tree.subtrees import best_value
 
 
@@ -50,7 +50,7 @@ def test_nesting_holds_under_ties():
 def test_scores_are_path_sums_and_never_rise():
     candidates = candidates_of(random_probs(1, [4, 4, 4]))
     grown = best_first(7, candidates, 40, max_depth=3)
-    tree = dynamic_tree(7, candidates, 40, max_depth=3)
+    tree = best_first(7, candidates, 40, max_depth=3).tree()
     log_prob = {
         (depth, token): value
         for depth, (tokens, values) in enumerate(zip(candidates.tokens, candidates.log_probs, strict=True), start=1)
@@ -65,16 +65,16 @@ def test_scores_are_path_sums_and_never_rise():
 
 @pytest.mark.parametrize("max_depth", range(4))
 def test_depth_is_bounded(max_depth):
-    tree = dynamic_tree(7, candidates_of(random_probs(1, [3, 3, 3])), 50, max_depth)
+    tree = best_first(7, candidates_of(random_probs(1, [3, 3, 3])), 50, max_depth).tree()
     assert max(tree.depths) == max_depth
     assert tree.num_nodes == sum(3**depth for depth in range(max_depth + 1)), "all there is, when the budget allows"
 
 
 def test_impossible_tokens_are_left_out():
-    tree = dynamic_tree(7, candidates_of([[0.5, 0.0], [0.5, 0.0]]), 50, 9)
+    tree = best_first(7, candidates_of([[0.5, 0.0], [0.5, 0.0]]), 50, 9).tree()
     assert tree.tokens == [7, 100, 200]
 
 
 def test_without_candidates_the_root_stands_alone():
-    assert dynamic_tree(7, Candidates([], []), 8, 9).tokens == [7]
-    assert dynamic_tree(7, Candidates([[], []], [[], []]), 8, 9).tokens == [7]
+    assert best_first(7, Candidates([], []), 8, 9).tree().tokens == [7]
+    assert best_first(7, Candidates([[], []], [[], []]), 8, 9).tree().tokens == [7]

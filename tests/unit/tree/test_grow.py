@@ -5,8 +5,8 @@ import math
 import pytest
 
 from amphista.errors import ConfigError
-from amphista.tree.candidates import Candidates, Graft
-from amphista.tree.dynamic import dynamic_tree
+from amphista.tree.candidates import Candidates, NgramDraft
+from amphista.tree.dynamic import best_first
 from amphista.tree.grow import (
     AutoGrower,
     ChainGrower,
@@ -17,7 +17,7 @@ from amphista.tree.grow import (
     parse_tree,
 )
 from amphista.tree.template import TreeTemplate
-from amphista.tree.tune import Costs, Pace
+from amphista.tree.tune import Costs, DraftController
 
 CANDIDATES = Candidates([[10, 11, 12], [20, 21, 22]], [[-0.1, -2.0, -3.0], [-0.2, -1.0, -4.0]])
 
@@ -50,7 +50,7 @@ def test_less_than_the_root_is_refused(text):
 def test_dynamic():
     grower = DynamicGrower(4)
     assert grower.num_ranks == 3, "no node of a tree of 4 can have a rank beyond the third"
-    assert grower.grow(9, CANDIDATES, 5).tree == dynamic_tree(9, CANDIDATES, 4, 5)
+    assert grower.grow(9, CANDIDATES, 5).tree == best_first(9, CANDIDATES, 4, 5).tree()
     assert DynamicGrower(1).grow(9, CANDIDATES, 5).tree.tokens == [9]
 
 
@@ -115,20 +115,20 @@ def test_auto_asks_for_no_more_ranks_than_it_could_use():
 
 def test_auto_learns_from_the_heads_own_steps_only():
     """Where the graft was right, the step says nothing of the heads; nor where they were not asked."""
-    grower, graft = AutoGrower(Costs([1.0, 1.1, 1.2], draft=0.1)), Graft([10], [-0.1])
+    grower, graft = AutoGrower(Costs([1.0, 1.1, 1.2], draft=0.1)), NgramDraft([10], [-0.1])
     drafted, grafted = Candidates([[11]], [[-0.5]]), Candidates([[11]], [[-0.5]], graft)
     cases = [(drafted, [], True), (grafted, [11], True), (grafted, [10], False), (Candidates([], []), [], False)]
     for candidates, accepted, counts in cases:
-        pace = Pace()
-        before = pace.gain
-        grower.learn(pace, candidates, 2, accepted)
-        assert (pace.gain != before) is counts
+        controller = DraftController()
+        before = controller.gain
+        grower.learn(controller, candidates, 2, accepted)
+        assert (controller.gain != before) is counts
 
 
 @pytest.mark.parametrize("tree", ["chain", 6, "static:4"])
 def test_a_graft_joins_every_kind_of_tree(tree):
     grower = parse_tree(tree, Measured(accuracy=[[0.5, 0.2], [0.4, 0.1], [0.3, 0.1]]))
-    graft = Graft([12, 77, 78, 79], [-0.01] * 4)
+    graft = NgramDraft([12, 77, 78, 79], [-0.01] * 4)
     tree = grower.grow(9, Candidates(CANDIDATES.tokens, CANDIDATES.log_probs, graft), 5).tree
     assert {12, 77} <= set(tree.tokens)
     assert grower.grow(9, Candidates([], [], graft), 2).tree.tokens == [9, 12, 77], "heads or none, within the depth"

@@ -9,16 +9,16 @@ from dataclasses import replace
 
 import pytest
 
-from amphista.tree.candidates import Below, Candidates, Graft
+from amphista.tree.candidates import Candidates, ConditionalRanks, NgramDraft
 from amphista.tree.dynamic import best_first
-from amphista.tree.offers import Offers
+from amphista.tree.offers import ChildCandidates
 from amphista.tree.template import TreeTemplate
 
 
 def offered(probs, graft_probs, graft_tokens):
     tokens = [[10 * depth + rank for rank in range(len(ranks))] for depth, ranks in enumerate(probs, start=1)]
     logs = [[math.log(p) for p in ranks] for ranks in probs]
-    return Candidates(tokens, logs, Graft(graft_tokens, [math.log(p) for p in graft_probs]))
+    return Candidates(tokens, logs, NgramDraft(graft_tokens, [math.log(p) for p in graft_probs]))
 
 
 def children_plainly(candidates, path):
@@ -78,7 +78,7 @@ def with_paths(candidates, source, num_parents=2):
     logs = [
         [sorted((math.log(source.random() / 2 + 1e-3) for _ in row), reverse=True) for row in rows] for rows in ranks
     ]
-    return replace(candidates, below=Below(ranks, logs))
+    return replace(candidates, below=ConditionalRanks(ranks, logs))
 
 
 @pytest.mark.parametrize("num_parents", [None, 2, 1], ids=["heads", "paths", "paths-of-the-best"])
@@ -102,14 +102,14 @@ def test_no_subtree_of_this_size_scores_more(graft_tokens, seed, num_parents):
 
 def test_a_token_both_name_is_offered_once_and_gains_by_it():
     for p, expected in ((0.9, 0.94), (0.1, 0.46)):
-        offers = Offers(offered([[0.5, 0.4]], [p], [11]), 5).below(1, on_graft=True)
+        offers = ChildCandidates(offered([[0.5, 0.4]], [p], [11]), 5).below(1, on_graft=True)
         assert sorted(offer.token for offer in offers) == [10, 11]
         assert {o.token: math.exp(o.log_prob) for o in offers}[11] == pytest.approx(expected)
 
 
 def test_no_node_promises_more_than_one_child():
     for p in (0.01, 0.5, 0.99, 1.0):
-        below = Offers(offered([[0.7, 0.3]], [p], [99]), 5).below(1, on_graft=True)
+        below = ChildCandidates(offered([[0.7, 0.3]], [p], [99]), 5).below(1, on_graft=True)
         assert math.fsum(math.exp(offer.log_prob) for offer in below) <= 1 + 1e-6
 
 
@@ -120,15 +120,15 @@ def test_the_graft_goes_deeper_than_the_heads_and_ends_where_it_must():
 
 
 def test_without_a_graft_nothing_changes():
-    plain = Offers(Candidates([[1, 2]], [[-0.1, -2.0]]), 5)
+    plain = ChildCandidates(Candidates([[1, 2]], [[-0.1, -2.0]]), 5)
     assert plain.below(1, on_graft=True) == plain.below(1, on_graft=False)
     assert plain.below(2, on_graft=True) == []
 
 
 def test_a_node_has_the_children_of_its_own_token():
-    below = Below([[[1, 0], [0]]], [[[-0.1, -3.0], [-0.2]]])
+    below = ConditionalRanks([[[1, 0], [0]]], [[[-0.1, -3.0], [-0.2]]])
     candidates = Candidates([[10, 11, 12], [20, 21]], [[-0.5, -1.5, -3.0], [-0.4, -2.0]], None, below)
-    offers = Offers(candidates, 5)
+    offers = ChildCandidates(candidates, 5)
     said = [[(o.token, o.log_prob) for o in offers.below(2, on_graft=False, parent_rank=rank)] for rank in range(3)]
     assert said[:2] == [[(21, -0.1), (20, -3.0)], [(20, -0.2)]]
     assert said[2] == [(20, -0.4), (21, -2.0)], "nothing is said of it: the head alone decides"
@@ -136,8 +136,8 @@ def test_a_node_has_the_children_of_its_own_token():
 
 
 def test_a_graft_s_token_that_heads_name_keeps_its_children():
-    below = Below([[[0], [1]]], [[[-0.1], [-0.1]]])
-    graft = Graft([11, 21], [math.log(0.5), math.log(0.5)])
+    below = ConditionalRanks([[[0], [1]]], [[[-0.1], [-0.1]]])
+    graft = NgramDraft([11, 21], [math.log(0.5), math.log(0.5)])
     grown = best_first(7, Candidates([[10, 11], [20, 21]], [[-1.0, -1.0], [-1.0, -1.0]], graft, below), 99, 2)
     values = dict(zip(paths_of(grown), grown.scores[1:], strict=True))
     assert math.exp(values[11, 21] - values[11,]) == pytest.approx(0.5 + 0.5 * math.exp(-0.1))

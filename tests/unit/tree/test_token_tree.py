@@ -32,7 +32,7 @@ def test_child_looks_below_one_node_only():
 
 
 def test_root_alone():
-    tree = TokenTree.root_alone(5)
+    tree = TokenTree([5], [-1])
     assert (tree.tokens, tree.parents, tree.depths, tree.num_nodes) == ([5], [-1], [0], 1)
     assert tree.ancestor_mask().tolist() == [[True]]
 

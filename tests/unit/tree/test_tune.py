@@ -13,7 +13,7 @@ from amphista.tree.tune import (
     LONGEST_REST,
     PROBE,
     Costs,
-    Pace,
+    DraftController,
     best_size,
     chain_scores,
     interpolated,
@@ -112,22 +112,22 @@ def test_straight_lines_between_sizes():
 COSTS = Costs([1.0, 1.1, 1.2, 1.3, 1.4], draft=0.2)
 
 
-def run(pace, gains, graft=()):
+def run(controller, gains, graft=()):
     """Whether the heads were asked in each step; where they are, they bring the next gain."""
     asked = []
     for gain in gains:
-        asked.append(pace.wants_heads(COSTS, graft))
+        asked.append(controller.wants_heads(COSTS, graft))
         if asked[-1]:
-            pace.record(COSTS, 4, gain)
+            controller.record(COSTS, 4, gain)
     return asked
 
 
 def test_heads_that_pay_are_always_asked():
-    assert all(run(Pace(), [1, 0, 2, 0, 1, 1, 0, 3] * 20))
+    assert all(run(DraftController(), [1, 0, 2, 0, 1, 1, 0, 3] * 20))
 
 
 def test_heads_that_never_pay_are_soon_left_alone_and_tried_again_ever_more_rarely():
-    asked = run(Pace(), [0] * 2000)
+    asked = run(DraftController(), [0] * 2000)
     assert sum(asked[:40]) < 25
     assert 0 < sum(asked[200:]) < 0.06 * 1800
     rests = [len(list(group)) for was_asked, group in itertools.groupby(asked) if not was_asked]
@@ -137,37 +137,37 @@ def test_heads_that_never_pay_are_soon_left_alone_and_tried_again_ever_more_rare
 
 
 def test_heads_that_begin_to_pay_are_found_again():
-    asked = run(Pace(), [0] * 100 + [2] * 200)
+    asked = run(DraftController(), [0] * 100 + [2] * 200)
     assert sum(asked[:100]) < 50 and all(asked[-100:])
 
 
 def test_after_good_times_the_first_rest_is_short_again():
-    pace = Pace()
-    run(pace, [0] * 600 + [3] * 300)
-    asked = run(pace, [0] * 120)
+    controller = DraftController()
+    run(controller, [0] * 600 + [3] * 300)
+    asked = run(controller, [0] * 120)
     rests = [len(list(group)) for was_asked, group in itertools.groupby(asked) if not was_asked]
     assert rests[0] == FIRST_REST
 
 
 def test_a_sure_graft_needs_no_heads_and_that_is_no_verdict_on_them():
-    pace = Pace()
-    assert not any(run(pace, [1] * 50, graft=[math.log(0.98)] * 12))
-    assert all(run(pace, [1] * 50))
+    controller = DraftController()
+    assert not any(run(controller, [1] * 50, graft=[math.log(0.98)] * 12))
+    assert all(run(controller, [1] * 50))
 
 
 def test_an_unsure_graft_leaves_the_heads_their_turn():
-    assert all(run(Pace(), [1] * 50, graft=[math.log(0.2)] * 12))
+    assert all(run(DraftController(), [1] * 50, graft=[math.log(0.2)] * 12))
 
 
 def test_dear_heads_are_not_asked():
-    pace, dear = Pace(), Costs([1.0, 1.0, 1.0, 1.0, 1.0], draft=1.5)
-    assert sum(pace.wants_heads(dear, []) for _ in range(10)) == 0
+    controller, dear = DraftController(), Costs([1.0, 1.0, 1.0, 1.0, 1.0], draft=1.5)
+    assert sum(controller.wants_heads(dear, []) for _ in range(10)) == 0
 
 
 @pytest.mark.parametrize("share", [0.1, 0.9])
 def test_expected_gain_is_the_mean_of_late(share):
     source = random.Random(3)
-    pace = Pace()
+    controller = DraftController()
     for _ in range(300):
-        pace.record(COSTS, 2, int(source.random() < share))
-    assert pace.gain == pytest.approx(share, abs=0.25)
+        controller.record(COSTS, 2, int(source.random() < share))
+    assert controller.gain == pytest.approx(share, abs=0.25)

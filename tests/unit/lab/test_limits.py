@@ -8,9 +8,11 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from amphista.evaluation import limits as limits_module
 from amphista.evaluation.latency import typical_tree
-from amphista.evaluation.limits import (
+from amphista.kernels.int8 import can_quantise
+from amphista.target.target import Target
+from benchmarks.lab import limits as limits_module
+from benchmarks.lab.limits import (
     READ_ROWS,
     ForwardWork,
     Limits,
@@ -19,8 +21,6 @@ from amphista.evaluation.limits import (
     own_product,
     reading_ways,
 )
-from amphista.kernels.int8 import can_quantise
-from amphista.target.target import Target
 from tests.tiny import VOCAB, tiny_model, tiny_target
 
 

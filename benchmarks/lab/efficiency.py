@@ -2,8 +2,8 @@
 
     promised speedup = tau / ((T_verify(n) + T_draft) / T_verify(1))
 
-T are the costs that were measured before the run, by which `auto` trees are weighed (`amphista tune` shows them). They
-are summed step by step, over the tree each step had and whether heads were asked in it; tau is the run's own. The
+T are the costs that were measured before the run, by which `auto` trees are weighed (`amphista dev tune` shows them).
+They are summed step by step, over the tree each step had and whether heads were asked in it; tau is the run's own. The
 realised speedup is the decode speedup over `none` on the same answers.
 
 What is lost is told in plain steps: mean seconds of a decode step of `none`. T_verify(1) is one, being measured with
@@ -20,7 +20,6 @@ from amphista.evaluation.bootstrap import Interval, add_to, bootstrap
 from amphista.evaluation.methods import NONE
 from amphista.evaluation.records import Record
 
-GOAL = 0.93
 DRAFTING, FORWARDS = ("draft", "tree"), ("verify", "accept", "commit")
 
 

@@ -10,6 +10,7 @@ fresh process, because a peak never falls and freed memory is not always given b
 from __future__ import annotations
 
 import json
+import logging
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -25,12 +26,13 @@ from amphista.drafter.heads import ParallelHeads
 from amphista.drafter.lookup import LOOKUP
 from amphista.errors import AmphistaError, ConfigError
 from amphista.kernels.int8 import can_quantise
-from amphista.target.loading import INT8, device_of, import_code, say
+from amphista.target.loading import INT8, device_of, import_code
 from amphista.target.target import Target
+
+logger = logging.getLogger("amphista")
 
 STATUS = Path("/proc/self/status")
 RESULT = "amphista-memory: "
-GOAL = 1.3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +56,7 @@ def peak_memory(job: MemoryJob) -> dict[str, Any]:
     raises ConfigError where the kernel does not tell a process's peak; AmphistaError with its words if it fails.
     """
     check_peaks_are_told()
-    command = [sys.executable, "-m", "amphista.evaluation.memory", json.dumps(asdict(job))]
+    command = [sys.executable, "-m", "benchmarks.lab.memory", json.dumps(asdict(job))]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     found = [line for line in done.stdout.splitlines() if line.startswith(RESULT)]
     if done.returncode or not found:
@@ -71,11 +73,11 @@ def check_peaks_are_told() -> None:
         raise ConfigError("peak memory is read from /proc/self/status, which this system does not have")
 
 
-def loadable_types(names: Sequence[str], device: str | None) -> list[str]:
+def loadable_types(names: Sequence[str]) -> list[str]:
     """The types that a target can have on this machine; says which are left out."""
     types = list(names)
-    if INT8 in types and not can_quantise(torch.empty(0, device=device_of(device))):
-        say("memory in int8 is not measured: it needs a CPU with 8-bit dot products (VNNI)")
+    if INT8 in types and not can_quantise(torch.empty(0, device=device_of(None))):
+        logger.info("memory in int8 is not measured: it needs a CPU with 8-bit dot products (VNNI)")
         types.remove(INT8)
     return types
 

@@ -26,7 +26,6 @@ from torch.overrides import TorchFunctionMode
 from amphista.engine.params import SamplingParams
 from amphista.llm import LLM
 
-GOAL_MS = 2.0
 QUESTION = "Explain in detail how a steam engine works, and what it was used for."
 NEW_TOKENS = 64
 ROUNDS = 4

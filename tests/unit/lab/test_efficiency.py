@@ -1,10 +1,10 @@
-"""evaluation/efficiency.py: what was possible and what was lost, worked out by hand."""
+"""benchmarks/lab/efficiency.py: what was possible and what was lost, worked out by hand."""
 
 from __future__ import annotations
 
 import pytest
 
-from amphista.evaluation.efficiency import efficiencies
+from benchmarks.lab.efficiency import efficiencies
 from tests.unit.evaluation.test_metrics import record
 
 COSTS = {"fast": {"verify_ms": [10.0, 11.0, 12.0, 13.0], "draft_ms": 2.0}}

@@ -1,10 +1,10 @@
-"""evaluation/stretches.py: every step in its stretch, once."""
+"""benchmarks/lab/stretches.py: every step in its stretch, once."""
 
 from __future__ import annotations
 
 import pytest
 
-from amphista.evaluation.stretches import by_stretch, edges, stretches
+from benchmarks.lab.stretches import by_stretch, edges, stretches
 from tests.unit.evaluation.test_metrics import record
 
 

@@ -1,4 +1,4 @@
-"""evaluation/step_profile.py: calls into torch are operations, what lies between them is not."""
+"""benchmarks/lab/step_profile.py: calls into torch are operations, what lies between them is not."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import torch
 
 from amphista.drafter.lookup import WithLookup
 from amphista.drafter.none import NoDrafter
-from amphista.evaluation import step_profile
-from amphista.evaluation.step_profile import OperationTimer, Timed, between_operations, profile_steps, timer_seconds
 from amphista.llm import LLM
+from benchmarks.lab import step_profile
+from benchmarks.lab.step_profile import OperationTimer, Timed, between_operations, profile_steps, timer_seconds
 
 
 def test_calls_into_torch_are_counted_once_whatever_they_call():

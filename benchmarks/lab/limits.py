@@ -15,13 +15,12 @@ than this limit; a whole forward's are not.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
-from amphista.evaluation.stock import now
+from amphista.engine.timing import Cell, rounds
 from amphista.kernels.int8 import Int8Linear
 from amphista.kernels.linear import PackedLinear, Product
 from amphista.target.shapes import free_bytes
@@ -155,13 +154,9 @@ def _fastest(target: Target, ways: dict[str, Way]) -> tuple[str, float]:
 
 def seconds_of(target: Target, work: Callable[[], object]) -> float:
     """Seconds of the fastest round, after one that is not counted."""
-    work()
-    best, spent = math.inf, 0.0
-    for turn in range(MAX_ROUNDS):
-        if turn >= MIN_ROUNDS and spent > BUDGET_SECONDS:
+    cell = Cell(work)
+    cell.time(target.device)
+    for done in rounds([cell], target.device):
+        if done == MAX_ROUNDS or (done >= MIN_ROUNDS and sum(cell.seconds) > BUDGET_SECONDS):
             break
-        started = now(target)
-        work()
-        seconds = now(target) - started
-        best, spent = min(best, seconds), spent + seconds
-    return best
+    return cell.shortest

@@ -1,0 +1,291 @@
+"""The door: what people type first, lists of prompts, streams that start late and end early, a model's own settings."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+
+import pytest
+from transformers import GenerationConfig
+
+from amphista.engine.params import FinishReason, SamplingParams
+from amphista.errors import RequestError
+from amphista.llm import LLM, load
+from amphista.target.target import Target
+from amphista.target.text import Text
+from tests.tiny import byte_tokenizer, tiny_model
+
+FEW = {"max_tokens": 6}
+HI = [{"role": "user", "content": "hi"}]
+
+
+@pytest.fixture(scope="module")
+def llm(text_target):
+    return LLM(text_target)
+
+
+@pytest.fixture
+def prefills(monkeypatch):
+    """The number of rows of each prefill."""
+    found, prefill = [], Target.prefill
+
+    def counted(target, token_ids, cache):
+        found.append(len(token_ids))
+        return prefill(target, token_ids, cache)
+
+    monkeypatch.setattr(Target, "prefill", counted)
+    return found
+
+
+# -- prompts ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_list_of_prompts_gives_a_list_of_answers(llm):
+    ids = llm.prompt_ids("one")
+    alone = [llm.generate(text, **FEW).token_ids for text in ("one", "two")]
+    for prompts in (["one", "two"], ("one", "two"), [ids, llm.prompt_ids("two")], [ids, "two"]):
+        assert [answer.token_ids for answer in llm.generate(prompts, **FEW)] == alone
+    conversations = [[{"role": "user", "content": text}] for text in ("one", "two")]
+    assert [answer.token_ids for answer in llm.generate(conversations, **FEW)] == alone
+    assert [answer.token_ids for answer in llm.generate(["one"], **FEW)] == alone[:1]
+
+
+def test_one_prompt_in_any_of_its_forms_gives_one_answer(llm):
+    expected = llm.generate("hi", **FEW).token_ids
+    for prompt in (
+        HI,
+        tuple(HI),
+        llm.prompt_ids("hi"),
+        [{"role": "user", "content": [{"type": "text", "text": "hi"}]}],
+    ):
+        assert llm.generate(prompt, **FEW).token_ids == expected
+    assert llm.chat(HI, **FEW).token_ids == expected
+
+
+@pytest.mark.parametrize("bad", ["", " ", "\ud83d", [], [{"role": "user"}], [9999], ["x"]])
+def test_a_bad_prompt_among_others_is_named_before_anything_is_decoded(llm, bad, prefills):
+    with pytest.raises(RequestError, match=r"^prompts\[1\]: "):
+        llm.generate(["fine", bad], **FEW)
+    assert prefills == []
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [
+        ({"role": "user", "content": "x"}, "expected a text, a list of messages"),
+        (5, "expected a text, a list of messages"),
+        (None, "expected a text"),
+        ([], "expected a text"),
+        ([HI[0], "x"], "expected a text"),
+        ([1, "x"], "expected a text"),
+        ([1.5], "expected a text"),
+        ([{"content": "x"}], "expected an object with 'role' and 'content'"),
+        ([{"role": "user", "content": 5}], "expected a text, or a list of text parts"),
+        ([{"role": "a<|b", "content": "x"}], "expected a word"),
+        (
+            [{"role": "user", "content": [{"type": "image_url", "image_url": "u"}]}],
+            "'image_url': this target reads text",
+        ),
+        ("half \ud83d", "half a character"),
+        ([{"role": "user", "content": "half \ud83d"}], "half a character"),
+        ([{"role": "user", "content": "x", "name": "half \ud83d"}], "half a character"),
+        ([{"role": "user", "content": [{"type": "text", "text": "\ud83d"}]}], "half a character"),
+    ],
+)
+def test_what_is_no_prompt_is_refused_by_a_sentence(llm, prompt, message):
+    with pytest.raises(RequestError, match=message):
+        llm.generate(prompt, **FEW)
+
+
+@pytest.mark.parametrize("raw", [False, True])
+def test_half_characters_are_refused_wherever_text_enters(llm, raw):
+    for arguments in ({"prompt": "\udc00"}, {"prompt": "x", "stop": ["\udc00"]}, {"prompt": "x", "system": "\udc00"}):
+        with pytest.raises(RequestError):
+            llm.generate(**arguments, raw=raw, **FEW)
+    with pytest.raises(RequestError, match="half a character"):
+        llm.conversation("\udc00").send("x", **FEW)
+
+
+def test_template_variables_reach_the_template():
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template += "{% if mood is defined %}{{ mood }}{% endif %}"
+    llm = LLM(Target(tiny_model(), Text(tokenizer)))
+    settings = {"chat_template_kwargs": {"mood": "gay"}}
+    assert tokenizer.decode(llm.prompt_ids("x", **settings)).endswith("gay")
+    for answer in (
+        llm.generate("x", **settings, **FEW),
+        llm.stream("x", **settings, **FEW),
+        llm.chat(HI, **settings, **FEW),
+        llm.conversation(**settings).send("x", **FEW),
+    ):
+        ids = answer.prompt_ids if hasattr(answer, "prompt_ids") else answer._decoding.prompt_ids
+        assert tokenizer.decode(ids).endswith("gay")
+    with pytest.raises(RequestError, match="expected a dictionary"):
+        llm.prompt_ids("x", chat_template_kwargs="mood")
+
+
+# -- settings ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_seed_is_fresh_and_told(llm):
+    answers = [llm.generate("hi", temperature=1.5, max_tokens=20) for _ in range(3)]
+    assert len({tuple(answer.token_ids) for answer in answers}) == 3
+    again = llm.generate("hi", temperature=1.5, max_tokens=20, seed=answers[1].params.seed)
+    assert again.token_ids == answers[1].token_ids
+
+
+def test_settings_are_checked_by_name(llm):
+    with pytest.raises(RequestError, match="unknown setting 'tempreature'"):
+        llm.generate("x", tempreature=1)
+    with pytest.raises(RequestError, match="the same setting"):
+        llm.generate("x", max_tokens=1, max_new_tokens=2)
+    with pytest.raises(RequestError, match="expected SamplingParams"):
+        llm.generate("x", params={"temperature": 1})
+    with pytest.raises(RequestError, match="logit_bias names token id 300"):
+        llm.generate("x", logit_bias={300: 1})
+
+
+def test_a_stop_string_may_be_a_special_token_alone_or_among_text():
+    model = tiny_model()
+    llm = LLM(Target(model, Text(byte_tokenizer())))
+    free = llm.generate("x", max_tokens=12, ignore_eos=True)
+    at = next(i for i, token in enumerate(free.token_ids) if token not in free.token_ids[:i] and 2 < i < 10)
+    token = free.token_ids[at]
+    tokenizer = byte_tokenizer()
+    tokenizer._tokenizer.add_special_tokens(["<|x|>"])
+    text = Text(tokenizer)
+    special = text.special_tokens["<|x|>"]
+    rows = model.lm_head.weight
+    rows.data[[token, special]] = rows.data[[special, token]]
+    changed = LLM(Target(model, text))
+    answer = changed.generate("x", max_tokens=12, ignore_eos=True, stop="<|x|>")
+    assert answer.token_ids == [*free.token_ids[:at], special] and answer.finish_reason == "stop"
+    assert "<|x|>" not in answer.text and answer.text == text.decode(free.token_ids[:at])
+    whole = changed.generate("x", max_tokens=12, ignore_eos=True)
+    following = text.decode(whole.token_ids[at + 1 : at + 2], with_special=True)
+    mixed = changed.generate("x", max_tokens=12, ignore_eos=True, stop=["<|x|>" + following])
+    assert mixed.token_ids == whole.token_ids[: at + 2] and mixed.text == answer.text
+
+
+def configured(**settings):
+    model = tiny_model()
+    model.generation_config = GenerationConfig(eos_token_id=257, pad_token_id=257, **settings)
+    return model
+
+
+def test_the_models_own_settings_are_told_and_taken_only_when_asked_for(tmp_path, caplog):
+    configured(do_sample=True, temperature=0.6, repetition_penalty=1.2, typical_p=0.9).save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    llm = load(tmp_path, "none", tree=1)
+    (told,) = [record for record in caplog.records if record.levelname == "WARNING"]
+    for part in ("do_sample=True", "temperature=0.6", "repetition_penalty=1.2", "typical_p=0.9", "not applied"):
+        assert part in told.getMessage()
+    assert llm.generate("x", **FEW).params.is_greedy
+    caplog.clear()
+    params = llm.generate("x", params="model", seed=1, **FEW).params
+    assert (params.temperature, params.top_k, params.repetition_penalty) == (0.6, 50, 1.2)
+    assert "not supported" in caplog.text and "typical_p" in caplog.text and "temperature" not in caplog.text
+
+
+def test_nothing_is_told_of_a_configuration_without_settings(target_folder, caplog):
+    load(target_folder, "none", tree=1)
+    assert "generation_config" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"repetition_penalty": 1.5},
+        {"suppress_tokens": [119, 205]},
+        {"min_new_tokens": 20, "repetition_penalty": 1.1},
+        {"bad_words_ids": [[119], [104]], "temperature": 0.5},
+    ],
+)
+def test_the_models_own_settings_give_the_tokens_of_stock_generate(settings):
+    import torch
+
+    model = configured(**settings)
+    prompt = torch.tensor([[5, 17, 230, 44, 9]])
+    theirs = model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=24)[0, 5:].tolist()
+    llm = LLM(Target(model, Text(byte_tokenizer())))
+    assert llm.generate(prompt[0].tolist(), params="model", max_tokens=24).token_ids == theirs
+    plain = llm.generate(prompt[0].tolist(), max_tokens=24).token_ids
+    assert plain != theirs or "min_new_tokens" in settings
+
+
+# -- streams ----------------------------------------------------------------------------------------------------------
+
+
+def test_nothing_is_read_before_the_stream_is(llm, prefills):
+    stream = llm.stream("hi", **FEW)
+    assert prefills == [] and stream.stats.num_tokens == 0
+    with pytest.raises(RequestError, match="has not ended"):
+        _ = stream.answer
+    text = "".join(stream)
+    assert prefills == [len(llm.prompt_ids("hi"))] and stream.answer.text == text
+
+
+def test_a_closed_stream_keeps_what_had_come(llm):
+    whole = llm.generate("hi", max_tokens=30, ignore_eos=True)
+    with llm.stream("hi", max_tokens=30, ignore_eos=True) as stream:
+        for _, _ in zip(range(3), stream.steps(), strict=False):
+            pass
+    answer = stream.answer
+    assert answer.finish_reason is FinishReason.ABORT and list(stream) == []
+    assert answer.token_ids == whole.token_ids[: len(answer.token_ids)] and 3 <= len(answer.token_ids) < 30
+    assert whole.text.startswith(answer.text.rstrip("\ufffd"))
+    never = llm.stream("hi", **FEW)
+    never.close()
+    assert never.answer.token_ids == [] and never.answer.text == ""
+
+
+def test_streams_are_awaited_in_one_thread_of_their_own(llm, monkeypatch):
+    threads, step = set(), llm.engine.step
+
+    def noted(sequence):
+        threads.add(threading.current_thread())
+        return step(sequence)
+
+    monkeypatch.setattr(llm.engine, "step", noted)
+    expected = llm.generate("hi", max_tokens=12)
+    assert threads.pop() is threading.main_thread()
+
+    async def read(stream):
+        return [piece async for piece in stream]
+
+    async def both():
+        return await asyncio.gather(*(read(llm.stream("hi", max_tokens=12)) for _ in range(2)))
+
+    for pieces in asyncio.run(both()):
+        assert "".join(pieces) == expected.text and len(pieces) > 2
+    assert len(threads) == 1 and threading.main_thread() not in threads
+
+
+def test_an_awaited_stream_that_is_cancelled_can_be_closed(llm):
+    async def begin(stream):
+        async for _ in stream:
+            raise asyncio.CancelledError
+
+    stream = llm.stream("hi", max_tokens=100, ignore_eos=True)
+    with pytest.raises(asyncio.CancelledError):
+        asyncio.run(begin(stream))
+    stream.close()
+    assert 0 < len(stream.answer.token_ids) < 100 and stream.answer.finish_reason == "abort"
+
+
+def test_a_conversation_may_be_awaited(llm):
+    async def talk():
+        conversation = llm.conversation()
+        text = "".join([piece async for piece in conversation.stream("hi", **FEW)])
+        assert conversation.messages[-1] == {"role": "assistant", "content": text}
+        return conversation
+
+    assert len(asyncio.run(talk()).messages) == 2
+
+
+def test_log_probabilities_are_told_with_the_answer(llm):
+    answer = llm.generate("hi", logprobs=2, **FEW)
+    assert [one.token_id for one in answer.logprobs] == answer.token_ids
+    assert all(len(one.top) == 2 and one.logprob == max(one.top.values()) for one in answer.logprobs), "greedy"
+    assert llm.generate("hi", **FEW).logprobs is None
+    assert llm.generate("hi", params=SamplingParams(max_new_tokens=2, logprobs=True)).logprobs[0].top == {}
