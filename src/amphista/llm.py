@@ -9,18 +9,15 @@ for piece in llm.stream("Why is the sky blue?"):
 
 from __future__ import annotations
 
-import asyncio
 import dataclasses
 import logging
-import threading
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, Self, overload
+from typing import Any, Literal, overload
 
-from amphista.accept.logprobs import TokenLogprob
 from amphista.drafter.base import Drafter
 from amphista.drafter.checkpoint import load_drafter, shipped_for
 from amphista.drafter.heads import ParallelHeads
@@ -30,10 +27,10 @@ from amphista.drafter.none import NoDrafter
 from amphista.engine.costs import costs_for
 from amphista.engine.decoder import Decoding
 from amphista.engine.model_defaults import model_settings, tell_unused
-from amphista.engine.params import FinishReason, SamplingParams
+from amphista.engine.params import SamplingParams
 from amphista.engine.sequence import Context
-from amphista.engine.stats import DecodeStats
-from amphista.engine.step import Engine, StepResult
+from amphista.engine.step import Engine
+from amphista.engine.stream import Answer, Stream, finish
 from amphista.errors import RequestError
 from amphista.target import DEFAULT_TARGET
 from amphista.target.loading import load_target
@@ -46,112 +43,6 @@ Params = SamplingParams | Literal["model"] | None
 PREFERRED_DRAFTER = "amphista"
 PROMPT_FORMS = "expected a text, a list of messages with 'role' and 'content', or a list of token ids"
 logger = logging.getLogger("amphista")
-
-
-@dataclass(frozen=True)
-class Answer:
-    """A finished answer. `token_ids` hold the end token or a completed stop string, `text` does not.
-
-    `params` are those it was made with, the seed included; `logprobs` one record a token, where they were asked for.
-    """
-
-    text: str
-    token_ids: list[int]
-    prompt_ids: list[int]
-    finish_reason: FinishReason
-    stats: DecodeStats
-    params: SamplingParams
-    logprobs: list[TokenLogprob] | None = None
-
-
-class Stream:
-    """Iterate, or `async for`, for text pieces; once the iteration has ended, `answer` is there.
-
-    Nothing is decoded before the first piece is asked for. `close`, or leaving a `with` block, ends it early: the
-    answer then is what had come. on_end: called once with the answer, when the stream has ended or is closed.
-    """
-
-    def __init__(self, llm: LLM, decoding: Decoding, on_end: Callable[[Answer], None] | None = None) -> None:
-        self._llm, self._decoding, self._on_end = llm, decoding, on_end
-        self._lock = threading.RLock()
-        self._reader = (llm.engine.new_text(decoding.params), 0)  # and how many tokens it has read
-        self._answer: Answer | None = None
-
-    @property
-    def stats(self) -> DecodeStats:
-        """Counters, growing while the stream runs."""
-        sequence = self._decoding.sequence
-        return DecodeStats() if sequence is None else sequence.stats
-
-    def __iter__(self) -> Iterator[str]:
-        return (result.text for result in self.steps() if result.text)
-
-    async def __aiter__(self) -> AsyncIterator[str]:
-        """Pieces, each step in the LLM's own worker thread."""
-        steps, loop = self.steps(), asyncio.get_running_loop()
-        while (result := await loop.run_in_executor(self._llm.worker, next, steps, None)) is not None:
-            if result.text:
-                yield result.text
-
-    def steps(self) -> Iterator[StepResult]:
-        """The same stream, one record per target forward."""
-        for result in self._decoding:
-            yield replace(result, text=self._read())
-        if text := self._read():  # of a step whose reading was interrupted
-            yield StepResult([], 0, text=text)
-        self._end()
-
-    def close(self) -> None:
-        """Decode no further."""
-        self._decoding.close()
-        self._end()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.close()
-
-    @property
-    def answer(self) -> Answer:
-        """The finished answer; raises RequestError while the stream still runs."""
-        self._end()
-        if self._answer is None:
-            raise RequestError("the stream has not ended: read it to its end, or close it")
-        return self._answer
-
-    def _read(self) -> str:
-        """The text of the tokens that have come since; read by a copy, so that an interrupt loses none."""
-        with self._lock:
-            sequence, (reader, num_read) = self._decoding.sequence, self._reader
-            if reader is None or sequence is None:
-                return ""
-            reader, output_ids = reader.copy(), sequence.output_ids[num_read:]
-            pieces = [reader.push(token) for token in output_ids if token not in sequence.end_ids]
-            if self._decoding.finish_reason is not None:
-                pieces.append(reader.finish())
-            self._reader = (reader, num_read + len(output_ids))
-            return "".join(pieces)
-
-    def _end(self) -> None:
-        """Make the answer, once, where there is a reason to."""
-        with self._lock:
-            sequence, reason = self._decoding.sequence, self._decoding.finish_reason
-            if reason is None or self._answer is not None:
-                return
-            self._read()
-            reader, _ = self._reader
-            self._answer = Answer(
-                text="" if reader is None else reader.value,
-                token_ids=[] if sequence is None else list(sequence.output_ids),
-                prompt_ids=self._decoding.prompt_ids,
-                finish_reason=reason,
-                stats=self.stats,
-                params=self._decoding.params,
-                logprobs=list(sequence.logprobs) if sequence is not None and sequence.params.logprobs else None,
-            )
-            if self._on_end is not None:
-                self._on_end(self._answer)
 
 
 class LLM:
@@ -246,7 +137,8 @@ class LLM:
         on_end: Callable[[Answer], None] | None = None,
     ) -> Stream:
         """Decode from token ids, on a kept context where one is given."""
-        return Stream(self, Decoding(self.engine, list(prompt_ids), params, context), on_end)
+        decoding = Decoding(self.engine, list(prompt_ids), params, context)
+        return Stream(decoding, lambda: self.worker, on_end)
 
     @overload
     def generate(self, prompt: str | Sequence[Message] | Sequence[int], **settings: Any) -> Answer: ...
@@ -332,13 +224,6 @@ class Conversation:
     def send(self, turn: str | Sequence[Message], *, params: Params = None, **settings: Any) -> Answer:
         """One whole turn."""
         return finish(self.stream(turn, params=params, **settings))
-
-
-def finish(stream: Stream) -> Answer:
-    """Read a stream to its end."""
-    for _ in stream.steps():
-        pass
-    return stream.answer
 
 
 def _all(prompt: Any, kind: Any) -> bool:

@@ -178,7 +178,9 @@ def test_what_follows_keeps_its_slot_and_its_rows(target64, monkeypatch):
         if turn == 2:
             return None
         asked = [*done.request.prompt_ids, *done.token_ids, 20 + name, 21, 22]
-        return Request(asked, SamplingParams(max_new_tokens=6 + name, temperature=turn * 0.7), (name, turn + 1))
+        return Request(
+            asked, SamplingParams(max_new_tokens=6 + name, temperature=turn * 0.7, seed=name), (name, turn + 1)
+        )
 
     decoder = BatchDecoder(target64, 3)
     first = [Request([5 + n] * (4 + 3 * n), SamplingParams(max_new_tokens=5 + n), (n, 0)) for n in range(7)]

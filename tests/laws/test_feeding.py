@@ -63,7 +63,7 @@ def worst_difference(target, drafter, temperature=0.0, grower=parse_tree(250), e
     context = engine.new_context()
     worst, accepted = 0.0, 0
     for prompt in PROMPTS:
-        params = SamplingParams(max_new_tokens=40, temperature=temperature)
+        params = SamplingParams(max_new_tokens=40, temperature=temperature, seed=0)
         sequence, _ = engine.start(prompt, params, context)
         worst = max(worst, difference(target, drafter, context))
         while sequence.finish_reason is None:
@@ -181,7 +181,7 @@ def test_heads_are_divided_by_the_requests_temperature(precise, monkeypatch):
     draft = drafter.draft
     monkeypatch.setattr(drafter, "draft", lambda *given: asked.append(given[1:]) or draft(*given))
     engine = Engine(target, drafter, parse_tree(9))
-    sequence, _ = engine.start(PROMPTS[0], SamplingParams(max_new_tokens=6, temperature=0.6))
+    sequence, _ = engine.start(PROMPTS[0], SamplingParams(max_new_tokens=6, temperature=0.6, seed=0))
     engine.step(sequence)
     assert asked == [(8, 0.6, 4)]  # 8 ranks of the heads that 6 tokens leave room for
 

@@ -5,7 +5,8 @@ left over at the end are moved together, so that no forward computes a row nobod
 by the same `Engine.start` as anywhere else: a prompt of a hundred tokens fills the machine by itself.
 
 Law: each sequence's tokens are those of its prompt decoded alone, whatever the batch, its size and the order of
-admission.
+admission; exactly so by the choice and its noise. The forward of a row beside others may differ in its last bits: in
+float32 only a tie could turn on that, in bfloat16 and float16 a sequence may leave the one decoded alone after a while.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ class Decoding:
     ) -> None:
         engine.check(prompt_ids, params)
         self.prompt_ids, self.params = list(prompt_ids), params.with_seed()
-        self._engine, self._context = engine, context
+        self.engine, self._context = engine, context
         self._lock = threading.Lock()
         self.is_closed = False
         self.sequence: Sequence | None = None
@@ -46,8 +46,8 @@ class Decoding:
             if self.finish_reason is not None:
                 raise StopIteration
             if self.sequence is not None:
-                return self._engine.step(self.sequence)
-            self.sequence, first = self._engine.start(self.prompt_ids, self.params, self._context)
+                return self.engine.step(self.sequence)
+            self.sequence, first = self.engine.start(self.prompt_ids, self.params, self._context)
             return first
 
 
