@@ -19,7 +19,7 @@ import torch
 
 from amphista.cache.static import KVCache
 from amphista.kernels.linear import PackedLinear
-from amphista.target.attention import MaskPlan
+from amphista.target.attention import Layout
 from amphista.target.lean import LeanModel
 from amphista.target.loading import load_target
 from amphista.target.native import NativeForward, PlainLinear, RoundedLinear, SpanRows
@@ -63,14 +63,14 @@ def forwards(dtype: str, context: int) -> tuple[dict[str, Callable[[TokenTree], 
     plain = LeanModel(target.model, product=RoundedLinear if dtype == "int8" else PlainLinear)
     packed = plain if dtype == "int8" else LeanModel(target.model, product=PackedLinear)
     native = NativeForward(plain, [None] * target.spec.num_layers)
-    plan, cache = MaskPlan.for_config(target.config), KVCache(target.spec.num_layers)
+    cache = KVCache(target.spec.num_layers)
     chain = TokenTree(prompt, list(range(-1, context - 1)))
 
     def torch_form(tree: TokenTree) -> None:
         cache.trim(cache.num_committed)
-        positions = torch.tensor(tree.depths) + cache.num_committed
-        mask = plan.write(tree.ancestor_mask(), positions, cache.num_committed, packed.dtype)
-        packed.logits(packed.hidden(torch.tensor([tree.tokens]), positions[None], mask, cache.layers)).argmax(-1)
+        past = cache.num_committed
+        layout = Layout.behind(past, tree.ancestor_mask(), torch.tensor(tree.depths) + past)
+        packed.logits(packed.hidden(torch.tensor([tree.tokens]), layout, cache.layers)).argmax(-1)
 
     def c_step(tree: TokenTree) -> None:
         native([SpanRows(tree.tokens, tree.parents, cache)])

@@ -18,6 +18,7 @@ from amphista.cache.static import KVCache
 from amphista.errors import NativeError
 from amphista.kernels.int8 import Int8Linear, can_quantise
 from amphista.native.build import find_compiler, load
+from amphista.target.attention import Layout
 from amphista.target.lean import LeanModel
 from amphista.target.native import NativeForward, PlainLinear, RoundedLinear, SpanRows, windows_of
 from amphista.target.target import Target
@@ -74,7 +75,7 @@ def forward_of(name: str, type_name: str, flags: tuple[str, ...]) -> tuple[Nativ
     model = model.to(torch.bfloat16) if type_name == "bfloat16" else model
     target = Target(model, name=name)
     lean = LeanModel(model, product=RoundedLinear if type_name == "int8" else PlainLinear)
-    return NativeForward(lean, windows_of(target.mask_plan, target.config), flags=flags), target
+    return NativeForward(lean, windows_of(lean, target.spec.max_positions), flags=flags), target
 
 
 def random_tree(source: random.Random, num_nodes: int) -> tuple[list[int], list[int]]:
@@ -159,7 +160,7 @@ def test_8_bits_are_those_of_the_torch_form(name):
     forward, target = forward_of(name, "int8", FLAGS["native"])
     lean = LeanModel(target.model, product=Int8Linear)
     ids = torch.arange(40)[None]
-    theirs = lean.logits(lean.hidden(ids, ids, None, None))[0]
+    theirs = lean.logits(lean.hidden(ids, Layout.causal(40, ids.device), None))[0]
     cache_ = KVCache(target.spec.num_layers)
     ours = forward([SpanRows(ids[0].tolist(), list(range(-1, 39)), cache_)]).logits
     typical = float((ours - theirs).abs().median() / theirs.abs().max())

@@ -243,7 +243,7 @@ def test_where_a_drafter_comes_from_is_passed_on(monkeypatch, text_target):
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **how: asked.update(how, name=name) or "/no")
     access = HubAccess(token="secret", cache_dir="/hub", local_only=True)
     assert "secret" not in repr(access)
-    with pytest.raises(DrafterError, match="config.json"):
+    with pytest.raises(DrafterError, match=r"config\.json"):
         choose_drafter(text_target, "owner/name@v2", hub=access)
     del asked["allow_patterns"]
     expected = {"name": "owner/name", "revision": "v2", "token": "secret"}

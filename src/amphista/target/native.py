@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ from amphista.kernels.linear import PackedLinear
 from amphista.native.build import load
 from amphista.native.huge_pages import Arena
 from amphista.native.step import NativeLayer, NativeModel, NativeOutput, NativeSpan, Shape, Weight
-from amphista.target.attention import MaskForm, MaskPlan
+from amphista.target.attention import Rule
 from amphista.target.lean import LeanLayer, LeanModel
 from amphista.target.output import TargetOutput
 
@@ -51,11 +51,26 @@ _ARENA = Arena()
 PROMPT_ROWS = 32  # from here on torch's own products of bfloat16 are faster
 
 
-def windows_of(plan: MaskPlan, config: Any) -> list[int | None]:
-    """How many positions each layer's rows see, themselves included; None: all."""
-    kinds = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
-    everywhere = plan.form is MaskForm.WINDOWED
-    return [plan.window if everywhere or kind == "sliding_attention" else None for kind in kinds]
+def windows_of(lean: LeanModel, num_positions: int) -> list[int | None]:
+    """How many positions each layer's rows see, themselves included, None for all: found by asking the layer's rule.
+
+    raises NativeError for a rule that is neither causal nor a window.
+    """
+    windows = [_window(rule, num_positions) for rule in lean.rules]
+    return [windows[layer.rule] for layer in lean.layers]
+
+
+def _window(rule: Rule, num_positions: int) -> int | None:
+    keys = torch.arange(num_positions)
+    zero = torch.zeros(1, 1, 1, 1, dtype=torch.int64)
+    last = num_positions - 1
+    size = int((rule(zero, zero, zero + last, keys[None, None, None]) & (keys <= last)).sum())
+    for query in {0, 1, size - 1, size, last // 2, last}:
+        place = min(query, last)
+        seen = rule(zero, zero, zero + place, keys[None, None, None]).expand(1, 1, 1, num_positions)
+        if not torch.equal(seen.flatten(), (keys <= place) & (place - keys < size)):
+            raise NativeError("a layer's attention is neither causal nor within a window")
+    return None if size == num_positions else size
 
 
 @dataclass(frozen=True)
