@@ -8,6 +8,7 @@ library can be built with.
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import random
 from functools import cache
 
@@ -15,6 +16,9 @@ import pytest
 import torch
 
 from amphista.cache.static import KVCache
+from amphista.engine.decoder import decode
+from amphista.engine.params import SamplingParams
+from amphista.engine.step import Engine
 from amphista.errors import NativeError
 from amphista.kernels.int8 import Int8Linear, can_quantise
 from amphista.native.build import find_compiler, load
@@ -22,8 +26,10 @@ from amphista.target.attention import Layout
 from amphista.target.lean import LeanModel
 from amphista.target.native import NativeForward, PlainLinear, RoundedLinear, SpanRows, windows_of
 from amphista.target.target import Target
-from tests.laws.test_fast_path import TREE, shaken_model
-from tests.tiny import WINDOW
+from amphista.tree.grow import parse_tree
+from amphista.tree.token_tree import TokenTree
+from tests.laws.test_fast_path import TREE, long_answer, shaken_model
+from tests.tiny import HOSTILE, WINDOW
 
 FLAGS = {
     "native": ("-march=native", "-fopenmp"),
@@ -223,3 +229,71 @@ def test_the_number_of_threads_changes_no_bit():
         outputs.append(forward([SpanRows(tokens, list(range(-1, 19)), KVCache(target.spec.num_layers))]).logits)
     torch.set_num_threads(2)
     assert torch.equal(outputs[0], outputs[1]) and torch.equal(outputs[0], outputs[2])
+
+
+# -- in a target ------------------------------------------------------------------------------------------------------
+
+
+def native_target(family: str, **changes) -> Target:
+    target = Target(shaken_model(family), name=family)
+    assert target.speed_up(native=True, **changes) and target.why_not_native is None
+    assert target.path == ("native-int8" if changes.get("int8") else "native")
+    return target
+
+
+@pytest.mark.parametrize("kind", HOSTILE)
+@pytest.mark.parametrize("family", ["mistral-windowed", "qwen2-windowed", "qwen3"])
+def test_decoding_is_that_of_the_stock_model(family, kind):
+    target = native_target(family)
+    for params in (SamplingParams(max_new_tokens=20), SamplingParams(max_new_tokens=20, temperature=0.8, seed=7)):
+        prompt, expected = long_answer(target, params)
+        sequence = decode(Engine(target, HOSTILE[kind](prompt + expected), parse_tree(9)), prompt, params)
+        assert sequence.output_ids == expected
+        assert kind != "always-right" or max(sequence.stats.accepted) >= 3
+
+
+def test_a_batch_has_the_bits_of_each_alone():
+    target, lengths = native_target("mistral-windowed"), [3, WINDOW + 2, 1, 2 * WINDOW]
+    slots, alone = target.new_slots(4), []
+    for slot, length in zip(slots.slots, lengths, strict=True):
+        cache = target.new_cache()
+        for place in (slot, cache):
+            target.prefill(list(range(1, length + 1)), place)
+        alone.append(cache)
+    for step in range(70):
+        together = target.extend([40 + step, 50, 60, 70 + step], slots)
+        for row, (token, cache) in enumerate(zip([40 + step, 50, 60, 70 + step], alone, strict=True)):
+            output = target.verify(TokenTree([token], [-1]), cache)
+            cache.commit([0])
+            assert torch.equal(output.logits[0], together.logits[row])
+    slots.check_integrity()
+
+
+def _no_compiler(patch):
+    patch.setenv("CC", "never-installed-cc")
+    load.cache_clear()
+
+
+def _fails_its_test(patch):
+    verify = NativeForward.verify
+
+    def far_off(form, tree, cache):
+        output = verify(form, tree, cache)
+        return dataclasses.replace(output, hidden=output.hidden * 1.01)
+
+    patch.setattr(NativeForward, "verify", far_off)
+
+
+@pytest.mark.parametrize("trouble", [_no_compiler, _fails_its_test])
+def test_without_the_c_step_the_torch_form_decodes_and_one_line_says_why(trouble, monkeypatch, caplog):
+    target = Target(shaken_model("llama"), name="tiny")
+    with monkeypatch.context() as patch, caplog.at_level("WARNING", "amphista"):
+        trouble(patch)
+        assert target.speed_up(native=True)
+    load.cache_clear()
+    assert target.path == "fast" and target.why_not_native
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert line == f"tiny decodes without the C step, slower: {target.why_not_native}"
+    stock = Target(target.model)
+    ours, theirs = (t.prefill(list(range(9)), t.new_cache()).logits for t in (target, stock))
+    assert float((ours - theirs).abs().max() / theirs.abs().max()) < 1e-5

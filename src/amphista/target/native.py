@@ -6,6 +6,7 @@ numbers, in its own order) and the same cache.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Self
@@ -13,6 +14,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from amphista.cache.slots import SlotCache
 from amphista.cache.static import KVCache
 from amphista.errors import NativeError
 from amphista.kernels.int8 import Int8Linear
@@ -20,9 +22,10 @@ from amphista.kernels.linear import PackedLinear
 from amphista.native.build import load
 from amphista.native.huge_pages import Arena
 from amphista.native.step import NativeLayer, NativeModel, NativeOutput, NativeSpan, Shape, Weight
-from amphista.target.attention import Rule
+from amphista.target.attention import Layout, Rule
 from amphista.target.lean import LeanLayer, LeanModel
 from amphista.target.output import TargetOutput
+from amphista.tree.token_tree import TokenTree
 
 
 class PlainLinear(PackedLinear):
@@ -152,6 +155,54 @@ class NativeForward:
             raise
         return output
 
+    def verify(self, tree: TokenTree, cache: KVCache) -> TargetOutput:
+        """Logits and hidden states of all nodes."""
+        return self._output(self([SpanRows(tree.tokens, tree.parents, cache)]))
+
+    def read(self, token_ids: list[int], cache: KVCache) -> TargetOutput:
+        """A prompt's next tokens: logits of the last, hidden states of all."""
+        last = len(token_ids) - 1
+        return self._output(self([SpanRows(token_ids, range(-1, last), cache)], [last]))
+
+    def extend(self, token_ids: list[int], cache: SlotCache) -> TargetOutput:
+        """One token for each of the first slots, committed."""
+        slots = cache.slots[: len(token_ids)]
+        output = self([SpanRows([token], [-1], slot) for token, slot in zip(token_ids, slots, strict=True)])
+        for slot in slots:
+            slot.commit([0])
+        return self._output(output)
+
+    def _output(self, output: NativeOutput) -> TargetOutput:
+        assert output.logits is not None
+        return TargetOutput(output.logits, output.hidden.to(self._lean.dtype))
+
+    @torch.inference_mode()
+    def check(self, allowed: float) -> None:
+        """Raise NativeError unless hidden states are near the torch form's, by their scale, and a node of a tree has
+        the logits that it has alone, to the bit."""
+        num_layers, ids = len(self.layers), [token % self.model.vocab_size for token in range(7, 12)]
+        tree = TokenTree(ids[:3], [-1, 0, 0])
+        mine, theirs = KVCache(num_layers), KVCache(num_layers)
+        for cache, form in ((mine, self.read), (theirs, self._by_torch)):
+            form(ids, cache)
+            cache.commit(range(len(ids)))
+        expected = self._by_torch([ids[0], ids[2]], theirs)
+        found = self.verify(tree, mine)
+        difference = float((found.hidden[[0, 2]].float() - expected).abs().max() / expected.abs().max())
+        if not difference <= allowed:
+            raise NativeError(f"it differs from the torch form by {difference:.2g} of the hidden states' scale")
+        mine.trim(len(ids))
+        self.verify(TokenTree(ids[:1], [-1]), mine)
+        mine.commit([0])
+        if not torch.equal(self.verify(TokenTree(ids[2:3], [-1]), mine).logits[0], found.logits[2]):
+            raise NativeError("a row's logits depend on what is beside it")
+
+    def _by_torch(self, token_ids: list[int], cache: KVCache) -> Tensor:
+        past, count = cache.num_committed, len(token_ids)
+        chain = torch.ones(count, count, dtype=torch.bool).tril_()
+        layout = Layout.behind(past, chain, torch.arange(past, past + count))
+        return self._lean.hidden(torch.tensor([token_ids]), layout, cache.layers)[0].float()
+
     def _make_room(self, span: SpanRows) -> None:
         end = span.cache.num_committed + len(span.token_ids)
         for layer in span.cache.layers:
@@ -159,24 +210,34 @@ class NativeForward:
                 layer.reserve(self._row, self._row, layer.next_capacity(end))
 
 
-def check_native(device: torch.device, dtype: torch.dtype, is_static: bool) -> None:
-    """Raise NativeError where the C step cannot be had: by device, type, or what the machine has."""
-    if is_static:
-        raise NativeError("fixed shapes are verified")
-    if device.type != "cpu" or dtype not in (torch.float32, torch.bfloat16):
-        raise NativeError(f"it has no weights of {str(dtype).removeprefix('torch.')} on {device.type} devices")
-    load()
+def why_not_native(name: str, device: torch.device, dtype: torch.dtype, *, is_static: bool) -> str | None:
+    """Why the C step cannot be had for such a target here, None where it can: said in a line, too."""
+    try:
+        if is_static:
+            raise NativeError("fixed shapes are verified")
+        if device.type != "cpu" or dtype not in (torch.float32, torch.bfloat16):
+            raise NativeError(f"it has no weights of {str(dtype).removeprefix('torch.')} on {device.type} devices")
+        load()
+    except NativeError as error:
+        return _said(name, error)
+    return None
 
 
-def compare(theirs: TargetOutput, ours: TargetOutput, alone: TargetOutput, allowed: float) -> None:
-    """Raise NativeError unless a tree's hidden states are near the torch form's, by their scale, and its root has the
-    logits it has alone, to the bit."""
-    expected = theirs.hidden.float()
-    difference = float((ours.hidden.float() - expected).abs().max() / expected.abs().max())
-    if not difference <= allowed:
-        raise NativeError(f"it differs from the torch form by {difference:.2g} of the hidden states' scale")
-    if not torch.equal(alone.logits[0], ours.logits[0]):
-        raise NativeError("a row's logits depend on what is beside it")
+def native_form(
+    name: str, lean: LeanModel, num_positions: int, allowed: float
+) -> tuple[NativeForward | None, str | None]:
+    """The C form of a lean model, tried (`NativeForward.check`), or why there is none: said in a line, too."""
+    try:
+        made = NativeForward(lean, windows_of(lean, num_positions))
+        made.check(allowed)
+    except NativeError as error:
+        return None, _said(name, error)
+    return made, None
+
+
+def _said(name: str, error: NativeError) -> str:
+    logging.getLogger("amphista").warning("%s decodes without the C step, slower: %s", name, error)
+    return str(error)
 
 
 def _weights(product: object, parts: int) -> list[Weight]:

@@ -11,7 +11,6 @@ Shapes: B sequences, T prompt tokens, N tree nodes, D hidden size, V vocabulary.
 
 from __future__ import annotations
 
-import logging
 import threading
 import warnings
 from collections.abc import Callable
@@ -27,22 +26,14 @@ from amphista.cache.hf import as_transformers_cache, as_transformers_slots
 from amphista.cache.resident import ResidentCache
 from amphista.cache.slots import SlotCache, SlotWriter
 from amphista.cache.static import KVCache
-from amphista.errors import CapacityError, CaptureError, NativeError, TargetError
+from amphista.errors import CapacityError, CaptureError, TargetError
 from amphista.kernels.int8 import Int8Linear
 from amphista.kernels.linear import PackedLinear
 from amphista.target.attention import Layout, laid_out, refuse_attention
 from amphista.target.captured import CapturedForward
 from amphista.target.families import kept_by_layers
 from amphista.target.lean import LeanModel
-from amphista.target.native import (
-    NativeForward,
-    PlainLinear,
-    RoundedLinear,
-    SpanRows,
-    check_native,
-    compare,
-    windows_of,
-)
+from amphista.target.native import NativeForward, PlainLinear, RoundedLinear, native_form, why_not_native
 from amphista.target.output import TargetOutput
 from amphista.target.pages import give_back, trim_allocator
 from amphista.target.qualify import why_not_fast
@@ -115,9 +106,8 @@ class Target:
 
     @property
     def path(self) -> str:
-        """Which forward verifies: `native` or `native-int8` (amphista.native), `captured` (captured.py; off CUDA
-        `fast-static`), `fast` or `fast-int8` (lean.py), or `stock`. While another thread has the captured graphs
-        it is `fast` in this one."""
+        """Which forward verifies: `native`, `captured` (captured.py; off CUDA `fast-static`), `fast` (lean.py), `-int8`
+        behind it, or `stock`. While another thread has the captured graphs it is `fast` in this one."""
         if self._lean is None:
             return "stock"
         if self._native is not None:
@@ -169,20 +159,22 @@ class Target:
         expected = self.hidden_states(ids)
         if release:
             self._hook.remove()
-        native = native and self._try_native(lambda: check_native(self.device, self.dtype, bool(self._wants_static)))
+        if native:
+            self.why_not_native = why_not_native(self.name, self.device, self.dtype, is_static=bool(self._wants_static))
+            native = self.why_not_native is None
         product = (RoundedLinear if int8 else PlainLinear) if native else Int8Linear if int8 else PackedLinear
         head = PackedLinear.of(self._model.get_output_embeddings()) if product is PlainLinear else None  # for drafters
         self._lean = LeanModel(self._model, product=product, release=release)
         difference = float((self.hidden_states(ids) - expected).abs().max() / expected.abs().max())
-        allowed = self._probe_tolerance
-        if not difference <= allowed:
+        if not difference <= self._probe_tolerance:
             raise TargetError(
                 f"the fast path of {self.name} differs from its stock model by {difference:.2g} of the hidden states' "
-                f"scale (allowed {allowed:.2g}): load it with fast=False (--no-fast) and report it"
+                f"scale (allowed {self._probe_tolerance:.2g}): load it with fast=False (--no-fast) and report it"
             )
         self.shared.use_packed(head or self._lean.head)
         if native:
-            self._try_native(self._go_native)
+            tried = native_form(self.name, self._lean, self.spec.max_positions, self._probe_tolerance)
+            self._native, self.why_not_native = tried
         if int8:
             embedding = self._model.get_input_embeddings().weight
             self.num_weight_bytes = self._lean.num_product_bytes + embedding.numel() * embedding.element_size()
@@ -195,36 +187,6 @@ class Target:
             self._captured = CapturedForward(self._lean, self.spec)
             self._check_captured()
         return True
-
-    def _go_native(self) -> None:
-        """Let the C step verify, if it agrees with the torch form and with itself, row by row, to the bit."""
-        assert self._lean is not None
-        native = NativeForward(self._lean, windows_of(self._lean, self.spec.max_positions))
-        ids = [token % self.spec.vocab_size for token in range(7, 7 + PROBE_ROWS)]
-        outputs, cache = [], self.new_cache()
-        for form in (None, native):
-            self._native, cache = form, self.new_cache()
-            self.prefill(ids[: self.spec.max_positions - PROBE_TREE.num_nodes], cache)
-            outputs.append(self.verify(PROBE_TREE, cache))
-        cache.trim(cache.num_committed)
-        alone = self.verify(TokenTree(PROBE_TREE.tokens[:1], [-1]), cache)
-        compare(outputs[0], outputs[1], alone, self._probe_tolerance)
-
-    def _try_native(self, step: Callable[[], None]) -> bool:
-        """Whether a step towards the C form was taken; if not, the torch form decodes, and a line says why."""
-        try:
-            step()
-            self.why_not_native = None
-        except NativeError as error:
-            self._native, self.why_not_native = None, str(error)
-            logging.getLogger("amphista").warning("%s decodes without the C step, slower: %s", self.name, error)
-        return self.why_not_native is None
-
-    def _natively(self, spans: list[SpanRows], wanted: list[int] | None = None) -> TargetOutput:
-        assert self._native is not None
-        output = self._native(spans, wanted)
-        assert output.logits is not None
-        return TargetOutput(output.logits, output.hidden.to(self.dtype))
 
     def _check_captured(self) -> None:
         """A recorded forward must equal the same forward as it is; where it cannot be recorded it is done without."""
@@ -309,7 +271,12 @@ class Target:
         logits = None
         for start in range(0, len(token_ids), PREFILL_CHUNK):
             chunk = token_ids[start : start + PREFILL_CHUNK]
-            output = self._read(chunk, cache)
+            self._check_context(cache.num_committed + len(chunk) - 1)
+            causal = _causal(len(chunk), self.device)
+            if self._native is not None and self._native.is_quick(len(chunk)):
+                output = self._native.read(chunk, cache)
+            else:
+                output = self._forward(chunk, list(range(len(chunk))), causal, cache, logits_to_keep=1)
             cache.commit(range(len(chunk)))
             hidden.append(output.hidden)
             logits = output.logits
@@ -317,20 +284,12 @@ class Target:
             raise CapacityError("cannot prefill an empty prompt")
         return TargetOutput(logits, torch.cat(hidden))
 
-    def _read(self, chunk: list[int], cache: KVCache) -> TargetOutput:
-        """One forward over a prompt's next tokens: logits of the last, hidden of all."""
-        if self._native is None or not self._native.is_quick(len(chunk)):
-            depths = list(range(len(chunk)))
-            return self._forward(chunk, depths, _causal(len(chunk), self.device), cache, logits_to_keep=1)
-        self._check_context(cache.num_committed + len(chunk) - 1)
-        return self._natively([SpanRows(chunk, range(-1, len(chunk) - 1), cache)], [len(chunk) - 1])
-
     @torch.inference_mode()
     def verify(self, tree: TokenTree, cache: KVCache) -> TargetOutput:
         """One forward over the tree's N nodes behind the committed rows; the caller commits the accepted path."""
         self._check_context(cache.num_committed + max(tree.depths))
         if self._native is not None:
-            return self._natively([SpanRows(tree.tokens, tree.parents, cache)])
+            return self._native.verify(tree, cache)
         captured = self._captured  # which another thread may give up meanwhile
         if captured is not None:
             try:
@@ -356,7 +315,6 @@ class Target:
         self, token_ids: list[int], depths: list[int], ancestors: Tensor, cache: KVCache, *, logits_to_keep: int
     ) -> TargetOutput:
         past = cache.num_committed
-        self._check_context(past + max(depths))
         layout = Layout.behind(past, ancestors, torch.tensor(depths, device=self.device) + past)
         try:
             output = self.run(torch.tensor([token_ids], device=self.device), layout, cache, logits_to_keep)
@@ -408,11 +366,7 @@ class Target:
         lengths = cache.lengths(len(token_ids))
         self._check_context(max(lengths))
         if self._native is not None:
-            spans = [SpanRows([token], [-1], slot) for token, slot in zip(token_ids, cache.slots, strict=False)]
-            output = self._natively(spans)
-            for slot in cache.slots[: len(token_ids)]:
-                slot.commit([0])
-            return output
+            return self._native.extend(token_ids, cache)
         positions = torch.tensor(lengths, device=self.device)
         keys = torch.arange(cache.capacity, device=self.device)
         layout = Layout(positions[:, None], keys[None], (keys[None] <= positions[:, None])[:, None])
