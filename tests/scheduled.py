@@ -97,14 +97,17 @@ class FakeSequence:
             rows = Rows(list(rows.token_ids), list(rows.rows), self.slack)
         rows.trim(match.num_rows)
         self.rows = rows
+        self.check_rows()
 
     def release(self) -> None:
+        self.check_rows()
         self.num_released += 1
         self.rows = Rows(slack=self.slack)
 
     def step(self, num_tokens: int) -> list[int]:
         """Read a chunk, or add tokens; returns those added to the answer."""
-        self.check_rows()
+        if len(self.token_ids) % 16 == 0:
+            self.check_rows()
         rows, ids = self.rows, self.token_ids
         num_before = len(self.answer)
         if self.num_unread:

@@ -62,7 +62,7 @@ def updates(request: Request) -> Iterator[Update]:
 
 
 class EngineLoop:
-    """Runs requests through an engine. `submit`, `cancel` and `close` may be called from any thread.
+    """Runs requests through an engine. `submit` and `cancel` may be called from anywhere, `close` from other threads.
 
     publish: gets all updates of an iteration at once, in the engine's thread: it must neither wait nor raise.
     """
@@ -139,7 +139,7 @@ class EngineLoop:
             self._updates.append(Update(request, request.state, error=UnavailableError(waited)))
         for request in plan.preempted:
             request.sequence.release()
-        num_tokens = self._read(plan) + self._step(plan.running)
+        num_tokens = self._read_chunk(plan) + self._step(plan.running)
         self.scheduler.measured(num_tokens, self._clock() - started)
         self._flush()
         return self.scheduler.has_work or not self._inbox.empty()
@@ -161,8 +161,8 @@ class EngineLoop:
         while not self._inbox.empty():  # only one thread takes out
             self._inbox.get()()
 
-    def _read(self, plan: Plan) -> int:
-        """Read one chunk of a prompt; returns how many tokens of an answer that gave."""
+    def _read_chunk(self, plan: Plan) -> int:
+        """Read one chunk of a prompt; returns the tokens added to its answer."""
         if plan.reader is None:
             return 0
         plan.reader.sequence.chunk_len = plan.chunk_len

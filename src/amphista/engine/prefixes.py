@@ -9,7 +9,7 @@ Law: a match never names more rows than were made of the prompt's own first toke
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -22,14 +22,11 @@ class CachedRows(Protocol):
     """Rows of a target's and a drafter's caches; row i was made of tokens 0..i, in the drafter of token i + 1, too."""
 
     @property
-    def token_ids(self) -> list[int]: ...
+    def token_ids(self) -> list[int]: ...  # at least one a row
     @property
-    def num_rows(self) -> int:
-        """Committed rows that target and drafter both hold; there is a token for each."""
-
+    def num_rows(self) -> int: ...  # committed, in target and drafter
     @property
-    def num_bytes(self) -> int:
-        """Bytes allocated for them."""
+    def num_bytes(self) -> int: ...  # allocated
 
 
 @dataclass(frozen=True)
@@ -65,12 +62,12 @@ class PrefixStore:
             return False
         while self.num_bytes + rows.num_bytes > self.max_bytes:
             self.drop_oldest()
-        self._add(_Entry(namespace, rows, _block_hashes(rows), rows.num_bytes, is_kept=True))
+        self._add(namespace, rows, is_kept=True)
         return True
 
     def share(self, namespace: Hashable, rows: CachedRows) -> None:
         """Let the rows of a running request be found, too, until `forget`."""
-        self._add(_Entry(namespace, rows, _block_hashes(rows), 0, is_kept=False))
+        self._add(namespace, rows, is_kept=False)
 
     def forget(self, rows: CachedRows) -> None:
         """Take rows out, kept or shared; nothing happens where they are not in the store."""
@@ -92,11 +89,10 @@ class PrefixStore:
         those of the turn before: to be moved. Others are to be copied.
         """
         found: list[_Entry] = []
-        for block in _chained(token_ids):
-            deeper = self._by_block.get((namespace, block))
-            if deeper is None:
+        for block in _chained_hashes(token_ids):
+            if (namespace, block) not in self._by_block:
                 break
-            found = deeper
+            found = self._by_block[namespace, block]
         ranked = [(_num_common(entry.rows, token_ids), entry.is_kept, -entry.rows.num_rows, entry) for entry in found]
         num_common, is_kept, _, entry = max(ranked, key=lambda rank: rank[:3], default=(0, False, 0, None))
         if entry is None or num_common < BLOCK:
@@ -118,23 +114,21 @@ class PrefixStore:
         if not num_bytes == self.num_bytes <= self.max_bytes or num_blocks != sum(map(len, self._by_block.values())):
             raise CapacityError(f"prefix store: {self.num_bytes} bytes counted, {num_bytes} of {self.max_bytes} kept")
 
-    def _add(self, entry: _Entry) -> None:
-        self._entries[id(entry.rows)] = entry
+    def _add(self, namespace: Hashable, rows: CachedRows, is_kept: bool) -> None:
+        blocks = _chained_hashes(rows.token_ids[: rows.num_rows])
+        entry = _Entry(namespace, rows, blocks, rows.num_bytes if is_kept else 0, is_kept)
+        self._entries[id(rows)] = entry
         self.num_bytes += entry.num_bytes
-        for block in entry.blocks:
-            self._by_block.setdefault((entry.namespace, block), []).append(entry)
+        for block in blocks:
+            self._by_block.setdefault((namespace, block), []).append(entry)
 
 
-def _block_hashes(rows: CachedRows) -> list[int]:
-    return list(_chained(rows.token_ids[: rows.num_rows]))
-
-
-def _chained(token_ids: list[int]) -> Iterator[int]:
-    """One hash for each whole block: of its tokens and of all before."""
-    chained = 0
+def _chained_hashes(token_ids: list[int]) -> list[int]:
+    """One for each whole block: of its tokens and of all before."""
+    hashes = [0]
     for start in range(0, len(token_ids) - BLOCK + 1, BLOCK):
-        chained = hash((chained, *token_ids[start : start + BLOCK]))
-        yield chained
+        hashes.append(hash((hashes[-1], *token_ids[start : start + BLOCK])))
+    return hashes[1:]
 
 
 def _num_common(rows: CachedRows, token_ids: list[int]) -> int:

@@ -27,9 +27,10 @@ DECAY = 0.98  # of what was measured, with every iteration
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """What there is, and how long anybody may wait. `kv_bytes`: for running requests and kept prefixes together.
+    """What there is, and how long anybody may wait.
 
-    spare_rows: room for a tree beside the tokens. max_stall_seconds: of an iteration that reads while others decode.
+    kv_bytes: for running requests and kept prefixes together. row_bytes: of target and drafter. spare_rows: for a tree
+    beside the tokens. max_stall_seconds: of an iteration that reads a prompt while others decode.
     """
 
     kv_bytes: int
@@ -115,8 +116,7 @@ class Scheduler:
     def submit(self, request: Request) -> None:
         """Queue a request. raises CapacityError where it could never end, QueueFullError where too many wait."""
         num_tokens = len(request.sequence.token_ids) + request.sequence.num_left
-        num_waiting, limits = len(self.waiting), self.limits
-        request.state = State.FAILED  # unless it passes
+        num_waiting, limits, request.state = len(self.waiting), self.limits, State.FAILED  # unless it passes
         if num_tokens > limits.max_tokens:
             raise CapacityError(
                 f"prompt and answer may have {num_tokens} tokens, but the memory given to keys and values holds "
@@ -175,10 +175,8 @@ class Scheduler:
 
     def _expire(self, now: float) -> list[Request]:
         """End whoever has waited too long for a first turn."""
-        limit = self.limits.max_wait_seconds
-        if limit is None:
-            return []
-        late = [r for r in self.waiting if r.state is State.WAITING and now - r.submitted_at > limit]
+        oldest = now - (float("inf") if self.limits.max_wait_seconds is None else self.limits.max_wait_seconds)
+        late = [r for r in self.waiting if r.state is State.WAITING and r.submitted_at < oldest]
         for request in late:
             self.end(request, State.FAILED)
         return late

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import random
+import subprocess
+import sys
 import threading
 import time
 
@@ -42,6 +44,11 @@ def engine_threads():
 def no_thread_is_left():
     yield
     assert not engine_threads()
+
+
+def test_nothing_of_it_needs_torch():
+    code = "import sys, amphista.engine.loop; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_a_batch_runs_in_the_callers_thread():

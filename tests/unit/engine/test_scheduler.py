@@ -340,13 +340,13 @@ def test_nobody_is_passed_over_twice(seed):
         assert [r for r in admitted if r.key == key] == mine[: len([r for r in admitted if r.key == key])]
 
 
-@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("seed", range(12))
 def test_nobody_starves_however_short_rows_are(seed):
     """The oldest is never preempted and always goes on; all end within the steps that one by one would take."""
     rng = random.Random(seed)
-    scheduler = scheduler_of(900, max_running=6)
+    scheduler = scheduler_of(720, max_running=6)
     requests = [
-        never_ending(rng.randint(1, 200), rng.randint(1, 600), key=rng.choice("abc"), first=n) for n in range(1, 13)
+        never_ending(rng.randint(1, 60), rng.randint(300, 600), key=rng.choice("abc"), first=n) for n in range(1, 10)
     ]
     submitted(scheduler, *requests)
     budget = sum(request.sequence.max_tokens + 2 for request in requests)
