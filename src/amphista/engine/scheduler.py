@@ -116,7 +116,8 @@ class Scheduler:
     def submit(self, request: Request) -> None:
         """Queue a request. raises CapacityError where it could never end, QueueFullError where too many wait."""
         num_tokens = len(request.sequence.token_ids) + request.sequence.num_left
-        num_waiting, limits, request.state = len(self.waiting), self.limits, State.FAILED  # unless it passes
+        num_waiting, limits = sum(map(len, self._queues.values())), self.limits
+        request.state = State.FAILED  # unless it passes
         if num_tokens > limits.max_tokens:
             raise CapacityError(
                 f"prompt and answer may have {num_tokens} tokens, but the memory given to keys and values holds "
@@ -175,8 +176,9 @@ class Scheduler:
 
     def _expire(self, now: float) -> list[Request]:
         """End whoever has waited too long for a first turn."""
-        oldest = now - (float("inf") if self.limits.max_wait_seconds is None else self.limits.max_wait_seconds)
-        late = [r for r in self.waiting if r.state is State.WAITING and r.submitted_at < oldest]
+        limit = self.limits.max_wait_seconds
+        waiting = [] if limit is None else self.waiting
+        late = [r for r in waiting if r.state is State.WAITING and now - r.submitted_at > (limit or 0)]
         for request in late:
             self.end(request, State.FAILED)
         return late

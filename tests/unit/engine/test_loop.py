@@ -171,6 +171,27 @@ def test_all_updates_of_an_iteration_are_published_together():
     assert sum(update.state.has_ended for batch in published for update in batch) == 3
 
 
+def test_who_hears_of_an_end_may_hand_in_the_next_turn():
+    turns = {}
+
+    def follow(batch):
+        for update in batch:
+            number = turns.pop(update.request, 0) if update.state.has_ended else 3
+            if number < 3:
+                history = [*update.request.sequence.token_ids, 8, 9]
+                turns[loop.submit(FakeSequence(history, 40, ignore_eos=True))] = number + 1
+            elif update.state.has_ended:
+                ended.append(update.request)
+
+    ended, loop = [], loop_of(publish=follow)
+    turns |= {loop.submit(FakeSequence([n] * 40, 40, ignore_eos=True)): 1 for n in range(1, 5)}
+    loop.run_until_done()
+    assert turns == {} and len(ended) == 4
+    for request in ended:
+        assert len(request.sequence.prompt) == 40 + 2 * 42 and request.sequence.answer == request.sequence.alone
+        assert request.sequence.num_adopted == [(40 + 42 + 40 - 2, False)]
+
+
 def test_an_interrupt_loses_nothing():
     engine = FakeEngine()
     loop = loop_of(engine)
@@ -220,10 +241,9 @@ def test_closed_with_a_limit_the_rest_is_broken_off():
     loop = loop_of(Slow())
     loop.start()
     short, longer = loop.submit(FakeSequence([1], 1)), loop.submit(long(2000))
-    started = time.monotonic()
+    assert gathered(short)[1] is State.FINISHED
     loop.close(0.1)
-    assert time.monotonic() - started < 1.5  # 2,000 steps take 2 s
-    assert gathered(short)[1] is State.FINISHED and gathered(longer)[1] is State.FAILED
+    assert gathered(longer)[1] is State.FAILED and 0 < len(longer.sequence.answer) < 2000
 
 
 def test_idle_it_sleeps_and_wakes():
@@ -290,7 +310,8 @@ def test_a_storm_from_many_threads_loses_and_doubles_nothing(closing):
     for client in clients:
         client.start()
     if closing != "after":
-        time.sleep(0.1)
+        while len(loop._engine.batches) < 60:
+            time.sleep(0.001)
         loop.close(None if closing == "while busy" else 0)
     for client in clients:
         client.join(60)

@@ -70,6 +70,14 @@ def test_the_longest_prefix_wins_and_then_the_kept_one():
     assert store.find("", SYSTEM + [6] * 60).rows is short
 
 
+def test_a_few_tokens_more_within_a_block_win_too():
+    store = PrefixStore(100_000)
+    longer = rows_of(SYSTEM + [5] * 3 + [1] * 50)
+    store.keep("", longer)
+    store.keep("", rows_of(SYSTEM))
+    assert store.find("", SYSTEM + [5] * 3 + [9] * 60).rows is longer
+
+
 def test_only_committed_rows_count():
     store = PrefixStore(10_000)
     rows = rows_of(SYSTEM)
