@@ -138,6 +138,7 @@ class Storm:
             assert tokens == request.sequence.answer == alone[: len(tokens)]
             assert end.state is not State.FINISHED or tokens == alone
             assert (end.error is not None) == (end.state is State.FAILED)
+            assert not (isinstance(end.error, UnavailableError) and tokens), "sent away in mid-answer"
             expected = (InjectedError, CapacityError, QueueFullError, UnavailableError, type(None))
             assert isinstance(end.error, expected), end.error
             self.seen.update("copied" if is_copy else "moved" for _, is_copy in request.sequence.num_adopted)

@@ -42,15 +42,15 @@ class Limits:
     max_wait_seconds: float | None = 60.0
 
     def __post_init__(self) -> None:
-        if min(self.max_running, self.row_bytes) < 1 or self.max_tokens < 1:
+        if min(self.max_running, self.row_bytes) < 1 or self.max_request_len < 1:
             raise ConfigError(
                 f"{self.max_running} requests in {self.kv_bytes} bytes of keys and values, {self.row_bytes} a row: "
                 f"expected at least 1 request and room for {self.spare_rows + 1} rows"
             )
 
     @property
-    def max_tokens(self) -> int:
-        """The longest prompt and answer together that memory can hold."""
+    def max_request_len(self) -> int:
+        """Tokens of the longest prompt and answer that memory can hold."""
         return self.kv_bytes // self.row_bytes - self.spare_rows
 
 
@@ -118,10 +118,10 @@ class Scheduler:
         num_tokens = len(request.sequence.token_ids) + request.sequence.num_left
         num_waiting, limits = sum(map(len, self._queues.values())), self.limits
         request.state = State.FAILED  # unless it passes
-        if num_tokens > limits.max_tokens:
+        if num_tokens > limits.max_request_len:
             raise CapacityError(
                 f"prompt and answer may have {num_tokens} tokens, but the memory given to keys and values holds "
-                f"{limits.max_tokens}: shorten the prompt, lower the token limit or give more memory"
+                f"{limits.max_request_len}: shorten the prompt, lower the token limit or give more memory"
             )
         if limits.max_waiting is not None and num_waiting >= limits.max_waiting:
             seconds = self.retry_after
@@ -219,9 +219,8 @@ class Scheduler:
         self._take_out(request)
         if queue:
             self._queues[key] = self._queues.pop(key)  # the other keys first
-        match = None
-        if request.namespace is not None:
-            match = self.prefixes.find(request.namespace, request.sequence.token_ids)
+        namespace, token_ids = request.namespace, request.sequence.token_ids
+        match = None if namespace is None else self.prefixes.find(namespace, token_ids)
         if match is not None and not match.is_copy:
             self.prefixes.forget(match.rows)
         while self.free_bytes < num_bytes:

@@ -30,7 +30,7 @@ def long(num_tokens, first=1):
 def gathered(request):
     """All tokens that a reader gets, the state at the end, and the error."""
     received = list(updates(request))
-    assert all(not update.state.has_ended for update in received[:-1])
+    assert all(update.state is State.RUNNING for update in received[:-1])
     assert request.outbox.empty(), "something came behind the end"
     assert request.state is received[-1].state
     return [token for update in received for token in update.result or []], received[-1].state, received[-1].error
@@ -61,6 +61,14 @@ def test_a_batch_runs_in_the_callers_thread():
         assert request.sequence.rows.num_rows == 0  # its rows are the store's
     assert 10 < max(loop._engine.batches) <= 16
     loop.close()
+
+
+def test_readers_hear_nothing_while_a_prompt_is_read():
+    loop = loop_of()
+    request = loop.submit(FakeSequence([1] * 1200, 3, ignore_eos=True))
+    loop.run_until_done()
+    assert len(loop._engine.batches) == 3 + 2 and request.outbox.qsize() == 3
+    assert gathered(request)[:2] == (request.sequence.alone, State.FINISHED)
 
 
 def test_a_refusal_is_its_own_and_drops_nobody():

@@ -199,7 +199,7 @@ def test_short_of_rows_kept_prefixes_go_oldest_first_before_anybody_is_preempted
 
 
 def test_the_youngest_makes_room_and_goes_on_with_its_tokens():
-    scheduler = scheduler_of(700)
+    scheduler = scheduler_of(700, max_wait_seconds=60.0)
     old, young = submitted(scheduler, never_ending(20, 600), never_ending(20, 300, first=2))
     preempted, states = [], []
     while scheduler.has_work:
@@ -207,6 +207,7 @@ def test_the_youngest_makes_room_and_goes_on_with_its_tokens():
         if plan.preempted:
             preempted += plan.preempted
             states.append(young.state)
+            assert scheduler.plan(1e9).expired == []  # who has begun is not sent away
             num_tokens = len(young.sequence.token_ids)
             assert num_tokens > 21 and young.num_reserved == 0
             assert scheduler.waiting == [young]
