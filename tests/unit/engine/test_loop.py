@@ -255,15 +255,27 @@ def test_closed_with_a_limit_the_rest_is_broken_off():
 
 
 def test_idle_it_sleeps_and_wakes():
-    loop = loop_of()
+    loop, plans = loop_of(), []
+    plan = loop.scheduler.plan
+    loop.scheduler.plan = lambda now: plans.append(now) or plan(now)
     loop.start()
     for n in range(3):
         request = loop.submit(FakeSequence([n], 9))
         assert gathered(request)[:2] == (answer_alone([n], 9), State.FINISHED)
-        steps = len(loop._engine.batches)
+        num_plans = len(plans)
         time.sleep(0.02)
-        assert len(loop._engine.batches) == steps
+        assert len(plans) == num_plans
     loop.close()
+
+
+def test_what_came_before_it_was_closed_is_done():
+    loop = loop_of()
+    requests = [loop.submit(FakeSequence([n], 9)) for n in range(3)]
+    with loop._door:
+        loop._is_closed = True
+    loop.start()  # finds it closed, and three requests that nobody has looked at
+    loop._thread.join()
+    assert [request.state for request in requests] == [State.FINISHED] * 3
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
