@@ -82,6 +82,14 @@ def test_a_refusal_is_its_own_and_drops_nobody():
     assert type(gathered(late)[2]) is QueueFullError and late.state is State.FAILED
 
 
+def test_what_cannot_be_a_key_is_refused_at_the_door():
+    loop = loop_of()
+    for keyword in ("key", "namespace"):
+        with pytest.raises(TypeError, match="unhashable"):
+            loop.submit(FakeSequence([1], 5), **{keyword: ["a", "list"]})
+    assert not loop.step_once() and loop._inbox.empty()
+
+
 def test_waited_too_long_is_told():
     now = [100.0]
     loop = loop_of(max_running=1, max_wait_seconds=60.0, clock=lambda: now[0])
