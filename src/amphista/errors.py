@@ -6,6 +6,8 @@
     |-- DrafterError     a drafter that cannot be found, is damaged, or belongs to another target
     |-- DataError        a prompt or training file with an unusable line, named by its number
     |-- CapacityError    a cache or a context window that is full
+    |-- QueueFullError   too many requests wait already; says when to try again
+    |-- UnavailableError a request that waited too long, or an engine that was closed
     |-- CaptureError     a forward that this device cannot record as a graph; caught, said, and done without
     `-- RequestError     a request that cannot be served (empty prompt, prompt longer than the context)
 
@@ -37,6 +39,18 @@ class DataError(AmphistaError):
 
 class CapacityError(AmphistaError):
     """A cache or context window has no room left."""
+
+
+class QueueFullError(AmphistaError):
+    """Too many requests wait already; `retry_after` is the seconds until they may be done."""
+
+    def __init__(self, message: str, retry_after: float) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+class UnavailableError(AmphistaError):
+    """A request waited too long for its turn, or the engine was closed."""
 
 
 class CaptureError(AmphistaError):
