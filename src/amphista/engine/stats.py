@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from amphista.tree.grow import Growth
+from amphista.tree.offers import Growth
 
 PHASES = ("prefill", "draft", "tree", "verify", "accept", "commit")
 

@@ -11,9 +11,10 @@ from amphista.drafter.lookup import DEEPEST, Lookup
 from amphista.engine.costs import Tuned
 from amphista.llm import calibrated_accuracy
 from amphista.target.target import Target
+from amphista.tree.budget import best_size
 from amphista.tree.build import ranked
 from amphista.tree.dynamic import best_first
-from amphista.tree.tune import best_size, chain_scores
+from amphista.tree.tune import chain_scores
 
 MATCHES = (1, 2, 4, 8, 16)
 

@@ -121,3 +121,16 @@ class GrownNodes:
     def expected(self, num_nodes: int | None = None) -> float:
         """Accepted draft tokens to expect of the first `num_nodes` nodes: the sum of their scores, the root's not."""
         return sum(map(math.exp, self.scores[1:num_nodes]))
+
+
+@dataclass(frozen=True)
+class Growth:
+    """The tree of one step, and how many of its drafted tokens are expected to be accepted."""
+
+    tree: TokenTree
+    expected: float
+
+    @classmethod
+    def of(cls, grown: GrownNodes, num_nodes: int | None = None) -> Growth:
+        """The first `num_nodes` nodes; by default all."""
+        return cls(grown.tree(num_nodes), grown.expected(num_nodes))
