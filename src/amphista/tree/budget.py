@@ -23,7 +23,9 @@ from amphista.tree.learned import Forward, StepCosts
 from amphista.tree.offers import Growth
 from amphista.tree.tune import Costs, chain_scores
 
-PLAIN_EVERY = 128  # drafted steps: after so many in a row a plain one shows what it costs now
+LONGEST_STREAK = (
+    128  # plain steps, or drafted ones: after so many in a row one of the other kind shows what it costs now
+)
 
 
 @dataclass(frozen=True)
@@ -65,11 +67,11 @@ class Claim:
 
 
 def share(
-    claims: Sequence[Claim], seconds: Callable[[int], float], most: int, plain_seconds: float
+    claims: Sequence[Claim], seconds: Callable[[int], float], nodes: range, plain_seconds: float
 ) -> list[list[float]]:
     """The probabilities of the nodes each sequence is to verify, the root's not; `seconds` of a step by their number.
 
-    most: nodes altogether. plain_seconds: of a step that drafts nothing.
+    nodes: how many there may be altogether; fewer where no more are claimed. plain_seconds: of a step without any.
     """
     tokens, product = [1.0] * len(claims), 1.0
     frontier: list[tuple[float, int, float]] = []  # (-by how much it raises the mean, whose, probability)
@@ -83,8 +85,8 @@ def share(
         offer(b)
     wary = [b for b, claim in enumerate(claims) if claim.is_wary]
     taken: list[tuple[int, float]] = []
-    best, best_rate = 0, 1 / seconds(0)
-    while frontier and len(taken) < most:
+    best, best_rate = 0, 0.0 if nodes.start else 1 / seconds(0)
+    while frontier and len(taken) + 1 in nodes:
         _, b, probability = heapq.heappop(frontier)
         product /= tokens[b]
         tokens[b] += probability
@@ -104,8 +106,8 @@ def share(
 def best_size(scores: Sequence[float], costs: Costs, *, drafted: bool) -> int:
     """How many of one tree's first nodes to verify: scores[i] is the log-score of node i, the root's comes first."""
     seconds = StepCosts(costs).by_rows(Forward(1, num_asked=int(drafted)))
-    (nodes,) = share([Claim(iter(scores[1:]))], lambda drafts: seconds(1 + drafts), costs.max_nodes - 1, seconds(1))
-    return 1 + len(nodes)
+    (taken,) = share([Claim(iter(scores[1:]))], lambda drafts: seconds(1 + drafts), range(costs.max_nodes), seconds(1))
+    return 1 + len(taken)
 
 
 class NodeBudget:
@@ -117,7 +119,7 @@ class NodeBudget:
 
     def __init__(self, costs: Costs) -> None:
         self.costs = StepCosts(costs)
-        self._since_plain = 0
+        self._streak, self._streak_is_plain = 0, True
 
     def whom_to_ask(self, rows: Sequence[DraftRow], plain: Forward) -> list[int]:
         """Indices of the rows whose heads are worth asking, or due for a trial; to be called once a step."""
@@ -127,6 +129,8 @@ class NodeBudget:
         shares = self._share(claims, plain)
         missed = [1 - (nodes[0] if nodes else 0.0) for nodes in shares]
         able = [b for b, row in enumerate(rows) if row.max_depth > 0]
+        if self._is_drafted(rows):
+            return able
         gains = {b: missed[b] * rows[b].controller.gain for b in able}
         asked = self._best_prefix(rows, shares, gains, plain)
         if not any(claim.is_wary for claim in claims):
@@ -146,15 +150,16 @@ class NodeBudget:
         if self._is_plain(rows):
             return [1] * len(rows)
         claims = [_claim(row, nodes) for row, nodes in zip(rows, scores, strict=True)]
-        return [1 + len(nodes) for nodes in self._share(claims, replace(plain, num_asked=num_asked))]
+        least = int(self._is_drafted(rows))
+        return [1 + len(nodes) for nodes in self._share(claims, replace(plain, num_asked=num_asked), least=least)]
 
     def observe(self, plan: Plan, accepted: Sequence[Sequence[int]], seconds: float) -> None:
         """Learn from a step: the draft tokens each row accepted, and its seconds, asking the heads included."""
         forward, plain = plan.forward, plan.plain
-        is_plain = forward == plain
-        self._since_plain = 0 if is_plain else self._since_plain + 1
-        slower = math.exp(self.costs.surprise(forward, seconds))
-        plain_steps = 1.0 if is_plain else slower * self.costs.seconds(forward) / self.costs.seconds(plain)
+        self._streak = self._streak + 1 if self._streak_is_plain == (forward == plain) else 1
+        self._streak_is_plain = forward == plain
+        self.costs.observe(forward, seconds)
+        plain_steps = self.costs.seconds(forward) / self.costs.seconds(plain)
         for row, growth, tokens in zip(plan.rows, plan.growths, accepted, strict=True):
             row.controller.account.book(len(tokens), growth.expected, plain_steps)
         for b in plan.asked:
@@ -162,7 +167,6 @@ class NodeBudget:
             if graft is None or list(accepted[b][:1]) != graft.tokens[:1]:
                 num_nodes = plan.growths[b].tree.num_nodes
                 self.record(plan.rows[b].controller, len(accepted[b]), num_nodes, forward, plain)
-        self.costs.observe(forward, seconds)
 
     def record(
         self, controller: DraftController, num_accepted: int, num_nodes: int, forward: Forward, plain: Forward
@@ -171,17 +175,21 @@ class NodeBudget:
         seconds = self.costs.by_rows(replace(forward, num_asked=0))
         row_seconds = seconds(forward.num_rows) - seconds(forward.num_rows - num_nodes + 1)
         controller.record(num_accepted, row_seconds, self._first_seconds(plain))
-        controller.settle(pays=self._pays(controller, controller.gain, plain))
+        controller.settle(pays=self._pays(controller, plain))
 
     def _is_plain(self, rows: Sequence[DraftRow]) -> bool:
         spent = any(row.controller.account.is_spent for row in rows)
-        return not rows or spent or self._since_plain >= PLAIN_EVERY
+        return not rows or spent or (self._streak >= LONGEST_STREAK and not self._streak_is_plain)
 
-    def _share(self, claims: Sequence[Claim], forward: Forward) -> list[list[float]]:
+    def _is_drafted(self, rows: Sequence[DraftRow]) -> bool:
+        wary = any(row.controller.account.is_wary for row in rows)
+        return self._streak >= LONGEST_STREAK and self._streak_is_plain and not wary
+
+    def _share(self, claims: Sequence[Claim], forward: Forward, *, least: int = 0) -> list[list[float]]:
         seconds, num_rows = self.costs.by_rows(forward), forward.num_rows
-        most = self.costs.costs.max_nodes - len(claims)
+        nodes = range(least, max(least, self.costs.costs.max_nodes - len(claims)) + 1)
         plain_seconds = self.costs.seconds(replace(forward, num_asked=0))
-        return share(claims, lambda drafts: seconds(num_rows + drafts), most, plain_seconds)
+        return share(claims, lambda drafts: seconds(num_rows + drafts), nodes, plain_seconds)
 
     def _best_prefix(
         self, rows: Sequence[DraftRow], shares: list[list[float]], gains: dict[int, float], plain: Forward
@@ -206,13 +214,16 @@ class NodeBudget:
 
     def _is_due(self, controller: DraftController, plain: Forward) -> bool:
         """Whether a trial is of use: not where the heads pay but for their n-gram draft, nor where they never could."""
-        return not self._pays(controller, controller.gain, plain) and self._pays(controller, HOPE, plain)
+        return not self._pays(controller, plain) and self._would_pay(HOPE, self._first_seconds(plain), plain)
 
-    def _pays(self, controller: DraftController, gain: float, plain: Forward) -> bool:
-        """Whether asking beats plain decoding, were all rows alike and each accepted `gain` tokens more."""
-        num, plain_seconds = plain.num_decoding, self.costs.seconds(plain)
-        drafting = self.costs.seconds(replace(plain, num_asked=num)) - plain_seconds
-        return gain * plain_seconds > drafting + num * controller.row_seconds(self._first_seconds(plain))
+    def _pays(self, controller: DraftController, plain: Forward) -> bool:
+        return self._would_pay(controller.gain, controller.row_seconds(self._first_seconds(plain)), plain)
+
+    def _would_pay(self, gain: float, row_seconds: float, plain: Forward) -> bool:
+        """Whether asking beats plain decoding, were all sequences alike: tokens gained, seconds of rows, by each."""
+        plain_seconds = self.costs.seconds(plain)
+        drafting = self.costs.seconds(replace(plain, num_asked=plain.num_decoding)) - plain_seconds
+        return gain * plain_seconds > drafting + plain.num_decoding * row_seconds
 
     def _first_seconds(self, plain: Forward) -> float:
         """What the rows of a first draft cost, before a sequence knows better."""

@@ -12,7 +12,7 @@ FIRST_GAIN, FIRST_NODES, FIRST_WEIGHT = 0.8, 4, 4.0  # before anything is known:
 FIRST_REST, LONGEST_REST = 16, 128  # plain steps before the heads are tried again; twice as many after each failure
 PROBE = 4  # drafts of one trial
 FADING = 0.3  # what is left of the old evidence then
-HOPE = 2.0  # accepted tokens a draft: where even that would not pay, no trial can show anything
+HOPE = 1.5  # accepted tokens a draft: where a first one would not pay even so, trials only cost
 
 
 class DraftController:
