@@ -182,13 +182,6 @@ def test_a_wary_row_refuses_what_it_would_lose_by():
 
     assert list(map(len, share(claims(False), seconds, range(4), 1.0))) == [3, 0]
     assert list(map(len, share(claims(True), seconds, range(4), 1.0))) == [0, 0]
-    believed = share(
-        [Claim(map(math.log, [0.9]), trust=0.1), Claim(map(math.log, [0.3]))],
-        [1.0, 1.05, 1.3].__getitem__,
-        range(3),
-        1.0,
-    )
-    assert believed == [[], pytest.approx([0.3])]
 
 
 # -- the account, under a clock of its own ----------------------------------------------------------------------------
@@ -294,7 +287,7 @@ def test_a_batch_of_one_kind_keeps_them_too(kind, size):
         assert max(request.accepted for request in requests) > {0}
 
 
-@pytest.mark.parametrize("blind", ["balance", "trust"])
+@pytest.mark.parametrize("blind", ["balance", "price"])
 def test_without_the_account_they_would_not(blind, monkeypatch):
     """The law can fail: where nobody looks at the balance, or where a forward's price is forgotten."""
     if blind == "balance":
@@ -302,9 +295,7 @@ def test_without_the_account_they_would_not(blind, monkeypatch):
         monkeypatch.setattr(Account, "is_spent", False)
     else:
         book = Account.book
-        monkeypatch.setattr(
-            Account, "book", lambda account, accepted, claimed, _: book(account, accepted, claimed, 1.0)
-        )
+        monkeypatch.setattr(Account, "book", lambda account, num_tokens, _: book(account, num_tokens, 1.0))
     requests = mixed(8, 0)
     serve(requests, 8, seed=0)
     assert max(map(shortfall, requests)) > 8

@@ -56,13 +56,12 @@ class Plan:
 
 @dataclass(frozen=True)
 class Claim:
-    """One sequence's nodes below its root: log-scores, best first. They count `trust` times what they claim.
+    """One sequence's nodes below its root: log-scores, best first.
 
     is_wary: it refuses every step that would give it fewer tokens than plain decoding in the same time.
     """
 
     scores: Iterator[float]
-    trust: float = 1.0
     is_wary: bool = False
 
 
@@ -78,7 +77,7 @@ def share(
 
     def offer(b: int) -> None:
         if (score := next(claims[b].scores, None)) is not None:
-            probability = claims[b].trust * math.exp(score)
+            probability = math.exp(score)
             heapq.heappush(frontier, (-probability / tokens[b], b, probability))
 
     for b in range(len(claims)):
@@ -160,8 +159,8 @@ class NodeBudget:
         self._streak_is_plain = forward == plain
         self.costs.observe(forward, seconds)
         plain_steps = self.costs.seconds(forward) / self.costs.seconds(plain)
-        for row, growth, tokens in zip(plan.rows, plan.growths, accepted, strict=True):
-            row.controller.account.book(len(tokens), growth.expected, plain_steps)
+        for row, tokens in zip(plan.rows, accepted, strict=True):
+            row.controller.account.book(1 + len(tokens), plain_steps)
         for b in plan.asked:
             graft = plan.rows[b].graft
             if graft is None or list(accepted[b][:1]) != graft.tokens[:1]:
@@ -183,11 +182,12 @@ class NodeBudget:
 
     def _is_drafted(self, rows: Sequence[DraftRow]) -> bool:
         wary = any(row.controller.account.is_wary for row in rows)
-        return self._streak >= LONGEST_STREAK and self._streak_is_plain and not wary
+        has_room = self.costs.costs.max_nodes > len(rows)
+        return self._streak >= LONGEST_STREAK and self._streak_is_plain and has_room and not wary
 
     def _share(self, claims: Sequence[Claim], forward: Forward, *, least: int = 0) -> list[list[float]]:
         seconds, num_rows = self.costs.by_rows(forward), forward.num_rows
-        nodes = range(least, max(least, self.costs.costs.max_nodes - len(claims)) + 1)
+        nodes = range(least, max(0, self.costs.costs.max_nodes - len(claims)) + 1)
         plain_seconds = self.costs.seconds(replace(forward, num_asked=0))
         return share(claims, lambda drafts: seconds(num_rows + drafts), nodes, plain_seconds)
 
@@ -233,8 +233,7 @@ class NodeBudget:
 
 
 def _claim(row: DraftRow, scores: Iterator[float]) -> Claim:
-    account = row.controller.account
-    return Claim(scores, account.trust, account.is_wary)
+    return Claim(scores, row.controller.account.is_wary)
 
 
 def _chain(graft: NgramDraft | None) -> list[float]:
