@@ -23,9 +23,7 @@ from amphista.tree.learned import Forward, StepCosts
 from amphista.tree.offers import Growth
 from amphista.tree.tune import Costs, chain_scores
 
-LONGEST_STREAK = (
-    128  # plain steps, or drafted ones: after so many in a row one of the other kind shows what it costs now
-)
+LONGEST_STREAK = 128  # steps, all plain or all drafted: then one of the other kind shows what that costs now
 
 
 @dataclass(frozen=True)
@@ -133,13 +131,7 @@ class NodeBudget:
         gains = {b: missed[b] * rows[b].controller.gain for b in able}
         asked = self._best_prefix(rows, shares, gains, plain)
         if not any(claim.is_wary for claim in claims):
-            left = [rows[b].controller for b in able]
-            due = [
-                b
-                for b, controller in zip(able, left, strict=True)
-                if b not in asked and self._is_due(controller, plain)
-            ]
-            asked += [b for b in due if rows[b].controller.try_again(missed[b])]
+            asked += [b for b in able if b not in asked and self._tries(rows[b].controller, missed[b], plain)]
         return sorted(asked)
 
     def share(
@@ -212,9 +204,10 @@ class NodeBudget:
                 best, best_rate = count, rate
         return order[:best]
 
-    def _is_due(self, controller: DraftController, plain: Forward) -> bool:
-        """Whether a trial is of use: not where the heads pay but for their n-gram draft, nor where they never could."""
-        return not self._pays(controller, plain) and self._would_pay(HOPE, self._first_seconds(plain), plain)
+    def _tries(self, controller: DraftController, missed: float, plain: Forward) -> bool:
+        """Whether a trial is on: never where heads pay but for their n-gram draft, nor where they hardly could."""
+        of_use = not self._pays(controller, plain) and self._would_pay(HOPE, self._first_seconds(plain), plain)
+        return of_use and controller.try_again(missed)
 
     def _pays(self, controller: DraftController, plain: Forward) -> bool:
         return self._would_pay(controller.gain, controller.row_seconds(self._first_seconds(plain)), plain)
