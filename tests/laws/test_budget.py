@@ -340,6 +340,14 @@ def test_a_disturbed_curve_does_not_steer_for_ever(disturbance):
         assert budget.costs.seconds(forward) == pytest.approx(TRUTH.seconds(forward), rel=0.15), rows
 
 
+@pytest.mark.parametrize("disturbance", DISTURBED)
+def test_a_disturbed_curve_costs_a_request_little_more(disturbance):
+    requests = [request for size in (1, 4) for request in mixed(size, 7)]
+    budget = NodeBudget(DISTURBED[disturbance])
+    serve(requests, 4, seed=7, noise=0.05, budget=budget)
+    assert max(map(shortfall, requests)) <= 12
+
+
 def test_what_a_plain_step_costs_is_never_forgotten():
     budget, plain_steps = NodeBudget(COSTS), []
     observe = budget.costs.observe

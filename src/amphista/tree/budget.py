@@ -23,7 +23,10 @@ from amphista.tree.learned import Forward, StepCosts
 from amphista.tree.offers import Growth
 from amphista.tree.tune import Costs, chain_scores
 
-LONGEST_STREAK = 128  # steps, all plain or all drafted: then one of the other kind shows what that costs now
+FIRST_STREAK, LONGEST_STREAK = (
+    8,
+    128,
+)  # steps, all plain or all drafted, until one of the other kind shows what it costs
 
 
 @dataclass(frozen=True)
@@ -116,7 +119,7 @@ class NodeBudget:
 
     def __init__(self, costs: Costs) -> None:
         self.costs = StepCosts(costs)
-        self._streak, self._streak_is_plain = 0, True
+        self._streak, self._streak_is_plain, self._longest = 0, True, FIRST_STREAK
 
     def whom_to_ask(self, rows: Sequence[DraftRow], plain: Forward) -> list[int]:
         """Indices of the rows whose heads are worth asking, or due for a trial; to be called once a step."""
@@ -147,8 +150,7 @@ class NodeBudget:
     def observe(self, plan: Plan, accepted: Sequence[Sequence[int]], seconds: float) -> None:
         """Learn from a step: the draft tokens each row accepted, and its seconds, asking the heads included."""
         forward, plain = plan.forward, plan.plain
-        self._streak = self._streak + 1 if self._streak_is_plain == (forward == plain) else 1
-        self._streak_is_plain = forward == plain
+        self._note(is_plain=forward == plain)
         self.costs.observe(forward, seconds)
         plain_steps = self.costs.seconds(forward) / self.costs.seconds(plain)
         for row, tokens in zip(plan.rows, accepted, strict=True):
@@ -168,14 +170,22 @@ class NodeBudget:
         controller.record(num_accepted, row_seconds, self._first_seconds(plain))
         controller.settle(pays=self._pays(controller, plain))
 
+    def _note(self, *, is_plain: bool) -> None:
+        if is_plain == self._streak_is_plain:
+            self._streak += 1
+            return
+        if self._streak >= self._longest:
+            self._longest = min(2 * self._longest, LONGEST_STREAK)
+        self._streak, self._streak_is_plain = 1, is_plain
+
     def _is_plain(self, rows: Sequence[DraftRow]) -> bool:
         spent = any(row.controller.account.is_spent for row in rows)
-        return not rows or spent or (self._streak >= LONGEST_STREAK and not self._streak_is_plain)
+        return not rows or spent or (self._streak >= self._longest and not self._streak_is_plain)
 
     def _is_drafted(self, rows: Sequence[DraftRow]) -> bool:
         wary = any(row.controller.account.is_wary for row in rows)
         has_room = self.costs.costs.max_nodes > len(rows)
-        return self._streak >= LONGEST_STREAK and self._streak_is_plain and has_room and not wary
+        return self._streak >= self._longest and self._streak_is_plain and has_room and not wary
 
     def _share(self, claims: Sequence[Claim], forward: Forward, *, least: int = 0) -> list[list[float]]:
         seconds, num_rows = self.costs.by_rows(forward), forward.num_rows
