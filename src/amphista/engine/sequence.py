@@ -21,7 +21,7 @@ from amphista.engine.params import FinishReason, SamplingParams
 from amphista.engine.stats import DecodeStats
 from amphista.errors import CapacityError, RequestError
 from amphista.target.text import IncrementalText
-from amphista.tree.tune import DraftController
+from amphista.tree.controller import DraftController
 
 MAX_UNFED = 512
 

@@ -6,6 +6,7 @@ import pytest
 
 from amphista.errors import ConfigError
 from amphista.tree.candidates import Candidates, NgramDraft
+from amphista.tree.controller import DraftController
 from amphista.tree.dynamic import best_first
 from amphista.tree.grow import (
     AutoGrower,
@@ -17,7 +18,7 @@ from amphista.tree.grow import (
     parse_tree,
 )
 from amphista.tree.template import TreeTemplate
-from amphista.tree.tune import Costs, DraftController
+from amphista.tree.tune import Costs
 
 CANDIDATES = Candidates([[10, 11, 12], [20, 21, 22]], [[-0.1, -2.0, -3.0], [-0.2, -1.0, -4.0]])
 
