@@ -29,7 +29,6 @@ from amphista.drafter.heads import ParallelHeads
 from amphista.drafter.lookup import WithLookup
 from amphista.drafter.medusa import Medusa, MedusaConfig
 from amphista.drafter.none import NoDrafter
-from amphista.target.attention import preferred_attention
 from amphista.target.target import Target
 from amphista.target.text import Text
 from amphista.tree.candidates import Candidates, ConditionalRanks, NgramDraft
@@ -94,7 +93,7 @@ def tiny_model(family: str = "llama", *, seed: int = 0, dtype: torch.dtype = tor
     config = FAMILIES[family]()
     for name, value in changes.items():
         setattr(config, name, value)
-    model = AutoModelForCausalLM.from_config(config, attn_implementation=preferred_attention(config))
+    model = AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.dim() > 1:

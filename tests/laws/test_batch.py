@@ -22,7 +22,7 @@ from amphista.engine.loops import loop_free_length
 from amphista.engine.params import FinishReason, SamplingParams
 from amphista.engine.step import Engine
 from amphista.errors import ConfigError, RequestError
-from amphista.target.attention import MaskPlan
+from amphista.target.attention import Layout
 from amphista.tree.grow import parse_tree
 from tests.oracle.decode import decode_plainly
 from tests.tiny import EOS, FAMILIES, WINDOW, tiny_target
@@ -229,19 +229,20 @@ def test_mutation_position_off_by_one_is_seen(family):
 @pytest.mark.parametrize("kind", ["dropped", "extra"])
 def test_mutation_one_mask_bit_is_seen(kind, monkeypatch):
     """A row that does not see its first token; a row that sees what another sequence left behind its own."""
-    right = MaskPlan.write_rows
+    right = Layout.mask
 
-    def wrong(plan, visible, *rest):
-        if len(visible) > 1:
-            visible = visible.clone()
-            if kind == "dropped":
-                visible[1, 0, 0] = False
-            else:
-                shortest = int(visible[:, 0].sum(1).argmin())
-                visible[shortest, 0, : int(visible[shortest, 0].sum()) + 1] = True
-        return right(plan, visible, *rest)
+    def wrong(layout, rule):
+        if len(layout.visible) == 1:
+            return right(layout, rule)
+        visible = layout.visible.clone()
+        if kind == "dropped":
+            visible[1, 0, 0] = False
+        else:
+            shortest = int(visible[:, 0].sum(1).argmin())
+            visible[shortest, 0, : int(visible[shortest, 0].sum()) + 1] = True
+        return right(dataclasses.replace(layout, visible=visible), rule)
 
-    monkeypatch.setattr(MaskPlan, "write_rows", wrong)
+    monkeypatch.setattr(Layout, "mask", wrong)
     target = tiny_target(dtype=torch.float64)
     assert differing(target)
 
@@ -249,7 +250,12 @@ def test_mutation_one_mask_bit_is_seen(kind, monkeypatch):
 def test_mutation_window_off_by_one_is_seen(monkeypatch):
     target = tiny_target("mistral-windowed", dtype=torch.float64)
     expected = [alone(target, request) for request in REQUESTS]
-    target.mask_plan = dataclasses.replace(target.mask_plan, window=WINDOW + 1)
+    right = Layout.mask
+    monkeypatch.setattr(
+        Layout,
+        "mask",
+        lambda layout, rule: right(dataclasses.replace(layout, key_positions=layout.key_positions + 1), rule),
+    )
     results, _ = together(target, REQUESTS, 4)
     assert sum(results[n] != one for n, one in enumerate(expected)) >= 3
 

@@ -7,13 +7,17 @@ Mutations (a position off by one, a dropped or an extra mask bit, a wrong commit
 from __future__ import annotations
 
 import dataclasses
+from functools import wraps
+from threading import Thread
 
 import pytest
 import torch
+from transformers import AttentionMaskInterface
 
 from amphista.errors import TargetError
-from amphista.target.attention import MaskForm, MaskPlan
-from amphista.target.probe import probe
+from amphista.target import attention
+from amphista.target.attention import Layout
+from amphista.target.probe import _Check, probe
 from amphista.target.target import Target
 from amphista.tree.token_tree import TokenTree
 from tests.tiny import FAMILIES, WINDOW, tiny_model, tiny_target
@@ -24,7 +28,7 @@ CONTEXTS = [1, WINDOW - 3, WINDOW, 3 * WINDOW + 1]
 
 def atol(target: Target) -> float:
     """Below any real difference, above rounding: models are float64, but stock eager has a float32 softmax."""
-    return 1e-4 if target.mask_plan.is_additive else 1e-9
+    return 1e-4 if target.config._attn_implementation == "eager" else 1e-9
 
 
 def prompt_of(length: int) -> list[int]:
@@ -152,25 +156,31 @@ def test_longrope_stays_inside_the_context_in_which_positions_are_alone():
 # -- mutations: each must be seen by the law above, or by the probe ---------------------------------------------------
 
 
-def mutated(target: Target, **changes) -> Target:
-    target.mask_plan = dataclasses.replace(target.mask_plan, **changes)
-    return target
+def test_mutation_full_mask_on_a_windowed_model_is_seen(monkeypatch):
+    monkeypatch.setattr(Layout, "mask", lambda layout, rule: layout.visible[:, None])
+    assert worst_difference(tiny_target("mistral-windowed", dtype=torch.float64), 3 * WINDOW) > 1e-3
 
 
-def test_mutation_full_mask_on_a_windowed_model_is_seen():
+def shifted_windows(monkeypatch):
+    """Every window one row wider."""
+    right = Layout.mask
+    wider = lambda layout: dataclasses.replace(layout, key_positions=layout.key_positions + 1)  # noqa: E731
+    monkeypatch.setattr(Layout, "mask", lambda layout, rule: right(wider(layout), rule))
+
+
+def test_mutation_window_off_by_one_is_seen(monkeypatch):
     target = tiny_target("mistral-windowed", dtype=torch.float64)
-    assert worst_difference(mutated(target, form=MaskForm.FULL), 3 * WINDOW) > 1e-3
+    shifted_windows(monkeypatch)
+    assert worst_difference(target, 3 * WINDOW) > 1e-3
+    with pytest.raises(TargetError, match="cannot be verified as a tree"):
+        probe(target)
 
 
-def test_mutation_window_off_by_one_is_seen():
-    target = tiny_target("mistral-windowed", dtype=torch.float64)
-    assert worst_difference(mutated(target, window=WINDOW + 1), 3 * WINDOW) > 1e-3
-
-
-def test_mutation_bool_mask_under_eager_is_seen():
+def test_mutation_bool_mask_under_eager_is_seen(monkeypatch):
     model = tiny_model("llama", dtype=torch.float64)
     model.set_attn_implementation("eager")
-    target = mutated(Target(model), is_additive=False)
+    monkeypatch.setitem(AttentionMaskInterface._global_mapping, "eager", attention._sdpa_mask)
+    target = Target(model)
     assert worst_difference(target, 9) > 1e-3
     with pytest.raises(TargetError, match="cannot be verified as a tree"):
         probe(target)
@@ -222,19 +232,47 @@ def test_unknown_position_scheme_is_refused_by_the_probe():
     """A model that derives positions from rows fails the probe by name, not silently."""
     target = tiny_target("llama", dtype=torch.float64)
     forward = target.model.forward
-    target.model.forward = lambda **inputs: forward(**{**inputs, "position_ids": None})
+    target.model.forward = wraps(forward)(lambda **inputs: forward(**{**inputs, "position_ids": None}))
     with pytest.raises(TargetError, match="llama models cannot be verified as a tree"):
         probe(target)
 
 
-def test_masks_a_family_does_not_know_are_refused_by_the_probe():
-    """A family whose layers ask for another mask (chunked attention, say) ends in a sentence, not in a KeyError."""
-    target = mutated(tiny_target("llama"), form=MaskForm.BY_LAYER_TYPE)
-    with pytest.raises(TargetError, match="llama models cannot be verified as a tree"):
+def test_a_forward_that_breaks_is_refused_by_the_probe():
+    """It ends in a sentence with the reason, not in a KeyError."""
+    target = tiny_target("llama")
+
+    def broken(**inputs):
+        raise KeyError("chunked_attention")
+
+    target.model.forward = wraps(target.model.forward)(broken)
+    with pytest.raises(TargetError, match=r"llama models cannot be verified as a tree.*chunked_attention"):
         probe(target)
 
 
-def test_windowed_plan_without_a_window_is_a_full_mask():
-    plan = MaskPlan.for_config(FAMILIES["mistral"]())
-    mask = plan.write(torch.ones(1, 1, dtype=torch.bool), torch.tensor([99]), 99, torch.float32)
-    assert mask.shape == (1, 1, 1, 100) and mask.all()
+def test_small_logits_hide_nothing(monkeypatch):
+    """A model whose logits are all close to zero is measured by its own scale."""
+    target = tiny_target("llama", dtype=torch.float64)
+    with torch.no_grad():
+        target.shared.head_weight.mul_(1e-6)
+    probe(target)
+    right = TokenTree.depths.func
+    monkeypatch.setattr(TokenTree, "depths", property(lambda tree: [d + (d > 0) for d in right(tree)]))
+    monkeypatch.setattr("amphista.target.probe._probe", lambda target: _Check(target).run(5, thorough=False))
+    with pytest.raises(TargetError, match="differ from its own"):
+        probe(target)
+
+
+def test_outside_our_forwards_the_library_makes_its_own_masks():
+    """Another thread and the same one: `generate`, padding, a batch, are as they were."""
+    model = tiny_model("mistral-windowed", dtype=torch.float64)
+    ids, padding = torch.tensor([prompt_of(20), prompt_of(20)]), torch.ones(2, 20, dtype=torch.int64)
+    padding[1, :6] = 0
+    with torch.no_grad():
+        expected = model(input_ids=ids, attention_mask=padding).logits
+        seen = []
+        layout = Layout.behind(0, torch.ones(3, 3, dtype=torch.bool).tril(), torch.arange(3))
+        with attention.laid_out(layout):
+            thread = Thread(target=lambda: seen.append(model(input_ids=ids, attention_mask=padding).logits))
+            thread.start()
+            thread.join()
+    assert torch.equal(seen[0], expected)

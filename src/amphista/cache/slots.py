@@ -103,7 +103,7 @@ class SlotCache:
     @property
     def capacity(self) -> int:
         """Rows there is room for in every slot: what a batched forward reads."""
-        return self.layers[0].slots[0].capacity
+        return max(layer.slots[0].capacity for layer in self.layers)
 
     @torch.inference_mode()
     def make_room(self, num_active: int) -> None:
@@ -114,8 +114,8 @@ class SlotCache:
         if needed <= self.capacity < needed + SPARE_STEPS * ROOM_STEP:
             return
         for layer in self.layers:
-            assert layer.keys is not None and layer.values is not None
-            layer.reserve(layer.keys, layer.values, needed)
+            if layer.keys is not None and layer.values is not None:
+                layer.reserve(layer.keys, layer.values, needed)
 
     def writers(self, positions: Tensor) -> list[SlotWriter]:
         """What a forward writes one row a slot with, at `positions` [B]."""
@@ -134,9 +134,9 @@ class SlotCache:
         """Let slot `to` hold what slot `source` holds; `source` is empty afterwards."""
         held = self.slots[source].num_committed
         for layer in self.layers:
-            assert layer.keys is not None and layer.values is not None
-            layer.keys[to, :, :held] = layer.keys[source, :, :held]
-            layer.values[to, :, :held] = layer.values[source, :, :held]
+            if layer.keys is not None and layer.values is not None:
+                layer.keys[to, :, :held] = layer.keys[source, :, :held]
+                layer.values[to, :, :held] = layer.values[source, :, :held]
             layer.slots[to].num_rows, layer.slots[source].num_rows = held, 0
         self.slots[to].num_committed, self.slots[source].num_committed = held, 0
 

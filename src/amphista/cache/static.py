@@ -72,7 +72,8 @@ class LayerRows:
 
     def move(self, source: Tensor, to: int) -> None:
         """Copy the rows `source` (indices [M], ascending) to row `to` and those behind it; none moves backwards."""
-        assert self.keys is not None and self.values is not None
+        if self.keys is None or self.values is None:  # a layer that reads another's keys and values
+            return
         self.keys[:, :, to : to + len(source)] = self.keys.index_select(2, source)
         self.values[:, :, to : to + len(source)] = self.values.index_select(2, source)
 
@@ -87,7 +88,7 @@ class KVCache:
     @property
     def num_rows(self) -> int:
         """All rows written, those of an uncommitted tree included."""
-        return self.layers[0].num_rows
+        return max((layer.num_rows for layer in self.layers), default=0)
 
     @property
     def num_bytes(self) -> int:
@@ -105,8 +106,8 @@ class KVCache:
             )
         fixed = next((i for i, node in enumerate(path) if node != i), len(path))
         if fixed < len(path):  # rows before `fixed` already lie where they belong
-            keys, base = self.layers[0].keys, self.num_committed
-            device = None if keys is None else keys.device
+            base = self.num_committed
+            device = next((layer.keys.device for layer in self.layers if layer.keys is not None), None)
             self._move(sent([base + node for node in path[fixed:]], device), base + fixed)
         self.num_committed += len(path)
         for layer in self.layers:
@@ -125,7 +126,7 @@ class KVCache:
         self.num_committed = num_rows
 
     def check_integrity(self) -> None:
-        """Every layer holds the same number of rows, and the committed ones are among them."""
-        counts = {layer.num_rows for layer in self.layers}
+        """Every layer that writes rows holds the same number, and the committed ones are among them."""
+        counts = {layer.num_rows for layer in self.layers if layer.keys is not None} or {0}
         if len(counts) != 1 or self.num_committed > self.num_rows:
             raise CapacityError(f"cache layers disagree: {sorted(counts)} rows, {self.num_committed} committed")

@@ -180,7 +180,8 @@ class Engine:
         limit = self.target.spec.max_positions
         if len(prompt_ids) > limit:
             raise RequestError(
-                f"the prompt has {len(prompt_ids)} tokens, but the target's context holds {limit}: shorten it"
+                f"the prompt has {len(prompt_ids)} tokens, but the target's context holds "
+                f"{self.target.spec.context}: shorten it"
             )
         worst = max(prompt_ids)
         if worst >= self.target.spec.vocab_size or min(prompt_ids) < 0:

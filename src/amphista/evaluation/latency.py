@@ -30,6 +30,7 @@ from amphista.engine.timing import Cell, rounds
 from amphista.errors import ConfigError
 from amphista.evaluation.cells import pivot
 from amphista.files import write_file, write_json
+from amphista.target.attention import Layout
 from amphista.target.shapes import free_bytes, without_layers
 from amphista.target.target import Target
 from amphista.tree.build import build_template
@@ -179,9 +180,9 @@ def _forward(target: Target, tree: TokenTree, cache: KVCache, batch: int) -> Cal
 def _run(target: Target, tree: TokenTree, cache: KVCache, batch: int, past: int) -> Any:
     """One tree and one context in every sequence."""
     positions = torch.tensor(tree.depths, device=target.device) + past
-    mask = target.mask_plan.write(tree.ancestor_mask().to(target.device), positions, past, target.dtype)
+    layout = Layout.behind(past, tree.ancestor_mask().to(target.device), positions)
     ids = torch.tensor([tree.tokens], device=target.device).expand(batch, -1)
-    return target.run(ids, positions[None], mask, cache).logits
+    return target.run(ids, layout, cache).logits
 
 
 def _forward_without_layers(

@@ -1,134 +1,150 @@
-"""Tree masks for stock models: who sees whom, in the form each attention implementation and family expects.
+"""Who sees whom in a forward of ours, by the model's own rules: nothing about a family is guessed.
 
-Measured on stock `transformers` 5.23 models: `sdpa` takes a bool mask; `eager` adds its mask to the scores, so a bool
-mask there is silently wrong and an additive one is needed. Windowed layers see key q from node p iff
-position(p) - position(q) < window, by positions, never by rows (siblings share a position).
+A `transformers` model makes its masks through functions of (query position, key position), one for each kind of layer:
+causal, within a window, within a chunk. Here the two makers of masks, `sdpa` and `eager`, are registered anew: while a
+forward of ours runs in the calling thread, the model's own function is evaluated at the *positions* of rows (siblings
+of a tree share one) and joined with who descends from whom. Any other forward gets the library's own masks.
 
 Shapes: B sequences, N new rows, S all rows.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from enum import Enum
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import AttentionMaskInterface
+from transformers.masking_utils import causal_mask_function, eager_mask, sdpa_mask
 
+from amphista.cache.hf import as_transformers_cache
+from amphista.cache.static import KVCache
 from amphista.errors import TargetError
 
-
-class MaskForm(Enum):
-    """What a family's forward takes as `attention_mask`."""
-
-    FULL = "one full mask"
-    WINDOWED = "one windowed mask"
-    BY_LAYER_TYPE = "a dict by layer type"
-
-
-TESTED_FAMILIES = {
-    "llama": MaskForm.FULL,
-    "gpt_neox": MaskForm.FULL,
-    "gpt2": MaskForm.FULL,
-    "opt": MaskForm.FULL,
-    "mistral": MaskForm.WINDOWED,
-    "phi3": MaskForm.WINDOWED,
-    "qwen2": MaskForm.BY_LAYER_TYPE,
-    "qwen3": MaskForm.BY_LAYER_TYPE,
-    "gemma2": MaskForm.BY_LAYER_TYPE,
-    "gemma3_text": MaskForm.BY_LAYER_TYPE,
-}
-EAGER_ONLY = {"gemma2"}  # soft-caps its attention scores, which sdpa cannot
-REFUSED_FAMILIES = {
-    "mpt": "its ALiBi biases follow rows, not positions",
-    "bloom": "its ALiBi biases follow rows, not positions",
-    **dict.fromkeys(("mamba", "mamba2", "falcon_mamba", "rwkv", "recurrent_gemma", "xlstm"), "it is recurrent"),
-    **dict.fromkeys(
-        ("jamba", "bamba", "zamba", "zamba2", "falcon_h1", "nemotron_h", "lfm2", "qwen3_next", "granitemoehybrid"),
-        "part of its layers are recurrent and cannot hold a tree",
-    ),
-    **dict.fromkeys(("t5", "bart", "mbart", "pegasus", "whisper", "marian"), "it is an encoder-decoder model"),
-}
+Rule = Callable[[Any, Any, Any, Any], Any]  # (sequence, head, query position, key position) -> may it be seen
+_LOCAL = threading.local()  # two threads may decode at once
 
 
 @dataclass(frozen=True)
-class MaskPlan:
-    """How to write a target's masks, decided once at load."""
+class Layout:
+    """Where the rows of one forward stand, and which of them may see each other whatever a layer's rule says.
 
-    form: MaskForm
-    window: int | None
-    is_additive: bool
+    positions: int [B or 1, N]. key_positions: int [B or 1, S]. visible: bool [B or 1, N, S], or None where a layer's
+    rule decides alone.
+    """
+
+    positions: Tensor
+    key_positions: Tensor
+    visible: Tensor | None
 
     @classmethod
-    def for_config(cls, config: Any) -> MaskPlan:
-        """Decide from a `transformers` configuration; refuses by name what cannot be verified as a tree."""
-        refuse_unsupported(config)
-        window = getattr(config, "sliding_window", None)
-        if getattr(config, "use_sliding_window", True) is False:
-            window = None
-        form = TESTED_FAMILIES.get(config.model_type)
-        if form is None:
-            layered = len(set(getattr(config, "layer_types", None) or ())) > 1
-            form = MaskForm.BY_LAYER_TYPE if layered else MaskForm.WINDOWED if window else MaskForm.FULL
-        if form is MaskForm.FULL:
-            window = None
-        implementation = getattr(config, "_attn_implementation", None) or "sdpa"
-        if implementation not in ("sdpa", "eager"):
-            raise TargetError(
-                f"the target uses {implementation!r} attention, which takes no tree mask: load it with "
-                "attn_implementation='sdpa' (or 'eager')"
-            )
-        return cls(form, window, implementation == "eager")
+    def behind(cls, num_past: int, ancestors: Tensor, positions: Tensor) -> Layout:
+        """N new rows at `positions` [N] behind `num_past` committed ones, which all of them may see.
 
-    def write(
-        self, ancestors: Tensor, positions: Tensor, num_past: int, dtype: torch.dtype
-    ) -> Tensor | dict[str, Tensor]:
-        """The `attention_mask` for N new rows behind `num_past` committed ones.
-
-        ancestors: bool [N, N], True where row i may see row j (itself included). positions: int [N].
-        Committed rows sit at positions 0..num_past-1 and are seen by all, the window permitting.
+        ancestors: bool [N, N], True where row i may see row j (itself included).
         """
-        past = ancestors.new_ones(ancestors.shape[0], num_past)
+        past = ancestors.new_ones(len(ancestors), num_past)
         keys = torch.cat([torch.arange(num_past, device=positions.device), positions])
-        return self.write_rows(torch.cat([past, ancestors], dim=1)[None], positions[None], keys[None], dtype)
+        return cls(positions[None], keys[None], torch.cat([past, ancestors], dim=1)[None])
 
-    def write_rows(
-        self, visible: Tensor, positions: Tensor, key_positions: Tensor, dtype: torch.dtype
-    ) -> Tensor | dict[str, Tensor]:
-        """The `attention_mask` for N new rows in each of B sequences.
+    @classmethod
+    def causal(cls, length: int, device: torch.device) -> Layout:
+        """Rows [T] without a cache."""
+        positions = torch.arange(length, device=device)[None]
+        return cls(positions, positions, None)
 
-        visible: bool [B, N, S], True where a row may see another, the window permitting. positions: int [B, N].
-        key_positions: int [B, S], or [1, S] where they are the same for all.
-        """
-        if self.form is MaskForm.FULL or (self.form is MaskForm.WINDOWED and self.window is None):
-            return self._shape(visible, dtype)
-        windowed = visible
-        if self.window is not None:
-            windowed = visible & (positions[:, :, None] - key_positions[:, None, :] < self.window)
-        if self.form is MaskForm.WINDOWED:
-            return self._shape(windowed, dtype)
-        return {"full_attention": self._shape(visible, dtype), "sliding_attention": self._shape(windowed, dtype)}
-
-    def _shape(self, mask: Tensor, dtype: torch.dtype) -> Tensor:
-        if not self.is_additive:
-            return mask[:, None]
-        additive = torch.zeros(mask.shape, dtype=dtype, device=mask.device)
-        return additive.masked_fill_(~mask, torch.finfo(dtype).min)[:, None]
+    def mask(self, rule: Rule) -> Tensor | None:
+        """bool [B or 1, 1, N, S]; None where every row sees all before it and nothing else is to be said."""
+        if rule is causal_mask_function:  # `visible` never shows what lies ahead
+            return None if self.visible is None else self.visible[:, None]
+        device = self.positions.device
+        batch = torch.arange(len(self.positions), device=device)[:, None, None, None]
+        queries, keys = self.positions[:, None, :, None], self.key_positions[:, None, None, :]
+        seen: Tensor = rule(batch, torch.zeros_like(batch[:1]), queries, keys)
+        return seen if self.visible is None else seen & self.visible[:, None]
 
 
-def refuse_unsupported(config: Any) -> None:
-    """Raise TargetError, naming the family, for what is known not to verify as a tree."""
-    family = config.model_type
-    if getattr(config, "is_encoder_decoder", False):
-        raise TargetError(f"{family} is an encoder-decoder model: amphista accelerates decoder-only causal LMs")
-    reason = REFUSED_FAMILIES.get(family)
-    if family == "falcon" and getattr(config, "alibi", False):
-        reason = "its ALiBi biases follow rows, not positions"
-    if reason is not None:
-        raise TargetError(f"{family} models cannot be verified as a tree: {reason}. Choose a target of another family")
+@contextmanager
+def laid_out(layout: Layout) -> Iterator[None]:
+    """The masks of forwards in this thread follow `layout`."""
+    before = getattr(_LOCAL, "layout", None)
+    _LOCAL.layout = layout
+    try:
+        yield
+    finally:
+        _LOCAL.layout = before
 
 
-def preferred_attention(config: Any) -> str:
-    """The attention implementation to load a family with."""
-    return "eager" if config.model_type in EAGER_ONLY else "sdpa"
+@dataclass(frozen=True)
+class _Noting(Layout):
+    """Remembers which mask was made by which rule."""
+
+    made: list[tuple[Tensor, Rule]] = field(default_factory=list)
+
+    def mask(self, rule: Rule) -> Tensor | None:
+        mask = super().mask(rule)
+        assert mask is not None
+        self.made.append((mask, rule))
+        return mask
+
+
+@torch.no_grad()
+def layer_rules(model: Any) -> list[Rule]:
+    """The rule of each decoder layer, as the model itself hands masks to them in a forward over one token.
+
+    model: a causal LM whose decoder calls `layers` with `attention_mask`, and whose attention is sdpa.
+    """
+    row = torch.zeros(1, 1, dtype=torch.int64, device=model.device)
+    layout = _Noting(row, row, torch.ones_like(row, dtype=torch.bool)[None])
+    handed: list[Tensor] = []
+    hooks = [
+        layer.register_forward_pre_hook(
+            lambda module, args, kwargs: handed.append(kwargs["attention_mask"]), with_kwargs=True
+        )
+        for layer in model.get_decoder().layers
+    ]
+    try:
+        with laid_out(layout):
+            cache = as_transformers_cache(KVCache(len(hooks)))  # with one, positions are not searched for packed rows
+            model(input_ids=row, position_ids=row, past_key_values=cache)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return [next(rule for made, rule in layout.made if made is mask) for mask in handed]
+
+
+def refuse_attention(config: Any) -> None:
+    """Raise TargetError for an attention implementation that takes no mask of ours."""
+    implementation = getattr(config, "_attn_implementation", None) or "sdpa"
+    if implementation not in ("sdpa", "eager"):
+        raise TargetError(
+            f"the target uses {implementation!r} attention, which takes no tree mask: load it with "
+            "attn_implementation='sdpa' (or 'eager')"
+        )
+
+
+def _sdpa_mask(*args: Any, mask_function: Rule = causal_mask_function, **settings: Any) -> Tensor | None:
+    layout: Layout | None = getattr(_LOCAL, "layout", None)
+    if layout is None:
+        made: Tensor | None = sdpa_mask(*args, mask_function=mask_function, **settings)
+        return made
+    return layout.mask(mask_function)
+
+
+def _eager_mask(*args: Any, mask_function: Rule = causal_mask_function, **settings: Any) -> Tensor:
+    layout: Layout | None = getattr(_LOCAL, "layout", None)
+    if layout is None:
+        made: Tensor = eager_mask(*args, mask_function=mask_function, **settings)
+        return made
+    mask = layout.mask(mask_function)
+    assert mask is not None, "forwards of ours always say what is visible"
+    added = torch.zeros(mask.shape, dtype=settings.get("dtype", torch.float32), device=mask.device)
+    return added.masked_fill_(~mask, torch.finfo(added.dtype).min)  # the library's own lowest number
+
+
+AttentionMaskInterface.register("sdpa", _sdpa_mask)
+AttentionMaskInterface.register("eager", _eager_mask)

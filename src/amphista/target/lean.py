@@ -12,7 +12,7 @@ D hidden size, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -23,6 +23,7 @@ from torch.nn import functional
 from amphista.kernels.int8 import Int8Linear
 from amphista.kernels.linear import PackedLinear, Product
 from amphista.kernels.parts import Norm, RotaryTable, paired
+from amphista.target.attention import Layout, layer_rules
 from amphista.target.pages import give_back
 
 # From so many scores a sequence on, torch's own attention is faster than two products and a softmax.
@@ -35,7 +36,6 @@ FUSED_ATTENTION_SCORES = {
 EXACT_ROWS = 64  # of one sequence, which is more than any tree that pays on a CPU; beyond, a prompt is read
 # On CUDA torch has no kernel for grouped heads under a mask and repeats keys and values: products, memory permitting.
 GROUPED_CUDA_SCORES = 1 << 28
-Mask = Tensor | Mapping[str, Tensor | None] | None
 
 
 class Rows(Protocol):
@@ -68,7 +68,7 @@ def _projections(attention: Any, product: type[Product]) -> Product:
 
 @dataclass(frozen=True)
 class LeanLayer:
-    """One decoder layer's weights. `kind` is its entry in the configuration's layer types."""
+    """One decoder layer's weights. `rule` is the place of its attention's rule among the model's."""
 
     attention_norm: Norm
     qkv: Product
@@ -78,10 +78,10 @@ class LeanLayer:
     mlp_norm: Norm
     gate_up: Product
     down: Product
-    kind: str
+    rule: int
 
     @classmethod
-    def of(cls, layer: Any, kind: str, product: type[Product]) -> LeanLayer:
+    def of(cls, layer: Any, rule: int, product: type[Product]) -> LeanLayer:
         attention, mlp = layer.self_attn, layer.mlp
         normed = hasattr(attention, "q_norm")
         return cls(
@@ -93,7 +93,7 @@ class LeanLayer:
             mlp_norm=Norm.of(layer.post_attention_layernorm),
             gate_up=product.of(mlp.gate_proj, mlp.up_proj),
             down=product.of(mlp.down_proj),
-            kind=kind,
+            rule=rule,
         )
 
 
@@ -115,11 +115,11 @@ class LeanModel:
         scales[: self.num_heads] = attention.scaling
         self._heads_scale = scales.to(self._embedding.device)
         self._norm = Norm.of(decoder.norm)
-        kinds = getattr(config, "layer_types", None) or ["full_attention"] * len(decoder.layers)
-        self._kinds = set(kinds)
+        rules = layer_rules(model)
+        self.rules = list(dict.fromkeys(rules))
         self.layers: list[LeanLayer] = []
-        for index, kind in enumerate(kinds):
-            self.layers.append(LeanLayer.of(decoder.layers[index], kind, product))
+        for index, rule in enumerate(rules):
+            self.layers.append(LeanLayer.of(decoder.layers[index], self.rules.index(rule), product))
             if release:
                 if self.layers[-1].output.is_packed:
                     give_back(*decoder.layers[index].parameters())
@@ -143,30 +143,33 @@ class LeanModel:
         return device
 
     @torch.inference_mode()
-    def hidden(self, token_ids: Tensor, positions: Tensor, mask: Mask, cache: Sequence[Rows] | None) -> Tensor:
-        """Post-norm hidden states [B, N, D] of ids [B, N] at positions [B, N] or [1, N].
-
-        mask: bool [B or 1, 1, N, S], a dict of them by layer type, or None where every new row sees all of S (N = 1),
-        or, without a cache, all rows before it.
-        """
-        self.rotary.reserve(int(positions.max()) + 1)
-        if token_ids.shape == (1, 1) and mask is not None:
-            mask = _without_those_that_hide_nothing(mask)
-        return self.states(token_ids, positions, mask, cache)
+    def hidden(self, token_ids: Tensor, layout: Layout, cache: Sequence[Rows] | None) -> Tensor:
+        """Post-norm hidden states [B, N, D] of ids [B, N]."""
+        self.rotary.reserve(int(layout.positions.max()) + 1)
+        masks = self._masks(layout)
+        if token_ids.shape == (1, 1):  # a mask that hides nothing is left out
+            masks = [None if mask is None or bool(mask.all()) else mask for mask in masks]
+        return self._states(token_ids, layout.positions, masks, cache)
 
     @torch.inference_mode()
-    def states(self, token_ids: Tensor, positions: Tensor, mask: Mask, cache: Sequence[Rows] | None) -> Tensor:
+    def states(self, token_ids: Tensor, layout: Layout, cache: Sequence[Rows] | None) -> Tensor:
         """The same for positions there are turns for; asks the device nothing, so that it can be recorded."""
+        return self._states(token_ids, layout.positions, self._masks(layout), cache)
+
+    def _masks(self, layout: Layout) -> list[Tensor | None]:
+        """For each rule bool [B or 1, 1, N, S]; None where every new row sees all rows before it."""
+        return [layout.mask(rule) for rule in self.rules]
+
+    def _states(
+        self, token_ids: Tensor, positions: Tensor, masks: list[Tensor | None], cache: Sequence[Rows] | None
+    ) -> Tensor:
         num_sequences, num_rows = token_ids.shape
         states = functional.embedding(token_ids.reshape(-1), self._embedding)
         turn = self._rotation(positions, num_sequences)
-        attention = {
-            kind: _Attention.of(self, (num_sequences, num_rows), mask[kind] if isinstance(mask, Mapping) else mask)
-            for kind in sorted(self._kinds)
-        }
+        attention = [_Attention.of(self, (num_sequences, num_rows), mask) for mask in masks]
         for index, layer in enumerate(self.layers):
             rows = NoRows() if cache is None else cache[index]
-            states = self._layer(layer, states, turn, attention[layer.kind], rows)
+            states = self._layer(layer, states, turn, attention[layer.rule], rows)
         return self._norm(states).view(num_sequences, num_rows, -1)
 
     @torch.inference_mode()
@@ -291,13 +294,6 @@ def _sums_in(dtype: torch.dtype, device: torch.device, product: type[Product]) -
     """
     coarse = dtype is torch.bfloat16 or product is Int8Linear
     return torch.float64 if coarse and device.type == "cpu" else None
-
-
-def _without_those_that_hide_nothing(mask: Mask) -> Mask:
-    """The mask of a single row, None instead of one through which it sees all."""
-    if isinstance(mask, Mapping):
-        return {kind: None if part is None or bool(part.all()) else part for kind, part in mask.items()}
-    return None if mask is None or bool(mask.all()) else mask
 
 
 def _grouped(visible: Tensor, num_pairs: int, groups: int, dtype: torch.dtype) -> Tensor:

@@ -6,14 +6,14 @@ import copy
 import dataclasses
 import logging
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 import torch
 
-from amphista.errors import TargetError
+from amphista.errors import TargetError, first_line
 from amphista.kernels.int8 import can_quantise
 from amphista.target import DEFAULT_TARGET
-from amphista.target.attention import preferred_attention, refuse_unsupported
+from amphista.target.families import auto_class, refuse_unsupported
 from amphista.target.gguf import (
     SMOLLM2_135M,
     PackagedTarget,
@@ -36,6 +36,15 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 INT8 = "int8"
 
 
+class Hub(TypedDict, total=False):
+    """How a hub id is fetched, as `huggingface_hub` takes it: its revision, by which token, to where, or not at all."""
+
+    revision: str
+    token: str
+    cache_dir: str
+    local_files_only: bool
+
+
 def load_target(
     name: str = DEFAULT_TARGET,
     *,
@@ -43,24 +52,27 @@ def load_target(
     dtype: str | None = None,
     fast: bool = True,
     progress: Progress = logger.info,
+    **hub: Unpack[Hub],
 ) -> Target:
-    """Load a target and check that it verifies trees.
+    """Load a target and check that it verifies trees. Code that a repository brings along is never run.
 
     name: a key of NAMED_TARGETS, a folder, a .gguf file or a hub id. device: 'cpu', 'cuda', ...; default CUDA where
     there is one. dtype: a key of DTYPES; default float32 on CPU, the model's own elsewhere; int8: weights of 8 bits on
-    the fast path. fast: take the fast path where the model qualifies (`Target.path`, `Target.why_stock`).
+    the fast path. fast: take the fast path where the model qualifies (`Target.path`, `Target.why_stock`). hub: for a
+    hub id, the entries of `Hub`.
     """
     place = device_of(device)
     int8 = dtype == INT8
     if int8:
         _refuse_int8(place, fast)
     folder = locate(name, progress)
-    model = _load_model(name, folder, place, _dtype(dtype, place))  # first: it refuses families by name
-    text = _load_text(name, folder)
+    source = Source(name, folder, hub)
+    model = _load_model(source, place, _dtype(dtype, place))  # first: it refuses families by name
+    text = _load_text(source)
     target = Target(model, text, name=name)
-    if target.dtype is torch.float16 and _dtype_on_disk(folder) is not torch.float16:
+    if target.dtype is torch.float16 and source.config().dtype is not torch.float16:
         # Rounding through float16 changes the fingerprint's bf16 rows: take it from the weights as they are on disk.
-        target.fingerprint = Target(_load_model(name, folder, torch.device("cpu"), "auto"), text).fingerprint
+        target.fingerprint = Target(_load_model(source, torch.device("cpu"), "auto"), text).fingerprint
     quantisation = getattr(target.config, "quantization_config", None)
     if quantisation is not None:
         logger.warning(
@@ -70,7 +82,9 @@ def load_target(
     probe(target)
     if fast and target.speed_up(release=True, int8=int8):
         stock_dtype = "float32" if int8 else dtype
-        target.load_stock = lambda: load_target(name, device=device, dtype=stock_dtype, fast=False, progress=progress)
+        target.load_stock = lambda: load_target(
+            name, device=device, dtype=stock_dtype, fast=False, progress=progress, **hub
+        )
     elif int8:
         raise TargetError(f"{name} cannot be loaded in int8: {target.why_stock}")
     return target
@@ -131,28 +145,49 @@ def _dtype(dtype: str | None, place: torch.device) -> Any:
     return DTYPES[dtype]
 
 
-def _load_model(name: str, folder: str, place: torch.device, dtype: Any) -> Any:
-    from transformers import AutoConfig, AutoModelForCausalLM
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """A target's name, where `transformers` finds it, and how the hub is asked."""
+
+    name: str
+    folder: str
+    hub: Hub
+
+    def config(self) -> Any:
+        """Its configuration."""
+        from transformers import AutoConfig
+
+        return self.read(AutoConfig)
+
+    def read(self, kind: Any, **settings: Any) -> Any:
+        """What an auto class makes of it, running no code from there; raises TargetError, saying why."""
+        try:
+            return kind.from_pretrained(self.folder, trust_remote_code=False, **self.hub, **settings)
+        except Exception as error:  # the loader raises a dozen kinds, from OSError to safetensors' own
+            said = str(error)
+            if "trust_remote_code" in said:
+                raise TargetError(
+                    f"target {self.name!r} needs code that its repository brings along, and amphista runs none: choose "
+                    "a target of a family that the installed transformers has"
+                ) from error
+            what = kind.__name__.removeprefix("Auto").partition("For")[0].lower()
+            raise TargetError(f"cannot load the {what} of target {self.name!r}: {first_line(error)}") from error
+
+
+def _load_model(source: Source, place: torch.device, dtype: Any) -> Any:
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    try:
-        config = AutoConfig.from_pretrained(folder)
-        refuse_unsupported(config)
-        attention = preferred_attention(config)
-        if place.type == "cpu" and isinstance(dtype, torch.dtype):
-            model = AutoModelForCausalLM.from_pretrained(
-                folder, config=copy.deepcopy(config), dtype="auto", attn_implementation=attention
-            )
-            if _is_only_weights(model):
-                return _converted(model, dtype)
-        return AutoModelForCausalLM.from_pretrained(
-            folder, config=config, dtype=dtype, attn_implementation=attention
-        ).to(place)
-    except TargetError:
-        raise
-    except Exception as error:  # the loader raises a dozen kinds, from OSError to safetensors' own
-        raise TargetError(f"cannot load target {name!r}: {_first_line(error)}") from error
+    config = source.config()
+    refuse_unsupported(config)
+    if getattr(config.get_text_config(decoder=True), "attn_logit_softcapping", None):  # some sdpa leave it out silently
+        config._attn_implementation = "eager"
+    auto = auto_class(config)
+    if place.type == "cpu" and isinstance(dtype, torch.dtype):
+        model = source.read(auto, config=copy.deepcopy(config), dtype="auto")
+        if _is_only_weights(model):
+            return _converted(model, dtype)
+    return source.read(auto, config=config, dtype=dtype).to(place)
 
 
 def _is_only_weights(model: Any) -> bool:
@@ -174,49 +209,30 @@ def _converted(model: Any, dtype: torch.dtype) -> Any:
     return model
 
 
-def _dtype_on_disk(folder: str) -> torch.dtype | None:
-    from transformers import AutoConfig
-
-    dtype: torch.dtype | None = AutoConfig.from_pretrained(folder).dtype
-    return dtype
-
-
 def import_code(name: str) -> None:
     """Import what loading this target would import, so that its own memory can be told from that of code."""
-    from transformers import AutoConfig, AutoTokenizer  # noqa: F401
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+    from transformers import AutoTokenizer  # noqa: F401
 
-    MODEL_FOR_CAUSAL_LM_MAPPING.get(type(AutoConfig.from_pretrained(locate(name))), None)
+    refuse_unsupported(Source(name, locate(name), {}).config())  # it looks at the class
 
 
-def describe_target(name: str) -> dict[str, Any]:
+def describe_target(name: str, **hub: Unpack[Hub]) -> dict[str, Any]:
     """What can be said of a target without loading its weights or fetching anything large.
 
     raises TargetError for a name that is no target, or one whose family is refused.
     """
-    from transformers import AutoConfig
-
     if name in NAMED_TARGETS and not is_whole(packaged_folder(NAMED_TARGETS[name])):
         return {"name": name, "ready": False}
     folder = locate(name)
-    try:
-        config = AutoConfig.from_pretrained(folder)
-    except Exception as error:
-        raise TargetError(f"cannot read the configuration of target {name!r}: {_first_line(error)}") from error
+    config = Source(name, folder, hub).config()
     refuse_unsupported(config)
-    spec = TargetSpec.from_config(config, embedding_size=config.hidden_size, vocab_size=config.vocab_size)
+    text = config.get_text_config(decoder=True)
+    spec = TargetSpec.from_config(config, embedding_size=text.hidden_size, vocab_size=text.vocab_size)
     weights = [path.stat().st_size for path in Path(folder).glob("*.safetensors")]
     return {"name": name, "ready": True, "megabytes": round(sum(weights) / 1e6, 1), **dataclasses.asdict(spec)}
 
 
-def _load_text(name: str, folder: str) -> Text:
+def _load_text(source: Source) -> Text:
     from transformers import AutoTokenizer
 
-    try:
-        return Text(AutoTokenizer.from_pretrained(folder))
-    except Exception as error:
-        raise TargetError(f"cannot load the tokenizer of target {name!r}: {_first_line(error)}") from error
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return Text(source.read(AutoTokenizer))

@@ -30,8 +30,8 @@ NUM_FINGERPRINT_ROWS = 64
 class TargetSpec:
     """The dimensions a drafter may depend on.
 
-    `max_positions` is the context in which a token's rotation depends on its own position alone: for `longrope` models
-    the original context, since beyond it the deepest node of a tree would choose the factors of all.
+    Where a family's layers differ (lists by layer), the largest counts. `max_positions` is the context in which a
+    token's rotation depends on its own position alone; `limited_by` says why it is shorter than the configuration's.
     """
 
     family: str
@@ -46,42 +46,79 @@ class TargetSpec:
     rope_theta: float
     norm_eps: float
     max_positions: int
+    limited_by: str = ""
 
     @classmethod
     def from_config(cls, config: Any, *, embedding_size: int, vocab_size: int) -> TargetSpec:
         """Read the dimensions of a `transformers` configuration, whatever its family calls them."""
-        heads = _first(config, "num_attention_heads", "n_head")
-        hidden = _first(config, "hidden_size", "n_embd")
-        rope = getattr(config, "rope_parameters", None) or {}
-        rope = rope.get("full_attention", rope)
-        max_positions = _first(config, "max_position_embeddings", "n_positions", default=1 << 30)
-        if rope.get("rope_type") == "longrope":  # beyond this, one deep node would change the rotation of every other
-            original = rope.get("original_max_position_embeddings") or config.original_max_position_embeddings
-            max_positions = min(max_positions, original)
+        config = config.get_text_config(decoder=True)
+        heads = _first(config, "num_attention_heads", "n_head", "num_heads")
+        hidden = _first(config, "hidden_size", "n_embd", "d_model")
+        ropes = _rotations(config)
+        max_positions, limited_by = _context(config, ropes)
         return cls(
             family=config.model_type,
             hidden_size=hidden,
             embedding_size=embedding_size,
             vocab_size=vocab_size,
-            num_layers=_first(config, "num_hidden_layers", "n_layer"),
+            num_layers=_first(config, "num_hidden_layers", "n_layer", "num_layers"),
             num_attention_heads=heads,
-            num_key_value_heads=getattr(config, "num_key_value_heads", None) or heads,
-            head_size=getattr(config, "head_dim", None) or hidden // heads,
+            num_key_value_heads=_first(config, "num_key_value_heads", default=heads),
+            head_size=_first(config, "head_dim", default=hidden // heads),
             intermediate_size=_first(config, "intermediate_size", "n_inner", "ffn_dim", default=4 * hidden),
-            rope_theta=float(rope.get("rope_theta") or 10000.0),
+            rope_theta=float(next((r["rope_theta"] for r in ropes if r.get("rope_theta")), 10000.0)),
             norm_eps=float(_first(config, "rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", default=1e-5)),
             max_positions=max_positions,
+            limited_by=limited_by,
         )
 
+    @property
+    def context(self) -> str:
+        """`max_positions` for people, with the reason where there is one."""
+        return f"{self.max_positions} ({self.limited_by})" if self.limited_by else str(self.max_positions)
 
-def _first(config: Any, *names: str, default: int | float | None = None) -> Any:
+
+def _first(config: Any, *names: str, default: float | None = None) -> Any:
+    """The first of these settings that is there; of a list with one entry a layer, the largest."""
     for name in names:
-        value = getattr(config, name, None)
+        try:
+            value = getattr(config, name, None)
+        except RuntimeError:  # some layers have another (`per_layer_config`)
+            value = [getattr(config.per_layer_config[layer], name) for layer in range(config.num_hidden_layers)]
+        if isinstance(value, list | tuple):
+            value = max(value, default=None)
         if value is not None:
             return value
     if default is None:
         raise TargetError(f"a {config.model_type} configuration has none of {', '.join(names)}: cannot size a drafter")
     return default
+
+
+def _rotations(config: Any) -> list[dict[str, Any]]:
+    """Rotary parameters, one for each type of layer that has any; full attention's first."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    by_type = {kind: value for kind, value in rope.items() if isinstance(value, dict)}
+    if not by_type and "full_attention" not in rope:
+        return [rope] if rope else []
+    return sorted(by_type.values(), key=lambda value: value is not by_type.get("full_attention"))
+
+
+def _context(config: Any, ropes: list[dict[str, Any]]) -> tuple[int, str]:
+    """Positions a configuration allows, and why no more.
+
+    YaRN (arXiv 2309.00071) reaches `factor` times the original context, which some configurations give in place of the
+    whole. Longrope (arXiv 2402.13753) has other factors beyond the original context, for all tokens of a forward alike:
+    there a deep node of a tree would change the rotation of every other.
+    """
+    limit = _first(config, "max_position_embeddings", "n_positions", "max_seq_len", default=1 << 30)
+    for rope in ropes:
+        original = rope.get("original_max_position_embeddings") or limit
+        if rope.get("rope_type") == "yarn":
+            limit = max(limit, int(original * (rope.get("factor") or 1)))
+        elif rope.get("rope_type") == "longrope":
+            original = min(limit, getattr(config, "original_max_position_embeddings", None) or original)
+            return original, f"longrope: beyond its original context of {original} all rotations change at once"
+    return limit, ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,6 +131,7 @@ class LogitTransform:
 
     @classmethod
     def from_config(cls, config: Any) -> LogitTransform:
+        config = config.get_text_config(decoder=True)
         return cls(
             multiply=float(getattr(config, "logit_scale", None) or 1.0),
             divide=float(getattr(config, "logits_scaling", None) or 1.0),

@@ -1,10 +1,10 @@
 """The frozen target: one forward for prefill and verification, on the unmodified `transformers` model or, for the
 families of lean.py, on its weights without its overhead.
 
-Prefill is verification of a chain, so there is one path into the model. Logits always come from the model's own
-forward, its scaling and soft-capping included; hidden states are what its LM head reads (after the final norm), taken
-by a hook on the decoder's output (asking for all hidden states would keep every layer; a hook on the LM head would
-be cut by `logits_to_keep`).
+A prompt is read as a tree without branches, so there is one path into the model. On the stock path logits come from
+the model's own forward, under masks by its own rules (attention.py), its scaling and soft-capping included; on the fast
+path they come from the same weights. Hidden states are what the LM head reads (after the final norm), taken by a hook
+on the decoder's output (asking for all hidden states would keep every layer).
 
 Shapes: B sequences, T prompt tokens, N tree nodes, D hidden size, V vocabulary.
 """
@@ -16,6 +16,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import asdict
 from functools import cached_property
+from inspect import signature
 from typing import Any
 
 import torch
@@ -28,8 +29,9 @@ from amphista.cache.static import KVCache
 from amphista.errors import CapacityError, CaptureError, TargetError
 from amphista.kernels.int8 import Int8Linear
 from amphista.kernels.linear import PackedLinear
-from amphista.target.attention import MaskPlan
+from amphista.target.attention import Layout, laid_out, refuse_attention
 from amphista.target.captured import CapturedForward
+from amphista.target.families import kept_by_layers
 from amphista.target.lean import LeanModel
 from amphista.target.output import TargetOutput
 from amphista.target.pages import give_back, trim_allocator
@@ -56,6 +58,7 @@ class Target:
         self, model: Any, text: Text | None = None, *, name: str = "target", static: bool | None = None
     ) -> None:
         self._model: Any = model.eval().requires_grad_(False)
+        refuse_attention(model.config)
         self.config, self.text, self.name = model.config, text, name
         self._generation_config = getattr(model, "generation_config", None)
         self._lean: LeanModel | None = None
@@ -65,7 +68,6 @@ class Target:
         self.why_stock: str | None = why_not_fast(model)
         self.load_stock: Callable[[], Target] | None = None
         self._stock: Target | None = None
-        self.mask_plan = MaskPlan.for_config(model.config)
         embedding, lm_head = model.get_input_embeddings(), model.get_output_embeddings()
         if embedding is None or lm_head is None:
             raise TargetError(f"{model.config.model_type} has no embedding or no LM head that drafters could share")
@@ -73,8 +75,10 @@ class Target:
         self.spec = TargetSpec.from_config(
             model.config, embedding_size=embedding.weight.shape[1], vocab_size=lm_head.weight.shape[0]
         )
+        self._num_caches = len(kept_by_layers(model.config)) or self.spec.num_layers
+        self._keeps_logits = "logits_to_keep" in signature(model.forward).parameters
         self._local = threading.local()  # two threads may decode at once
-        self._decoder = model.get_decoder()
+        self._decoder = decoder_of(model)
         self.num_weight_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
         self.num_layer_weights = sum(p.numel() for p in self._decoder.parameters()) - embedding.weight.numel()
         self._hook = self._decoder.register_forward_hook(self._keep_hidden)
@@ -167,14 +171,14 @@ class Target:
             self._model = self._decoder = None
             trim_allocator()
         if self.device.type == "cuda" if self._wants_static is None else self._wants_static:
-            self._captured = CapturedForward(self._lean, self.mask_plan, self.spec)
+            self._captured = CapturedForward(self._lean, self.spec)
             self._check_captured()
         return True
 
     def _check_captured(self) -> None:
         """A recorded forward must equal the same forward as it is; where it cannot be recorded it is done without."""
         outputs = []
-        for cache in (self.new_cache(), KVCache(self.spec.num_layers)):
+        for cache in (self.new_cache(), KVCache(self._num_caches)):
             rows = min(PROBE_ROWS, self.spec.max_positions - PROBE_TREE.num_nodes)
             self.prefill([token % self.spec.vocab_size for token in range(7, 7 + rows)], cache)
             outputs.append(self.verify(PROBE_TREE, cache).hidden)
@@ -207,7 +211,7 @@ class Target:
 
     def layers_holder(self) -> Any:
         """What keeps the list of decoder layers in `layers`; raises TargetError for families that keep it elsewhere."""
-        holder = self._lean or self.model.get_decoder()
+        holder = self._lean or decoder_of(self.model)
         if not isinstance(getattr(holder, "layers", None), nn.ModuleList | list):
             raise TargetError(f"{self.spec.family} keeps its layers elsewhere: only whole targets can be measured")
         return holder
@@ -239,11 +243,11 @@ class Target:
 
     def new_cache(self) -> KVCache:
         """An empty cache for one sequence."""
-        return KVCache(self.spec.num_layers) if self._captured is None else ResidentCache(self.spec.num_layers)
+        return KVCache(self._num_caches) if self._captured is None else ResidentCache(self._num_caches)
 
     def new_slots(self, num_slots: int) -> SlotCache:
         """Empty caches for a batch of up to `num_slots` sequences."""
-        return SlotCache(self.spec.num_layers, num_slots)
+        return SlotCache(self._num_caches, num_slots)
 
     def prefill(self, token_ids: list[int], cache: KVCache) -> TargetOutput:
         """Read and commit a prompt (or its continuation) in chunks: logits of the last token, hidden of all."""
@@ -293,13 +297,10 @@ class Target:
         self, token_ids: list[int], depths: list[int], ancestors: Tensor, cache: KVCache, *, logits_to_keep: int
     ) -> TargetOutput:
         past = cache.num_committed
-        positions = torch.tensor(depths, device=self.device) + past
         self._check_context(past + max(depths))
-        mask = self.mask_plan.write(ancestors, positions, past, self.dtype)
+        layout = Layout.behind(past, ancestors, torch.tensor(depths, device=self.device) + past)
         try:
-            output = self.run(
-                torch.tensor([token_ids], device=self.device), positions[None], mask, cache, logits_to_keep
-            )
+            output = self.run(torch.tensor([token_ids], device=self.device), layout, cache, logits_to_keep)
         except BaseException:
             cache.trim(past)  # a failed or interrupted forward leaves no half-written rows
             raise
@@ -307,37 +308,35 @@ class Target:
 
     def _check_context(self, position: int) -> None:
         if position >= self.spec.max_positions:
-            raise CapacityError(f"position {position} is beyond the context of {self.spec.max_positions}")
+            raise CapacityError(f"position {position} is beyond the context of {self.spec.context}")
 
     @torch.inference_mode()
     def run(
-        self,
-        token_ids: Tensor,
-        positions: Tensor,
-        mask: Tensor | dict[str, Tensor],
-        cache: KVCache | list[SlotWriter],
-        logits_to_keep: int = 0,
+        self, token_ids: Tensor, layout: Layout, cache: KVCache | list[SlotWriter], logits_to_keep: int = 0
     ) -> TargetOutput:
-        """One forward of ids [B, N] at positions [B, N] or [1, N], under a mask of `mask_plan`: logits [B, N, V] of
-        the last `logits_to_keep` rows (0: all), hidden states [B, N, D] of all."""
+        """One forward of ids [B, N] laid out so: logits [B, N, V] of the last `logits_to_keep` rows (0: all), hidden
+        states [B, N, D] of all."""
         if self._lean is not None:
-            hidden = self._lean.hidden(
-                token_ids, positions, mask, cache.layers if isinstance(cache, KVCache) else cache
-            )
+            hidden = self._lean.hidden(token_ids, layout, cache.layers if isinstance(cache, KVCache) else cache)
             return TargetOutput(self._lean.logits(hidden[:, -logits_to_keep:]), hidden)
-        output = self._model(
-            input_ids=token_ids,
-            position_ids=positions.expand(len(token_ids), -1),
-            attention_mask=mask,
-            past_key_values=as_transformers_cache(cache)
-            if isinstance(cache, KVCache)
-            else as_transformers_slots(cache),
-            use_cache=True,
-            logits_to_keep=logits_to_keep,
-        )
+        inputs: dict[str, Any] = {}
+        if (
+            self._keeps_logits and logits_to_keep
+        ):  # as indices: given a number, some leave rows out before the last layer
+            inputs["logits_to_keep"] = torch.arange(token_ids.shape[1], device=self.device)[-logits_to_keep:]
+        with laid_out(layout):
+            output = self._model(
+                input_ids=token_ids,
+                position_ids=layout.positions.expand(len(token_ids), -1),
+                past_key_values=as_transformers_cache(cache)
+                if isinstance(cache, KVCache)
+                else as_transformers_slots(cache),
+                use_cache=True,
+                **inputs,
+            )
         hidden = self._local.hidden
         self._local.hidden = None
-        return TargetOutput(output.logits, hidden)
+        return TargetOutput(output.logits[:, -logits_to_keep:], hidden)
 
     @torch.inference_mode()
     def extend(self, token_ids: list[int], cache: SlotCache) -> TargetOutput:
@@ -351,10 +350,9 @@ class Target:
         self._check_context(max(lengths))
         positions = torch.tensor(lengths, device=self.device)
         keys = torch.arange(cache.capacity, device=self.device)
-        visible = keys[None] <= positions[:, None]
-        mask = self.mask_plan.write_rows(visible[:, None], positions[:, None], keys[None], self.dtype)
+        layout = Layout(positions[:, None], keys[None], (keys[None] <= positions[:, None])[:, None])
         ids = torch.tensor(token_ids, device=self.device)[:, None]
-        output = self.run(ids, positions[:, None], mask, cache.writers(positions))
+        output = self.run(ids, layout, cache.writers(positions))
         cache.advance(len(token_ids))
         return TargetOutput(output.logits[:, 0], output.hidden[:, 0])
 
@@ -365,18 +363,18 @@ class Target:
         Padding needs no mask: causal rows never look to the right.
         """
         if self._lean is not None:
-            return self._lean.hidden(token_ids, *self._causal_rows(token_ids.shape[1]), None)
+            return self._lean.hidden(token_ids, Layout.causal(token_ids.shape[1], self.device), None)
         output = self._decoder(input_ids=token_ids, use_cache=False)
         self._local.hidden = None
         hidden: Tensor = output.last_hidden_state
         return hidden
 
-    def _causal_rows(self, length: int) -> tuple[Tensor, Tensor | dict[str, Tensor] | None]:
-        """Positions [1, T] and the mask of rows without a cache; None is causal over all."""
-        positions = torch.arange(length, device=self.device)
-        if self.mask_plan.window is None:
-            return positions[None], None
-        return positions[None], self.mask_plan.write(_causal(length, self.device), positions, 0, self.dtype)
+
+def decoder_of(model: Any) -> Any:
+    """The part of a causal LM that makes hidden states of ids; some name another part, or themselves, as decoder."""
+    named = (model.get_decoder(), model.base_model, getattr(model, "model", None), getattr(model, "transformer", None))
+    kind = next(base for base in type(model).__mro__ if base.__name__ == "PreTrainedModel")
+    return next((part for part in named if isinstance(part, kind) and part is not model), model)
 
 
 def _causal(length: int, device: torch.device) -> Tensor:

@@ -1,135 +1,122 @@
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import pytest
 import torch
+from transformers import AttentionMaskInterface, DynamicCache
+from transformers.masking_utils import (
+    causal_mask_function,
+    chunked_causal_mask_function,
+    sliding_window_causal_mask_function,
+)
 
 from amphista.errors import TargetError
-from amphista.target.attention import REFUSED_FAMILIES, MaskForm, MaskPlan, preferred_attention, refuse_unsupported
+from amphista.target.attention import Layout, laid_out, layer_rules
+from amphista.target.target import Target
 from amphista.tree.token_tree import TokenTree
-from tests.tiny import FAMILIES, WINDOW
+from tests.tiny import WINDOW, tiny_model
 
 TREE = TokenTree([1, 2, 3, 4, 5], [-1, 0, 0, 1, 3])
 NUM_PAST = 6
 
 
-def config(family, **settings):
-    return SimpleNamespace(model_type=family, **settings)
+def layout():
+    return Layout.behind(NUM_PAST, TREE.ancestor_mask(), torch.tensor(TREE.depths) + NUM_PAST)
 
 
-def written(plan, dtype=torch.float32):
-    positions = torch.tensor(TREE.depths) + NUM_PAST
-    return plan.write(TREE.ancestor_mask(), positions, NUM_PAST, dtype)
-
-
-def visible_plainly(window=None):
-    """Row by row: all of the past and its own ancestors, as far as the window reaches back in positions."""
+def visible_plainly(may_see=lambda query, key: True):
+    """Row by row: all of the past and its own ancestors, as far as positions allow."""
     rows = []
     for node in range(TREE.num_nodes):
         position = NUM_PAST + TREE.depths[node]
         keys = [(q, True) for q in range(NUM_PAST)]
         keys += [(NUM_PAST + TREE.depths[other], other in TREE.path(node)) for other in range(TREE.num_nodes)]
-        rows.append([seen and (window is None or position - q < window) for q, seen in keys])
+        rows.append([seen and may_see(position, q) for q, seen in keys])
     return rows
 
 
-def test_full_mask():
-    mask = written(MaskPlan(MaskForm.FULL, None, False))
+def test_causal():
+    mask = layout().mask(causal_mask_function)
     assert mask.shape == (1, 1, 5, 11) and mask.dtype == torch.bool
     assert mask[0, 0].tolist() == visible_plainly()
+    assert Layout.causal(4, torch.device("cpu")).mask(causal_mask_function) is None
 
 
 @pytest.mark.parametrize("window", [1, 2, 3, 5, 8, 9, 100])
-def test_windowed_mask_goes_by_positions(window):
-    mask = written(MaskPlan(MaskForm.WINDOWED, window, False))
-    assert mask[0, 0].tolist() == visible_plainly(window)
+def test_windows_go_by_positions(window):
+    mask = layout().mask(sliding_window_causal_mask_function(window))
+    assert mask[0, 0].tolist() == visible_plainly(lambda query, key: query - key < window)
 
 
-def test_a_windowed_family_without_a_window_sees_all():
-    assert written(MaskPlan(MaskForm.WINDOWED, None, False))[0, 0].tolist() == visible_plainly()
+@pytest.mark.parametrize("chunk", [1, 2, 3, 7, 8, 100])
+def test_chunks_go_by_positions(chunk):
+    mask = layout().mask(chunked_causal_mask_function(chunk, torch.zeros(1, dtype=torch.int64)))
+    assert mask[0, 0].tolist() == visible_plainly(lambda query, key: query // chunk == key // chunk)
 
 
-def test_masks_by_layer_type():
-    masks = written(MaskPlan(MaskForm.BY_LAYER_TYPE, 3, False))
-    assert set(masks) == {"full_attention", "sliding_attention"}
-    assert masks["full_attention"][0, 0].tolist() == visible_plainly()
-    assert masks["sliding_attention"][0, 0].tolist() == visible_plainly(3)
-    without = written(MaskPlan(MaskForm.BY_LAYER_TYPE, None, False))
-    assert without["sliding_attention"][0, 0].tolist() == visible_plainly()
+def test_a_window_without_a_cache():
+    mask = Layout.causal(6, torch.device("cpu")).mask(sliding_window_causal_mask_function(3))
+    assert mask[0, 0].tolist() == [[0 <= q - k < 3 for k in range(6)] for q in range(6)]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_additive_masks_are_0_or_the_lowest_number(dtype):
-    mask = written(MaskPlan(MaskForm.FULL, None, True), dtype)
+def test_eager_masks_are_0_or_the_lowest_number(dtype):
+    make = AttentionMaskInterface()["eager"]
+    with laid_out(layout()):
+        mask = make(batch_size=1, q_length=5, kv_length=11, mask_function=causal_mask_function, dtype=dtype)
     assert mask.dtype == dtype
     seen = torch.tensor(visible_plainly())
     assert bool((mask[0, 0][seen] == 0).all()) and bool((mask[0, 0][~seen] == torch.finfo(dtype).min).all())
 
 
-# -- which plan for which family --------------------------------------------------------------------------------------
-
-PLANS = {
-    "llama": (MaskForm.FULL, None),
-    "gpt2": (MaskForm.FULL, None),
-    "mistral": (MaskForm.WINDOWED, None),
-    "mistral-windowed": (MaskForm.WINDOWED, WINDOW),
-    "phi3-windowed": (MaskForm.WINDOWED, WINDOW),
-    "qwen2": (MaskForm.BY_LAYER_TYPE, None),
-    "qwen2-windowed": (MaskForm.BY_LAYER_TYPE, WINDOW),
-    "gemma2": (MaskForm.BY_LAYER_TYPE, WINDOW),
-    "gemma3": (MaskForm.BY_LAYER_TYPE, WINDOW),
-}
+@pytest.mark.parametrize("kind", ["sdpa", "eager"])
+def test_without_a_layout_masks_are_the_librarys(kind):
+    make = AttentionMaskInterface()[kind]
+    mask = make(batch_size=1, q_length=3, kv_length=5, q_offset=2, mask_function=causal_mask_function)
+    seen = [[k <= q + 2 for k in range(5)] for q in range(3)]
+    assert (mask[0, 0] == (1 if kind == "sdpa" else 0)).tolist() == seen
 
 
-@pytest.mark.parametrize("family", PLANS)
-def test_plans_of_tested_families(family):
-    plan = MaskPlan.for_config(FAMILIES[family]())
-    assert (plan.form, plan.window) == PLANS[family]
+@pytest.mark.parametrize(
+    ("family", "windowed"),
+    [
+        ("llama", [False, False]),
+        ("mistral", [False, False]),
+        ("mistral-windowed", [True, True]),
+        ("qwen2", [False, False]),
+        ("qwen2-windowed", [False, True]),
+    ],
+)
+def test_each_layers_rule_is_what_the_model_hands_to_it(family, windowed):
+    rules = layer_rules(tiny_model(family))
+    far, near = (torch.tensor(position) for position in (0, WINDOW))
+    batch = torch.tensor(0)
+    assert [not bool(rule(batch, batch, near, far)) for rule in rules] == windowed
 
 
-def test_untested_families_are_guessed_from_their_configuration():
-    assert MaskPlan.for_config(config("new")).form is MaskForm.FULL
-    assert MaskPlan.for_config(config("new", sliding_window=4)) == MaskPlan(MaskForm.WINDOWED, 4, False)
-    layered = config("new", sliding_window=4, layer_types=["full_attention", "sliding_attention"])
-    assert MaskPlan.for_config(layered) == MaskPlan(MaskForm.BY_LAYER_TYPE, 4, False)
-    assert MaskPlan.for_config(config("new", sliding_window=4, use_sliding_window=False)).form is MaskForm.FULL
-
-
-def test_eager_masks_are_additive():
-    assert MaskPlan.for_config(config("llama", _attn_implementation="eager")).is_additive
-    assert not MaskPlan.for_config(config("llama", _attn_implementation="sdpa")).is_additive
-    assert preferred_attention(config("gemma2")) == "eager" and preferred_attention(config("llama")) == "sdpa"
+def test_a_window_number_that_no_layer_heeds_is_nothing():
+    """The family reads no such key: the fast path asks the model, not the configuration."""
+    model = tiny_model("llama", sliding_window=WINDOW)
+    assert layer_rules(model) == [causal_mask_function] * 2
 
 
 @pytest.mark.parametrize("implementation", ["flash_attention_2", "flex_attention"])
 def test_attention_that_takes_no_tree_mask_is_refused_by_name(implementation):
+    model = tiny_model("llama")
+    model.config._attn_implementation_internal = implementation
     with pytest.raises(TargetError, match=f"'{implementation}'.*attn_implementation='sdpa'"):
-        MaskPlan.for_config(config("llama", _attn_implementation=implementation))
+        Target(model)
 
 
-# -- refusals ---------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("family", sorted(REFUSED_FAMILIES))
-def test_refused_families_are_named(family):
-    with pytest.raises(TargetError, match=family):
-        refuse_unsupported(config(family))
-    with pytest.raises(TargetError, match=family):
-        MaskPlan.for_config(config(family))
-
-
-@pytest.mark.parametrize("family", ["mpt", "bloom", "mamba", "jamba", "t5"])
-def test_known_troublemakers_are_refused(family):
-    assert family in REFUSED_FAMILIES
-
-
-def test_any_encoder_decoder_is_refused():
-    with pytest.raises(TargetError, match="new is an encoder-decoder"):
-        refuse_unsupported(config("new", is_encoder_decoder=True))
-
-
-def test_falcon_is_refused_with_alibi_only():
-    with pytest.raises(TargetError, match="falcon models cannot be verified as a tree: its ALiBi"):
-        refuse_unsupported(config("falcon", alibi=True))
-    refuse_unsupported(config("falcon", alibi=False))
+def test_generate_is_untouched():
+    """The same tokens with a cache of the library's own, after forwards of ours have run."""
+    model = tiny_model("mistral-windowed", dtype=torch.float64)
+    target = Target(model)
+    prompt = list(range(5, 25))
+    target.prefill(prompt, target.new_cache())
+    with torch.no_grad():
+        ids = torch.tensor([prompt])
+        whole = model(input_ids=ids, use_cache=False).logits
+        cache = DynamicCache(config=model.config)
+        model(input_ids=ids[:, :-1], past_key_values=cache)
+        last = model(input_ids=ids[:, -1:], past_key_values=cache).logits
+    torch.testing.assert_close(last[0, -1], whole[0, -1])

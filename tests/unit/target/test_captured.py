@@ -11,7 +11,7 @@ from amphista.cache.resident import Residence
 from amphista.errors import CaptureError
 from amphista.kernels.graph import Recorder
 from amphista.target import captured
-from amphista.target.attention import MaskPlan
+from amphista.target.attention import Layout
 from amphista.target.captured import VerifyRegion
 from amphista.target.lean import LeanModel
 from amphista.target.target import Target
@@ -60,7 +60,7 @@ def test_everything_it_touches_is_on_its_device(family):
     lean, spec = LeanModel(model), Target(tiny_model(family)).spec
     with torch.inference_mode():
         home = Residence((spec.num_layers, spec.num_key_value_heads, spec.head_size), 64, torch.bfloat16, meta)
-        region = VerifyRegion(lean, MaskPlan.for_config(model.config), home, (8, spec.hidden_size, spec.vocab_size))
+        region = VerifyRegion(lean, home, (8, spec.hidden_size, spec.vocab_size))
         region.run()
         assert region.logits.device == meta
         lean._heads_scale = torch.ones(lean._heads_scale.shape)
@@ -86,9 +86,9 @@ def test_what_the_watch_refuses():
 
 def test_the_forward_as_it_is_would_be_refused():
     target = static_target()
-    mask = target.mask_plan.write(torch.ones(1, 1, dtype=torch.bool), torch.tensor([0]), 0, target.dtype)
+    layout = Layout.behind(0, torch.ones(1, 1, dtype=torch.bool), torch.tensor([0]))
     with pytest.raises(AssertionError, match="captured"), capturable():
-        target._lean.hidden(torch.tensor([[5]]), torch.tensor([[0]]), mask, None)
+        target._lean.hidden(torch.tensor([[5]]), layout, None)
 
 
 def test_buffers_stay(monkeypatch):

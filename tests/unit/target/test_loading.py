@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from amphista.errors import TargetError
 from amphista.target import DEFAULT_TARGET
-from amphista.target.loading import hub_name, load_target
-from tests.tiny import tiny_model
+from amphista.target.loading import describe_target, hub_name, load_target
+from tests.tiny import byte_tokenizer, tiny_model
 
 
 @pytest.mark.parametrize(
@@ -35,3 +37,51 @@ def test_int8_is_refused_where_it_cannot_be(tmp_path, monkeypatch):
     monkeypatch.setattr("amphista.target.loading.can_quantise", lambda weight: False)
     with pytest.raises(TargetError, match="8-bit dot products"):
         load_target(str(tmp_path), dtype="int8")
+
+
+# -- the hub ----------------------------------------------------------------------------------------------------------
+
+
+def in_hub_cache(cache_dir, revision, **changes):
+    """A model as the hub's client keeps it: owner/name at a branch or tag."""
+    root = cache_dir / "models--owner--name"
+    snapshot = root / "snapshots" / f"{revision:0<40}"
+    tiny_model("llama", **changes).save_pretrained(snapshot)
+    byte_tokenizer().save_pretrained(snapshot)
+    (root / "refs").mkdir(exist_ok=True)
+    (root / "refs" / revision).write_text(snapshot.name)
+
+
+def test_revision_cache_and_staying_offline_reach_the_hubs_client(tmp_path):
+    for revision, positions in (("main", 512), ("v2", 256)):
+        in_hub_cache(tmp_path, revision, max_position_embeddings=positions)
+    where = {"cache_dir": str(tmp_path), "local_files_only": True}
+    assert load_target("owner/name", **where).spec.max_positions == 512
+    target = load_target("owner/name", revision="v2", **where)
+    assert target.spec.max_positions == 256
+    assert target.stock().spec.max_positions == 256, "loaded again from the same revision"
+    assert describe_target("owner/name", revision="v2", **where)["max_positions"] == 256
+    with pytest.raises(TargetError, match="owner/name"):
+        load_target("owner/name", revision="v3", **where)
+
+
+@pytest.mark.parametrize("call", [load_target, describe_target])
+def test_code_of_a_repository_is_never_run_nor_asked_about(tmp_path, monkeypatch, call):
+    ran = tmp_path / "ran"
+    (tmp_path / "configuration_mine.py").write_text(f"open({str(ran)!r}, 'w').close()\n")
+    config = {"model_type": "mine", "auto_map": {"AutoConfig": "configuration_mine.Mine"}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    monkeypatch.setattr("builtins.input", lambda *words: pytest.fail("asked on standard input"))
+    with pytest.raises(TargetError, match="code that its repository brings along, and amphista runs none"):
+        call(str(tmp_path))
+    assert not ran.exists()
+
+
+@pytest.mark.parametrize("damaged", ["tokenizer.json", "model.safetensors", "config.json"])
+def test_what_cannot_be_read_is_named(tmp_path, damaged):
+    tiny_model("llama").save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    (tmp_path / damaged).write_text("{")
+    part = {"tokenizer.json": "tokenizer", "model.safetensors": "model", "config.json": "config"}[damaged]
+    with pytest.raises(TargetError, match=f"cannot load the {part} of target"):
+        load_target(str(tmp_path))

@@ -1,15 +1,14 @@
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 from torch import nn
+from transformers import Gemma3Config, Gemma4TextConfig, LlamaConfig, Phi3Config, PreTrainedConfig
 
 from amphista.errors import TargetError
 from amphista.target.spec import Fingerprint, LogitTransform, SharedWeights, TargetSpec
 from amphista.target.target import Target
-from tests.tiny import FAMILIES, tiny_model, tiny_target
+from tests.tiny import FAMILIES, SIZES, tiny_model, tiny_target
 
 VOCABULARY = {"a": 0, "b": 1, "\u00e9": 2}
 
@@ -38,7 +37,52 @@ def test_dimensions_of_every_family(family):
 
 def test_a_configuration_without_sizes_is_refused():
     with pytest.raises(TargetError, match="num_attention_heads, n_head"):
-        TargetSpec.from_config(SimpleNamespace(model_type="new"), embedding_size=8, vocab_size=9)
+        TargetSpec.from_config(PreTrainedConfig(), embedding_size=8, vocab_size=9)
+
+
+def spec_of(config):
+    return TargetSpec.from_config(config, embedding_size=8, vocab_size=9)
+
+
+def test_of_sizes_by_layer_the_largest_counts():
+    assert spec_of(PreTrainedConfig(**SIZES | {"intermediate_size": [16, 64, 32]})).intermediate_size == 64
+    config = Gemma4TextConfig(
+        **SIZES | {"num_hidden_layers": 4},
+        head_dim=8,
+        global_head_dim=16,
+        layer_types=["sliding_attention", "full_attention"] * 2,
+    )
+    assert spec_of(config).head_size == 16
+
+
+def test_text_inside_a_configuration_of_several_parts():
+    spec = spec_of(Gemma3Config(text_config=dict(SIZES, head_dim=8)))
+    assert (spec.family, spec.hidden_size, spec.num_layers) == ("gemma3_text", 32, 2)
+
+
+def rope(kind, **settings):
+    return {"rope_type": kind, "rope_theta": 5000.0, **settings}
+
+
+@pytest.mark.parametrize("rope_parameters", [None, {}, {"full_attention": None, "sliding_attention": rope("default")}])
+def test_rotary_parameters_may_be_missing(rope_parameters):
+    spec = spec_of(PreTrainedConfig(**SIZES, rope_parameters=rope_parameters))
+    assert spec.max_positions == 512 and spec.rope_theta == (5000.0 if rope_parameters else 10000.0)
+
+
+def test_the_context_that_a_configuration_really_allows():
+    yarn = rope("yarn", factor=4.0, original_max_position_embeddings=512)
+    assert spec_of(LlamaConfig(**SIZES, rope_parameters=yarn)).max_positions == 2048
+    whole = LlamaConfig(**SIZES | {"max_position_embeddings": 2048}, rope_parameters=yarn)
+    assert spec_of(whole).max_positions == 2048
+    linear = LlamaConfig(**SIZES, rope_parameters=rope("linear", factor=4.0))
+    assert spec_of(linear).max_positions == 512 and spec_of(linear).context == "512"
+
+
+def test_a_context_cut_short_says_why():
+    factors = rope("longrope", short_factor=[1.0] * 4, long_factor=[2.0] * 4, original_max_position_embeddings=64)
+    spec = spec_of(Phi3Config(**SIZES, rope_parameters=factors, original_max_position_embeddings=64))
+    assert spec.max_positions == 64 and spec.context.startswith("64 (longrope: beyond its original context of 64")
 
 
 # -- logits -----------------------------------------------------------------------------------------------------------
@@ -52,12 +96,15 @@ def test_logit_transform_multiplies_divides_then_caps():
 
 
 def test_logit_transform_reads_each_familys_own_names():
-    read = LogitTransform.from_config
-    assert read(SimpleNamespace()) == LogitTransform()
-    assert read(SimpleNamespace(logit_scale=0.25)) == LogitTransform(multiply=0.25)
-    assert read(SimpleNamespace(logits_scaling=8.0)) == LogitTransform(divide=8.0)
-    assert read(SimpleNamespace(final_logit_softcapping=30.0)) == LogitTransform(softcap=30.0)
-    assert read(SimpleNamespace(logit_scale=None, final_logit_softcapping=None)) == LogitTransform()
+
+    def read(config):
+        return LogitTransform.from_config(config)
+
+    assert read(PreTrainedConfig()) == LogitTransform()
+    assert read(PreTrainedConfig(logit_scale=0.25)) == LogitTransform(multiply=0.25)
+    assert read(PreTrainedConfig(logits_scaling=8.0)) == LogitTransform(divide=8.0)
+    assert read(PreTrainedConfig(final_logit_softcapping=30.0)) == LogitTransform(softcap=30.0)
+    assert read(PreTrainedConfig(logit_scale=None, final_logit_softcapping=None)) == LogitTransform()
 
 
 def test_project_reproduces_a_capped_familys_logits():
