@@ -49,6 +49,7 @@ class Recorder(DynamicGrower):
 
     def __init__(self) -> None:
         super().__init__(11)
+        self.offered: list[tuple[GrownNodes, GrownNodes]]
         object.__setattr__(self, "offered", [])
 
     def grow(self, pending: int, candidates: Candidates, max_depth: int) -> Growth:
@@ -65,10 +66,7 @@ def record(out: Path, data: Path, limit: int) -> None:
         for question in load_questions("spec_bench", data, limit).questions:
             llm.engine.grower = recorder = Recorder()
             ids = llm.prompt_ids(question.turns[0])
-            sequence, _ = llm.engine.start(ids, SamplingParams(max_new_tokens=NUM_TOKENS))
-            while sequence.finish_reason is None:
-                llm.engine.step(sequence)
-            text = sequence.output_ids
+            text = llm.engine.decode(ids, SamplingParams(max_new_tokens=NUM_TOKENS)).output_ids
             steps = [
                 {"both": _scores(both), "both_right": _right(both, text[at + 1 :])}
                 | {"ngram": _scores(ngram), "ngram_right": _right(ngram, text[at + 1 :])}

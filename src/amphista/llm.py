@@ -22,16 +22,16 @@ from typing import Any, Literal, Self, overload
 
 from amphista.accept.logprobs import TokenLogprob
 from amphista.drafter.base import Drafter
-from amphista.drafter.checkpoint import load_drafter, shipped_for
-from amphista.drafter.heads import ParallelHeads
+from amphista.drafter.checkpoint import load_proposer, shipped_for
 from amphista.drafter.hub import HubAccess
 from amphista.drafter.lookup import LOOKUP
-from amphista.drafter.none import NoDrafter
+from amphista.drafter.proposer import Proposer
+from amphista.engine.batch import Batch, Finished, Job
 from amphista.engine.costs import costs_for
-from amphista.engine.decoder import Decoding
 from amphista.engine.model_defaults import model_settings, tell_unused
 from amphista.engine.params import FinishReason, SamplingParams
-from amphista.engine.sequence import Context
+from amphista.engine.prefixes import taken_over
+from amphista.engine.sequence import Sequence as Request
 from amphista.engine.stats import DecodeStats
 from amphista.engine.step import Engine, StepResult
 from amphista.errors import RequestError
@@ -44,6 +44,7 @@ from amphista.tree.grow import AUTO, DEFAULT_TREE, Measured, check_tree, parse_t
 Prompt = str | Sequence[Message] | Sequence[int]
 Params = SamplingParams | Literal["model"] | None
 PREFERRED_DRAFTER = "amphista"
+BATCH_SIZE = 16
 PROMPT_FORMS = "expected a text, a list of messages with 'role' and 'content', or a list of token ids"
 logger = logging.getLogger("amphista")
 
@@ -53,6 +54,7 @@ class Answer:
     """A finished answer. `token_ids` hold the end token or a completed stop string, `text` does not.
 
     `params` are those it was made with, the seed included; `logprobs` one record a token, where they were asked for.
+    `error`: why an answer of several (`generate` of a list) could not go on; what had come before is in it.
     """
 
     text: str
@@ -62,26 +64,30 @@ class Answer:
     stats: DecodeStats
     params: SamplingParams
     logprobs: list[TokenLogprob] | None = None
+    error: BaseException | None = None
 
 
 class Stream:
     """Iterate, or `async for`, for text pieces; once the iteration has ended, `answer` is there.
 
     Nothing is decoded before the first piece is asked for. `close`, or leaving a `with` block, ends it early: the
-    answer then is what had come. on_end: called once with the answer, when the stream has ended or is closed.
+    answer then is what had come. An iterator of its own: reading on after a break, or after an interrupt inside a step,
+    goes on where it stopped; any thread may take the next step. on_end: called once with the answer, when the stream
+    has ended or is closed.
     """
 
-    def __init__(self, llm: LLM, decoding: Decoding, on_end: Callable[[Answer], None] | None = None) -> None:
-        self._llm, self._decoding, self._on_end = llm, decoding, on_end
-        self._lock = threading.RLock()
-        self._reader = (llm.engine.new_text(decoding.params), 0)  # and how many tokens it has read
+    def __init__(self, llm: LLM, request: Request, on_end: Callable[[Answer], None] | None = None) -> None:
+        self._llm, self._on_end = llm, on_end
+        self.request = request
+        self._stepping, self._lock = threading.Lock(), threading.RLock()
+        self._reader = (llm.engine.new_text(request.params), 0)  # and how many tokens it has read
+        self._is_closed = False
         self._answer: Answer | None = None
 
     @property
     def stats(self) -> DecodeStats:
         """Counters, growing while the stream runs."""
-        sequence = self._decoding.sequence
-        return DecodeStats() if sequence is None else sequence.stats
+        return self.request.stats
 
     def __iter__(self) -> Iterator[str]:
         return (result.text for result in self.steps() if result.text)
@@ -94,16 +100,33 @@ class Stream:
                 yield result.text
 
     def steps(self) -> Iterator[StepResult]:
-        """The same stream, one record per target forward."""
-        for result in self._decoding:
-            yield replace(result, text=self._read())
+        """The same stream, one record per target forward that added tokens."""
+        while (result := self._step()) is not None:
+            if result.token_ids:
+                yield replace(result, text=self._read())
         if text := self._read():  # of a step whose reading was interrupted
             yield StepResult([], 0, text=text)
         self._end()
 
+    def _step(self) -> StepResult | None:
+        """One forward; None where the answer has ended."""
+        with self._stepping:
+            if self._finish_reason is not None:
+                return None
+            (result,) = self._llm.engine.step([self.request])
+        if isinstance(result, Exception):
+            raise result
+        return result
+
+    @property
+    def _finish_reason(self) -> FinishReason | None:
+        reason = self.request.finish_reason
+        return FinishReason.ABORT if reason is None and self._is_closed else reason
+
     def close(self) -> None:
-        """Decode no further."""
-        self._decoding.close()
+        """Decode no further, behind the step that another thread may be in; what was decoded stays."""
+        with self._stepping:
+            self._is_closed = True
         self._end()
 
     def __enter__(self) -> Self:
@@ -123,12 +146,12 @@ class Stream:
     def _read(self) -> str:
         """The text of the tokens that have come since; read by a copy, so that an interrupt loses none."""
         with self._lock:
-            sequence, (reader, num_read) = self._decoding.sequence, self._reader
-            if reader is None or sequence is None:
+            request, (reader, num_read) = self.request, self._reader
+            if reader is None or not request.num_output:
                 return ""
-            reader, output_ids = reader.copy(), sequence.output_ids[num_read:]
-            pieces = [reader.push(token) for token in output_ids if token not in sequence.end_ids]
-            if self._decoding.finish_reason is not None:
+            reader, output_ids = reader.copy(), request.token_ids[request.num_prompt + num_read :]
+            pieces = [reader.push(token) for token in output_ids if token not in request.end_ids]
+            if self._finish_reason is not None:
                 pieces.append(reader.finish())
             self._reader = (reader, num_read + len(output_ids))
             return "".join(pieces)
@@ -136,32 +159,38 @@ class Stream:
     def _end(self) -> None:
         """Make the answer, once, where there is a reason to."""
         with self._lock:
-            sequence, reason = self._decoding.sequence, self._decoding.finish_reason
+            reason = self._finish_reason
             if reason is None or self._answer is not None:
                 return
             self._read()
             reader, _ = self._reader
-            self._answer = Answer(
-                text="" if reader is None else reader.value,
-                token_ids=[] if sequence is None else list(sequence.output_ids),
-                prompt_ids=self._decoding.prompt_ids,
-                finish_reason=reason,
-                stats=self.stats,
-                params=self._decoding.params,
-                logprobs=list(sequence.logprobs) if sequence is not None and sequence.params.logprobs else None,
-            )
+            self._answer = _answer(self.request, "" if reader is None else reader.value, reason)
             if self._on_end is not None:
                 self._on_end(self._answer)
+
+
+def _answer(request: Request, text: str, reason: FinishReason, error: BaseException | None = None) -> Answer:
+    return Answer(
+        text=text,
+        token_ids=request.output_ids,
+        prompt_ids=request.prompt_ids,
+        finish_reason=reason,
+        stats=request.stats,
+        params=request.params,
+        logprobs=list(request.logprobs) if request.params.logprobs else None,
+        error=error,
+    )
 
 
 class LLM:
     """A target and a drafter. Nothing of a generation is kept here: any number may run side by side."""
 
-    def __init__(self, target: Target, drafter: Drafter | None = None, *, tree: str | int | None = None) -> None:
-        self.target = target
-        self.drafter = drafter or NoDrafter()
-        if isinstance(self.drafter.inner, ParallelHeads):
-            self.drafter.inner.freeze(as_trained=target.is_static)
+    def __init__(
+        self, target: Target, drafter: Proposer | Drafter | None = None, *, tree: str | int | None = None
+    ) -> None:
+        self.target, self.drafter = target, Proposer.of(drafter)
+        if self.drafter.heads is not None:
+            self.drafter.heads.freeze(as_trained=target.is_static)
         costs = costs_for(target, self.drafter) if str(tree or DEFAULT_TREE) == AUTO else None
         measured = Measured(accuracy=calibrated_accuracy(self.drafter), costs=costs)
         self.engine = Engine(target, self.drafter, parse_tree(tree, measured))
@@ -242,33 +271,78 @@ class LLM:
         self,
         prompt_ids: Sequence[int],
         params: SamplingParams,
-        context: Context | None = None,
         on_end: Callable[[Answer], None] | None = None,
+        *,
+        after: Stream | None = None,
     ) -> Stream:
-        """Decode from token ids, on a kept context where one is given."""
-        return Stream(self, Decoding(self.engine, list(prompt_ids), params, context), on_end)
+        """Decode from token ids. after: an ended stream whose caches are taken over, as far as both begin alike."""
+        request = self.engine.new_sequence(list(prompt_ids), params)
+        if after is not None:
+            request.adopt(taken_over(after.request.rows, request.token_ids))
+            after.request.release()
+        return Stream(self, request, on_end)
 
     @overload
     def generate(self, prompt: str | Sequence[Message] | Sequence[int], **settings: Any) -> Answer: ...
 
     @overload
-    def generate(self, prompt: Sequence[Prompt], **settings: Any) -> list[Answer]: ...
+    def generate(self, prompt: Sequence[Prompt], *, batch_size: int | None = None, **settings: Any) -> list[Answer]: ...
 
-    def generate(self, prompt: Prompt | Sequence[Prompt], **settings: Any) -> Answer | list[Answer]:
-        """Decode a prompt to its end, or several, one after the other; settings as for `stream`.
+    def generate(
+        self, prompt: Prompt | Sequence[Prompt], *, batch_size: int | None = None, **settings: Any
+    ) -> Answer | list[Answer]:
+        """Decode a prompt to its end, or several together; settings as for `stream`.
 
-        A list of texts, of conversations or of lists of token ids is several prompts. All of them are checked before
-        the first is decoded; the RequestError names the one that cannot be.
+        A list of texts, of conversations or of lists of token ids is several prompts: see `answers`.
         """
         if not _are_prompts(prompt):
+            if batch_size is not None:
+                raise RequestError("batch_size is for a list of prompts: this is one")
             return finish(self.stream(prompt, **settings))  # type: ignore[arg-type]
-        streams = []
-        for index, one in enumerate(prompt):
+        found = dict(self.answers(prompt, batch_size=batch_size, **settings))  # type: ignore[arg-type]
+        return [found[index] for index in range(len(prompt))]
+
+    def answers(
+        self, prompts: Sequence[Prompt], *, batch_size: int | None = None, **settings: Any
+    ) -> Iterator[tuple[int, Answer]]:
+        """Decode several prompts, `batch_size` at a time (default 16, or as many as memory holds); yields the number of
+        each and its answer as it ends.
+
+        All prompts are checked before the first is decoded: the RequestError names the one that cannot be, and a
+        CapacityError tells of a batch_size that memory may not hold. What fails later is told by its answer's `error`
+        and stops no other.
+        """
+        jobs = self._jobs(prompts, settings)
+        batch: Batch[int] = Batch(self.engine, BATCH_SIZE if batch_size is None else batch_size)
+        if batch_size is not None:
+            batch.check_memory(jobs)
+        return (self._answered(finished) for finished in batch.run(jobs))
+
+    def _jobs(self, prompts: Sequence[Prompt], settings: dict[str, Any]) -> list[Job[int]]:
+        told = {name: settings.pop(name) for name in ("system", "raw", "chat_template_kwargs") if name in settings}
+        params, jobs = self.params(settings.pop("params", None), **settings), []
+        for index, prompt in enumerate(prompts):
             try:
-                streams.append(self.stream(one, **settings))  # type: ignore[arg-type]
+                ids = self.prompt_ids(prompt, **told)
+                self.engine.check(ids, params)
             except RequestError as error:
                 raise RequestError(f"prompts[{index}]: {error}") from error
-        return [finish(stream) for stream in streams]
+            jobs.append(Job(ids, params, index))
+        return jobs
+
+    def _answered(self, finished: Finished[int]) -> tuple[int, Answer]:
+        request, error = finished.sequence, finished.error
+        if error is not None:
+            logger.warning(f"prompts[{finished.job.tag}] could not be answered to its end: {error}")
+        reader = self.engine.new_text(request.params)
+        text = ""
+        if reader is not None:
+            for token in request.output_ids:
+                if token not in request.end_ids:
+                    reader.push(token)
+            reader.finish()
+            text = reader.value
+        return finished.job.tag, _answer(request, text, request.finish_reason or FinishReason.ERROR, error)
 
     def chat(self, messages: Sequence[Message], **settings: Any) -> Answer:
         """Answer a conversation given as messages; for many turns, `conversation` keeps the caches."""
@@ -300,7 +374,6 @@ class Conversation:
         self.llm = llm
         self.messages: list[Message] = [] if system is None else [{"role": "system", "content": system}]
         self._raw, self._template_kwargs = raw, chat_template_kwargs
-        self._context = llm.engine.new_context()
         self._stream: Stream | None = None
 
     def stream(self, turn: str | Sequence[Message], *, params: Params = None, **settings: Any) -> Stream:
@@ -310,7 +383,10 @@ class Conversation:
             self._stream.close()
         said, ids = self._said(turn), self.prompt_ids(turn)
         self._stream = self.llm.stream_ids(
-            ids, self.llm.params(params, **settings), self._context, lambda answer: self._close_turn(said, answer)
+            ids,
+            self.llm.params(params, **settings),
+            lambda answer: self._close_turn(said, answer),
+            after=self._stream,
         )
         return self._stream
 
@@ -403,15 +479,15 @@ def load(
     return LLM(loaded, choose_drafter(loaded, name, allow_other_target=allow_other_target, hub=hub), tree=tree)
 
 
-def calibrated_accuracy(drafter: Drafter) -> list[list[float]] | None:
+def calibrated_accuracy(proposer: Proposer) -> list[list[float]] | None:
     """What a static tree is built from, where the drafter has it."""
-    calibration = drafter.inner.calibration if isinstance(drafter.inner, ParallelHeads) else None
+    calibration = None if proposer.heads is None else proposer.heads.calibration
     return None if calibration is None else calibration.accuracy
 
 
 def choose_drafter(
     target: Target, name: str | None, *, allow_other_target: bool = False, hub: HubAccess | None = None
-) -> Drafter:
+) -> Proposer:
     """The named drafter; by default lookup, beside the preferred drafter where one is shipped."""
     if name is None:
         shipped = shipped_for(PREFERRED_DRAFTER, target.fingerprint)
@@ -420,6 +496,6 @@ def choose_drafter(
         if shipped is None:
             logger.info(f"no drafter is shipped for {target.name}: drafting by lookup alone (see `amphista train`)")
         name = LOOKUP if shipped is None else f"{PREFERRED_DRAFTER}+{LOOKUP}"
-    return load_drafter(
+    return load_proposer(
         name, target.spec, target.shared, target.fingerprint, allow_other_target=allow_other_target, hub=hub
     )

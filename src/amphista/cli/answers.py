@@ -137,7 +137,7 @@ def check_output(path: Path | None) -> None:
 def _answer(job: Job, prompt: PromptRecord) -> Iterator[dict[str, Any]]:
     """One record per turn; each method keeps its own caches between turns."""
     conversation = job.conversation()
-    context = None if job.baseline is None else job.baseline.engine.new_context()
+    plain_stream = None
     for number, turn in enumerate(_turns(prompt)):
         try:
             stream = conversation.stream(turn, params=job.params)
@@ -151,8 +151,8 @@ def _answer(job: Job, prompt: PromptRecord) -> Iterator[dict[str, Any]]:
         if job.template:
             record["template"] = job.template
         if job.baseline is not None:
-            plain = finish(job.baseline.stream_ids(answer.prompt_ids, answer.params, context))
-            record |= compare(job.llm, answer, plain)
+            plain_stream = job.baseline.stream_ids(answer.prompt_ids, answer.params, after=plain_stream)
+            record |= compare(job.llm, answer, finish(plain_stream))
         if not job.json_lines:
             print()
             print(summary(record), file=sys.stderr, flush=True)

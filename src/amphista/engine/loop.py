@@ -15,6 +15,7 @@ nobody waits for a reader; what a step raises ends the requests it was for, and 
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Callable, Hashable, Iterator, Sequence
@@ -139,7 +140,9 @@ class EngineLoop:
             self._updates.append(Update(request, request.state, error=UnavailableError(waited)))
         for request in plan.preempted:
             request.sequence.release()
-        num_tokens = self._read_chunk(plan) + self._step(plan.running)
+        num_tokens = self._read_chunk(plan)
+        if plan.reader is None or not math.isinf(self.scheduler.limits.max_stall_seconds):
+            num_tokens += self._step(plan.running)  # else they wait until all prompts are read: steps are full then
         self.scheduler.measured(num_tokens, self._clock() - started)
         self._flush()
         return self.scheduler.has_work or not self._inbox.empty()

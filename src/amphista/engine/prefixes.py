@@ -123,6 +123,11 @@ class PrefixStore:
             self._by_block.setdefault((namespace, block), []).append(entry)
 
 
+def taken_over(rows: CachedRows, token_ids: list[int]) -> Match:
+    """What a prompt can begin with of the rows of one sequence, which no one else goes on with."""
+    return Match(rows, max(0, _num_common(rows, token_ids) - 1), is_copy=False)
+
+
 def _chained_hashes(token_ids: list[int]) -> list[int]:
     """One for each whole block: of its tokens and of all before."""
     hashes = [0]

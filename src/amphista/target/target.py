@@ -242,9 +242,21 @@ class Target:
         """Which target this is, its type included: what is computed with it depends on no other property of it."""
         return {**asdict(self.fingerprint), "type": self.type_name}
 
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one row of keys and values in all layers."""
+        spec = self.spec
+        return 2 * self._num_caches * spec.num_key_value_heads * spec.head_size * self.dtype.itemsize
+
     def new_cache(self) -> KVCache:
         """An empty cache for one sequence."""
         return KVCache(self._num_caches) if self._captured is None else ResidentCache(self._num_caches)
+
+    def copy_rows(self, source: KVCache, to: KVCache, num_rows: int) -> None:
+        """Let an empty cache hold the first committed rows of another."""
+        if self._captured is not None:
+            self._captured.move_out(source)
+        to.take_copy(source, num_rows)
 
     def prefill(self, token_ids: Sequence[int], cache: KVCache) -> TargetOutput:
         """Read and commit a prompt (or its continuation) in chunks: logits of the last token, hidden of all."""

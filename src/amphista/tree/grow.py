@@ -13,7 +13,7 @@ from pathlib import Path
 from amphista.errors import ConfigError
 from amphista.tree.budget import DraftRow, NodeBudget, Plan
 from amphista.tree.build import build_template
-from amphista.tree.candidates import Candidates, NgramDraft
+from amphista.tree.candidates import Candidates
 from amphista.tree.controller import DraftController
 from amphista.tree.dynamic import best_first, next_nodes
 from amphista.tree.learned import Forward
@@ -66,15 +66,6 @@ class Grower(ABC):
     def observe(self, plan: Plan, accepted: Sequence[Sequence[int]], seconds: float) -> None:  # noqa: B027
         """Take note of the draft tokens that each tree of a step had accepted, and its seconds; most need not."""
 
-    def wants_heads(self, controller: DraftController, graft: NgramDraft | None) -> bool:
-        """Whether the heads of a sequence alone shall be asked in this step; to be called once a step."""
-        return True
-
-    def learn(  # noqa: B027
-        self, controller: DraftController, candidates: Candidates, num_nodes: int, accepted: Sequence[int]
-    ) -> None:
-        """Take note of what became of the tree of a sequence alone; most need not."""
-
 
 @dataclass(frozen=True)
 class AutoGrower(Grower):
@@ -112,16 +103,6 @@ class AutoGrower(Grower):
     def grow(self, pending: int, candidates: Candidates, max_depth: int) -> Growth:
         row = DraftRow(DraftController(), candidates.graft, max_depth, pending)
         return self.grow_batch([row], [candidates], [0] if candidates.num_heads else [], ALONE).growths[0]
-
-    def wants_heads(self, controller: DraftController, graft: NgramDraft | None) -> bool:
-        return bool(self.whom_to_ask([DraftRow(controller, graft, max_depth=1)], ALONE))
-
-    def learn(
-        self, controller: DraftController, candidates: Candidates, num_nodes: int, accepted: Sequence[int]
-    ) -> None:
-        graft = candidates.graft
-        if candidates.num_heads and not (graft is not None and list(accepted[:1]) == graft.tokens[:1]):
-            self.budget.record(controller, len(accepted), num_nodes, Forward(num_nodes), ALONE)
 
 
 @dataclass(frozen=True)

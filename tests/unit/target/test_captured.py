@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from amphista.cache.resident import Residence
+from amphista.cache.static import KVCache
 from amphista.errors import CaptureError
 from amphista.kernels.graph import Recorder
 from amphista.target import captured
