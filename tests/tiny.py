@@ -296,16 +296,16 @@ MEDUSA_SWITCHES = {
 }
 
 
-def real_drafters(target: Target) -> dict[str, Proposer]:
-    """Every real drafter with every switch, on random weights."""
-    heads: dict[str, Drafter | None] = {"none": None}
+def real_drafters(target: Target) -> dict[str, Drafter | Proposer]:
+    """Every real drafter with every switch, on random weights, alone; some beside lookup."""
+    heads: dict[str, Drafter] = {}
     for name, switches in AMPHISTA_SWITCHES.items():
         heads[f"amphista-{name}"] = shaken(Amphista(AmphistaConfig(**switches), target.spec, target.shared))
     for name, switches in MEDUSA_SWITCHES.items():
         heads[f"medusa-{name}"] = shaken(Medusa(MedusaConfig(**switches), target.spec, target.shared))
-    heads = {name: None if one is None else one.to(target.dtype) for name, one in heads.items()}
-    found = {name: Proposer(one) for name, one in heads.items()}
-    return found | {f"{name}+lookup": Proposer(heads[name], use_lookup=True) for name in BESIDE_LOOKUP}
+    heads = {name: one.to(target.dtype) for name, one in heads.items()}
+    beside = {f"{name}+lookup": Proposer(heads.get(name), use_lookup=True) for name in BESIDE_LOOKUP}
+    return {"none": Proposer(), **heads, **beside}
 
 
 BESIDE_LOOKUP = ["none", "amphista-full", "medusa-own", "amphista-paths"]

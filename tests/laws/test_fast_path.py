@@ -12,8 +12,7 @@ import dataclasses
 import pytest
 import torch
 
-from amphista.drafter.none import NoDrafter
-from amphista.engine.decoder import decode
+from amphista.drafter.proposer import Proposer
 from amphista.engine.params import SamplingParams
 from amphista.engine.step import Engine
 from amphista.errors import TargetError
@@ -24,6 +23,7 @@ from amphista.target.spans import Span
 from amphista.target.target import Target
 from amphista.tree.grow import parse_tree
 from amphista.tree.token_tree import TokenTree
+from tests.decoding import decode
 from tests.oracle.decode import decode_plainly
 from tests.tiny import EOS, HOSTILE, WINDOW, tiny_model, tiny_target
 
@@ -199,7 +199,7 @@ def test_int8_decoding_is_lossless(kind):
     for params in (SamplingParams(max_new_tokens=20), SamplingParams(max_new_tokens=20, temperature=0.8, seed=7)):
         for start in (3, 8):
             prompt = [start, *prompt_of(WINDOW)]
-            expected = decode(Engine(target, NoDrafter(), parse_tree(1)), prompt, params).output_ids
+            expected = decode(Engine(target, Proposer(), parse_tree(1)), prompt, params).output_ids
             found = decode(Engine(target, HOSTILE[kind](prompt + expected), parse_tree(9)), prompt, params)
             assert found.output_ids == expected
 

@@ -9,13 +9,13 @@ import torch
 from amphista.drafter.heads import ParallelHeads
 from amphista.drafter.lookup import Lookup
 from amphista.drafter.ngrams import NgramIndex
-from amphista.engine.decoder import decode
 from amphista.engine.params import SamplingParams
 from amphista.engine.sequence import Context
 from amphista.engine.step import Engine
 from amphista.errors import RequestError
 from amphista.llm import LLM
 from amphista.tree.grow import parse_tree
+from tests.decoding import decode
 from tests.tiny import AUTO_TREES, TEMPLATE, real_drafters, tiny_target
 
 FORGETFUL = (  # drops the text of all earlier answers, as templates of reasoning models do with their thinking
@@ -189,7 +189,7 @@ def test_failed_forward_leaves_usable_caches(path, monkeypatch):
     assert path == "stock" or target.speed_up()
     engine = Engine(target, real_drafters(target)["amphista-full"], parse_tree(7))
     sequence, _ = engine.start([5, 17, 230], PARAMS)
-    rows = sequence.context.cache.num_committed
+    rows = sequence.rows.cache.num_committed
 
     def interrupt(*args, **kwargs):
         raise KeyboardInterrupt
@@ -201,8 +201,8 @@ def test_failed_forward_leaves_usable_caches(path, monkeypatch):
             patch.setattr(target._lean.layers[1].down, "added", interrupt)
         with pytest.raises(KeyboardInterrupt):
             engine.step(sequence)
-    sequence.context.cache.check_integrity()
-    assert sequence.context.cache.num_rows == rows
+    sequence.rows.cache.check_integrity()
+    assert sequence.rows.cache.num_rows == rows
     while sequence.finish_reason is None:
         engine.step(sequence)
     assert sequence.output_ids == decode(engine, [5, 17, 230], PARAMS).output_ids

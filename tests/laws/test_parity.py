@@ -45,7 +45,7 @@ def test_training_logits_equal_decoding_logits(target, drafters, name, pieces, f
         drafter.commit(state, hidden[row : row + size], next_ids[row : row + size])
         row += size
         with torch.inference_mode():
-            logits = drafter.head_logits(drafter.draft_states(state))
+            logits = drafter.head_logits(drafter.draft_states([state])[0])
         torch.testing.assert_close(logits, expected[row - 1], atol=1e-4, rtol=1e-5)
     assert state.num_rows == len(IDS)
 
@@ -60,7 +60,7 @@ def test_products_in_bfloat16_stay_close(target, drafters, name, monkeypatch):
     state = drafter.start()
     drafter.commit(state, hidden, next_ids)
     with torch.inference_mode():
-        logits = drafter.head_logits(drafter.draft_states(state))
+        logits = drafter.head_logits(drafter.draft_states([state])[0])
     error = (logits - expected[-1]).norm() / expected[-1].norm()
     assert 0 < float(error) < 0.03
 
@@ -75,7 +75,7 @@ def test_drafters_of_half_precision_decode(target, drafters, name, dtype):
     for rows in (slice(0, 5), slice(5, 6), slice(6, 12)):
         drafter.commit(state, hidden[rows].to(dtype), next_ids[rows])
     with torch.inference_mode():
-        logits = drafter.head_logits(drafter.draft_states(state))
+        logits = drafter.head_logits(drafter.draft_states([state])[0])
     error = (logits.float() - expected[-1]).norm() / expected[-1].norm()
     assert 0 < float(error) < 0.1  # norms, sums and attention round, too
 
@@ -99,7 +99,7 @@ def test_trimmed_rows_leave_no_trace(target, drafters, name):
     drafter.trim(state, 4)
     drafter.commit(state, hidden[4:], next_ids[4:])
     with torch.inference_mode():
-        logits = drafter.head_logits(drafter.draft_states(state))
+        logits = drafter.head_logits(drafter.draft_states([state])[0])
     torch.testing.assert_close(logits, expected[-1], atol=1e-4, rtol=1e-5)
 
 

@@ -118,7 +118,7 @@ def test_template_variables_reach_the_template():
         llm.chat(HI, **settings, **FEW),
         llm.conversation(**settings).send("x", **FEW),
     ):
-        ids = answer.prompt_ids if hasattr(answer, "prompt_ids") else answer._decoding.prompt_ids
+        ids = answer.prompt_ids if hasattr(answer, "prompt_ids") else answer.request.prompt_ids
         assert tokenizer.decode(ids).endswith("gay")
     with pytest.raises(RequestError, match="expected a dictionary"):
         llm.prompt_ids("x", chat_template_kwargs="mood")

@@ -18,6 +18,7 @@ from amphista.accept.logprobs import TokenLogprob, token_logprobs
 from amphista.accept.sampling import Chooser
 from amphista.accept.walk import walk
 from amphista.cache.static import sent
+from amphista.drafter.base import Drafter
 from amphista.drafter.captured import CapturedDrafter, captured
 from amphista.drafter.lookup import DEEPEST
 from amphista.drafter.proposer import Proposer
@@ -75,9 +76,9 @@ class Engine:
     Any thread may step: one at a time.
     """
 
-    def __init__(self, target: Target, proposer: Proposer, grower: Grower) -> None:
-        self.target, self.proposer, self.grower = target, proposer, grower
-        heads = proposer.heads
+    def __init__(self, target: Target, proposer: Proposer | Drafter, grower: Grower) -> None:
+        self.target, self.proposer, self.grower = target, Proposer.of(proposer), grower
+        heads = self.proposer.heads
         self._heads = None if heads is None else captured(heads, is_static=target.is_static)
         self._lock = threading.Lock()
 

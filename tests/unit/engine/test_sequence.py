@@ -8,7 +8,7 @@ import torch
 from amphista.accept.sampling import Chooser
 from amphista.cache.static import KVCache
 from amphista.drafter.base import DrafterState
-from amphista.drafter.none import NoDrafter
+from amphista.drafter.proposer import Proposer
 from amphista.engine.params import FinishReason, SamplingParams
 from amphista.engine.sequence import Context, Sequence
 from amphista.errors import CapacityError
@@ -53,7 +53,7 @@ def sequence(*, max_new_tokens=10, max_positions=100, stop=(), penalty=1.0):
 )
 def test_rewind_keeps_the_common_prefix_but_one(prompt, keep):
     found = context([1, 2, 3, 4, 5, 6])
-    assert found.rewind(prompt, NoDrafter()) == keep
+    assert found.rewind(prompt, Proposer()) == keep
     assert found.cache.num_committed == found.cache.num_rows == found.draft_state.num_rows == keep
     assert found.token_ids == prompt
 
@@ -61,12 +61,12 @@ def test_rewind_keeps_the_common_prefix_but_one(prompt, keep):
 def test_rewind_does_not_trust_ids_that_were_never_cached():
     """A broken-off step may have left ids without rows."""
     found = context([1, 2, 3, 4, 5, 6], num_cached=2)
-    assert found.rewind([1, 2, 3, 4, 5, 6, 7], NoDrafter()) == 1
+    assert found.rewind([1, 2, 3, 4, 5, 6, 7], Proposer()) == 1
 
 
 def test_rewind_keeps_no_hold_of_the_callers_list():
     prompt, found = [1, 2, 3], context([1, 2])
-    found.rewind(prompt, NoDrafter())
+    found.rewind(prompt, Proposer())
     found.token_ids.append(9)
     assert prompt == [1, 2, 3]
 
@@ -129,19 +129,19 @@ def test_text_ends_at_a_stop_string_inside_the_tokens():
 def test_a_step_broken_off_has_done_nothing():
     found = sequence(stop=("XYZ",), penalty=2.0, max_new_tokens=50)
     found.take(tokens_of("aX"))
-    found.context.cache.layers[0].append(torch.zeros(1, 1, 1, 2), torch.zeros(1, 1, 1, 2))
-    found.context.cache.commit(range(1))
+    found.rows.cache.layers[0].append(torch.zeros(1, 1, 1, 2), torch.zeros(1, 1, 1, 2))
+    found.rows.cache.commit(range(1))
     found.check_context()
     before = deepcopy(found.stats)
     with pytest.raises(KeyboardInterrupt), found.whole_step():
-        found.context.cache.layers[0].append(torch.zeros(1, 1, 3, 2), torch.zeros(1, 1, 3, 2))
-        found.context.defer(NoDrafter(), torch.zeros(2, 2), [1, 2])
+        found.rows.cache.layers[0].append(torch.zeros(1, 1, 3, 2), torch.zeros(1, 1, 3, 2))
+        found.context.defer(Proposer(), torch.zeros(2, 2), [1, 2])
         found.take(tokens_of("YZ"))
         assert found.finish_reason is FinishReason.STOP and found.stops.stopped
         raise KeyboardInterrupt
     found.check_context()
     assert found.output_ids == tokens_of("aX") and found.finish_reason is None and found.stats == before
-    assert not found.context.unfed and found.chooser.output.keys() == set(tokens_of("aX"))
+    assert not found.rows.unfed and found.chooser.output.keys() == set(tokens_of("aX"))
     assert found.take(tokens_of("YZ")) == 2 and found.finish_reason is FinishReason.STOP
 
 
@@ -149,7 +149,7 @@ def test_caches_that_do_not_hold_what_was_read_are_refused():
     found = sequence()
     found.take([7])
     found.check_context()
-    found.context.cache.layers[0].append(torch.zeros(1, 1, 1, 2), torch.zeros(1, 1, 1, 2))
+    found.rows.cache.layers[0].append(torch.zeros(1, 1, 1, 2), torch.zeros(1, 1, 1, 2))
     with pytest.raises(CapacityError, match="3 rows are cached"):
         found.check_context()
 
