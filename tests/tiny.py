@@ -266,10 +266,22 @@ def shaken(drafter: ParallelHeads, seed: int = 0, scale: float = 0.3) -> Paralle
     return drafter.eval()
 
 
+class Steady(AutoGrower):
+    """Steps take as long as is said, so that what is drafted repeats itself."""
+
+    def observe(self, plan, accepted, seconds) -> None:
+        super().observe(plan, accepted, self.budget.costs.seconds(plan.forward))
+
+
 AUTO_TREES = {
-    "auto-cheap": AutoGrower(Costs.measured({1: 1.0, 2: 1.05, 8: 1.2, 24: 1.6}, draft=0.15)),
-    "auto-dear": AutoGrower(Costs.measured({1: 1.0, 2: 1.25, 8: 2.4}, draft=0.5)),  # the heads rest more often than not
+    "auto-cheap": Steady(Costs.measured({1: 1.0, 2: 1.05, 8: 1.2, 24: 1.6}, draft=0.15)),
+    "auto-dear": Steady(Costs.measured({1: 1.0, 2: 1.25, 8: 2.4}, draft=0.5)),  # the heads rest more often than not
 }
+
+def anew(grower):
+    """The same grower, before its first step."""
+    return replace(grower) if isinstance(grower, AutoGrower) else grower
+
 
 AMPHISTA_SWITCHES = {
     "full": {},

@@ -1,5 +1,5 @@
-"""Law 5: a batch's tokens are those of each prompt decoded alone and plainly, for every drafter, tree, sampling, size of
-the batch, order of admission, preemption and cancellation, on every tested family, stock and fast.
+"""Law 5: a batch's tokens are those of each prompt decoded alone and plainly, for every drafter, tree, sampling, size
+of the batch, order of admission, preemption and cancellation, on every tested family, stock and fast.
 
 Neighbours may be hostile: drafters that are always right or wrong, broken logits, end tokens, full contexts. Mutations
 (a neighbour's cache, positions by row, a path that is not moved, a stale length, a mask bit too many) must be seen.

@@ -11,7 +11,6 @@ import torch
 from amphista.drafter.proposer import Proposer
 from amphista.engine.params import SamplingParams
 from amphista.engine.rows import Rows
-from amphista.engine.sequence import Sequence
 from amphista.engine.step import Engine
 from amphista.tree.grow import DynamicGrower, parse_tree
 from tests.decoding import begin, step
@@ -76,7 +75,14 @@ def worst_difference(target, drafter, temperature=0.0, grower=parse_tree(250), e
 
 @pytest.fixture(autouse=True)
 def _small_chunks(monkeypatch):
-    monkeypatch.setattr(Sequence, "chunk_len", 3)
+    new_sequence = Engine.new_sequence
+
+    def in_small_chunks(engine, *given):
+        sequence = new_sequence(engine, *given)
+        sequence.chunk_len = 3
+        return sequence
+
+    monkeypatch.setattr(Engine, "new_sequence", in_small_chunks)
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from amphista.drafter import checkpoint
-from amphista.drafter.checkpoint import load_drafter
+from amphista.drafter.checkpoint import load_proposer
 from amphista.errors import DrafterError
 
 CAUSAL = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "num_hidden_layers": 2}
@@ -58,7 +58,7 @@ def write(folder, config, files):
 
 def told(name, target):
     with pytest.raises(DrafterError) as caught:
-        load_drafter(name, target.spec, target.shared, target.fingerprint)
+        load_proposer(name, target.spec, target.shared, target.fingerprint)
     return str(caught.value)
 
 

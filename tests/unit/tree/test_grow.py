@@ -5,6 +5,7 @@ import math
 import pytest
 
 from amphista.errors import ConfigError
+from amphista.tree.budget import DraftRow
 from amphista.tree.candidates import Candidates, NgramDraft
 from amphista.tree.controller import DraftController
 from amphista.tree.dynamic import best_first
@@ -17,6 +18,7 @@ from amphista.tree.grow import (
     check_tree,
     parse_tree,
 )
+from amphista.tree.learned import Forward
 from amphista.tree.template import TreeTemplate
 from amphista.tree.tune import Costs
 
