@@ -278,6 +278,7 @@ AUTO_TREES = {
     "auto-dear": Steady(Costs.measured({1: 1.0, 2: 1.25, 8: 2.4}, draft=0.5)),  # the heads rest more often than not
 }
 
+
 def anew(grower):
     """The same grower, before its first step."""
     return replace(grower) if isinstance(grower, AutoGrower) else grower

@@ -107,7 +107,8 @@ def _measure(job: MemoryJob) -> dict[str, int]:
     """In the process of its own."""
     import amphista.evaluation.methods  # noqa: F401
     from amphista.engine.params import SamplingParams
-    from amphista.llm import finish, load
+    from amphista.engine.stream import finish
+    from amphista.llm import load
 
     import_code(job.target)  # `transformers` imports a family's code when it loads one: an import like any other
     imports = resident_bytes("VmRSS")

@@ -12,7 +12,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "AmphistaError": "errors",
-    "Answer": "llm",
+    "Answer": "engine.stream",
     "CapacityError": "errors",
     "ConfigError": "errors",
     "Conversation": "llm",
@@ -22,8 +22,10 @@ _HOMES = {
     "LLM": "llm",
     "RequestError": "errors",
     "SamplingParams": "engine.params",
-    "Stream": "llm",
+    "StepResult": "engine.step",
+    "Stream": "engine.stream",
     "TargetError": "errors",
+    "TokenLogprob": "accept.logprobs",
     "load": "llm",
 }
 __all__ = [
@@ -38,14 +40,19 @@ __all__ = [
     "FinishReason",
     "RequestError",
     "SamplingParams",
+    "StepResult",
     "Stream",
     "TargetError",
+    "TokenLogprob",
     "__version__",
     "load",
 ]
 
 if TYPE_CHECKING:
+    from amphista.accept.logprobs import TokenLogprob
     from amphista.engine.params import FinishReason, SamplingParams
+    from amphista.engine.step import StepResult
+    from amphista.engine.stream import Answer, Stream
     from amphista.errors import (
         AmphistaError,
         CapacityError,
@@ -55,7 +62,7 @@ if TYPE_CHECKING:
         RequestError,
         TargetError,
     )
-    from amphista.llm import LLM, Answer, Conversation, Stream, load
+    from amphista.llm import LLM, Conversation, load
 
 
 def __getattr__(name: str) -> Any:

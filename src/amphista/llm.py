@@ -9,18 +9,15 @@ for piece in llm.stream("Why is the sky blue?"):
 
 from __future__ import annotations
 
-import asyncio
 import dataclasses
 import logging
-import threading
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, Self, overload
+from typing import Any, Literal, overload
 
-from amphista.accept.logprobs import TokenLogprob
 from amphista.drafter.base import Drafter
 from amphista.drafter.checkpoint import load_proposer, shipped_for
 from amphista.drafter.hub import HubAccess
@@ -31,9 +28,8 @@ from amphista.engine.costs import costs_for
 from amphista.engine.model_defaults import model_settings, tell_unused
 from amphista.engine.params import FinishReason, SamplingParams
 from amphista.engine.prefixes import taken_over
-from amphista.engine.sequence import Sequence as Request
-from amphista.engine.stats import DecodeStats
-from amphista.engine.step import Engine, StepResult
+from amphista.engine.step import Engine
+from amphista.engine.stream import Answer, Stream, answer_of, finish
 from amphista.errors import RequestError
 from amphista.target import DEFAULT_TARGET
 from amphista.target.loading import load_target
@@ -47,139 +43,6 @@ PREFERRED_DRAFTER = "amphista"
 BATCH_SIZE = 16
 PROMPT_FORMS = "expected a text, a list of messages with 'role' and 'content', or a list of token ids"
 logger = logging.getLogger("amphista")
-
-
-@dataclass(frozen=True)
-class Answer:
-    """A finished answer. `token_ids` hold the end token or a completed stop string, `text` does not.
-
-    `params` are those it was made with, the seed included; `logprobs` one record a token, where they were asked for.
-    `error`: why an answer of several (`generate` of a list) could not go on; what had come before is in it.
-    """
-
-    text: str
-    token_ids: list[int]
-    prompt_ids: list[int]
-    finish_reason: FinishReason
-    stats: DecodeStats
-    params: SamplingParams
-    logprobs: list[TokenLogprob] | None = None
-    error: BaseException | None = None
-
-
-class Stream:
-    """Iterate, or `async for`, for text pieces; once the iteration has ended, `answer` is there.
-
-    Nothing is decoded before the first piece is asked for. `close`, or leaving a `with` block, ends it early: the
-    answer then is what had come. An iterator of its own: reading on after a break, or after an interrupt inside a step,
-    goes on where it stopped; any thread may take the next step. on_end: called once with the answer, when the stream
-    has ended or is closed.
-    """
-
-    def __init__(self, llm: LLM, request: Request, on_end: Callable[[Answer], None] | None = None) -> None:
-        self._llm, self._on_end = llm, on_end
-        self.request = request
-        self._stepping, self._lock = threading.Lock(), threading.RLock()
-        self._reader = (llm.engine.new_text(request.params), 0)  # and how many tokens it has read
-        self._is_closed = False
-        self._answer: Answer | None = None
-
-    @property
-    def stats(self) -> DecodeStats:
-        """Counters, growing while the stream runs."""
-        return self.request.stats
-
-    def __iter__(self) -> Iterator[str]:
-        return (result.text for result in self.steps() if result.text)
-
-    async def __aiter__(self) -> AsyncIterator[str]:
-        """Pieces, each step in the LLM's own worker thread."""
-        steps, loop = self.steps(), asyncio.get_running_loop()
-        while (result := await loop.run_in_executor(self._llm.worker, next, steps, None)) is not None:
-            if result.text:
-                yield result.text
-
-    def steps(self) -> Iterator[StepResult]:
-        """The same stream, one record per target forward that added tokens."""
-        while (result := self._step()) is not None:
-            if result.token_ids:
-                yield replace(result, text=self._read())
-        if text := self._read():  # of a step whose reading was interrupted
-            yield StepResult([], 0, text=text)
-        self._end()
-
-    def _step(self) -> StepResult | None:
-        """One forward; None where the answer has ended."""
-        with self._stepping:
-            if self._finish_reason is not None:
-                return None
-            (result,) = self._llm.engine.step([self.request])
-        if isinstance(result, Exception):
-            raise result
-        return result
-
-    @property
-    def _finish_reason(self) -> FinishReason | None:
-        reason = self.request.finish_reason
-        return FinishReason.ABORT if reason is None and self._is_closed else reason
-
-    def close(self) -> None:
-        """Decode no further, behind the step that another thread may be in; what was decoded stays."""
-        with self._stepping:
-            self._is_closed = True
-        self._end()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.close()
-
-    @property
-    def answer(self) -> Answer:
-        """The finished answer; raises RequestError while the stream still runs."""
-        self._end()
-        if self._answer is None:
-            raise RequestError("the stream has not ended: read it to its end, or close it")
-        return self._answer
-
-    def _read(self) -> str:
-        """The text of the tokens that have come since; read by a copy, so that an interrupt loses none."""
-        with self._lock:
-            request, (reader, num_read) = self.request, self._reader
-            if reader is None or not request.num_output:
-                return ""
-            reader, output_ids = reader.copy(), request.token_ids[request.num_prompt + num_read :]
-            pieces = [reader.push(token) for token in output_ids if token not in request.end_ids]
-            if self._finish_reason is not None:
-                pieces.append(reader.finish())
-            self._reader = (reader, num_read + len(output_ids))
-            return "".join(pieces)
-
-    def _end(self) -> None:
-        """Make the answer, once, where there is a reason to."""
-        with self._lock:
-            reason = self._finish_reason
-            if reason is None or self._answer is not None:
-                return
-            self._read()
-            reader, _ = self._reader
-            self._answer = _answer(self.request, "" if reader is None else reader.value, reason)
-            if self._on_end is not None:
-                self._on_end(self._answer)
-
-
-def _answer(request: Request, text: str, reason: FinishReason, error: BaseException | None = None) -> Answer:
-    return Answer(
-        text=text,
-        token_ids=request.output_ids,
-        prompt_ids=request.prompt_ids,
-        finish_reason=reason,
-        stats=request.stats,
-        params=request.params,
-        logprobs=list(request.logprobs) if request.params.logprobs else None,
-        error=error,
-    )
 
 
 class LLM:
@@ -280,7 +143,7 @@ class LLM:
         if after is not None:
             request.adopt(taken_over(after.request.rows, request.token_ids))
             after.request.release()
-        return Stream(self, request, on_end)
+        return Stream(self.engine, request, lambda: self.worker, on_end)
 
     @overload
     def generate(self, prompt: str | Sequence[Message] | Sequence[int], **settings: Any) -> Answer: ...
@@ -342,7 +205,7 @@ class LLM:
                     reader.push(token)
             reader.finish()
             text = reader.value
-        return finished.job.tag, _answer(request, text, request.finish_reason or FinishReason.ERROR, error)
+        return finished.job.tag, answer_of(request, text, request.finish_reason or FinishReason.ERROR, error)
 
     def chat(self, messages: Sequence[Message], **settings: Any) -> Answer:
         """Answer a conversation given as messages; for many turns, `conversation` keeps the caches."""
@@ -408,13 +271,6 @@ class Conversation:
     def send(self, turn: str | Sequence[Message], *, params: Params = None, **settings: Any) -> Answer:
         """One whole turn."""
         return finish(self.stream(turn, params=params, **settings))
-
-
-def finish(stream: Stream) -> Answer:
-    """Read a stream to its end."""
-    for _ in stream.steps():
-        pass
-    return stream.answer
 
 
 def _all(prompt: Any, kind: Any) -> bool:

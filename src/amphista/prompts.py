@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
@@ -17,7 +18,7 @@ class PromptRecord:
 
     id: str | int
     turns: list[str]
-    messages: list[dict[str, str]] | None = None
+    messages: list[dict[str, Any]] | None = None
 
 
 def from_arguments(prompts: Sequence[str], stdin: TextIO) -> list[PromptRecord]:
@@ -35,7 +36,7 @@ def from_arguments(prompts: Sequence[str], stdin: TextIO) -> list[PromptRecord]:
 
 def _read(stdin: TextIO) -> str:
     try:
-        return stdin.read()
+        return stdin.read().removeprefix("\ufeff")  # some editors put that mark in front
     except UnicodeDecodeError as error:
         raise RequestError(f"standard input is not UTF-8 text: {error}") from error
 
@@ -68,9 +69,12 @@ def prompt_record(line: dict[str, Any], where: str, number: int) -> PromptRecord
         return PromptRecord(name, turns)
     if "messages" in line:
         messages = line["messages"]
-        if not isinstance(messages, list) or not messages or not all(is_message(m) for m in messages):
+        if not isinstance(messages, list) or not messages:
             raise DataError(f"{where}: 'messages' must be a list of objects with texts 'role' and 'content'")
-        return PromptRecord(name, [], messages)
+        try:
+            return PromptRecord(name, [], list(map(plain_message, messages)))
+        except RequestError as error:
+            raise DataError(f"{where}: 'messages' must be a list of messages: {error}") from error
     if "prompt" in line:
         if not is_text(line["prompt"]) or not line["prompt"].strip():
             raise DataError(f"{where}: 'prompt' must be a text that is not empty")
@@ -81,3 +85,38 @@ def prompt_record(line: dict[str, Any], where: str, number: int) -> PromptRecord
 def is_message(message: Any) -> bool:
     """Whether a value is a chat message: an object with the texts `role` and `content`."""
     return isinstance(message, dict) and all(is_text(message.get(key)) for key in ("role", "content"))
+
+
+def plain_message(message: Any) -> dict[str, Any]:
+    """A chat message with its text parts joined; raises RequestError for what is none, or more than text."""
+    if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+        raise RequestError(f"a message is {message!r}: expected an object with 'role' and 'content'")
+    if not re.fullmatch(r"[\w -]+", message["role"]):  # templates build control tokens around it
+        raise RequestError(f"a message's role is {message['role']!r}: expected a word, such as user or assistant")
+    plain = dict(message)
+    content = plain.get("content")
+    if isinstance(content, list | tuple):
+        plain["content"] = "".join(map(_part_text, content))
+    elif not isinstance(content, str) and (content is not None or plain.keys() <= {"role", "content"}):  # None: a call
+        raise RequestError(f"a message's content is {content!r}: expected a text, or a list of text parts")
+    if not all(map(is_text, texts_in(plain))):
+        raise RequestError("a message holds half a character (a lone surrogate): it is no text")
+    return plain
+
+
+def _part_text(part: Any) -> str:
+    if isinstance(part, str):
+        return part
+    if isinstance(part, Mapping) and part.get("type", "text") == "text" and isinstance(part.get("text"), str):
+        return str(part["text"])
+    kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
+    raise RequestError(f"a message holds a part of the type {kind!r}: this target reads text alone")
+
+
+def texts_in(value: Any) -> list[str]:
+    """All texts in nested lists and objects, keys included."""
+    if isinstance(value, Mapping):
+        value = [*value.keys(), *value.values()]
+    if isinstance(value, list | tuple):
+        return [text for part in value for text in texts_in(part)]
+    return [value] if isinstance(value, str) else []

@@ -62,7 +62,7 @@ def worst_difference(target, drafter, temperature=0.0, grower=parse_tree(250), e
     engine = Engine(target, Proposer(drafter, use_lookup=with_lookup), grower)
     worst, accepted, sequence = 0.0, 0, None
     for prompt in PROMPTS:
-        params = SamplingParams(max_new_tokens=40, temperature=temperature)
+        params = SamplingParams(max_new_tokens=40, temperature=temperature, seed=0)
         sequence = begin(engine, prompt, params, sequence)
         worst = max(worst, difference(target, drafter, sequence))
         while not sequence.is_finished:
@@ -187,7 +187,7 @@ def test_heads_are_divided_by_the_requests_temperature(precise, monkeypatch):
     draft = drafter.draft_all
     monkeypatch.setattr(drafter, "draft_all", lambda *given: asked.append(given[1:]) or draft(*given))
     engine = Engine(target, drafter, parse_tree(9))
-    sequence = begin(engine, PROMPTS[0], SamplingParams(max_new_tokens=6, temperature=0.6))
+    sequence = begin(engine, PROMPTS[0], SamplingParams(max_new_tokens=6, temperature=0.6, seed=0))
     step(engine, sequence)
     assert asked == [(8, [0.6], [4])]  # 8 ranks of the heads that 6 tokens leave room for
 

@@ -16,12 +16,14 @@ import torch
 
 from amphista.config import build
 from amphista.drafter.amphista import Amphista, AmphistaConfig
+from amphista.drafter.heads import FrozenHead
 from amphista.drafter.medusa import Medusa, MedusaConfig
 from amphista.errors import ConfigError
-from amphista.train import losses
+from amphista.train import head_loss, losses
 from amphista.train.config import TrainConfig
 from amphista.train.dataset import HiddenStates, collate, frequent_tokens
-from amphista.train.losses import AnswerRows, HeadLoss, LossConfig
+from amphista.train.head_loss import AnswerRows, HeadLoss
+from amphista.train.losses import LossConfig
 from amphista.train.prompts import TokenRow
 from amphista.train.validation import validate
 from tests.tiny import EOS, VOCAB, shaken, tiny_target
@@ -353,6 +355,67 @@ def test_no_autocast_reaches_the_sums():
 # -- memory -----------------------------------------------------------------------------------------------------------
 
 
+SWITCHES = [
+    {"stages": 0},
+    {"stages": 1},
+    {"stage_split": 0, "num_encoder_layers": 2},
+    {"slot_mask": "causal", "position_encoding": False},
+    {"auto_embedding": False},
+]
+
+
+@pytest.mark.parametrize("switches", SWITCHES, ids=str)
+@pytest.mark.parametrize("until_fail", [False, True])
+def test_heads_asked_one_by_one_are_heads_asked_at_once(precise, monkeypatch, switches, until_fail):
+    """Whatever the drafter's form: rows that nobody asks for are in no loss, no count and no gradient."""
+    form = lambda target: Amphista(  # noqa: E731
+        AmphistaConfig(num_heads=NUM_HEADS, draft_vocab=120, **switches), target.spec, target.shared
+    )
+    monkeypatch.setitem(DRAFTERS, "switched", form)
+    drafter, batch, rows = case(precise, "switched")
+    config = LossConfig(accept_until_fail=until_fail, chunk_rows=5)
+    found = {}
+    for one_by_one in (True, False):
+        sums = HeadLoss(drafter, config, one_by_one=one_by_one)(batch.hidden, batch.next_ids, rows)
+        drafter.zero_grad()
+        sums.loss(config).backward()
+        found[one_by_one] = [*sums, *(p.grad.clone() for p in drafter.parameters())]
+    torch.testing.assert_close(found[True], found[False])
+    assert (float(found[True][1][1]) < float(found[True][2][1])) == until_fail
+
+
+@pytest.mark.parametrize("kind", ["draft-vocabulary", "medusa"])
+def test_nothing_is_computed_behind_a_wrong_head(precise, monkeypatch, kind):
+    """Rows that meet the vocabulary, forwards and back, and rows that heads are asked for: those that count."""
+    form = lambda target: Medusa(MedusaConfig(num_heads=NUM_HEADS, draft_vocab=120), target.spec, target.shared)  # noqa: E731
+    monkeypatch.setitem(DRAFTERS, "medusa", form)
+    drafter, batch, rows = case(precise, kind)
+    seen = {"logits": 0, "gradient": 0}
+
+    def counting(name, plain):
+        def count(head, tensor):
+            seen[name] += len(tensor)
+            return plain(head, tensor)
+
+        return count
+
+    for name in seen:
+        monkeypatch.setattr(FrozenHead, name, counting(name, getattr(FrozenHead, name)))
+    asked = []
+    plain = type(drafter).states_one_by_one
+
+    def watched(self, features):
+        state = plain(self, features)
+        return lambda head, index: asked.append(len(index)) or state(head, index)
+
+    monkeypatch.setattr(type(drafter), "states_one_by_one", watched)
+    config = LossConfig(accept_until_fail=True)
+    sums = HeadLoss(drafter, config)(batch.hidden, batch.next_ids, rows)
+    counted, aims = int(sums.counted.sum()), int(sums.aims.sum())
+    assert sum(asked) == seen["gradient"] == counted < aims
+    assert seen["logits"] == counted + len(rows.rows) - 1, "the target's own, once a row"
+
+
 class _Kept:
     def __init__(self, tensor):
         self.tensor = tensor
@@ -380,7 +443,7 @@ def test_nothing_of_vocabulary_size_waits_for_the_backward_pass(precise, kind, m
     drafter, batch, rows = case(precise, kind)
     assert vocabulary_sized_tensors_kept(drafter, batch, rows) == 0
     monkeypatch.setattr(
-        losses, "_at_once", lambda function, *inputs: function(*inputs)
+        head_loss, "_at_once", lambda function, *inputs: function(*inputs)
     )  # autograd's own way: the count sees it
     assert vocabulary_sized_tensors_kept(drafter, batch, rows) >= NUM_HEADS
 

@@ -22,7 +22,8 @@ from amphista.errors import ConfigError, DataError
 from amphista.train.calibrate import GRID, calibrate, head_temperatures, losses_by_temperature
 from amphista.train.config import DataConfig, OptimizerConfig, TrainConfig
 from amphista.train.dataset import HiddenStates, collate, frequent_tokens
-from amphista.train.losses import HeadLoss, LossConfig
+from amphista.train.head_loss import HeadLoss
+from amphista.train.losses import LossConfig
 from amphista.train.prompts import TokenRow, mark_answers
 from amphista.train.trainer import Trainer
 from amphista.train.validation import validate

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import itertools
 import json
@@ -12,12 +13,17 @@ import sys
 import time
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
+from pathlib import Path
 from unittest import mock
 
 import pytest
+from tokenizers import decoders
 
+from amphista import __version__
 from amphista.cli.app import main
 from amphista.engine import costs
+from amphista.engine.step import Engine
+from tests.tiny import byte_tokenizer, tiny_model
 
 FIELDS = {
     "id",
@@ -37,6 +43,8 @@ FIELDS = {
     "finish_reason",
     "seed",
 }
+
+LETTER_A = byte_tokenizer()("A")["input_ids"][0]
 
 
 @dataclass
@@ -252,7 +260,7 @@ def test_a_malformed_line_is_named_before_anything_is_decoded(tmp_path, line, me
 def test_drafters_of_other_targets_and_damaged_ones_are_refused(trained, target_folder, tmp_path):
     import shutil
 
-    from tests.tiny import SIZES, byte_tokenizer, tiny_model
+    from tests.tiny import SIZES
 
     other, twin = tmp_path / "other", tmp_path / "twin"
     for folder, model in ((other, tiny_model("qwen3")), (twin, tiny_model(seed=9))):
@@ -274,6 +282,140 @@ def test_drafters_of_other_targets_and_damaged_ones_are_refused(trained, target_
     (record,) = records("x", "--target", twin, "--drafter", good, "--allow-other-target", "--compare",
                         "--max-new-tokens", 8)  # fmt: skip
     assert record["identical"] is True
+
+
+def test_version_and_short_help():
+    assert amphista("--version").stdout == f"amphista {__version__}\n"
+    front = amphista("-h").stdout
+    assert all(f" {name} " in front for name in ("generate", "chat", "train", "distill", "evaluate", "convert", "info"))
+    assert " ablate " not in front
+    assert all(f" {name} " in amphista("dev", "-h").stdout for name in ("ablate", "calibrate", "latency", "tune"))
+    assert "--model-defaults" in amphista("generate", "-h").stdout
+    assert amphista("tune").returncode == 2
+
+
+def test_a_seed_is_fresh_and_told(target_folder):
+    settings = ["Hello", "--target", target_folder, "--max-tokens", 12, "--temperature", 1.5]
+    (one,), (two,) = records(*settings), records(*settings)
+    assert one["seed"] != two["seed"] and one["token_ids"] != two["token_ids"]
+    (again,) = records(*settings, "--seed", one["seed"])
+    assert again["token_ids"] == one["token_ids"]
+
+
+def test_settings_as_others_have_them(target_folder):
+    settings = ["Hello", "--target", target_folder, "--max-tokens", 20, "--ignore-eos", "--top-k", -1]
+    (free,) = records(*settings)
+    (stopped,) = records(*settings, "--stop-token-id", free["token_ids"][3])
+    assert stopped["token_ids"] == free["token_ids"][: free["token_ids"].index(free["token_ids"][3]) + 1]
+    (biased,) = records(*settings, "--logit-bias", f"{LETTER_A}=1000", "--logprobs", 2, "--compare")
+    assert biased["text"] == "A" * 20 and biased["identical"] and len(biased["logprobs"]) == 20
+    assert len(biased["logprobs"][0]["top"]) == 2
+    (varied,) = records(
+        *settings, "--logit-bias", f"{LETTER_A}=1000", "--frequency-penalty", 999, "--presence-penalty", 5
+    )
+    assert varied["text"].count("A") < 3
+    bad = amphista("generate", "x", "--logit-bias", "65")
+    assert bad.returncode == 2 and "expected NAME=VALUE" in bad.stderr
+
+
+def test_the_models_own_settings_are_said_or_taken(tmp_path):
+    model = tiny_model()
+    model.generation_config.repetition_penalty = 1.5
+    model.save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    settings = ["Hello", "--target", tmp_path, "--max-new-tokens", 12, "--json", "--tree", "chain"]
+    plain, taken = amphista("generate", *settings), amphista("generate", *settings, "--model-defaults")
+    assert "repetition_penalty=1.5: not applied" in plain.stderr
+    (asked,) = records(*settings[:-3], "--repetition-penalty", 1.5)
+    assert json.loads(taken.stdout)["token_ids"] == asked["token_ids"] != json.loads(plain.stdout)["token_ids"]
+
+
+def test_template_variables(tmp_path):
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template += "{% if loud is defined and loud %}{{ '!' * 30 }}{% endif %}"
+    tiny_model().save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    settings = ["Hello", "--target", tmp_path, "--max-new-tokens", 2]
+    (loud,) = records(*settings, "--template-arg", "loud=true")
+    (quiet,), (plain,) = records(*settings, "--template-arg", "loud=false"), records(*settings)
+    assert loud["prompt_tokens"] == quiet["prompt_tokens"] + 30 == plain["prompt_tokens"] + 30
+    assert loud["template"] == {"loud": True} and "template" not in plain
+
+
+def test_a_prompt_is_read_once(target_folder, monkeypatch):
+    """The first answer is not decoded, nor its prompt read, for practice."""
+    started, start = [], Engine.start
+    monkeypatch.setattr(
+        Engine, "start", lambda engine, ids, *more: started.append(len(ids)) or start(engine, ids, *more)
+    )
+    settings = ["--target", target_folder, "--max-new-tokens", 2, "--tree", "chain"]
+    found = records("Hello there", "Again", *settings)
+    assert started == [record["prompt_tokens"] for record in found]
+
+
+def broken_at_the_second_prompt(monkeypatch, error):
+    start, calls = Engine.start, []
+
+    def breaks(*arguments):
+        calls.append(1)
+        if len(calls) == 2:
+            raise error
+        return start(*arguments)
+
+    monkeypatch.setattr(Engine, "start", breaks)
+
+
+def test_an_interrupt_keeps_what_was_answered(target_folder, tmp_path, monkeypatch):
+    broken_at_the_second_prompt(monkeypatch, KeyboardInterrupt())
+    out = tmp_path / "out.jsonl"
+    arguments = ("--target", target_folder, "--max-new-tokens", 3, "--tree", "chain", "--output", out)
+    result = amphista("generate", "one", "two", *arguments)
+    assert result.returncode == 130 and f"{out}.partial" in result.stderr
+    assert [json.loads(line)["id"] for line in Path(f"{out}.partial").read_text().splitlines()] == [0]
+    assert not out.exists()
+
+
+def test_an_error_in_decoding_is_not_one_of_writing(target_folder, tmp_path, monkeypatch):
+    broken_at_the_second_prompt(monkeypatch, OSError("the device is gone"))
+    arguments = ("--target", target_folder, "--max-new-tokens", 3, "--tree", "chain", "--output", tmp_path / "out")
+    with pytest.raises(OSError, match="the device is gone"):
+        amphista("generate", "one", "two", *arguments)
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252", "utf-8"])
+@pytest.mark.parametrize("as_json", [True, False])
+def test_any_output_encoding_will_do(target_folder, tmp_path, encoding, as_json):
+    """A model that says what no code page knows, asked in words that none knows."""
+    tiny_model().save_pretrained(tmp_path)
+    tokenizer = byte_tokenizer()
+    tokenizer._tokenizer.decoder = decoders.Replace("A", "\u6f22")
+    tokenizer.save_pretrained(tmp_path)
+    out = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+    err = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+    arguments = [
+        "generate",
+        "gr\u00f6\u00dfe \u6f22",
+        "--target",
+        str(tmp_path),
+        "--max-new-tokens",
+        "4",
+        "--logit-bias",
+        f"{LETTER_A}=999",
+    ]
+    with (
+        mock.patch.object(sys, "argv", ["amphista", *arguments, *(["--json"] if as_json else [])]),
+        redirect_stdout(out),
+        redirect_stderr(err),
+        contextlib.suppress(SystemExit),
+    ):
+        main()
+    out.flush()
+    written = out.buffer.getvalue().decode(encoding)
+    assert "Traceback" not in written and written
+    if as_json:
+        assert json.loads(written)["text"] == "\u6f22" * 4
+    else:
+        assert ("\u6f22" if encoding == "utf-8" else "\\u6f22") in written
 
 
 def test_refused_family_is_named(tmp_path):

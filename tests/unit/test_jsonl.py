@@ -60,3 +60,18 @@ def test_text_that_is_not_utf8_is_refused(tmp_path):
 def test_a_missing_file_is_refused(tmp_path):
     with pytest.raises(DataError, match="there is no file"):
         list(read_lines(tmp_path / "none.jsonl"))
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        b'\xef\xbb\xbf{"a": 1}\n{"b": 2}\n',
+        b'\xef\xbb\xbf\r\n{"a": 1}\r\n\r\n{"b": 2}',
+        b'\n{"a": 1}\n \n{"b": 2}\n\n',
+    ],
+)
+@pytest.mark.parametrize("zipped", [False, True])
+def test_files_as_editors_write_them(tmp_path, raw, zipped):
+    file = tmp_path / ("x.jsonl.gz" if zipped else "x.jsonl")
+    file.write_bytes(gzip.compress(raw) if zipped else raw)
+    assert [record for _, record in read_lines(file)] == [{"a": 1}, {"b": 2}]

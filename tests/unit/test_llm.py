@@ -1,9 +1,10 @@
-"""The door: what people type first, lists of prompts, streams that start late and end early, a model's own settings."""
+"""The door: what people type first, lists of prompts, lazy and closed streams, the model's own settings."""
 
 from __future__ import annotations
 
 import asyncio
 import threading
+from pathlib import Path
 
 import pytest
 from transformers import GenerationConfig
@@ -26,14 +27,14 @@ def llm(text_target):
 
 @pytest.fixture
 def prefills(monkeypatch):
-    """The number of rows of each prefill."""
-    found, prefill = [], Target.prefill
+    """The number of rows of each chunk of a prompt that is read."""
+    found, forward = [], Target.forward
 
-    def counted(target, token_ids, cache):
-        found.append(len(token_ids))
-        return prefill(target, token_ids, cache)
+    def counted(target, spans):
+        found.extend(span.tree.num_nodes for span in spans if span.only_last)
+        return forward(target, spans)
 
-    monkeypatch.setattr(Target, "prefill", counted)
+    monkeypatch.setattr(Target, "forward", counted)
     return found
 
 
@@ -211,6 +212,42 @@ def test_the_models_own_settings_give_the_tokens_of_stock_generate(settings):
     assert llm.generate(prompt[0].tolist(), params="model", max_tokens=24).token_ids == theirs
     plain = llm.generate(prompt[0].tolist(), max_tokens=24).token_ids
     assert plain != theirs or "min_new_tokens" in settings
+
+
+# -- the hub ----------------------------------------------------------------------------------------------------------
+
+
+def test_where_a_target_comes_from_is_passed_on(monkeypatch):
+    class AskedError(Exception):
+        pass
+
+    def noted(name, **settings):
+        raise AskedError(name, settings)
+
+    monkeypatch.setattr("amphista.llm.load_target", noted)
+    with pytest.raises(AskedError) as caught:
+        load("owner/name", revision="v1", token="secret", cache_dir=Path("/hub"), local_files_only=True)
+    name, settings = caught.value.args
+    assert name == "owner/name" and settings.pop("device") is settings.pop("dtype") is None and settings.pop("fast")
+    assert settings == {"revision": "v1", "token": "secret", "cache_dir": "/hub", "local_files_only": True}
+
+
+def test_where_a_drafter_comes_from_is_passed_on(monkeypatch, text_target):
+    import huggingface_hub
+
+    from amphista.drafter.hub import HubAccess
+    from amphista.errors import DrafterError
+    from amphista.llm import choose_drafter
+
+    asked = {}
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **how: asked.update(how, name=name) or "/no")
+    access = HubAccess(token="secret", cache_dir="/hub", local_only=True)
+    assert "secret" not in repr(access)
+    with pytest.raises(DrafterError, match=r"config\.json"):
+        choose_drafter(text_target, "owner/name@v2", hub=access)
+    del asked["allow_patterns"]
+    expected = {"name": "owner/name", "revision": "v2", "token": "secret"}
+    assert asked == {**expected, "cache_dir": "/hub", "local_files_only": True}
 
 
 # -- streams ----------------------------------------------------------------------------------------------------------

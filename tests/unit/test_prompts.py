@@ -65,6 +65,16 @@ def test_a_bad_line_is_named_before_anything_runs(tmp_path, line, message):
     assert "line 2" in str(caught.value) and message in str(caught.value)
 
 
+def test_text_parts_are_joined(tmp_path):
+    parts = [{"type": "text", "text": "hel"}, {"type": "text", "text": "lo"}]
+    (record,) = read_prompts(written(tmp_path, {"messages": [{"role": "user", "content": parts}]}))
+    assert record.messages == [{"role": "user", "content": "hello"}]
+
+
+def test_a_mark_in_front_of_standard_input_is_no_text():
+    assert from_arguments(["-"], io.StringIO("\ufeffhello")) == [PromptRecord(0, ["hello"])]
+
+
 def test_a_file_without_prompts_is_refused(tmp_path):
     with pytest.raises(DataError, match="holds no prompts"):
         read_prompts(written(tmp_path, ""))

@@ -1,6 +1,6 @@
-"""amphista ablate: all training runs of a plan, what is missing first run, then one table.
+"""amphista dev ablate: all training runs of a plan, what is missing first run, then one table.
 
-amphista ablate recipes/ablations.toml --data answers.jsonl.gz --out runs/ablations
+amphista dev ablate recipes/ablations.toml --data answers.jsonl.gz --out runs/ablations
 """
 
 from __future__ import annotations

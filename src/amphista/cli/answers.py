@@ -16,9 +16,10 @@ from typing import Any
 from amphista.cli.standard import is_utf8
 from amphista.engine.params import SamplingParams
 from amphista.engine.stats import DecodeStats
+from amphista.engine.stream import Answer, finish
 from amphista.errors import ConfigError, RequestError
 from amphista.evaluation.lossless import first_divergence
-from amphista.llm import LLM, Answer, Conversation, finish
+from amphista.llm import LLM, Conversation
 from amphista.prompts import PromptRecord
 
 WARM_UP_TOKENS = 8

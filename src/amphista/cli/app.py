@@ -11,7 +11,6 @@ from typing import Annotated, Any
 
 import typer
 
-from amphista import __version__
 from amphista.cli.ablate import ablate
 from amphista.cli.calibrate import calibrate
 from amphista.cli.chat import chat
@@ -51,7 +50,9 @@ app.add_typer(dev, name="dev")
 
 def _version(asked: bool) -> None:
     if asked:
-        print(f"amphista {__version__}")
+        from amphista.provenance import versions
+
+        print(f"amphista {versions()['amphista']}")
         raise typer.Exit
 
 

@@ -1,6 +1,6 @@
-"""amphista calibrate: measure a drafter on held-out answers and store what its trees need.
+"""amphista dev calibrate: measure a drafter on held-out answers and store what its trees need.
 
-amphista calibrate runs/amphista/best --data answers.jsonl.gz --out drafters/amphista --decode 20
+amphista dev calibrate runs/amphista/best --data answers.jsonl.gz --out drafters/amphista --decode 20
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from amphista.cli import options
 
 if TYPE_CHECKING:
-    from amphista.llm import Stream
+    from amphista.engine.stream import Stream
 
 HELP = "/reset starts over, /quit or Ctrl-D leaves, Ctrl-C ends an answer."
 MAX_NEW_TOKENS = 512

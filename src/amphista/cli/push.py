@@ -1,7 +1,7 @@
-"""amphista push: upload a drafter's folder to the Hugging Face hub.
+"""amphista dev push: upload a drafter's folder to the Hugging Face hub.
 
-amphista push runs/amphista/best owner/name --dry-run
-amphista push runs/amphista/best owner/name --private
+amphista dev push runs/amphista/best owner/name --dry-run
+amphista dev push runs/amphista/best owner/name --private
 """
 
 from __future__ import annotations

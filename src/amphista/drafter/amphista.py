@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from amphista.drafter.base import MAX_LAYERS, MAX_SIZE, DrafterConfig, DrafterState, check_range
-from amphista.drafter.heads import ParallelHeads
+from amphista.drafter.heads import ParallelHeads, StateOf
 from amphista.drafter.layers import LayerCache, LayerSizes, ResidualBlock, RMSNorm, RowCache, TransformerLayer
 from amphista.drafter.lean import LeanAmphista
 from amphista.errors import ConfigError
@@ -73,14 +73,24 @@ class StagedAdaptation(nn.Module):
             self.fuse.weight.zero_()
             self.fuse.weight[:, : sizes.hidden_size].copy_(torch.eye(sizes.hidden_size))
 
-    def forward(self, x: Tensor, embedded: Tensor, positions: Tensor, cache: RowCache | None = None) -> Tensor:
-        """x [B, T, D], normed embeddings [B, T, embedding size], positions [1, T] -> [B, T, D]."""
+    def forward(
+        self,
+        x: Tensor,
+        embedded: Tensor,
+        positions: Tensor,
+        cache: RowCache | None = None,
+        select: Tensor | None = None,
+    ) -> Tensor:
+        """x [B, T, D], normed embeddings [B, T, embedding size], positions [1, T] -> [B, T, D], or of the flat rows
+        `select` [P] alone [P, D]."""
         x = self.fuse(torch.cat([self.state_norm(x), embedded], dim=-1))
         mask = None
         if cache is not None and cache.num_rows > 0:
             keys = torch.arange(cache.num_rows + x.shape[1], device=x.device)
             mask = (keys[None, :] <= positions[0][:, None])[None, None]
-        output: Tensor = self.layer(x, positions=positions, mask=mask, is_causal=mask is None, cache=cache)
+        output: Tensor = self.layer(
+            x, positions=positions, mask=mask, is_causal=mask is None, cache=cache, select=select
+        )
         return output
 
 
@@ -99,11 +109,30 @@ class AutoEmbedding(nn.Module):
 
     def forward(self, slots: Tensor) -> Tensor:
         """Slots [P, K, D] -> [P, K, D]."""
-        if self.position is not None:
-            slots = slots + self.position
+        slots = self._placed(slots)
         for layer in self.layers:
             slots = layer(slots, is_causal=self.is_causal)
         return slots
+
+    def one_by_one(self, slots: Tensor) -> StateOf:
+        """The same, a slot at a time and only of the rows that are asked for; the last layer works for these alone."""
+        slots = self._placed(slots)
+        *before, last = self.layers
+        for layer in before:
+            slots = layer(slots, is_causal=self.is_causal)
+        assert isinstance(last, TransformerLayer)
+        keys, values = last.keys_values(slots)
+        by_slot = slots.unbind(1)
+
+        def state(slot: int, rows: Tensor) -> Tensor:
+            seen = slot + 1 if self.is_causal else len(by_slot)
+            some_keys, some_values = (some[:, :, :seen].index_select(0, rows) for some in (keys, values))
+            return last.look_up(by_slot[slot].index_select(0, rows), some_keys, some_values)
+
+        return state
+
+    def _placed(self, slots: Tensor) -> Tensor:
+        return slots if self.position is None else slots + self.position.to(slots.dtype)
 
 
 class Amphista(ParallelHeads):
@@ -129,29 +158,51 @@ class Amphista(ParallelHeads):
         """The LM head expects post-norm states of a certain size: give the output norm the measured rms of h."""
         nn.init.constant_(self.output_norm.weight, hidden_rms)
 
-    def head_states(self, hidden: Tensor, next_ids: Tensor, select: Tensor) -> Tensor:
+    def features(self, hidden: Tensor, next_ids: Tensor, select: Tensor) -> list[Tensor]:
         positions = torch.arange(hidden.shape[1], device=hidden.device)[None]
-        stages = self.adapt(hidden, next_ids, positions, None)
-        return self._heads([stage.flatten(0, 1)[select] for stage in stages])
+        low, high = self.adapt(hidden, next_ids, positions, None, select)
+        return [high if low is high else low.flatten(0, 1).index_select(0, select), high]
+
+    def head_states(self, hidden: Tensor, next_ids: Tensor, select: Tensor) -> Tensor:
+        return self._heads(self.features(hidden, next_ids, select))
+
+    def states_one_by_one(self, features: list[Tensor]) -> StateOf:
+        slots = torch.stack(self._slots(features), dim=-2)
+        if self.auto_embedding is None:
+            return lambda head, rows: self.output_norm(slots[:, head].index_select(0, rows))
+        state = self.auto_embedding.one_by_one(slots)
+        return lambda head, rows: self.output_norm(state(head, rows))
 
     def adapt(
-        self, hidden: Tensor, next_ids: Tensor, positions: Tensor, caches: Sequence[RowCache] | None
+        self,
+        hidden: Tensor,
+        next_ids: Tensor,
+        positions: Tensor,
+        caches: Sequence[RowCache] | None,
+        select: Tensor | None = None,
     ) -> list[Tensor]:
-        """What the heads below and above the split read, each [B, T, D]."""
+        """What the heads below and above the split read, each [B, T, D].
+
+        select: flat rows [P] of which alone the last stage gives its output, [P, D].
+        """
         if self.hidden_norm is not None or self.embedding_norm is None:
             assert self.hidden_norm is not None
-            return [self.hidden_norm(hidden)] * 2
+            return [self.hidden_norm(hidden if select is None else hidden.flatten(0, 1).index_select(0, select))] * 2
         embedded = self.embedding_norm(self._shared.embed(next_ids).to(hidden.dtype))
         outputs = []
         x = hidden
         for index, stage in enumerate(self.stages):
-            x = stage(x, embedded, positions, None if caches is None else caches[index])
+            is_last = index == len(self.stages) - 1
+            cache = None if caches is None else caches[index]
+            x = stage(x, embedded, positions, cache, select if is_last else None)
             outputs.append(x)
         return [outputs[0], outputs[-1]]
 
+    def _slots(self, stages: list[Tensor]) -> list[Tensor]:
+        return [head(stages[k >= self.split]) for k, head in enumerate(self.heads)]
+
     def _heads(self, stages: list[Tensor]) -> Tensor:
-        slots = [head(stages[k >= self.split]) for k, head in enumerate(self.heads)]
-        states = torch.stack(slots, dim=-2)
+        states = torch.stack(self._slots(stages), dim=-2)
         if self.auto_embedding is not None:
             states = self.auto_embedding(states)
         normed: Tensor = self.output_norm(states)

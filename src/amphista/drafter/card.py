@@ -1,8 +1,8 @@
 """The model card of a drafter: what it is, what it saw, what was measured, under the front matter that the hub reads.
 
 Front matter: base_model, license, library_name, pipeline_tag, tags, datasets (hub ids only), model-index with one tau
-per tree size; and, for people and `amphista push`, `training_data` with files and counts. Fields as in the hub's model
-card specification (huggingface.co/docs/hub/model-cards); they are written and read by the hub's own client.
+per tree size; and, for people and `amphista dev push`, `training_data` with files and counts. Fields as in the hub's
+model card specification (huggingface.co/docs/hub/model-cards); they are written and read by the hub's own client.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -24,6 +24,9 @@ from amphista.kernels.frozen import pack_linears
 from amphista.kernels.linear import PackedLinear, quick_type
 from amphista.target.spec import SharedWeights, TargetSpec
 from amphista.tree.candidates import Candidates, ConditionalRanks
+
+ROWS_IN_CACHE = 64  # whose logits over a draft vocabulary stay near the processor from one pass to the next
+StateOf = Callable[[int, Tensor], Tensor]  # head and rows [M] -> the head's states of these rows [M, D]
 
 
 class Ranked(NamedTuple):
@@ -46,6 +49,33 @@ class Ranked(NamedTuple):
         return found
 
 
+class FrozenHead:
+    """The target's LM head over a draft vocabulary as training multiplies with it: forwards, and back to states."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        """weight [N, D], bias [N]; products are in the weight's type."""
+        self.dtype = weight.dtype
+        self._forwards, self._backwards = PackedLinear(weight, bias), PackedLinear(weight.t().contiguous())
+
+    def logits(self, states: Tensor) -> Tensor:
+        """States [M, D] -> logits [M, N]; without gradient."""
+        return self._forwards(states)
+
+    def probabilities(self, states: Tensor) -> Tensor:
+        """States [M, D] -> the target's distributions [M, N] in float32 or wider, some rows at a time."""
+        wide = torch.promote_types(self.dtype, torch.float32)
+        probs = torch.empty(len(states), self._forwards.num_outputs, dtype=wide, device=states.device)
+        for rows, out in zip(states.split(ROWS_IN_CACHE), probs.split(ROWS_IN_CACHE), strict=True):
+            logits = self.logits(rows)
+            torch.sub(logits, logits.amax(-1, keepdim=True), out=out).exp_()
+            out.div_(out.sum(-1, keepdim=True))
+        return probs
+
+    def gradient(self, upstream: Tensor) -> Tensor:
+        """Gradient of the logits [M, N] -> gradient of the states [M, D]."""
+        return self._backwards(upstream)
+
+
 class ParallelHeads(Drafter):
     """K heads over the target's (or their own) LM head, full or over a draft vocabulary."""
 
@@ -57,6 +87,7 @@ class ParallelHeads(Drafter):
         self._shared = shared
         self._shared_rows: tuple[Tensor, Tensor | None] | None = None
         self._packed_rows: PackedLinear | None = None
+        self._frozen_head: FrozenHead | None = None
         self._path_table: Tensor | None = None
         self._frozen: tuple[torch.dtype, torch.device, int] | None = None
         self._product_type: torch.dtype | None = None
@@ -149,7 +180,7 @@ class ParallelHeads(Drafter):
 
     def forget_gathered_head(self) -> None:
         """Drop the gathered LM-head rows; they are gathered again at the next use (after a load or a move)."""
-        self._shared_rows = self._packed_rows = self._path_table = None
+        self._shared_rows = self._packed_rows = self._path_table = self._frozen_head = None
 
     def _apply(self, *args: Any, **kwargs: Any) -> ParallelHeads:
         self.forget_gathered_head()
@@ -172,6 +203,22 @@ class ParallelHeads(Drafter):
                 self._shared_rows = self._gather_head()
         weight, bias = self._shared_rows
         return self._shared.transform(functional.linear(hidden.to(weight.dtype), weight, bias))
+
+    def frozen_head(self) -> FrozenHead | None:
+        """The target's head over the draft vocabulary for training, in autocast's type or its own.
+
+        None where heads have LM heads of their own, score the whole vocabulary, or the family transforms its logits.
+        """
+        if self.config.lm_head != "shared" or self.draft_ids is None or not self._shared.has_plain_logits:
+            return None
+        kind = self._shared.head_weight.device.type
+        dtype = self._shared.head_weight.dtype
+        if torch.is_autocast_enabled(kind):
+            dtype = torch.get_autocast_dtype(kind)
+        if self._frozen_head is None or self._frozen_head.dtype is not dtype:
+            weight, bias = self._gather_head()
+            self._frozen_head = FrozenHead(weight.to(dtype), None if bias is None else bias.to(dtype))
+        return self._frozen_head
 
     def _packed_head(self, hidden: Tensor) -> Tensor:
         if self._packed_rows is None:
@@ -211,6 +258,14 @@ class ParallelHeads(Drafter):
     @abstractmethod
     def draft_states(self, states: Sequence[DrafterState]) -> Tensor:
         """Decoding form: the head states [B, K, D] of the last committed row of each sequence."""
+
+    @abstractmethod
+    def features(self, hidden: Tensor, next_ids: Tensor, select: Tensor) -> list[Tensor]:
+        """What all heads read, of the flat rows `select` [P]: tensors whose rows are these."""
+
+    @abstractmethod
+    def states_one_by_one(self, features: list[Tensor]) -> StateOf:
+        """`head_states` of features a head at a time, for training that asks only for the rows that count."""
 
     def forward(self, hidden: Tensor, next_ids: Tensor, select: Tensor) -> Tensor:
         """Same as `head_states`; the name that distributed wrappers call."""

@@ -9,11 +9,12 @@ Shapes: B sequences, T rows, S keys, D hidden size, H heads, E head size.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 FEW_ROWS = 16
 MANY_ROWS = 1024
@@ -41,11 +42,44 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
+        if x.device.type == "cpu" and torch.is_grad_enabled() and self.weight.requires_grad:
+            normed: Tensor = _TrainedNorm.apply(x, self.weight, self.eps)
+            return normed
         if x.dtype == self.weight.dtype:
             return F.rms_norm(x, (x.shape[-1],), self.weight, self.eps)
         # Autocast brings bfloat16 rows to float32 weights. torch does the same sums then, but warns that it found no
         # fused kernel; asked in the weight's dtype it uses that one. Equal bit for bit, forward and backward.
         return F.rms_norm(x.to(self.weight.dtype), (x.shape[-1],), self.weight, self.eps).to(x.dtype)
+
+
+class _TrainedNorm(torch.autograd.Function):
+    """The same with a gradient in few passes over the rows: torch has no kernel of its own for it on a CPU.
+
+    With r = 1 / rms(x), y = r x w: dx = r (g w) - x r^3 mean(g w x), dw = sum over rows of g x r.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        wide = torch.promote_types(x.dtype, weight.dtype)
+        square = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide).square_()
+        scale = square.div_(x.shape[-1]).add_(eps).rsqrt_()
+        ctx.save_for_backward(x, weight, scale)
+        normed: Tensor = (x * scale).mul_(weight).to(x.dtype)
+        return normed
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, scale = ctx.saved_tensors
+        with torch.autocast(x.device.type, enabled=False):
+            product = upstream.to(scale.dtype) * x
+            rows = product.flatten(0, -2)
+            of_weight = torch.mv(rows.t(), scale.flatten()) if ctx.needs_input_grad[1] else None
+            if not ctx.needs_input_grad[0]:
+                return None, of_weight, None
+            mean = torch.mv(rows, weight.to(scale.dtype)).view_as(scale).div_(x.shape[-1])
+            of_x = torch.mul(upstream, weight, out=product).mul_(scale)
+            return of_x.addcmul_(x.to(scale.dtype), mean.mul_(scale**3), value=-1).to(x.dtype), of_weight, None
 
 
 class ResidualBlock(nn.Module):
@@ -194,20 +228,41 @@ class Attention(nn.Module):
         mask: Tensor | None = None,
         is_causal: bool = False,
         cache: RowCache | None = None,
+        select: Tensor | None = None,
     ) -> Tensor:
-        """x [B, T, D] -> [B, T, D]; mask [B or 1, 1, T, S] is True where a key may be seen."""
-        batch, length, _ = x.shape
-        query = self.query(x).view(batch, length, self.num_heads, self.head_size).transpose(1, 2)
-        key = self.key(x).view(batch, length, self.num_kv_heads, self.head_size).transpose(1, 2)
-        value = self.value(x).view(batch, length, self.num_kv_heads, self.head_size).transpose(1, 2)
+        """x [B, T, D] -> [B, T, D], or of the flat rows `select` [P] alone [P, D].
+
+        mask [B or 1, 1, T, S] is True where a key may be seen.
+        """
+        query = self._split(self.query(x), self.num_heads)
+        key, value = self.keys_values(x, rotary)
         if rotary is not None:
-            cosine, sine = (table.to(x.dtype).unsqueeze(-3) for table in rotary)
-            query, key = _rotate(query, cosine, sine), _rotate(key, cosine, sine)
+            query = _rotate(query, *_tables(rotary, x.dtype))
         if cache is not None:
             key, value = cache.append(key, value)
-        mixed = mix(query, key, value, mask, is_causal=is_causal and mask is None)
-        output: Tensor = self.output(mixed.transpose(1, 2).reshape(batch, length, -1))
+        mixed = mix(query, key, value, mask, is_causal=is_causal and mask is None).transpose(1, 2).flatten(2)
+        output: Tensor = self.output(mixed if select is None else mixed.flatten(0, 1).index_select(0, select))
         return output
+
+    def keys_values(self, x: Tensor, rotary: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
+        """Keys and values [B, J, T, E] of x [B, T, D]."""
+        key, value = (self._split(layer(x), self.num_kv_heads) for layer in (self.key, self.value))
+        return key if rotary is None else _rotate(key, *_tables(rotary, x.dtype)), value
+
+    def look_up(self, x: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        """One query a row: x [M, D] over its own keys and values [M, J, S, E], without positions; -> [M, D]."""
+        query = self.query(x).view(len(x), self.num_kv_heads, -1, self.head_size) * self.head_size**-0.5
+        mixed = torch.matmul(torch.matmul(query, keys.transpose(-2, -1)).softmax(-1), values)
+        output: Tensor = self.output(mixed.flatten(1))
+        return output
+
+    def _split(self, x: Tensor, num_heads: int) -> Tensor:
+        return x.view(*x.shape[:-1], num_heads, self.head_size).transpose(1, 2)
+
+
+def _tables(rotary: tuple[Tensor, Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    cosine, sine = (table.to(dtype).unsqueeze(-3) for table in rotary)
+    return cosine, sine
 
 
 class SwiGLU(nn.Module):
@@ -245,11 +300,28 @@ class TransformerLayer(nn.Module):
         mask: Tensor | None = None,
         is_causal: bool = False,
         cache: RowCache | None = None,
+        select: Tensor | None = None,
     ) -> Tensor:
-        """x [B, T, D] -> [B, T, D]; rotary positions [B or 1, T] when given."""
+        """x [B, T, D] -> [B, T, D]; rotary positions [B or 1, T] when given.
+
+        select: flat rows [P] whose outputs [P, D] are wanted; the others are keys and values for them.
+        """
         rotary = None
         if positions is not None:
             rotary = rotary_tables(positions, self.sizes.head_size, self.sizes.rope_theta)
-        x = x + self.attention(self.attention_norm(x), rotary=rotary, mask=mask, is_causal=is_causal, cache=cache)
+        mixed = self.attention(
+            self.attention_norm(x), rotary=rotary, mask=mask, is_causal=is_causal, cache=cache, select=select
+        )
+        return self._widen((x if select is None else x.flatten(0, 1).index_select(0, select)) + mixed)
+
+    def keys_values(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """What `look_up` reads: keys and values [B, J, T, E] of x [B, T, D], without positions."""
+        return self.attention.keys_values(self.attention_norm(x))
+
+    def look_up(self, x: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        """The layer for one row [M, D] of each sequence, whose keys and values [M, J, S, E] are there."""
+        return self._widen(x + self.attention.look_up(self.attention_norm(x), keys, values))
+
+    def _widen(self, x: Tensor) -> Tensor:
         output: Tensor = x + self.mlp(self.mlp_norm(x))
         return output

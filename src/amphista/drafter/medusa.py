@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from amphista.drafter.base import MAX_LAYERS, DrafterConfig, DrafterState, check_range
-from amphista.drafter.heads import ParallelHeads
+from amphista.drafter.heads import ParallelHeads, StateOf
 from amphista.drafter.layers import ResidualBlock
 from amphista.drafter.lean import LeanHeads
 from amphista.target.spec import SharedWeights, TargetSpec
@@ -48,8 +48,22 @@ class Medusa(ParallelHeads):
     def match_scale(self, hidden_rms: float) -> None:
         """Nothing to do: zero-started residual heads already give LM(h_t)."""
 
+    def features(self, hidden: Tensor, next_ids: Tensor, select: Tensor) -> list[Tensor]:
+        return [hidden.flatten(0, 1).index_select(0, select), next_ids.flatten().index_select(0, select)]
+
     def head_states(self, hidden: Tensor, next_ids: Tensor, select: Tensor) -> Tensor:
-        return self._heads(hidden.flatten(0, 1)[select], next_ids.flatten()[select])
+        return self._heads(*self.features(hidden, next_ids, select))
+
+    def states_one_by_one(self, features: list[Tensor]) -> StateOf:
+        hidden, pending = features
+
+        def state(head: int, rows: Tensor) -> Tensor:
+            states: Tensor = self.heads[head](hidden.index_select(0, rows))
+            if head or self.path is None:
+                return states
+            return states + self.correction(states, pending.index_select(0, rows))
+
+        return state
 
     def _heads(self, hidden: Tensor, pending: Tensor) -> Tensor:
         return self.given_pending(torch.stack([head(hidden) for head in self.heads], dim=-2), pending)

@@ -1,6 +1,6 @@
 """Publish a drafter's folder on the Hugging Face hub: check it whole, then upload exactly its three files.
 
-    amphista push runs/amphista/best owner/name --dry-run
+    amphista dev push runs/amphista/best owner/name --dry-run
 
 A folder is refused unless it is a checkpoint that loads and its card tells what a reader of the hub needs: base_model,
 license, data, and a measured tau.

@@ -176,6 +176,11 @@ class SharedWeights:
         return self._transform(logits)
 
     @property
+    def has_plain_logits(self) -> bool:
+        """Whether `transform` leaves logits as they are."""
+        return self._transform == LogitTransform()
+
+    @property
     def head_weight(self) -> Tensor:
         """The LM head [V, D]."""
         return self._lm_head.weight

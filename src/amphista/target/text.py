@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import copy
 import inspect
-import re
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
 from amphista.errors import RequestError, TargetError
-from amphista.prompts import is_text
+from amphista.prompts import is_text, plain_message, texts_in
 
 Message = Mapping[str, Any]
 REPLACEMENT = "\ufffd"  # what a decoder prints for bytes that are not yet a whole character
@@ -74,42 +73,41 @@ class Text:
         What the messages hold is encoded as text, control tokens too. raises RequestError for messages that are none,
         for what the template refuses, and for control tokens where this transformers cannot take them as text.
         """
-        if not self.has_chat_template:
-            raise TargetError("the target's tokenizer has no chat template: pass plain text (--raw)")
-        plain = [plain_message(message) for message in messages]
         settings: dict[str, Any] = {"add_generation_prompt": add_generation_prompt, **template_kwargs}
-        if "sanitize_control_tokens" in inspect.signature(self.tokenizer.apply_chat_template).parameters:
+        plain = [plain_message(message) for message in messages]
+        if self._takes_control_tokens_as_text():
             settings["sanitize_control_tokens"] = True
         else:
             self._refuse_control_tokens(plain, template_kwargs)
+        return list(self._apply_template(plain, tokenize=True, return_dict=False, **settings))
+
+    def render_text(self, messages: Sequence[Message], *, add_generation_prompt: bool = True) -> str:
+        """A conversation in the target's own chat template, as text; control tokens in messages are refused, because
+        they could not be told from the template's."""
+        plain = [plain_message(message) for message in messages]
+        self._refuse_control_tokens(plain)
+        return str(self._apply_template(plain, tokenize=False, add_generation_prompt=add_generation_prompt))
+
+    def _apply_template(self, messages: list[dict[str, Any]], **settings: Any) -> Any:
+        if not self.has_chat_template:
+            raise TargetError("the target's tokenizer has no chat template: pass plain text (--raw)")
         try:
-            ids = self.tokenizer.apply_chat_template(plain, tokenize=True, return_dict=False, **settings)
+            return self.tokenizer.apply_chat_template(messages, **settings)
         except Exception as error:  # templates raise whatever their author chose; the sentence is the template's own
             raise RequestError(f"the target's chat template refuses this conversation: {error}") from error
-        return list(ids)
+
+    def _takes_control_tokens_as_text(self) -> bool:
+        return "sanitize_control_tokens" in inspect.signature(self.tokenizer.apply_chat_template).parameters
 
     def _refuse_control_tokens(self, *parts: Any) -> None:
         """Raise RequestError where a text holds a special token."""
-        for text in _texts_in(parts):
+        for text in texts_in(parts):
             held = next((token for token in self.special_tokens if token in text), None)
             if held is not None:
                 raise RequestError(
-                    f"a message holds the control token {held!r}: take it out, or install a transformers that can read "
-                    "it as text (`sanitize_control_tokens` of `apply_chat_template`)"
+                    f"a message holds the control token {held!r}: take it out; as text it can only be asked, with a "
+                    "transformers that has `sanitize_control_tokens`"
                 )
-
-    def render_text(self, messages: Sequence[Message], *, add_generation_prompt: bool = True) -> str:
-        """A conversation in the target's own chat template, as text."""
-        if not self.has_chat_template:
-            raise TargetError("the target's tokenizer has no chat template: pass plain text (--raw)")
-        plain = [plain_message(message) for message in messages]
-        try:
-            text: str = self.tokenizer.apply_chat_template(
-                plain, tokenize=False, add_generation_prompt=add_generation_prompt
-            )
-        except Exception as error:  # templates raise whatever their author chose; the sentence is the template's own
-            raise RequestError(f"the target's chat template refuses this conversation: {error}") from error
-        return text
 
     def encode_part(self, text: str) -> list[int]:
         """Token ids of rendered text, nothing added."""
@@ -125,41 +123,6 @@ class Text:
             list(token_ids), skip_special_tokens=not with_special, clean_up_tokenization_spaces=False
         )
         return text
-
-
-def plain_message(message: Any) -> dict[str, Any]:
-    """A chat message with its text parts joined; raises RequestError for what is none, or more than text."""
-    if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
-        raise RequestError(f"a message is {message!r}: expected an object with 'role' and 'content'")
-    if not re.fullmatch(r"[\w -]+", message["role"]):  # templates build control tokens around it
-        raise RequestError(f"a message's role is {message['role']!r}: expected a word, such as user or assistant")
-    plain = dict(message)
-    content = plain.get("content")
-    if isinstance(content, list | tuple):
-        plain["content"] = "".join(map(_part_text, content))
-    elif not isinstance(content, str) and not (content is None and len(plain.keys() - {"role", "content"})):
-        raise RequestError(f"a message's content is {content!r}: expected a text, or a list of text parts")
-    if not all(map(is_text, _texts_in(plain))):
-        raise RequestError("a message holds half a character (a lone surrogate): it is no text")
-    return plain
-
-
-def _part_text(part: Any) -> str:
-    if isinstance(part, str):
-        return part
-    if isinstance(part, Mapping) and part.get("type", "text") == "text" and isinstance(part.get("text"), str):
-        return str(part["text"])
-    kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
-    raise RequestError(f"a message holds a part of the type {kind!r}: this target reads text alone")
-
-
-def _texts_in(value: Any) -> list[str]:
-    """All texts in nested lists and objects, keys included."""
-    if isinstance(value, Mapping):
-        value = [*value.keys(), *value.values()]
-    if isinstance(value, list | tuple):
-        return [text for part in value for text in _texts_in(part)]
-    return [value] if isinstance(value, str) else []
 
 
 class IncrementalText:
@@ -181,11 +144,8 @@ class IncrementalText:
         self._open: list[int] = []  # tokens whose text is not certain yet
         self._decoded = ""
         self._num_shown = 0
-        self._run, self._broken, self._rest = (
-            "",
-            False,
-            b"",
-        )  # of a run of byte tokens: text, not UTF-8?, bytes left over
+        self._run, self._rest = "", b""  # of a run of byte tokens: its text, and the bytes of a character to come
+        self._broken = False  # it is not UTF-8
         self.stopped = False
 
     def copy(self) -> IncrementalText:

@@ -20,7 +20,8 @@ from torch import Tensor
 from amphista.drafter.base import Calibration
 from amphista.drafter.heads import ParallelHeads
 from amphista.train.dataset import HiddenStates, batches_of, coverage
-from amphista.train.losses import LossConfig, draft_labels
+from amphista.train.head_loss import draft_labels
+from amphista.train.losses import LossConfig
 from amphista.train.rows import TokenRow
 from amphista.train.validation import Validation, exact_logits_below, validate
 

@@ -20,8 +20,8 @@ from torch import Tensor
 
 from amphista.errors import DataError
 from amphista.target.target import Target
+from amphista.train.head_loss import AnswerRows
 from amphista.train.hidden_store import HiddenStore
-from amphista.train.losses import AnswerRows
 from amphista.train.rows import TokenRow
 
 BUCKET_BATCHES = 32  # rows of this many batches are sorted by length together

@@ -3,7 +3,7 @@
     amphista distill --prompts prompts.jsonl.gz --out runs/answers
 
 Each conversation is greedy or sampled by a coin of its own; all chance is keyed by (run seed, conversation id, turn),
-so no answer depends on the batch, on how processes share the work, or on where a killed run was resumed.
+so no answer's chance depends on the batch, on how processes share the work, or on where a killed run was resumed.
 The target answers each user turn in order, its own earlier answers before its eyes; a conversation ends with the first
 answer that did not end by itself (token limit, loop), because no one would go on from there.
 """

@@ -1,58 +1,24 @@
-"""The training losses, one head at a time (ALGORITHM section 3); every objective is one function with its source.
+"""The objectives of training (ALGORITHM section 3), each one function with its source, and their weights.
 
-    L = sum_k w_k s_k mean_t l_{t,k} / sum_k w_k s_k
-    l_{t,k} = a weighted sum of the objectives below, for p = p_target(. | x_<=t+k) and q = softmax(z_k)
-
-q is what the head says alone; of a drafter with a path correction, l is shared between that and what the heads behind
-the first say given the token above theirs (`path_share`). Above head k that is the text's x_{t+k}: nothing is accepted
-below any other.
-
-w_k is the depth weight. s_k is the share of head k's positions that accept-until-fail leaves, 1 without it: a head
-counts in proportion to what is left of it.
+l_{t,k} = a weighted sum of the objectives below, for p = p_target(. | x_<=t+k) and q = softmax(z_k)
 
 All run over the draft vocabulary: p is renormalised over it, and text tokens outside it have no cross-entropy with the
-text. A row q counts for head k iff x_{t+1} and x_{t+1+k} lie in the same answer. Rows of an answer are contiguous, so
-what head k of row q aims at is row q + k of the same arrays.
+text. What is done with l_{t,k}: head_loss.py.
 
-Positions x heads x vocabulary never exist at once, nor in what autograd keeps: `chunk_rows` rows of one head do, and
-their gradient is taken as soon as their loss is there. (Small blocks are faster, too: past 32 MB each is mapped anew.)
-
-Shapes: Q rows, M rows that count for a head, K heads, D hidden size, N draft vocabulary.
+Shapes: M rows that count for a head, N draft vocabulary.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
-from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from amphista.drafter.heads import ParallelHeads
 from amphista.errors import ConfigError
-
-
-@dataclass(frozen=True)
-class AnswerRows:
-    """The rows of a batch that lie in answers, flattened.
-
-    rows: flat indices [Q] into the [B * T] hidden states. next_ids: x_{t+1} [Q]. answers: which answer [Q].
-    """
-
-    rows: Tensor
-    next_ids: Tensor
-    answers: Tensor
-
-    def aims(self, head: int) -> Tensor:
-        """Indices [M] of the rows that count for head `head` (0-based); each aims at index + head + 1."""
-        ahead = head + 1
-        if self.answers.numel() <= ahead:
-            return self.answers.new_empty(0)
-        return (self.answers[:-ahead] == self.answers[ahead:]).nonzero().squeeze(-1)
-
 
 # -- objectives: log_probs log q [M, N], target_probs p [M, N], labels [M] in the draft vocabulary or -1; each -> [M] --
 
@@ -98,17 +64,6 @@ def hybrid_acceptance(log_probs: Tensor, target_probs: Tensor, eta: float) -> Te
 def depth_weight(decay: float, head: int) -> float:
     """w_k = decay^(k-1) for head k = `head` + 1: deeper tokens need right ones before (arXiv 2401.10774, 2.2.1)."""
     return decay**head
-
-
-def until_first_fail(counts: Tensor, index: Tensor, right: Tensor) -> Tensor:
-    """m_{t,1} = 1, m_{t,k+1} = m_{t,k} [argmax z_{t,k} = x_{t+1+k}], without gradient (arXiv 2607.01893).
-
-    counts: m_{t,k} [Q]. index: the rows [M] that head k was counted for. right: whether its best token was the text's
-    [M]. At each position heads count up to and including the first wrong one: what is behind it is never accepted.
-    """
-    following = torch.zeros_like(counts)
-    following[index] = right
-    return following
 
 
 # -- which objectives, with which weight ------------------------------------------------------------------------------
@@ -190,10 +145,10 @@ def head_losses(logits: Tensor, target_probs: Tensor, labels: Tensor, config: Lo
     """Loss [M] of one head's rows: logits [M, N], target distribution [M, N], labels [M] in the vocabulary or -1."""
     if not config.aims_at_acceptance:
         both: Tensor = _CrossEntropies.apply(
-            _widened(logits), target_probs, labels, config.soft_weight, config.text_weight
+            widened(logits), target_probs, labels, config.soft_weight, config.text_weight
         )
         return both
-    log_probs = torch.log_softmax(_widened(logits), dim=-1)
+    log_probs = torch.log_softmax(widened(logits), dim=-1)
     scored = Scored(log_probs, target_probs, labels, config)
     terms = [weight * objectives()[name](scored) for name, weight in config.weights.items() if weight]
     return torch.stack(terms).sum(0)
@@ -227,166 +182,6 @@ class _CrossEntropies(torch.autograd.Function):
         return gradient.mul_(upstream[:, None]), None, None, None, None
 
 
-def _widened(logits: Tensor) -> Tensor:
+def widened(logits: Tensor) -> Tensor:
     """At least float32: half-precision logits have too few digits for a softmax over a vocabulary."""
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
-
-
-class HeadSums(NamedTuple):
-    """What a batch adds to the loss, per head [K]: summed losses, rows that counted, rows it had (equal without fails).
-
-    Sums of parts of a batch add up, whichever process or micro-batch they come from; means would not.
-    """
-
-    losses: Tensor
-    counted: Tensor
-    aims: Tensor
-
-    def loss(self, config: LossConfig) -> Tensor:
-        """The loss of the module's first equation."""
-        return self.weighted(self.aims, config) / self.weight(self.aims, config)
-
-    def weighted(self, aims: Tensor, config: LossConfig) -> Tensor:
-        """sum_k w_k s_k mean_t l_{t,k}, as the part of these rows among `aims` [K] rows in all."""
-        part: Tensor = (_depth_weights(config, aims) * self.losses / aims.clamp_min(1)).sum()
-        return part
-
-    def weight(self, aims: Tensor, config: LossConfig) -> Tensor:
-        """sum_k w_k s_k, as the part of these rows among `aims` [K] rows in all."""
-        return (_depth_weights(config, aims) * self.counted / aims.clamp_min(1)).sum().clamp_min(1e-9)
-
-    def per_head(self) -> Tensor:
-        """The unweighted loss of each head over what counts for it [K]."""
-        return self.losses.detach() / self.counted.clamp_min(1)
-
-
-def _depth_weights(config: LossConfig, like: Tensor) -> Tensor:
-    return like.new_tensor([depth_weight(config.depth_decay, k) for k in range(len(like))])
-
-
-class HeadLoss(nn.Module):
-    """Drafter and loss in one forward, which is what distributed wrappers need to see."""
-
-    def __init__(self, drafter: ParallelHeads, config: LossConfig) -> None:
-        super().__init__()
-        self.drafter, self.config = drafter, config
-
-    def forward(self, hidden: Tensor, next_ids: Tensor, answer_rows: AnswerRows) -> HeadSums:
-        """hidden [B, T, D], next_ids [B, T] -> what this batch adds to each head's loss."""
-        states = self.drafter(hidden, next_ids, answer_rows.rows)
-        labels = draft_labels(self.drafter, answer_rows.next_ids)
-        aimed_at = hidden.flatten(0, 1)[answer_rows.rows]
-        parts = [
-            self._part(states, _Part(self.drafter, aimed_at, labels, start, self.config), answer_rows)
-            for start in range(0, max(len(labels), 1), self.config.chunk_rows)
-        ]
-        losses, counted = (torch.stack(column).sum(0) for column in zip(*parts, strict=True))
-        aims = counted.new_tensor([answer_rows.aims(k).numel() for k in range(self.drafter.num_heads)])
-        nothing = states.sum() * 0  # answers of one token have a loss, too: 0
-        if self.drafter.path is not None:
-            nothing = nothing + self.drafter.path.nothing()
-        return HeadSums(losses + nothing, counted, aims)
-
-    def _part(self, states: Tensor, part: _Part, answer_rows: AnswerRows) -> tuple[Tensor, Tensor]:
-        """(summed losses [K], rows that counted [K]) of one chunk of rows."""
-        counts = torch.ones_like(part.labels, dtype=torch.bool)
-        losses, counted = [], []
-        for k in range(self.drafter.num_heads):
-            index = answer_rows.aims(k)
-            index = index[(index >= part.start) & (index < part.start + self.config.chunk_rows)]
-            index = index[counts[index]]
-            counted.append(float(index.numel()))
-            own = self.drafter.own_weights(k)
-            if index.numel() == 0:  # a gradient of nothing: distributed wrappers wait for one of every weight
-                losses.append(_widened(sum((weight.flatten()[0] * 0 for weight in own), states.new_zeros(()))))
-                continue
-            above: tuple[Tensor, ...] = ()
-            if k and self.drafter.path is not None:
-                above = (self.drafter.correction(states[index, k], answer_rows.next_ids[index + k]),)
-            loss, right = part.scored(k, index, states[index, k], *above, *own)
-            if self.config.accept_until_fail:
-                counts = until_first_fail(counts, index, right)
-            losses.append(loss)
-        return torch.stack(losses), losses[0].new_tensor(counted)
-
-
-@dataclass(frozen=True)
-class _Part:
-    """The rows from `start` on, `chunk_rows` of them, and what their heads aim at."""
-
-    drafter: ParallelHeads
-    aimed_at: Tensor
-    labels: Tensor
-    start: int
-    config: LossConfig
-
-    @cached_property
-    def target_probs(self) -> Tensor:
-        """The target's distribution over the draft vocabulary from row start + 1 on; row `start` is nobody's aim."""
-        last = self.start + self.config.chunk_rows + self.drafter.num_heads
-        with torch.no_grad():
-            return torch.softmax(_widened(self.drafter.target_logits(self.aimed_at[self.start + 1 : last])), dim=-1)
-
-    @property
-    def path_share(self) -> float:
-        """1 where nothing is trained but the correction, or where nothing is trained."""
-        return self.config.path_share if torch.is_grad_enabled() and self.drafter.trains_heads else 1.0
-
-    def scored(self, head: int, index: Tensor, *inputs: Tensor) -> tuple[Tensor, Tensor]:
-        """(summed loss of a head's rows, whether each row's best token is the text's, as far as anybody asks)."""
-        aim = index + head + 1
-        labels, target_probs = self.labels[aim], self.target_probs[aim - self.start - 1]
-        num_corrections = 1 if head and self.drafter.path is not None else 0
-
-        def compute(states: Tensor, *others: Tensor) -> tuple[Tensor, Tensor]:
-            own = others[num_corrections:]
-            logits = self.drafter.score(states, own)
-            forms = [(1.0, logits)]
-            if num_corrections:
-                logits = self.drafter.given_above(logits, states, others[0], own)
-                forms = [(1 - self.path_share, forms[0][1]), (self.path_share, logits)]
-            losses = [w * head_losses(form, target_probs, labels, self.config).sum() for w, form in forms if w]
-            asked = self.config.accept_until_fail
-            right = logits.detach().argmax(-1) == labels if asked else torch.empty(0, device=labels.device)
-            return torch.stack(losses).sum(), right
-
-        return _at_once(compute, *inputs)
-
-
-def _at_once(function: Callable[..., tuple[Tensor, Tensor]], *inputs: Tensor) -> tuple[Tensor, Tensor]:
-    if not torch.is_grad_enabled():
-        return function(*inputs)
-    loss, right = _GradientAtOnce.apply(function, *inputs)
-    return loss, right
-
-
-class _GradientAtOnce(torch.autograd.Function):
-    """Differentiate a scalar function in the forward pass: its logits [M, N] are freed before the next head's exist.
-
-    Autograd would keep them, and the softmax of them, for all heads until the backward pass. The work is the same.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, function: Callable[..., tuple[Tensor, Tensor]], *inputs: Tensor) -> tuple[Tensor, Tensor]:
-        wanted = ctx.needs_input_grad[1:]
-        with torch.enable_grad():
-            leaves = [x.detach().requires_grad_(want) for x, want in zip(inputs, wanted, strict=True)]
-            loss, right = function(*leaves)
-            leaving = [leaf for leaf in leaves if leaf.requires_grad]
-            gradients = iter(torch.autograd.grad(loss, leaving) if leaving else ())
-        ctx.save_for_backward(*(next(gradients) if want else None for want in wanted))
-        ctx.mark_non_differentiable(right)
-        return loss.detach(), right
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, upstream: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        return None, *(None if gradient is None else gradient * upstream for gradient in ctx.saved_tensors)
-
-
-def draft_labels(drafter: ParallelHeads, token_ids: Tensor) -> Tensor:
-    """Token ids -> indices in the drafter's vocabulary, -1 outside it."""
-    if drafter.draft_ids is None:
-        return token_ids
-    index = torch.searchsorted(drafter.draft_ids, token_ids).clamp_max(drafter.draft_vocab - 1)
-    return torch.where(drafter.draft_ids[index] == token_ids, index, -1)

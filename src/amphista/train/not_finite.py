@@ -10,7 +10,7 @@ from accelerate.utils import gather_object
 
 from amphista.errors import DataError
 from amphista.train.dataset import HiddenStates, collate, idle_batch, part_of
-from amphista.train.losses import HeadLoss
+from amphista.train.head_loss import HeadLoss
 from amphista.train.rows import TokenRow
 
 

@@ -1,7 +1,7 @@
 """Calibrate a drafter that is not in training: anew on other answers or for another draft vocabulary, decoding to see
 that it holds; or for the first time, one that was converted.
 
-    amphista calibrate runs/amphista/best --data answers.jsonl.gz --out drafters/amphista --decode 20
+    amphista dev calibrate runs/amphista/best --data answers.jsonl.gz --out drafters/amphista --decode 20
     amphista convert medusa SOURCE --target T --out DIR --data answers.jsonl.gz
 
 Simulated tau (recorded answers replayed against the heads' trees) stands beside tau decoded for real from the same

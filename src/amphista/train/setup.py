@@ -193,13 +193,16 @@ def _first_drafter(
     return drafter, None
 
 
-def make_optimizer(drafter: ParallelHeads, config: OptimizerConfig) -> torch.optim.Optimizer:
-    """AdamW; norms, biases and position encodings are not decayed."""
+def make_optimizer(
+    drafter: ParallelHeads, config: OptimizerConfig, *, on_one_device: bool = True
+) -> torch.optim.Optimizer:
+    """AdamW, fused where no weight is shared out; norms, biases and position encodings are not decayed."""
     trained = [(name, p) for name, p in drafter.named_parameters() if p.requires_grad]
     decayed = [p for name, p in trained if p.dim() > 1 and "position" not in name]
     plain = [p for name, p in trained if not (p.dim() > 1 and "position" not in name)]
     groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, config.beta2))
+    fused = {"fused": True} if on_one_device else {}
+    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, config.beta2), **fused)
 
 
 def make_schedule(

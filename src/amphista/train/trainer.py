@@ -22,13 +22,13 @@ import torch
 from amphista.target.target import Target
 from amphista.train.config import TrainConfig
 from amphista.train.dataset import Batch, answer_rows, collate, epoch_batches, idle_batch, part_of
-from amphista.train.losses import HeadLoss, HeadSums
+from amphista.train.head_loss import HeadLoss, HeadSums
 from amphista.train.memory import keep_freed_memory
 from amphista.train.not_finite import not_finite
 from amphista.train.results import Results
 from amphista.train.rows import TokenRow
 from amphista.train.run_folder import Progress, RunFolder
-from amphista.train.setup import assemble, make_optimizer, make_schedule
+from amphista.train.setup import assemble, is_sharded, make_optimizer, make_schedule
 
 LEAVE_AFTER_S = 1.0
 Report = Callable[[str], None]
@@ -52,10 +52,10 @@ class Trainer:
         self.steps_per_epoch = len(epoch_batches(parts.data.rows, config.optimizer.batch_size, config.seed, 0))
         self.num_steps = self.steps_per_epoch * config.optimizer.epochs
         self.num_steps = min(self.num_steps, config.optimizer.max_steps or self.num_steps)
-        optimizer = make_optimizer(self.drafter, config.optimizer)
+        optimizer = make_optimizer(self.drafter, config.optimizer, on_one_device=not is_sharded(self.accelerator))
         schedule = make_schedule(optimizer, config.optimizer, self.num_steps)
         self.model, self.optimizer, self.schedule = self.accelerator.prepare(
-            HeadLoss(self.drafter, config.loss), optimizer, schedule
+            HeadLoss(self.drafter, config.loss, one_by_one=not is_sharded(self.accelerator)), optimizer, schedule
         )
         self.folder = RunFolder(out, self.accelerator, parts.identity(), tensorboard=config.tensorboard)
         self.results = Results(parts, self.model, out)

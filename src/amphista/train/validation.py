@@ -23,7 +23,8 @@ from torch import Tensor
 from amphista.drafter.heads import ParallelHeads
 from amphista.engine.loops import loop_free_length
 from amphista.train.dataset import Batch, HiddenStates, batches_of
-from amphista.train.losses import HeadLoss, LossConfig
+from amphista.train.head_loss import HeadLoss
+from amphista.train.losses import LossConfig
 from amphista.train.rows import TokenRow
 from amphista.tree.candidates import Candidates, ConditionalRanks
 from amphista.tree.dynamic import best_first

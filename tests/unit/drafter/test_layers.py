@@ -168,7 +168,8 @@ def test_norm_under_autocast_is_the_mixed_one_without_its_warning():
         expected = torch.nn.functional.rms_norm(x, (48,), norm.weight, 1e-5)
         expected.float().square().sum().backward()
     assert found.dtype == torch.bfloat16 and torch.equal(found, expected)
-    assert torch.equal(gradients[0], x.grad) and torch.equal(gradients[1], norm.weight.grad)
+    assert torch.equal(gradients[0], x.grad)
+    torch.testing.assert_close(gradients[1], norm.weight.grad)
 
 
 @pytest.mark.parametrize("is_causal", [False, True])
@@ -187,3 +188,18 @@ def test_mix_in_products_equals_torchs_attention(length, dtype, is_causal):
     gradients = torch.autograd.grad((mixed.double() * towards).sum(), inputs)
     for found, wanted in zip(gradients, torch.autograd.grad((expected * towards).sum(), inputs), strict=True):
         torch.testing.assert_close(found.double(), wanted.double(), atol=10 * tolerance, rtol=0)
+
+
+@pytest.mark.parametrize("wanted", ["both", "weight"])
+def test_the_trained_norm_has_the_gradient_of_its_equation(wanted):
+    norm = RMSNorm(12, 1e-5).double()
+    with torch.no_grad():
+        norm.weight.uniform_(0.5, 3.0)
+    x = torch.randn(3, 5, 12, dtype=torch.float64, requires_grad=wanted == "both")
+    inputs = (x, norm.weight) if wanted == "both" else (norm.weight,)
+    upstream = torch.randn(3, 5, 12, dtype=torch.float64)
+    found, expected = norm(x), torch.nn.functional.rms_norm(x, (12,), norm.weight, 1e-5)
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(
+        torch.autograd.grad(found, inputs, upstream), torch.autograd.grad(expected, inputs, upstream)
+    )
