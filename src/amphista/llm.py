@@ -179,7 +179,7 @@ class LLM:
         batch: Batch[int] = Batch(self.engine, BATCH_SIZE if batch_size is None else batch_size)
         if batch_size is not None:
             batch.check_memory(jobs)
-        return (self._answered(finished) for finished in batch.run(jobs))
+        return ((finished.job.tag, self.answer_of(finished)) for finished in batch.run(jobs))
 
     def _jobs(self, prompts: Sequence[Prompt], settings: dict[str, Any]) -> list[Job[int]]:
         told = {name: settings.pop(name) for name in ("system", "raw", "chat_template_kwargs") if name in settings}
@@ -193,10 +193,11 @@ class LLM:
             jobs.append(Job(ids, params, index))
         return jobs
 
-    def _answered(self, finished: Finished[int]) -> tuple[int, Answer]:
+    def answer_of(self, finished: Finished[Any]) -> Answer:
+        """What has become of a job of a batch; a failure is logged, too."""
         request, error = finished.sequence, finished.error
         if error is not None:
-            logger.warning(f"prompts[{finished.job.tag}] could not be answered to its end: {error}")
+            logger.warning(f"prompt {finished.job.tag} could not be answered to its end: {error}")
         reader = self.engine.new_text(request.params)
         text = ""
         if reader is not None:
@@ -205,7 +206,7 @@ class LLM:
                     reader.push(token)
             reader.finish()
             text = reader.value
-        return finished.job.tag, answer_of(request, text, request.finish_reason or FinishReason.ERROR, error)
+        return answer_of(request, text, request.finish_reason or FinishReason.ERROR, error)
 
     def chat(self, messages: Sequence[Message], **settings: Any) -> Answer:
         """Answer a conversation given as messages; for many turns, `conversation` keeps the caches."""
@@ -263,6 +264,10 @@ class Conversation:
                 raise RequestError("the message is empty: give some text")
             turn = [{"role": "user", "content": turn}]
         return [*self.messages, *turn]
+
+    def add(self, turn: str | Sequence[Message], answer: Answer) -> None:
+        """Take a turn into the history with an answer that was decoded elsewhere (in a batch)."""
+        self._close_turn(self._said(turn), answer)
 
     def _close_turn(self, said: list[Message], answer: Answer) -> None:
         if answer.token_ids:

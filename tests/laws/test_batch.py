@@ -25,10 +25,12 @@ from amphista.engine.request import State
 from amphista.engine.scheduler import Limits, Scheduler
 from amphista.engine.step import Engine
 from amphista.errors import CapacityError, ConfigError, RequestError, TargetError
+from amphista.kernels.int8 import can_quantise
 from amphista.target import lean
 from amphista.target.attention import Layout
 from amphista.target.spans import Span
 from amphista.tree.grow import parse_tree
+from amphista.tree.token_tree import TokenTree
 from tests.decoding import begin, decode, step
 from tests.oracle.decode import decode_plainly
 from tests.tiny import AUTO_TREES, EOS, FAMILIES, VOCAB, WINDOW, Scripted, real_drafters, tiny_target
@@ -164,6 +166,26 @@ def test_heads_of_all_sequences_draft_in_one_pass(target, monkeypatch):
     engine = Engine(target, drafter, parse_tree(7))
     results = together(engine, size=9)
     assert max(asked) >= 7 and results == plainly(target)
+
+
+@pytest.mark.parametrize("kind", ["bfloat16", "int8"])
+def test_coarse_types_have_the_bits_of_each_sequence_alone(kind):
+    """What a last bit could tip over: a tree's forward beside other trees and a chunk, on the fast path."""
+    if kind == "int8" and not can_quantise(torch.empty(0)):
+        pytest.skip("this CPU has no 8-bit dot products")
+    target = tiny_target("qwen3", dtype=torch.float32 if kind == "int8" else torch.bfloat16)
+    assert target.speed_up(int8=kind == "int8")
+    trees = [TokenTree([5, 6, 7, 8], [-1, 0, 0, 1]), TokenTree([9], [-1]), TokenTree.chain(range(20, 60))]
+    caches = [target.new_cache() for _ in trees]
+    for cache, job in zip(caches, JOBS[3:6], strict=True):
+        target.prefill(job.prompt_ids, cache)
+    spans = [Span(*pair) for pair in zip(trees, caches, strict=True)]
+    alone = []
+    for span in spans:
+        alone += target.forward([span])
+        span.cache.trim(span.num_past)
+    for one, together in zip(alone, target.forward(spans), strict=True):
+        assert torch.equal(one.logits, together.logits) and torch.equal(one.hidden, together.hidden)
 
 
 # -- order, preemption, cancellation ----------------------------------------------------------------------------------
