@@ -23,9 +23,7 @@ from transformers import CONFIG_MAPPING, GenerationConfig, __version__
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging
 
-from amphista.drafter.lookup import WithLookup
-from amphista.drafter.none import NoDrafter
-from amphista.engine.decoder import decode
+from amphista.drafter.proposer import Proposer
 from amphista.engine.params import SamplingParams
 from amphista.engine.step import Engine
 from amphista.errors import TargetError, first_line
@@ -34,6 +32,7 @@ from amphista.target.probe import probe
 from amphista.target.target import Target
 from amphista.target.tiny import tiny_model
 from amphista.tree.grow import parse_tree
+from tests.decoding import decode
 from tests.tiny import Scripted
 
 TABLE = Path(__file__).parents[1] / "docs" / "families.md"
@@ -196,7 +195,7 @@ def drafters(vocab_size: int, tokens: list[int]) -> dict[str, tuple[Any, Any]]:
         "siblings": (Scripted(4, siblings), 24),
         "chain": (Scripted(4, chain), "chain"),
         "guess": (Scripted(4, guess), 24),
-        "lookup": (WithLookup(NoDrafter()), "chain"),
+        "lookup": (Proposer(use_lookup=True), "chain"),
     }
 
 

@@ -26,9 +26,8 @@ from transformers import (
 from amphista.drafter.amphista import Amphista, AmphistaConfig
 from amphista.drafter.base import Drafter
 from amphista.drafter.heads import ParallelHeads
-from amphista.drafter.lookup import WithLookup
 from amphista.drafter.medusa import Medusa, MedusaConfig
-from amphista.drafter.none import NoDrafter
+from amphista.drafter.proposer import Proposer
 from amphista.target.target import Target
 from amphista.target.text import Text
 from amphista.tree.candidates import Candidates, ConditionalRanks, NgramDraft
@@ -234,14 +233,14 @@ HOSTILE = {
 }
 
 
-class Grafting(WithLookup):
-    """Another drafter, and a graft that a function makes of what the sequence will be, from the pending token on."""
+class Grafting(Proposer):
+    """Heads or none, and a graft that a function makes of what the sequence will be, from the pending token on."""
 
-    def __init__(self, inner: Drafter, tokens: list[int], graft) -> None:
-        super().__init__(inner)
+    def __init__(self, heads: Drafter | None, tokens: list[int], graft) -> None:
+        super().__init__(heads, use_lookup=True)
         self._tokens, self._graft = tokens, graft
 
-    def draft_ngrams(self, state, token_ids, max_depth) -> NgramDraft | None:
+    def ngrams(self, lookup, token_ids, max_depth) -> NgramDraft | None:
         coming = self._tokens[len(token_ids) : len(token_ids) + max_depth]
         said = [token % VOCAB for token in self._graft(token_ids, coming)][:max_depth]
         return NgramDraft(said, [-0.05] * len(said)) if said else None
@@ -267,10 +266,23 @@ def shaken(drafter: ParallelHeads, seed: int = 0, scale: float = 0.3) -> Paralle
     return drafter.eval()
 
 
+class Steady(AutoGrower):
+    """Steps take as long as is said, so that what is drafted repeats itself."""
+
+    def observe(self, plan, accepted, seconds) -> None:
+        super().observe(plan, accepted, self.budget.costs.seconds(plan.forward))
+
+
 AUTO_TREES = {
-    "auto-cheap": AutoGrower(Costs.measured({1: 1.0, 2: 1.05, 8: 1.2, 24: 1.6}, draft=0.15)),
-    "auto-dear": AutoGrower(Costs.measured({1: 1.0, 2: 1.25, 8: 2.4}, draft=0.5)),  # the heads rest more often than not
+    "auto-cheap": Steady(Costs.measured({1: 1.0, 2: 1.05, 8: 1.2, 24: 1.6}, draft=0.15)),
+    "auto-dear": Steady(Costs.measured({1: 1.0, 2: 1.25, 8: 2.4}, draft=0.5)),  # the heads rest more often than not
 }
+
+
+def anew(grower):
+    """The same grower, before its first step."""
+    return replace(grower) if isinstance(grower, AutoGrower) else grower
+
 
 AMPHISTA_SWITCHES = {
     "full": {},
@@ -297,15 +309,16 @@ MEDUSA_SWITCHES = {
 }
 
 
-def real_drafters(target: Target) -> dict[str, Drafter]:
-    """Every real drafter with every switch, on random weights."""
-    found: dict[str, Drafter] = {"none": NoDrafter()}
+def real_drafters(target: Target) -> dict[str, Drafter | Proposer]:
+    """Every real drafter with every switch, on random weights, alone; some beside lookup."""
+    heads: dict[str, Drafter] = {}
     for name, switches in AMPHISTA_SWITCHES.items():
-        found[f"amphista-{name}"] = shaken(Amphista(AmphistaConfig(**switches), target.spec, target.shared))
+        heads[f"amphista-{name}"] = shaken(Amphista(AmphistaConfig(**switches), target.spec, target.shared))
     for name, switches in MEDUSA_SWITCHES.items():
-        found[f"medusa-{name}"] = shaken(Medusa(MedusaConfig(**switches), target.spec, target.shared))
-    found |= {f"{name}+lookup": WithLookup(found[name]) for name in BESIDE_LOOKUP}
-    return {name: drafter.to(target.dtype) for name, drafter in found.items()}
+        heads[f"medusa-{name}"] = shaken(Medusa(MedusaConfig(**switches), target.spec, target.shared))
+    heads = {name: one.to(target.dtype) for name, one in heads.items()}
+    beside = {f"{name}+lookup": Proposer(heads.get(name), use_lookup=True) for name in BESIDE_LOOKUP}
+    return {"none": Proposer(), **heads, **beside}
 
 
 BESIDE_LOOKUP = ["none", "amphista-full", "medusa-own", "amphista-paths"]

@@ -14,7 +14,7 @@ from typing import Any
 
 from amphista.cli.progress import StepProgress
 from amphista.cli.standard import told
-from amphista.drafter.checkpoint import load_drafter
+from amphista.drafter.checkpoint import load_proposer
 from amphista.errors import AmphistaError
 from amphista.evaluation.latency import LatencyConfig, measure_latency, write_latency
 from amphista.evaluation.methods import timed_drafters
@@ -92,7 +92,7 @@ def add_limits(record: dict[str, Any], target: Target) -> None:
 
 
 def _profile(name: str, target: Target) -> dict[str, Any]:
-    return profile_steps(LLM(target, load_drafter(name, target.spec, target.shared, target.fingerprint)), name)
+    return profile_steps(LLM(target, load_proposer(name, target.spec, target.shared, target.fingerprint)), name)
 
 
 if __name__ == "__main__":

@@ -113,10 +113,10 @@ def _measure(job: MemoryJob) -> dict[str, int]:
     import_code(job.target)  # `transformers` imports a family's code when it loads one: an import like any other
     imports = resident_bytes("VmRSS")
     llm = load(job.target, job.drafter, **job.settings)
-    context = llm.engine.new_context()
     prompt = torch.randint(llm.target.spec.vocab_size, (job.context,), generator=torch.Generator().manual_seed(0))
     params = SamplingParams(max_new_tokens=job.new_tokens)
-    answer = finish(llm.stream_ids(prompt.tolist(), params, context))
+    stream = llm.stream_ids(prompt.tolist(), params)
+    answer = finish(stream)
     peak = resident_bytes("VmHWM")
     if llm.target.device.type == "cuda":
         imports, peak = 0, torch.cuda.max_memory_allocated(llm.target.device)
@@ -125,13 +125,12 @@ def _measure(job: MemoryJob) -> dict[str, int]:
         "imports_bytes": imports,
         "peak_bytes": peak,
         "weights_bytes": llm.target.num_weight_bytes,
-        "cache_bytes": context.cache.num_bytes,
-        "drafter_bytes": _drafter_bytes(llm.drafter),
+        "cache_bytes": stream.request.rows.cache.num_bytes,
+        "drafter_bytes": _drafter_bytes(llm.drafter.heads),
     }
 
 
-def _drafter_bytes(drafter: Drafter) -> int:
-    drafter = drafter.inner
+def _drafter_bytes(drafter: Drafter | None) -> int:
     if not isinstance(drafter, ParallelHeads):
         return 0
     head = 0 if drafter.draft_ids is None else drafter.draft_vocab * drafter.spec.hidden_size  # gathered rows

@@ -19,10 +19,10 @@ import torch
 
 from amphista.cache.static import KVCache
 from amphista.kernels.linear import PackedLinear
-from amphista.target.attention import Layout
 from amphista.target.lean import LeanModel
 from amphista.target.loading import load_target
-from amphista.target.native import NativeForward, PlainLinear, RoundedLinear, SpanRows
+from amphista.target.native import NativeForward, PlainLinear, RoundedLinear
+from amphista.target.spans import Span
 from amphista.tree.token_tree import TokenTree
 
 
@@ -64,16 +64,14 @@ def forwards(dtype: str, context: int) -> tuple[dict[str, Callable[[TokenTree], 
     packed = plain if dtype == "int8" else LeanModel(target.model, product=PackedLinear)
     native = NativeForward(plain, [None] * target.spec.num_layers)
     cache = KVCache(target.spec.num_layers)
-    chain = TokenTree(prompt, list(range(-1, context - 1)))
+    chain = TokenTree.chain(prompt)
 
     def torch_form(tree: TokenTree) -> None:
         cache.trim(cache.num_committed)
-        past = cache.num_committed
-        layout = Layout.behind(past, tree.ancestor_mask(), torch.tensor(tree.depths) + past)
-        packed.logits(packed.hidden(torch.tensor([tree.tokens]), layout, cache.layers)).argmax(-1)
+        packed.logits(packed.hidden_of([Span(tree, cache)])).argmax(-1)
 
     def c_step(tree: TokenTree) -> None:
-        native([SpanRows(tree.tokens, tree.parents, cache)])
+        native([Span(tree, cache)])
 
     torch_form(chain)
     cache.commit(range(context))

@@ -142,14 +142,14 @@ def _noted(timer: OperationTimer, work: Callable[[], Any]) -> tuple[Timed, Any]:
 
 @contextmanager
 def _noting_forwards(llm: LLM, timer: OperationTimer, forwards: list[Timed]) -> Iterator[None]:
-    verify = llm.target.verify
+    forward = llm.target.forward
 
     def noted(*args: Any) -> Any:
-        timed, output = _noted(timer, lambda: verify(*args))
+        timed, output = _noted(timer, lambda: forward(*args))
         forwards.append(timed)
         return output
 
-    with patch.object(llm.target, "verify", noted):
+    with patch.object(llm.target, "forward", noted):
         yield
 
 

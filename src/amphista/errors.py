@@ -7,6 +7,8 @@
     |-- DataError        a prompt or training file with an unusable line, named by its number
     |-- CapacityError    a cache or a context window that is full
     |-- NativeError      the C step, where it cannot be built or used; caught, said, and done without
+    |-- QueueFullError   too many requests wait already; says when to try again
+    |-- UnavailableError a request that waited too long, or an engine that was closed
     |-- CaptureError     a forward that this device cannot record as a graph; caught, said, and done without
     `-- RequestError     a request that cannot be served (empty prompt, prompt longer than the context)
 
@@ -42,6 +44,18 @@ class CapacityError(AmphistaError):
 
 class NativeError(AmphistaError):
     """The C step cannot be built, loaded or used here."""
+
+
+class QueueFullError(AmphistaError):
+    """Too many requests wait already; `retry_after` is the seconds until they may be done."""
+
+    def __init__(self, message: str, retry_after: float) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+class UnavailableError(AmphistaError):
+    """A request waited too long for its turn, or the engine was closed."""
 
 
 class CaptureError(AmphistaError):

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import cached_property
@@ -19,18 +19,17 @@ from pathlib import Path
 from typing import Any, Literal, overload
 
 from amphista.drafter.base import Drafter
-from amphista.drafter.checkpoint import load_drafter, shipped_for
-from amphista.drafter.heads import ParallelHeads
+from amphista.drafter.checkpoint import load_proposer, shipped_for
 from amphista.drafter.hub import HubAccess
 from amphista.drafter.lookup import LOOKUP
-from amphista.drafter.none import NoDrafter
+from amphista.drafter.proposer import Proposer
+from amphista.engine.batch import Batch, Finished, Job
 from amphista.engine.costs import costs_for
-from amphista.engine.decoder import Decoding
 from amphista.engine.model_defaults import model_settings, tell_unused
-from amphista.engine.params import SamplingParams
-from amphista.engine.sequence import Context
+from amphista.engine.params import FinishReason, SamplingParams
+from amphista.engine.prefixes import taken_over
 from amphista.engine.step import Engine
-from amphista.engine.stream import Answer, Stream, finish
+from amphista.engine.stream import Answer, Stream, answer_of, finish
 from amphista.errors import RequestError
 from amphista.target import DEFAULT_TARGET
 from amphista.target.loading import load_target
@@ -41,6 +40,7 @@ from amphista.tree.grow import AUTO, DEFAULT_TREE, Measured, check_tree, parse_t
 Prompt = str | Sequence[Message] | Sequence[int]
 Params = SamplingParams | Literal["model"] | None
 PREFERRED_DRAFTER = "amphista"
+BATCH_SIZE = 16
 PROMPT_FORMS = "expected a text, a list of messages with 'role' and 'content', or a list of token ids"
 logger = logging.getLogger("amphista")
 
@@ -48,11 +48,12 @@ logger = logging.getLogger("amphista")
 class LLM:
     """A target and a drafter. Nothing of a generation is kept here: any number may run side by side."""
 
-    def __init__(self, target: Target, drafter: Drafter | None = None, *, tree: str | int | None = None) -> None:
-        self.target = target
-        self.drafter = drafter or NoDrafter()
-        if isinstance(self.drafter.inner, ParallelHeads):
-            self.drafter.inner.freeze(as_trained=target.is_static)
+    def __init__(
+        self, target: Target, drafter: Proposer | Drafter | None = None, *, tree: str | int | None = None
+    ) -> None:
+        self.target, self.drafter = target, Proposer.of(drafter)
+        if self.drafter.heads is not None:
+            self.drafter.heads.freeze(as_trained=target.is_static)
         costs = costs_for(target, self.drafter) if str(tree or DEFAULT_TREE) == AUTO else None
         measured = Measured(accuracy=calibrated_accuracy(self.drafter), costs=costs)
         self.engine = Engine(target, self.drafter, parse_tree(tree, measured))
@@ -133,34 +134,79 @@ class LLM:
         self,
         prompt_ids: Sequence[int],
         params: SamplingParams,
-        context: Context | None = None,
         on_end: Callable[[Answer], None] | None = None,
+        *,
+        after: Stream | None = None,
     ) -> Stream:
-        """Decode from token ids, on a kept context where one is given."""
-        decoding = Decoding(self.engine, list(prompt_ids), params, context)
-        return Stream(decoding, lambda: self.worker, on_end)
+        """Decode from token ids. after: an ended stream whose caches are taken over, as far as both begin alike."""
+        request = self.engine.new_sequence(list(prompt_ids), params)
+        if after is not None:
+            request.adopt(taken_over(after.request.rows, request.token_ids))
+            after.request.release()
+        return Stream(self.engine, request, lambda: self.worker, on_end)
 
     @overload
     def generate(self, prompt: str | Sequence[Message] | Sequence[int], **settings: Any) -> Answer: ...
 
     @overload
-    def generate(self, prompt: Sequence[Prompt], **settings: Any) -> list[Answer]: ...
+    def generate(self, prompt: Sequence[Prompt], *, batch_size: int | None = None, **settings: Any) -> list[Answer]: ...
 
-    def generate(self, prompt: Prompt | Sequence[Prompt], **settings: Any) -> Answer | list[Answer]:
-        """Decode a prompt to its end, or several, one after the other; settings as for `stream`.
+    def generate(
+        self, prompt: Prompt | Sequence[Prompt], *, batch_size: int | None = None, **settings: Any
+    ) -> Answer | list[Answer]:
+        """Decode a prompt to its end, or several together; settings as for `stream`.
 
-        A list of texts, of conversations or of lists of token ids is several prompts. All of them are checked before
-        the first is decoded; the RequestError names the one that cannot be.
+        A list of texts, of conversations or of lists of token ids is several prompts: see `answers`.
         """
         if not _are_prompts(prompt):
+            if batch_size is not None:
+                raise RequestError("batch_size is for a list of prompts: this is one")
             return finish(self.stream(prompt, **settings))  # type: ignore[arg-type]
-        streams = []
-        for index, one in enumerate(prompt):
+        found = dict(self.answers(prompt, batch_size=batch_size, **settings))  # type: ignore[arg-type]
+        return [found[index] for index in range(len(prompt))]
+
+    def answers(
+        self, prompts: Sequence[Prompt], *, batch_size: int | None = None, **settings: Any
+    ) -> Iterator[tuple[int, Answer]]:
+        """Decode several prompts, `batch_size` at a time (default 16, or as many as memory holds); yields the number of
+        each and its answer as it ends.
+
+        All prompts are checked before the first is decoded: the RequestError names the one that cannot be, and a
+        CapacityError tells of a batch_size that memory may not hold. What fails later is told by its answer's `error`
+        and stops no other.
+        """
+        jobs = self._jobs(prompts, settings)
+        batch: Batch[int] = Batch(self.engine, BATCH_SIZE if batch_size is None else batch_size)
+        if batch_size is not None:
+            batch.check_memory(jobs)
+        return ((finished.job.tag, self.answer_of(finished)) for finished in batch.run(jobs))
+
+    def _jobs(self, prompts: Sequence[Prompt], settings: dict[str, Any]) -> list[Job[int]]:
+        told = {name: settings.pop(name) for name in ("system", "raw", "chat_template_kwargs") if name in settings}
+        params, jobs = self.params(settings.pop("params", None), **settings), []
+        for index, prompt in enumerate(prompts):
             try:
-                streams.append(self.stream(one, **settings))  # type: ignore[arg-type]
+                ids = self.prompt_ids(prompt, **told)
+                self.engine.check(ids, params)
             except RequestError as error:
                 raise RequestError(f"prompts[{index}]: {error}") from error
-        return [finish(stream) for stream in streams]
+            jobs.append(Job(ids, params, index))
+        return jobs
+
+    def answer_of(self, finished: Finished[Any]) -> Answer:
+        """What has become of a job of a batch; a failure is logged, too."""
+        request, error = finished.sequence, finished.error
+        if error is not None:
+            logger.warning(f"prompt {finished.job.tag} could not be answered to its end: {error}")
+        reader = self.engine.new_text(request.params)
+        text = ""
+        if reader is not None:
+            for token in request.output_ids:
+                if token not in request.end_ids:
+                    reader.push(token)
+            reader.finish()
+            text = reader.value
+        return answer_of(request, text, request.finish_reason or FinishReason.ERROR, error)
 
     def chat(self, messages: Sequence[Message], **settings: Any) -> Answer:
         """Answer a conversation given as messages; for many turns, `conversation` keeps the caches."""
@@ -192,7 +238,6 @@ class Conversation:
         self.llm = llm
         self.messages: list[Message] = [] if system is None else [{"role": "system", "content": system}]
         self._raw, self._template_kwargs = raw, chat_template_kwargs
-        self._context = llm.engine.new_context()
         self._stream: Stream | None = None
 
     def stream(self, turn: str | Sequence[Message], *, params: Params = None, **settings: Any) -> Stream:
@@ -202,7 +247,10 @@ class Conversation:
             self._stream.close()
         said, ids = self._said(turn), self.prompt_ids(turn)
         self._stream = self.llm.stream_ids(
-            ids, self.llm.params(params, **settings), self._context, lambda answer: self._close_turn(said, answer)
+            ids,
+            self.llm.params(params, **settings),
+            lambda answer: self._close_turn(said, answer),
+            after=self._stream,
         )
         return self._stream
 
@@ -216,6 +264,10 @@ class Conversation:
                 raise RequestError("the message is empty: give some text")
             turn = [{"role": "user", "content": turn}]
         return [*self.messages, *turn]
+
+    def add(self, turn: str | Sequence[Message], answer: Answer) -> None:
+        """Take a turn into the history with an answer that was decoded elsewhere (in a batch)."""
+        self._close_turn(self._said(turn), answer)
 
     def _close_turn(self, said: list[Message], answer: Answer) -> None:
         if answer.token_ids:
@@ -288,15 +340,15 @@ def load(
     return LLM(loaded, choose_drafter(loaded, name, allow_other_target=allow_other_target, hub=hub), tree=tree)
 
 
-def calibrated_accuracy(drafter: Drafter) -> list[list[float]] | None:
+def calibrated_accuracy(proposer: Proposer) -> list[list[float]] | None:
     """What a static tree is built from, where the drafter has it."""
-    calibration = drafter.inner.calibration if isinstance(drafter.inner, ParallelHeads) else None
+    calibration = None if proposer.heads is None else proposer.heads.calibration
     return None if calibration is None else calibration.accuracy
 
 
 def choose_drafter(
     target: Target, name: str | None, *, allow_other_target: bool = False, hub: HubAccess | None = None
-) -> Drafter:
+) -> Proposer:
     """The named drafter; by default lookup, beside the preferred drafter where one is shipped."""
     if name is None:
         shipped = shipped_for(PREFERRED_DRAFTER, target.fingerprint)
@@ -305,6 +357,6 @@ def choose_drafter(
         if shipped is None:
             logger.info(f"no drafter is shipped for {target.name}: drafting by lookup alone (see `amphista train`)")
         name = LOOKUP if shipped is None else f"{PREFERRED_DRAFTER}+{LOOKUP}"
-    return load_drafter(
+    return load_proposer(
         name, target.spec, target.shared, target.fingerprint, allow_other_target=allow_other_target, hub=hub
     )

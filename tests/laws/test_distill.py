@@ -11,8 +11,7 @@ import json
 import pytest
 import torch
 
-from amphista.drafter.none import NoDrafter
-from amphista.engine.decoder import decode
+from amphista.drafter.proposer import Proposer
 from amphista.engine.loops import loop_free_length
 from amphista.engine.params import SamplingParams
 from amphista.engine.step import Engine
@@ -22,6 +21,7 @@ from amphista.train.distill import DistillConfig, Distiller, Share, chance
 from amphista.train.distilled import AnswerFile, read_answered, read_folder, read_run
 from amphista.train.prompts import read_rows
 from amphista.tree.grow import parse_tree
+from tests.decoding import decode
 from tests.talkative import asked, talkative_target
 from tests.tiny import EOS, tiny_target
 
@@ -59,7 +59,7 @@ def settings_of(name, turn):
 
 def test_every_answer_is_the_target_s_own_to_the_conversation_so_far(target, prompts, whole):
     """Turn by turn with the plain engine on rendered messages; somebody else's answers are nowhere."""
-    engine, text = Engine(target, NoDrafter(), parse_tree(1)), target.text
+    engine, text = Engine(target, Proposer(), parse_tree(1)), target.text
     answered = {one.id: one for one in read_answered(whole)}
     assert answered.keys() == prompts.conversations.keys()
     counts = {"stop": 0, "length": 0, "loop": 0, "later": 0}
@@ -142,7 +142,7 @@ def test_answers_that_are_not_text_stay_as_they_were_chosen(prompts, tmp_path):
     """Random bytes come back as other tokens when the next turn is rendered: the row ends, the ids are the target's."""
     target = tiny_target(with_text=True, dtype=torch.float64)
     config = dataclasses.replace(CONFIG, max_new_tokens=12, cut_loops=False)
-    engine = Engine(target, NoDrafter(), parse_tree(1))
+    engine = Engine(target, Proposer(), parse_tree(1))
     end = {97, 120, 200, 14, 33, 250, 5, 61}  # tokens that end an answer, so that later turns come about
     target.eos_ids = frozenset(end)
     Distiller(target, config, prompts, tmp_path).run()

@@ -11,11 +11,12 @@ import random
 
 import pytest
 
+from amphista.tree.budget import NodeBudget
 from amphista.tree.candidates import Candidates, NgramDraft
 from amphista.tree.grow import AutoGrower, ChainGrower, DynamicGrower, StaticGrower
 from amphista.tree.offers import NO_RANK, ChildCandidates
 from amphista.tree.template import TreeTemplate
-from amphista.tree.tune import Costs, best_size
+from amphista.tree.tune import Costs
 from tests.unit.tree.test_offers import all_paths, best_plainly, children_plainly, with_paths
 
 COSTS = {
@@ -96,10 +97,11 @@ def test_no_tree_commits_more_tokens_a_second(name, kind):
 )
 def test_mutations_are_seen(mutation, monkeypatch):
     if mutation == "one-too-many":
-        monkeypatch.setattr("amphista.tree.grow.best_size", lambda *_, **__: 6)
+        monkeypatch.setattr(NodeBudget, "share", lambda *_: [6])
     elif mutation == "draft-forgotten":
+        share = NodeBudget.share
         monkeypatch.setattr(
-            "amphista.tree.grow.best_size", lambda scores, costs, drafted: best_size(scores, costs, drafted=False)
+            NodeBudget, "share", lambda budget, rows, scores, _, plain: share(budget, rows, scores, 0, plain)
         )
     elif mutation == "paths-forgotten":
         children = ChildCandidates._children

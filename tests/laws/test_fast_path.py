@@ -12,17 +12,18 @@ import dataclasses
 import pytest
 import torch
 
-from amphista.drafter.none import NoDrafter
-from amphista.engine.decoder import decode
+from amphista.drafter.proposer import Proposer
 from amphista.engine.params import SamplingParams
 from amphista.engine.step import Engine
 from amphista.errors import TargetError
 from amphista.kernels.int8 import can_quantise
 from amphista.target import lean
 from amphista.target.lean import LeanModel
+from amphista.target.spans import Span
 from amphista.target.target import Target
 from amphista.tree.grow import parse_tree
 from amphista.tree.token_tree import TokenTree
+from tests.decoding import decode
 from tests.oracle.decode import decode_plainly
 from tests.tiny import EOS, HOSTILE, WINDOW, tiny_model, tiny_target
 
@@ -107,12 +108,16 @@ def test_ragged_batch(both):
     lengths = [3, WINDOW + 2, 1, 2 * WINDOW]
     outputs = []
     for target in both:
-        slots = target.new_slots(4)
-        for slot, length in zip(slots.slots, lengths, strict=True):
-            target.prefill(prompt_of(length), slot)
-        steps = [target.extend([40 + step, 50, 60, 70 + step], slots) for step in range(3)]
-        slots.check_integrity()
-        outputs.append([t for o in steps for t in (o.logits, o.hidden)])
+        caches = [target.new_cache() for _ in lengths]
+        for cache, length in zip(caches, lengths, strict=True):
+            target.prefill(prompt_of(length), cache)
+        found = []
+        for step in range(3):
+            trees = [TREE, TokenTree.chain([40 + step, 5]), TokenTree([50], [-1]), TREE]
+            found += target.forward([Span(*pair) for pair in zip(trees, caches, strict=True)])
+            for cache, path in zip(caches, ([0, 1, 3], [0, 1], [0], [0]), strict=True):
+                cache.commit(path), cache.check_integrity()
+        outputs.append([t for o in found for t in (o.logits, o.hidden)])
     assert max(difference(a, b) for a, b in zip(*outputs, strict=True)) < TOLERANCE
 
 
@@ -194,7 +199,7 @@ def test_int8_decoding_is_lossless(kind):
     for params in (SamplingParams(max_new_tokens=20), SamplingParams(max_new_tokens=20, temperature=0.8, seed=7)):
         for start in (3, 8):
             prompt = [start, *prompt_of(WINDOW)]
-            expected = decode(Engine(target, NoDrafter(), parse_tree(1)), prompt, params).output_ids
+            expected = decode(Engine(target, Proposer(), parse_tree(1)), prompt, params).output_ids
             found = decode(Engine(target, HOSTILE[kind](prompt + expected), parse_tree(9)), prompt, params)
             assert found.output_ids == expected
 
@@ -204,9 +209,7 @@ def test_int8_decoding_is_lossless(kind):
 
 def _rotated_late(monkeypatch):
     original = LeanModel._rotation
-    monkeypatch.setattr(
-        LeanModel, "_rotation", lambda self, positions, num_sequences: original(self, 2 * positions, num_sequences)
-    )
+    monkeypatch.setattr(LeanModel, "_rotation", lambda self, positions: original(self, 2 * positions))
 
 
 def _other_group(monkeypatch):

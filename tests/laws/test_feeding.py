@@ -8,11 +8,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from amphista.drafter.lookup import WithLookup
+from amphista.drafter.proposer import Proposer
 from amphista.engine.params import SamplingParams
-from amphista.engine.sequence import Context
+from amphista.engine.rows import Rows
 from amphista.engine.step import Engine
 from amphista.tree.grow import DynamicGrower, parse_tree
+from tests.decoding import begin, step
 from tests.tiny import real_drafters, tiny_target
 
 PROMPTS = [[5, 17, 230, 44, 9, 61, 3, 4], [5, 17, 230, 44, 80, 81, 82, 83, 84]]  # the second rewinds into the first
@@ -38,45 +39,50 @@ class Seldom(DynamicGrower):
 
     calls = 0
 
-    def wants_heads(self, controller, graft) -> bool:
+    def whom_to_ask(self, rows, plain):
         type(self).calls += 1
-        return type(self).calls % 4 == 0
+        return super().whom_to_ask(rows, plain) if type(self).calls % 4 == 0 else []
 
 
-def difference(target, drafter, context):
+def difference(target, drafter, sequence):
     """Between the head logits of the state in service and those of the training form."""
-    context.feed(drafter)
-    drafter = drafter.inner
-    ids = context.token_ids
-    rows = context.draft_state.num_rows
-    assert rows == len(ids) - 1 == context.cache.num_committed
+    sequence.rows.feed()
+    ids, state = sequence.token_ids, sequence.rows.draft_state
+    rows = state.num_rows
+    assert rows == len(ids) - 1 == sequence.rows.cache.num_committed
     hidden = target.hidden_states(torch.tensor([ids]))[:, :-1].clone()
     with torch.inference_mode():
         states = drafter.head_states(hidden, torch.tensor([ids[1:]]), torch.tensor([rows - 1]))
         expected = drafter.head_logits(states)[0]
-        return float((expected - drafter.head_logits(drafter.draft_states(context.draft_state))).abs().max())
+        return float((expected - drafter.head_logits(drafter.draft_states([state])[0])).abs().max())
 
 
-def worst_difference(target, drafter, temperature=0.0, grower=parse_tree(250), every=1):  # noqa: B008
+def worst_difference(target, drafter, temperature=0.0, grower=parse_tree(250), every=1, with_lookup=False):  # noqa: B008
     """(worst difference over two requests on one context, accepted tokens); looked at after each `every` steps."""
-    engine = Engine(target, drafter, grower)
-    context = engine.new_context()
-    worst, accepted = 0.0, 0
+    engine = Engine(target, Proposer(drafter, use_lookup=with_lookup), grower)
+    worst, accepted, sequence = 0.0, 0, None
     for prompt in PROMPTS:
         params = SamplingParams(max_new_tokens=40, temperature=temperature, seed=0)
-        sequence, _ = engine.start(prompt, params, context)
-        worst = max(worst, difference(target, drafter, context))
-        while sequence.finish_reason is None:
-            engine.step(sequence)
+        sequence = begin(engine, prompt, params, sequence)
+        worst = max(worst, difference(target, drafter, sequence))
+        while not sequence.is_finished:
+            step(engine, sequence)
             if sequence.stats.num_steps % every == 0:
-                worst = max(worst, difference(target, drafter, context))
+                worst = max(worst, difference(target, drafter, sequence))
         accepted += sum(sequence.stats.accepted)
     return worst, accepted
 
 
 @pytest.fixture(autouse=True)
 def _small_chunks(monkeypatch):
-    monkeypatch.setattr("amphista.target.target.PREFILL_CHUNK", 3)
+    new_sequence = Engine.new_sequence
+
+    def in_small_chunks(engine, *given):
+        sequence = new_sequence(engine, *given)
+        sequence.chunk_len = 3
+        return sequence
+
+    monkeypatch.setattr(Engine, "new_sequence", in_small_chunks)
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
@@ -96,7 +102,7 @@ def test_rows_fed_late_make_the_same_state(precise, name, every):
     commit = drafters[name].commit
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(drafters[name], "commit", lambda *given: (waited.append(len(given[2])), commit(*given))[1])
-        worst, accepted = worst_difference(target, WithLookup(drafters[name]), 0.0, Seldom(250), every)
+        worst, accepted = worst_difference(target, drafters[name], 0.0, Seldom(250), every, True)
     assert worst < 1e-9 and accepted > 0
     assert every == 1 or max(waited[1:]) > 4, "nothing was fed late"
 
@@ -106,8 +112,8 @@ def test_a_feeding_broken_off_is_done_again(precise, monkeypatch):
     target, drafters = precise
     drafter = drafters["amphista-full"]
     engine = Engine(target, drafter, parse_tree(250))
-    sequence, _ = engine.start(PROMPTS[0], SamplingParams(max_new_tokens=20))
-    engine.step(sequence)
+    sequence = begin(engine, PROMPTS[0], SamplingParams(max_new_tokens=20))
+    step(engine, sequence)
 
     def interrupt(*given, **named):
         raise KeyboardInterrupt
@@ -115,41 +121,41 @@ def test_a_feeding_broken_off_is_done_again(precise, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(drafter.stages[1].layer, "forward", interrupt)
         with pytest.raises(KeyboardInterrupt):
-            engine.step(sequence)
-    while sequence.finish_reason is None:
-        assert difference(target, drafter, sequence.context) < 1e-9
-        engine.step(sequence)
+            step(engine, sequence)
+    while not sequence.is_finished:
+        assert difference(target, drafter, sequence) < 1e-9
+        step(engine, sequence)
 
 
-def forgets_a_row(context, drafter, feed):
-    del context.unfed[1:2]
-    feed(context, drafter)
+def forgets_a_row(rows, feed):
+    del rows.unfed[1:2]
+    feed(rows)
 
 
-def in_the_wrong_order(context, drafter, feed):
-    context.unfed.reverse()
-    feed(context, drafter)
+def in_the_wrong_order(rows, feed):
+    rows.unfed.reverse()
+    feed(rows)
 
 
 @pytest.mark.parametrize("mutation", [forgets_a_row, in_the_wrong_order])
 def test_mutation_of_late_feeding_is_seen(precise, monkeypatch, mutation):
     target, drafters = precise
-    feed = Context.feed
-    monkeypatch.setattr(Context, "feed", lambda context, drafter: mutation(context, drafter, feed))
+    feed = Rows.feed
+    monkeypatch.setattr(Rows, "feed", lambda rows: mutation(rows, feed))
     with pytest.raises(AssertionError):
         worst, _ = worst_difference(target, drafters["amphista-full"], 0.0, Seldom(250), 6)
         assert worst < 1e-6
 
 
 def test_rows_do_not_wait_without_end(precise, monkeypatch):
-    monkeypatch.setattr("amphista.engine.sequence.MAX_UNFED", 5)
+    monkeypatch.setattr("amphista.engine.rows.MAX_UNFED", 5)
     target, drafters = precise
     engine = Engine(target, drafters["amphista-full"], Seldom(1))
-    sequence, _ = engine.start(PROMPTS[0], SamplingParams(max_new_tokens=40))
-    while sequence.finish_reason is None:
-        engine.step(sequence)
-        assert len(sequence.context.unfed) <= 5
-    assert difference(target, drafters["amphista-full"], sequence.context) < 1e-9
+    sequence = begin(engine, PROMPTS[0], SamplingParams(max_new_tokens=40))
+    while not sequence.is_finished:
+        step(engine, sequence)
+        assert len(sequence.rows.unfed) <= 5
+    assert difference(target, drafters["amphista-full"], sequence) < 1e-9
 
 
 def wrong_next_ids(commit, state, hidden, next_ids):
@@ -178,21 +184,21 @@ def test_heads_are_divided_by_the_requests_temperature(precise, monkeypatch):
     target, drafters = precise
     drafter = drafters["amphista-full"]
     asked = []
-    draft = drafter.draft
-    monkeypatch.setattr(drafter, "draft", lambda *given: asked.append(given[1:]) or draft(*given))
+    draft = drafter.draft_all
+    monkeypatch.setattr(drafter, "draft_all", lambda *given: asked.append(given[1:]) or draft(*given))
     engine = Engine(target, drafter, parse_tree(9))
-    sequence, _ = engine.start(PROMPTS[0], SamplingParams(max_new_tokens=6, temperature=0.6, seed=0))
-    engine.step(sequence)
-    assert asked == [(8, 0.6, 4)]  # 8 ranks of the heads that 6 tokens leave room for
+    sequence = begin(engine, PROMPTS[0], SamplingParams(max_new_tokens=6, temperature=0.6, seed=0))
+    step(engine, sequence)
+    assert asked == [(8, [0.6], [4])]  # 8 ranks of the heads that 6 tokens leave room for
 
 
 def test_the_drafter_rests_where_nothing_may_be_drafted(precise, monkeypatch):
     """A tree of the root alone, and the last token of an answer, cost no draft."""
     target, drafters = precise
     drafter = drafters["amphista-full"]
-    monkeypatch.setattr(drafter, "draft", None)
-    sequence, _ = Engine(target, drafter, parse_tree(1)).start(PROMPTS[0], SamplingParams(max_new_tokens=3))
-    Engine(target, drafter, parse_tree(1)).step(sequence)
-    last, _ = Engine(target, drafter, parse_tree(8)).start(PROMPTS[0], SamplingParams(max_new_tokens=2))
-    Engine(target, drafter, parse_tree(8)).step(last)
+    monkeypatch.setattr(drafter, "draft_all", None)
+    alone, wide = Engine(target, drafter, parse_tree(1)), Engine(target, drafter, parse_tree(8))
+    step(alone, begin(alone, PROMPTS[0], SamplingParams(max_new_tokens=3)))
+    last = begin(wide, PROMPTS[0], SamplingParams(max_new_tokens=2))
+    step(wide, last)
     assert last.stats.tree_nodes == [1]

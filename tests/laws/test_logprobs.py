@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from amphista.engine.decoder import decode
 from amphista.engine.params import SamplingParams
 from amphista.engine.step import Engine
 from amphista.tree.grow import parse_tree
+from tests.decoding import decode
 from tests.tiny import HOSTILE
 
 PROMPT = [5, 17, 230, 44, 9]

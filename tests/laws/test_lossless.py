@@ -12,15 +12,14 @@ import pytest
 import torch
 
 from amphista.cache.static import KVCache
-from amphista.drafter.lookup import WithLookup
-from amphista.drafter.none import NoDrafter
-from amphista.engine.decoder import decode
+from amphista.drafter.proposer import Proposer
 from amphista.engine.params import FinishReason, SamplingParams
 from amphista.engine.step import Engine
 from amphista.errors import CapacityError
 from amphista.tree.grow import StaticGrower, parse_tree
 from amphista.tree.template import TreeTemplate
 from amphista.tree.token_tree import TokenTree
+from tests.decoding import begin, decode, step
 from tests.oracle.decode import decode_plainly
 from tests.tiny import AUTO_TREES, EOS, GRAFTS, HOSTILE, REAL_DRAFTERS, Grafting, real_drafters, tiny_target
 
@@ -78,8 +77,8 @@ def check(target, drafter, tree, sampling, expected):
     assert sequence.output_ids == expected[sampling], f"first divergent position {at}"
     stats = sequence.stats
     assert stats.num_tokens == len(sequence.output_ids) == 1 + sum(n + 1 for n in stats.accepted)
-    sequence.context.cache.check_integrity()
-    assert sequence.context.cache.num_committed == len(PROMPT) + stats.num_tokens - 1
+    sequence.rows.cache.check_integrity()
+    assert sequence.rows.cache.num_committed == len(PROMPT) + stats.num_tokens - 1
     return sequence
 
 
@@ -128,7 +127,7 @@ def test_real_drafters_are_accepted_somewhere(target, drafters, expected):
 def test_hostile_grafts(target, expected, graft, name, tree, sampling):
     """Beside heads that help, that mislead and that are not there."""
     tokens = PROMPT + expected[sampling]
-    inner = NoDrafter() if name == "none" else HOSTILE[name](tokens)
+    inner = None if name == "none" else HOSTILE[name](tokens)
     sequence = check(target, Grafting(inner, tokens, GRAFTS[graft]), tree, sampling, expected)
     if graft == "right" and tree in ("chain", "auto-cheap"):
         assert max(sequence.stats.accepted) > 4, "a right graft goes deeper than any heads"
@@ -144,8 +143,8 @@ def test_lookup_is_accepted_where_the_target_repeats_itself(inner, tree):
     params = SamplingParams(max_new_tokens=100, temperature=1.0, seed=1)
     prompt = [5, 17, 230, 44, 9] * 3
     expected = decode_plainly(repeating.model, prompt, params, {EOS})
-    heads = NoDrafter() if inner == "none" else HOSTILE[inner](prompt + expected)
-    sequence = decode(Engine(repeating, WithLookup(heads), TREES[tree]), prompt, params)
+    heads = None if inner == "none" else HOSTILE[inner](prompt + expected)
+    sequence = decode(Engine(repeating, Proposer(heads, use_lookup=True), TREES[tree]), prompt, params)
     assert sequence.output_ids == expected
     assert max(sequence.stats.accepted) > 4 and sum(sequence.stats.accepted) > 20
 
@@ -202,7 +201,7 @@ def test_end_token_inside_an_accepted_path(target, expected, index):
     sequence = decode(engine, PROMPT, replace(SAMPLINGS["greedy"], stop_token_ids=(end,)))
     assert sequence.output_ids == answer[: answer.index(end) + 1]
     assert sequence.finish_reason is FinishReason.STOP
-    assert sequence.context.cache.num_committed == len(PROMPT) + len(sequence.output_ids) - 1
+    assert sequence.rows.cache.num_committed == len(PROMPT) + len(sequence.output_ids) - 1
 
 
 @pytest.mark.parametrize("name", ["always-right", "random", "always-wrong"])
@@ -223,11 +222,11 @@ def test_context_end_is_a_length_finish(name):
 
 def test_interleaved_generations_do_not_disturb_each_other(target, drafters, expected):
     engine = Engine(target, drafters["amphista-full"], parse_tree(7))
-    sequences = [engine.start(PROMPT, SAMPLINGS[name])[0] for name in SAMPLINGS]
-    while any(sequence.finish_reason is None for sequence in sequences):
+    sequences = [begin(engine, PROMPT, SAMPLINGS[name]) for name in SAMPLINGS]
+    while not all(sequence.is_finished for sequence in sequences):
         for sequence in sequences:
-            if sequence.finish_reason is None:
-                engine.step(sequence)
+            if not sequence.is_finished:
+                step(engine, sequence)
     assert [sequence.output_ids for sequence in sequences] == list(expected.values())
 
 

@@ -11,23 +11,24 @@ import ctypes
 import dataclasses
 import random
 from functools import cache
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from amphista.cache.static import KVCache
-from amphista.engine.decoder import decode
 from amphista.engine.params import SamplingParams
 from amphista.engine.step import Engine
 from amphista.errors import NativeError
 from amphista.kernels.int8 import Int8Linear, can_quantise
 from amphista.native.build import find_compiler, load
-from amphista.target.attention import Layout
 from amphista.target.lean import LeanModel
-from amphista.target.native import NativeForward, PlainLinear, RoundedLinear, SpanRows, windows_of
+from amphista.target.native import NativeForward, PlainLinear, RoundedLinear, windows_of
+from amphista.target.spans import Span
 from amphista.target.target import Target
 from amphista.tree.grow import parse_tree
 from amphista.tree.token_tree import TokenTree
+from tests.decoding import decode
 from tests.laws.test_fast_path import TREE, long_answer, shaken_model
 from tests.tiny import HOSTILE, WINDOW
 
@@ -84,6 +85,11 @@ def forward_of(name: str, type_name: str, flags: tuple[str, ...]) -> tuple[Nativ
     return NativeForward(lean, windows_of(lean, target.spec.max_positions), flags=flags), target
 
 
+def span_of(token_ids: list[int], parents: list[int], cache: KVCache) -> Span:
+    """Also of what is no `TokenTree`: several roots, parents that cannot be."""
+    return Span(SimpleNamespace(tokens=token_ids, parents=parents, num_nodes=len(token_ids)), cache)
+
+
 def random_tree(source: random.Random, num_nodes: int) -> tuple[list[int], list[int]]:
     """Tokens and parents; now and then several roots."""
     parents = [source.randrange(-1, node) if source.random() < 0.2 else node - 1 for node in range(num_nodes)]
@@ -102,7 +108,7 @@ def plainly(forward: NativeForward, tokens: list[int], num_layers: int) -> tuple
     """Token after token, each in a forward of its own: the cache, and logits with hidden states of each."""
     kept, found = KVCache(num_layers), []
     for token in tokens:
-        output = forward([SpanRows([token], [-1], kept)])
+        output = forward([span_of([token], [-1], kept)])
         kept.commit([0])
         found.append(torch.cat([output.logits[0], output.hidden[0]]))
     return kept, found
@@ -119,14 +125,14 @@ def differences(forward: NativeForward, num_layers: int, seed: int) -> int:
             path = path_to(parents, len(tokens) - 1)
             kept = plainly(forward, prompt, num_layers)[0]
             whole, found = plainly(forward, prompt + [tokens[node] for node in path], num_layers)
-            spans.append(SpanRows(tokens, parents, kept))
+            spans.append(span_of(tokens, parents, kept))
             plain.append((path, whole, found[len(prompt) :]))
         output = forward(spans)
         rows, first = torch.cat([output.logits, output.hidden], dim=1), 0
         wrong += int((output.choices.long() != output.logits.argmax(-1)).sum())
         for span, (path, whole, found) in zip(spans, plain, strict=True):
             wrong += sum(not torch.equal(rows[first + node], row) for node, row in zip(path, found, strict=True))
-            first += len(span.token_ids)
+            first += span.tree.num_nodes
             span.cache.commit(path)
             for ours, theirs in zip(span.cache.layers, whole.layers, strict=True):
                 end = whole.num_committed
@@ -139,10 +145,10 @@ def distance(forward: NativeForward, target: Target) -> float:
     """Of a chain and of a tree behind it, from the stock model, by the largest logit."""
     tokens, found = [(7 * i + 3) % 250 for i in range(3 * WINDOW)], []
     ours, theirs = KVCache(target.spec.num_layers), target.new_cache()
-    chain = forward([SpanRows(tokens, list(range(-1, len(tokens) - 1)), ours)], [len(tokens) - 1])
+    chain = forward([span_of(tokens, list(range(-1, len(tokens) - 1)), ours)], [len(tokens) - 1])
     found.append((chain.logits, target.prefill(tokens, theirs).logits))
     ours.commit(range(len(tokens)))
-    found.append((forward([SpanRows(TREE.tokens, TREE.parents, ours)]).logits, target.verify(TREE, theirs).logits))
+    found.append((forward([span_of(TREE.tokens, TREE.parents, ours)]).logits, target.verify(TREE, theirs).logits))
     return max(float((a - b.float()).abs().max() / b.float().abs().max()) for a, b in found)
 
 
@@ -166,9 +172,9 @@ def test_8_bits_are_those_of_the_torch_form(name):
     forward, target = forward_of(name, "int8", FLAGS["native"])
     lean = LeanModel(target.model, product=Int8Linear)
     ids = torch.arange(40)[None]
-    theirs = lean.logits(lean.hidden(ids, Layout.causal(40, ids.device), None))[0]
+    theirs = lean.logits(lean.hidden(ids))[0]
     cache_ = KVCache(target.spec.num_layers)
-    ours = forward([SpanRows(ids[0].tolist(), list(range(-1, 39)), cache_)]).logits
+    ours = forward([span_of(ids[0].tolist(), list(range(-1, 39)), cache_)]).logits
     typical = float((ours - theirs).abs().median() / theirs.abs().max())
     assert typical < 1e-3  # a number between two steps may go either way, and few do
 
@@ -213,12 +219,12 @@ def test_what_cannot_be_is_refused_and_nothing_written(bad):
     before = [layer.keys.clone() for layer in kept.layers]
     span = {"token_ids": [1, 2, 3], "parents": [-1, 0, 1], **BAD[bad]}
     with pytest.raises(NativeError, match="refuses a forward"):
-        forward([SpanRows(cache=kept, **span)])
+        forward([span_of(cache=kept, **span)])
     assert all(map(torch.equal, before, [layer.keys for layer in kept.layers]))
     kept.check_integrity()
     assert kept.num_rows == 2
     with pytest.raises(NativeError, match="logits of a row"):
-        forward([SpanRows([1], [-1], kept)], [1])
+        forward([span_of([1], [-1], kept)], [1])
 
 
 def test_the_number_of_threads_changes_no_bit():
@@ -226,7 +232,7 @@ def test_the_number_of_threads_changes_no_bit():
     tokens, outputs = list(range(20)), []
     for threads in (1, 2, 4):
         torch.set_num_threads(threads)
-        outputs.append(forward([SpanRows(tokens, list(range(-1, 19)), KVCache(target.spec.num_layers))]).logits)
+        outputs.append(forward([span_of(tokens, list(range(-1, 19)), KVCache(target.spec.num_layers))]).logits)
     torch.set_num_threads(2)
     assert torch.equal(outputs[0], outputs[1]) and torch.equal(outputs[0], outputs[2])
 
@@ -254,19 +260,17 @@ def test_decoding_is_that_of_the_stock_model(family, kind):
 
 def test_a_batch_has_the_bits_of_each_alone():
     target, lengths = native_target("mistral-windowed"), [3, WINDOW + 2, 1, 2 * WINDOW]
-    slots, alone = target.new_slots(4), []
-    for slot, length in zip(slots.slots, lengths, strict=True):
-        cache = target.new_cache()
-        for place in (slot, cache):
-            target.prefill(list(range(1, length + 1)), place)
-        alone.append(cache)
+    together, alone = [target.new_cache() for _ in lengths], [target.new_cache() for _ in lengths]
+    for length, *caches in zip(lengths, together, alone, strict=True):
+        for kept in caches:
+            target.prefill(list(range(1, length + 1)), kept)
     for step in range(70):
-        together = target.extend([40 + step, 50, 60, 70 + step], slots)
-        for row, (token, cache) in enumerate(zip([40 + step, 50, 60, 70 + step], alone, strict=True)):
-            output = target.verify(TokenTree([token], [-1]), cache)
-            cache.commit([0])
-            assert torch.equal(output.logits[0], together.logits[row])
-    slots.check_integrity()
+        trees = [TokenTree.chain([token]) for token in (40 + step, 50, 60, 70 + step)]
+        outputs = target.forward([Span(*pair) for pair in zip(trees, together, strict=True)])
+        for tree, kept, output in zip(trees, alone, outputs, strict=True):
+            assert torch.equal(target.verify(tree, kept).logits, output.logits)
+        for kept in (*together, *alone):
+            kept.commit([0])
 
 
 def _no_compiler(patch):
@@ -275,13 +279,13 @@ def _no_compiler(patch):
 
 
 def _fails_its_test(patch):
-    verify = NativeForward.verify
+    call = NativeForward.__call__
 
-    def far_off(form, tree, cache):
-        output = verify(form, tree, cache)
+    def far_off(form, spans, wanted=None):
+        output = call(form, spans, wanted)
         return dataclasses.replace(output, hidden=output.hidden * 1.01)
 
-    patch.setattr(NativeForward, "verify", far_off)
+    patch.setattr(NativeForward, "__call__", far_off)
 
 
 @pytest.mark.parametrize("trouble", [_no_compiler, _fails_its_test])

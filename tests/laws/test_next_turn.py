@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
-from amphista.drafter.heads import ParallelHeads
-from amphista.drafter.lookup import Lookup
-from amphista.drafter.ngrams import NgramIndex
-from amphista.engine.decoder import decode
+from amphista.drafter.proposer import Proposer
 from amphista.engine.params import SamplingParams
-from amphista.engine.sequence import Context
+from amphista.engine.rows import Rows
+from amphista.engine.sequence import Sequence
 from amphista.engine.step import Engine
-from amphista.errors import RequestError
+from amphista.errors import CapacityError
 from amphista.llm import LLM
 from amphista.tree.grow import parse_tree
-from tests.tiny import AUTO_TREES, TEMPLATE, real_drafters, tiny_target
+from tests.decoding import begin, decode, step
+from tests.tiny import AUTO_TREES, TEMPLATE, anew, real_drafters, tiny_target
 
 FORGETFUL = (  # drops the text of all earlier answers, as templates of reasoning models do with their thinking
     "{% for m in messages %}{{ '<s>' + m['role'] + '\n' + (m['content'] if m['role'] == 'user' or loop.last else '-')"
@@ -34,15 +35,16 @@ def test_next_turn_equals_fresh_prefill(name, template, tree):
     target = tiny_target(with_text=True)
     target.text.tokenizer.chat_template = template
     drafter = real_drafters(target)[name]
-    if isinstance(drafter.inner, ParallelHeads):
-        drafter.inner.freeze(exact=True)  # in bfloat16 other numbers of rows round otherwise
+    if Proposer.of(drafter).heads is not None:
+        Proposer.of(drafter).heads.freeze(exact=True)  # in bfloat16 other numbers of rows round otherwise
     llm = LLM(target, drafter, tree=7)
-    llm.engine.grower = TREES[tree]
     kept = llm.conversation()
     reused = 0
     for message in ("Hello there", "And then?", "Über\u00e4ll 日本"):
         prompt = llm.prompt_ids([*kept.messages, {"role": "user", "content": message}])
+        llm.engine.grower = anew(TREES[tree])
         fresh = decode(llm.engine, prompt, PARAMS)
+        llm.engine.grower = anew(TREES[tree])
         answer = kept.send(message, params=PARAMS)
         assert answer.token_ids == fresh.output_ids
         assert answer.stats.accepted == fresh.stats.accepted, "the drafter's caches differ from fresh ones"
@@ -57,53 +59,46 @@ def test_next_turn_equals_fresh_prefill(name, template, tree):
 @pytest.mark.parametrize("shared", [0, 1, 3, 5])
 def test_rewound_caches_equal_fresh_ones(target, name, shared, tree):
     """Continue with a prompt that shares only its first tokens with what is cached."""
-    drafter = real_drafters(target)[name]
-    engine = Engine(target, drafter, TREES[tree])
-    context = engine.new_context()
-    first = [5, 17, 230, 44, 9, 61]
-    decode(engine, first, PARAMS, context)
-    second = first[:shared] + [77, 78, 79]
-    fresh = engine.new_context()
-    expected = decode(engine, second, PARAMS, fresh)
-    sequence = decode(engine, second, PARAMS, context)
+    engine = Engine(target, real_drafters(target)[name], TREES[tree])
+    first = decode(engine, [5, 17, 230, 44, 9, 61], PARAMS)
+    second = first.token_ids[:shared] + [77, 78, 79]
+    engine.grower = anew(TREES[tree])
+    expected = decode(engine, second, PARAMS)
+    engine.grower = anew(TREES[tree])
+    sequence = decode(engine, second, PARAMS, after=first)
     assert sequence.output_ids == expected.output_ids
     assert sequence.stats.num_cached_tokens == max(0, shared - 1)
     assert sequence.stats.expected == pytest.approx(expected.stats.expected, abs=1e-4)
-    context.feed(drafter)
-    assert context.draft_state.num_rows == context.cache.num_committed
-    for ours, theirs in zip(context.cache.layers, fresh.cache.layers, strict=True):
-        rows = theirs.num_rows
-        torch.testing.assert_close(ours.keys[:, :, :rows], theirs.keys[:, :, :rows], atol=1e-4, rtol=1e-4)
+    rows, fresh = sequence.rows, expected.rows
+    rows.feed()
+    assert rows.num_rows == rows.cache.num_committed
+    for ours, theirs in zip(rows.cache.layers, fresh.cache.layers, strict=True):
+        size = theirs.num_rows
+        torch.testing.assert_close(ours.keys[:, :, :size], theirs.keys[:, :, :size], atol=1e-4, rtol=1e-4)
 
 
 def test_same_prompt_again_reads_only_its_last_token(target):
     engine = Engine(target, real_drafters(target)["amphista-full"], parse_tree(7))
-    context = engine.new_context()
     prompt = [5, 17, 230, 44, 9, 61]
-    first = decode(engine, prompt, PARAMS, context)
-    output = first.output_ids
-    second = decode(engine, prompt, PARAMS, context)
-    assert second.output_ids == output and second.stats.num_cached_tokens == len(prompt) - 1
+    first = decode(engine, prompt, PARAMS)
+    second = decode(engine, prompt, PARAMS, after=first)
+    assert second.output_ids == first.output_ids and second.stats.num_cached_tokens == len(prompt) - 1
 
 
 def test_answer_broken_off_leaves_usable_caches(target):
-    """Stop reading a stream in mid-answer, then ask something else on the same context."""
+    """Stop reading in mid-answer, then ask something else on the same caches."""
     engine = Engine(target, real_drafters(target)["amphista-full"], parse_tree(7))
-    context = engine.new_context()
-    sequence, _ = engine.start([5, 17, 230], PARAMS, context)
-    engine.step(sequence)
-    follow_up = [*context.token_ids, 42, 43]
+    sequence = begin(engine, [5, 17, 230], PARAMS)
+    step(engine, sequence)
+    follow_up = [*sequence.token_ids, 42, 43]
     expected = decode(engine, follow_up, PARAMS).output_ids
-    assert decode(engine, follow_up, PARAMS, context).output_ids == expected
+    assert decode(engine, follow_up, PARAMS, after=sequence).output_ids == expected
 
 
 def test_prefill_broken_off_between_chunks_leaves_usable_caches(target, monkeypatch):
-    """The target has read two chunks, the drafter none: the same prompt again equals a fresh one, steps included."""
-    monkeypatch.setattr("amphista.target.target.PREFILL_CHUNK", 3)
+    """Two chunks have been read: the same prompt again equals a fresh one, steps included."""
     engine = Engine(target, real_drafters(target)["amphista-full"], parse_tree(7))
     prompt = [5, 17, 230, 44, 9, 61, 70, 71, 72, 73]
-    context = engine.new_context()
-    decode(engine, prompt[:4], PARAMS, context)
     forward, calls = target._forward, []
 
     def fails_in_the_third_chunk(*arguments, **settings):
@@ -112,15 +107,17 @@ def test_prefill_broken_off_between_chunks_leaves_usable_caches(target, monkeypa
             raise KeyboardInterrupt
         return forward(*arguments, **settings)
 
+    sequence = engine.new_sequence(prompt, PARAMS)
+    sequence.chunk_len = 3
     with monkeypatch.context() as patch:
         patch.setattr(target, "_forward", fails_in_the_third_chunk)
         with pytest.raises(KeyboardInterrupt):
-            engine.start(prompt, PARAMS, context)
-    assert context.draft_state.num_rows < context.cache.num_committed
-    again, fresh = decode(engine, prompt, PARAMS, context), decode(engine, prompt, PARAMS)
+            while True:
+                step(engine, sequence)
+    assert sequence.rows.num_rows == 6 and sequence.num_unread == 4
+    again, fresh = decode(engine, prompt, PARAMS, after=sequence), decode(engine, prompt, PARAMS)
     assert (again.output_ids, again.stats.accepted) == (fresh.output_ids, fresh.stats.accepted)
-    context.feed(engine.drafter)
-    assert context.draft_state.num_rows == context.cache.num_committed
+    assert again.stats.num_cached_tokens == 5
 
 
 def test_streams_keep_their_own_answers():
@@ -132,19 +129,23 @@ def test_streams_keep_their_own_answers():
     "".join(first)
     ids = list(first.answer.token_ids)
     second = conversation.stream("And then?", params=PARAMS)
-    assert first.answer.token_ids == ids and first.answer.prompt_ids != second._decoding.prompt_ids
+    assert first.answer.token_ids == ids and first.answer.prompt_ids != second.request.prompt_ids
     begun = next(second.steps()).token_ids
     conversation.stream("Something else", params=PARAMS)
     assert list(second) == [] and second.answer.token_ids == begun and second.answer.finish_reason == "abort"
 
 
-def test_a_sequence_whose_caches_were_taken_over_says_so(target):
+def test_a_sequence_whose_caches_were_taken_over_reads_again(target):
+    """It has let go of them: nobody writes into another's rows."""
     engine = Engine(target, real_drafters(target)["amphista-full"], parse_tree(7))
-    context = engine.new_context()
-    sequence, _ = engine.start([5, 17, 230], PARAMS, context)
-    engine.start([5, 17], PARAMS, context)
-    with pytest.raises(RequestError, match="a later request has taken over"):
-        engine.step(sequence)
+    sequence = begin(engine, [5, 17, 230], PARAMS)
+    other = begin(engine, [5, 17], PARAMS, after=sequence)
+    while not sequence.is_finished:
+        step(engine, sequence)
+    assert sequence.output_ids == decode(engine, [5, 17, 230], PARAMS).output_ids
+    while not other.is_finished:
+        step(engine, other)
+    assert other.output_ids == decode(engine, [5, 17], PARAMS).output_ids
 
 
 def test_a_turn_becomes_history_by_itself():
@@ -188,8 +189,8 @@ def test_failed_forward_leaves_usable_caches(path, monkeypatch):
     target = tiny_target()
     assert path == "stock" or target.speed_up()
     engine = Engine(target, real_drafters(target)["amphista-full"], parse_tree(7))
-    sequence, _ = engine.start([5, 17, 230], PARAMS)
-    rows = sequence.context.cache.num_committed
+    sequence = begin(engine, [5, 17, 230], PARAMS)
+    rows = sequence.rows.cache.num_committed
 
     def interrupt(*args, **kwargs):
         raise KeyboardInterrupt
@@ -200,57 +201,50 @@ def test_failed_forward_leaves_usable_caches(path, monkeypatch):
         else:
             patch.setattr(target._lean.layers[1].down, "added", interrupt)
         with pytest.raises(KeyboardInterrupt):
-            engine.step(sequence)
-    sequence.context.cache.check_integrity()
-    assert sequence.context.cache.num_rows == rows
-    while sequence.finish_reason is None:
-        engine.step(sequence)
+            step(engine, sequence)
+    sequence.rows.cache.check_integrity()
+    assert sequence.rows.cache.num_rows == rows
+    while not sequence.is_finished:
+        step(engine, sequence)
     assert sequence.output_ids == decode(engine, [5, 17, 230], PARAMS).output_ids
 
 
-def _keeps_the_old_text(monkeypatch):
-    monkeypatch.setattr(NgramIndex, "trim", lambda index, num_tokens: None)
-
-
-def _forgets_only_the_tokens(monkeypatch):
-    def cut(index, num_tokens):
-        del index.tokens[num_tokens:]
-
-    monkeypatch.setattr(NgramIndex, "trim", cut)
-
-
-def _keeps_the_old_outcomes(monkeypatch):
-    monkeypatch.setattr(Lookup, "trim", lambda lookup, num_tokens: lookup.index.trim(num_tokens))
-
-
 def _forgets_rows_that_wait(monkeypatch):
-    monkeypatch.setattr(Context, "feed", lambda context, drafter: context.unfed.clear())
+    monkeypatch.setattr(Rows, "feed", lambda rows: rows.unfed.clear())
 
 
-@pytest.mark.parametrize(
-    "mutation", [_keeps_the_old_text, _forgets_only_the_tokens, _keeps_the_old_outcomes, _forgets_rows_that_wait]
-)
-def test_a_mutation_of_the_rewind_is_seen(monkeypatch, mutation):
+def _keeps_a_row_too_many(monkeypatch):
+    adopt = Sequence.adopt
+    monkeypatch.setattr(
+        Sequence, "adopt", lambda sequence, match: adopt(sequence, replace(match, num_rows=match.num_rows + 1))
+    )
+
+
+def _keeps_the_drafters_rows(monkeypatch):
+    monkeypatch.setattr(Rows, "keep", lambda rows, num_rows: rows.cache.trim(num_rows))
+
+
+@pytest.mark.parametrize("mutation", [_forgets_rows_that_wait, _keeps_a_row_too_many, _keeps_the_drafters_rows])
+def test_a_mutation_of_taking_over_is_seen(monkeypatch, mutation):
     """A target that repeats itself, so that lookup often has something to say."""
     target = tiny_target(tie_word_embeddings=True)
     drafter = real_drafters(target)["amphista-full+lookup"]
     prompts = [[5, 6, 7, 8] * 4, [5, 6, 7, 8, 5, 6, 9, 6] * 2, [5, 6, 7, 8] * 4]
 
-    def expectations(engine, contexts):
-        return [
-            decode(engine, prompt, PARAMS, context).stats.expected
-            for prompt, context in zip(prompts, contexts, strict=True)
-        ]
+    def expectations(engine, *, kept):
+        found, sequence = [], None
+        for prompt in prompts:
+            sequence = decode(engine, prompt, PARAMS, after=sequence if kept else None)
+            found.append(sequence.stats.expected)
+        return found
 
-    engine = Engine(target, drafter, AUTO_TREES["auto-cheap"])
-    fresh = expectations(engine, [None] * 3)
-    kept = engine.new_context()
-    assert np.allclose(np.concatenate(expectations(engine, [kept] * 3)), np.concatenate(fresh), atol=1e-4)
+    engine = Engine(target, drafter, parse_tree(7))
+    fresh = expectations(engine, kept=False)
+    assert np.allclose(np.concatenate(expectations(engine, kept=True)), np.concatenate(fresh), atol=1e-4)
     mutation(monkeypatch)
-    kept = engine.new_context()
     try:
-        mutated = expectations(engine, [kept] * 3)
-    except (IndexError, KeyError, AssertionError, RuntimeError, TypeError):
+        mutated = expectations(engine, kept=True)
+    except (IndexError, KeyError, AssertionError, RuntimeError, TypeError, CapacityError):
         return
     assert list(map(len, mutated)) != list(map(len, fresh)) or not np.allclose(
         np.concatenate(mutated), np.concatenate(fresh), atol=1e-4

@@ -45,7 +45,7 @@ def test_training_logits_equal_decoding_logits(target, drafters, name, pieces, f
         drafter.commit(state, hidden[row : row + size], next_ids[row : row + size])
         row += size
         with torch.inference_mode():
-            logits = drafter.head_logits(drafter.draft_states(state))
+            logits = drafter.head_logits(drafter.draft_states([state])[0])
         torch.testing.assert_close(logits, expected[row - 1], atol=1e-4, rtol=1e-5)
     assert state.num_rows == len(IDS)
 
@@ -60,7 +60,7 @@ def test_products_in_bfloat16_stay_close(target, drafters, name, monkeypatch):
     state = drafter.start()
     drafter.commit(state, hidden, next_ids)
     with torch.inference_mode():
-        logits = drafter.head_logits(drafter.draft_states(state))
+        logits = drafter.head_logits(drafter.draft_states([state])[0])
     error = (logits - expected[-1]).norm() / expected[-1].norm()
     assert 0 < float(error) < 0.03
 
@@ -75,7 +75,7 @@ def test_drafters_of_half_precision_decode(target, drafters, name, dtype):
     for rows in (slice(0, 5), slice(5, 6), slice(6, 12)):
         drafter.commit(state, hidden[rows].to(dtype), next_ids[rows])
     with torch.inference_mode():
-        logits = drafter.head_logits(drafter.draft_states(state))
+        logits = drafter.head_logits(drafter.draft_states([state])[0])
     error = (logits.float() - expected[-1]).norm() / expected[-1].norm()
     assert 0 < float(error) < 0.1  # norms, sums and attention round, too
 
@@ -99,7 +99,7 @@ def test_trimmed_rows_leave_no_trace(target, drafters, name):
     drafter.trim(state, 4)
     drafter.commit(state, hidden[4:], next_ids[4:])
     with torch.inference_mode():
-        logits = drafter.head_logits(drafter.draft_states(state))
+        logits = drafter.head_logits(drafter.draft_states([state])[0])
     torch.testing.assert_close(logits, expected[-1], atol=1e-4, rtol=1e-5)
 
 
@@ -160,3 +160,37 @@ def test_untrained_heads_start_close_to_the_target(target, switches):
     divergence = (theirs.exp()[:, None] * (theirs[:, None] - ours)).sum(-1)
     spread = (theirs.exp() * (theirs - theirs.roll(1, dims=0))).sum(-1).mean()
     assert divergence.mean() < 0.05 * spread
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("name", HEADS)
+def test_several_sequences_draft_as_each_alone(target, drafters, name, frozen):
+    """In one pass, each at its own temperature and depth."""
+    drafter = copy.deepcopy(drafters[name])
+    drafter = drafter.freeze(exact=True) if frozen else drafter
+    hidden, next_ids, _ = training_logits(target, drafters[name])
+    states = [drafter.start() for _ in range(3)]
+    for number, state in enumerate(states):
+        drafter.commit(state, hidden[: 4 + 3 * number], next_ids[: 4 + 3 * number])
+    temperatures, depths = [0.0, 0.7, 1.3], [drafter.num_heads, 1, 2]
+    together = drafter.draft_all(states, 5, temperatures, depths)
+    for state, temperature, depth, found in zip(states, temperatures, depths, together, strict=True):
+        alone = drafter.draft(state, 5, temperature, depth)
+        assert found.num_heads == depth  # of paths a shortlist is shown, which is longer
+        assert [tokens[:5] for tokens in found.tokens] == [tokens[:5] for tokens in alone.tokens]
+        for ours, theirs in zip(found.log_probs, alone.log_probs, strict=True):
+            assert ours[:5] == pytest.approx(theirs[:5], abs=1e-4)
+        assert (found.below is None) == (alone.below is None)
+        assert found.below is None or found.below.ranks == alone.below.ranks
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_copied_rows_go_on_as_the_ones_they_were_copied_from(target, drafters, name):
+    hidden, next_ids, _ = training_logits(target, drafters[name])
+    drafter, state = drafters[name], drafters[name].start()
+    drafter.commit(state, hidden[:9], next_ids[:9])
+    copied = drafter.copy(state, 6)
+    drafter.commit(state, hidden[9:], next_ids[9:])
+    drafter.commit(copied, hidden[6:], next_ids[6:])
+    assert copied.num_rows == state.num_rows == len(hidden)
+    assert drafter.draft(copied, 4).tokens == drafter.draft(state, 4).tokens

@@ -27,6 +27,7 @@ from amphista.train.rows import TokenRow
 from amphista.train.trainer import Trainer
 from amphista.train.validation import ranked_heads, validate
 from amphista.tree.grow import parse_tree
+from tests.decoding import begin, step
 from tests.tiny import EOS, shaken, tiny_target
 
 IDS = [5, 17, 230, 44, 9, 61, 62, 63, 99, 100, 7, 250]
@@ -120,7 +121,7 @@ def test_the_first_head_is_corrected_where_it_has_not_read_the_pending_token(tar
     with torch.no_grad():
         correction = drafter.correction(uncorrected[0], pending) * moves
     torch.testing.assert_close(states[0], uncorrected[0] + correction)
-    torch.testing.assert_close(drafter.draft_states(state), states)
+    torch.testing.assert_close(drafter.draft_states([state])[0], states)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -189,9 +190,9 @@ def recorded(target, drafter, num_nodes):
     engine, rows, tokens, steps = Engine(target, drafter, parse_tree(num_nodes)), [], 0, 0
     for i in range(12):
         prompt = [(31 * i + j) % 250 for j in range(4)]
-        sequence, _ = engine.start(prompt, SamplingParams(max_new_tokens=60))
+        sequence = begin(engine, prompt, SamplingParams(max_new_tokens=60))
         while sequence.stats.num_steps < 16 and sequence.finish_reason is None:
-            engine.step(sequence)
+            step(engine, sequence)
         answer = sequence.output_ids
         rows.append(TokenRow(str(i), str(i), prompt + answer, [0] * 4 + [1] * len(answer)))
         tokens, steps = tokens + len(answer) - 1, steps + sequence.stats.num_steps

@@ -16,11 +16,9 @@ from amphista.drafter import captured as drafting
 from amphista.drafter.amphista import Amphista, AmphistaConfig
 from amphista.drafter.base import Calibration
 from amphista.drafter.captured import AskRegion, CapturedDrafter, FeedRegion
-from amphista.drafter.lookup import WithLookup
 from amphista.drafter.medusa import Medusa, MedusaConfig
-from amphista.drafter.none import NoDrafter
+from amphista.drafter.proposer import Proposer
 from amphista.drafter.stage_rows import StageHome
-from amphista.engine.decoder import decode
 from amphista.engine.params import FinishReason, SamplingParams
 from amphista.engine.step import Engine
 from amphista.errors import CaptureError
@@ -31,6 +29,7 @@ from amphista.target.spec import LogitTransform, SharedWeights
 from amphista.target.target import Target
 from amphista.tree.grow import parse_tree
 from tests.capturable import buffers_of, capturable
+from tests.decoding import begin, decode, step
 from tests.oracle.decode import decode_plainly
 from tests.tiny import (
     AMPHISTA_SWITCHES,
@@ -255,7 +254,7 @@ def check(target, drafter, tree, sampling, expected):
     engine = Engine(target, drafter, TREES[tree])
     sequence = decode(engine, PROMPT, SAMPLINGS[sampling])
     assert sequence.output_ids == expected[sampling]
-    cache = sequence.context.cache
+    cache = sequence.rows.cache
     cache.check_integrity()
     assert cache.num_committed == len(PROMPT) + sequence.stats.num_tokens - 1
     assert cache.home is not None and cache.home.holds(cache), "nothing ran in fixed shapes"
@@ -279,7 +278,7 @@ def test_hostile_drafters(target, expected, name, tree, sampling):
 @pytest.mark.parametrize("name", REAL_DRAFTERS)
 def test_real_drafters(target, drafters, expected, name, tree, sampling):
     _, engine = check(target, drafters[name], tree, sampling, expected)
-    assert isinstance(engine.drafter, CapturedDrafter) == (not name.startswith("none"))
+    assert isinstance(engine._heads, CapturedDrafter) == (not name.startswith("none"))
 
 
 @pytest.mark.parametrize("graft", GRAFTS)
@@ -319,7 +318,7 @@ def test_context_end_is_a_length_finish(name):
     params = SamplingParams(max_new_tokens=100)
     expected = decode_plainly(small.model, PROMPT, params)
     small.__dict__["eos_ids"] = frozenset()
-    drafter = NoDrafter() if name == "none" else HOSTILE[name](PROMPT + expected)
+    drafter = Proposer() if name == "none" else HOSTILE[name](PROMPT + expected)
     sequence = decode(Engine(small, drafter, parse_tree(12)), PROMPT, params)
     assert sequence.output_ids == expected and sequence.finish_reason is FinishReason.LENGTH
 
@@ -343,15 +342,15 @@ def test_next_turn_equals_fresh_prefill(name):
 
 def test_conversations_interleave(target, drafters, expected):
     """Two requests of one engine, step by step in turn."""
-    engine = Engine(target, WithLookup(drafters["amphista-full"]), parse_tree(9))
+    engine = Engine(target, Proposer(drafters["amphista-full"], use_lookup=True), parse_tree(9))
     other_prompt = [9, 8, 7]
     other = decode_plainly(target.model, other_prompt, SAMPLINGS["greedy"], {EOS})
-    first, _ = engine.start(PROMPT, SAMPLINGS["greedy"])
-    second, _ = engine.start(other_prompt, SAMPLINGS["greedy"])
+    first = begin(engine, PROMPT, SAMPLINGS["greedy"])
+    second = begin(engine, other_prompt, SAMPLINGS["greedy"])
     while first.finish_reason is None or second.finish_reason is None:
         for sequence in (first, second):
             if sequence.finish_reason is None:
-                engine.step(sequence)
+                step(engine, sequence)
     assert (first.output_ids, second.output_ids) == (expected["greedy"], other)
 
 
@@ -427,7 +426,7 @@ def test_nothing_is_recorded_in_mid_answer_once_prepared(drafters, name, tree):
     engine.prepare(len(PROMPT) + 24)
 
     def recorded():
-        around = engine.drafter
+        around = engine._heads
         kept = [target._captured._regions._kept]
         kept += [around._feeds._kept, around._asks._kept] if isinstance(around, CapturedDrafter) else []
         return {(index, key) for index, regions in enumerate(kept) for key in regions}

@@ -22,6 +22,7 @@ from amphista.errors import CapacityError
 from amphista.kernels.int8 import can_quantise
 from amphista.target import captured
 from amphista.target.captured import VerifyRegion
+from amphista.target.spans import Span
 from amphista.target.target import Target
 from amphista.tree.token_tree import TokenTree
 from tests.laws.test_fast_path import CHANGES, TREE, difference, prompt_of, shaken_model
@@ -210,15 +211,22 @@ def test_caches_take_turns():
 
 
 def test_a_ragged_batch_is_read_as_it_is():
-    """Slots share storage of their own and take no part."""
+    """Caches that live at fixed addresses move out, and in again."""
     target, plain = static_target("qwen2-windowed"), Target(shaken_model("qwen2-windowed").double())
     assert plain.speed_up()
     outputs = []
     for each in (target, plain):
-        slots = each.new_slots(3)
-        for slot, length in zip(slots.slots, (3, WINDOW + 2, 1), strict=True):
-            each.prefill(prompt_of(length), slot)
-        outputs.append([each.extend([40 + step, 50, 60], slots).logits for step in range(3)])
+        caches = [each.new_cache() for _ in range(3)]
+        for cache, length in zip(caches, (3, WINDOW + 2, 1), strict=True):
+            each.prefill(prompt_of(length), cache)
+        outputs.append([])
+        for step in range(3):
+            outputs[-1].append(each.verify(TREE, caches[step]).logits.clone())
+            caches[step].commit([0, 1])
+            together = each.forward([Span(TokenTree([40 + step], [-1]), cache) for cache in caches])
+            outputs[-1] += [output.logits for output in together]
+            for cache in caches:
+                cache.commit([0])
     assert all(difference(a, b) < 1e-12 for a, b in zip(*outputs, strict=True))
 
 

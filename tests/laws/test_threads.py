@@ -14,8 +14,7 @@ import pytest
 import torch
 
 from amphista.drafter.captured import CapturedDrafter
-from amphista.drafter.lookup import WithLookup
-from amphista.engine.decoder import decode
+from amphista.drafter.proposer import Proposer
 from amphista.engine.params import SamplingParams
 from amphista.engine.step import Engine
 from amphista.kernels import graph
@@ -23,6 +22,7 @@ from amphista.kernels.parts import RotaryTable
 from amphista.target.target import Target
 from amphista.tree.grow import parse_tree
 from amphista.tree.token_tree import TokenTree
+from tests.decoding import decode
 from tests.tiny import real_drafters, tiny_model
 
 TREE = TokenTree([5, 6, 7], [-1, 0, 0])
@@ -92,13 +92,13 @@ def test_the_thread_that_decodes_has_the_graphs_not_the_one_that_loaded():
 
 
 def test_measuring_costs_keeps_no_graphs(tmp_path, monkeypatch):
-    from amphista.drafter.none import NoDrafter
+    from amphista.drafter.proposer import Proposer
     from amphista.engine import costs
 
     target = static_target()
     monkeypatch.setattr(costs, "kept", lambda key, measure, is_usable, refresh: {"seconds": {"1": 1.0}, "spread": 1.0})
     target.verify(TREE, filled(target))
-    costs.tune(target, WithLookup(NoDrafter()))
+    costs.tune(target, Proposer(use_lookup=True))
     assert elsewhere(lambda: forward(target))[0]
 
 
@@ -209,9 +209,9 @@ def hasty():
 def test_threads_side_by_side_get_what_each_gets_alone(hasty, monkeypatch, name, idle):
     monkeypatch.setattr(graph, "IDLE_SECONDS", idle)
     target = static_target()
-    engine = Engine(target, WithLookup(real_drafters(target)[name]), parse_tree(6))
-    assert isinstance(engine.drafter, CapturedDrafter)
-    plain = Engine(target, engine.drafter.inner, parse_tree(1))
+    engine = Engine(target, Proposer(real_drafters(target)[name], use_lookup=True), parse_tree(6))
+    assert isinstance(engine._heads, CapturedDrafter)
+    plain = Engine(target, Proposer(), parse_tree(1))
     alone = [decode(plain, prompt, PARAMS).output_ids for prompt in PROMPTS]
     results, errors = [None] * len(PROMPTS), []
 

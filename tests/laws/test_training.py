@@ -16,7 +16,6 @@ from amphista.drafter.card import CardConfig, read_front_matter
 from amphista.drafter.checkpoint import load_drafter
 from amphista.drafter.medusa import Medusa, MedusaConfig
 from amphista.drafter.publish import publishable_files
-from amphista.engine.decoder import decode
 from amphista.engine.params import SamplingParams
 from amphista.engine.step import Engine
 from amphista.errors import ConfigError, DataError
@@ -29,6 +28,7 @@ from amphista.train.prompts import TokenRow, mark_answers
 from amphista.train.trainer import Trainer
 from amphista.train.validation import validate
 from amphista.tree.grow import parse_tree
+from tests.decoding import begin, decode, step
 from tests.tiny import EOS, shaken, tiny_target
 
 PROMPT, ANSWER = [5, 17, 230, 44], [9, 61, 9, 63, 250, 100, 7, EOS]
@@ -179,9 +179,9 @@ def test_simulated_tau_equals_decoded_tau(target, num_nodes):
     rows, tokens, steps = [], 0, 0
     for i in range(12):
         prompt = [(31 * i + j) % 250 for j in range(4)]
-        sequence, _ = engine.start(prompt, SamplingParams(max_new_tokens=60))
+        sequence = begin(engine, prompt, SamplingParams(max_new_tokens=60))
         while sequence.stats.num_steps < 16 and sequence.finish_reason is None:
-            engine.step(sequence)
+            step(engine, sequence)
         answer = sequence.output_ids
         rows.append(TokenRow(str(i), str(i), prompt + answer, [0] * 4 + [1] * len(answer)))
         tokens += len(answer) - 1
@@ -213,9 +213,9 @@ def data_file(tmp_path, answers):
 
 
 def _none():
-    from amphista.drafter.none import NoDrafter
+    from amphista.drafter.proposer import Proposer
 
-    return NoDrafter()
+    return Proposer()
 
 
 def config_for(data_file, **changes):

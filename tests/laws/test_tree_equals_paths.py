@@ -134,10 +134,10 @@ def test_bfloat16_stays_within_rounding():
 
 def test_longrope_stays_inside_the_context_in_which_positions_are_alone():
     """Beyond its original context a longrope model rotates every token by the longest position in the forward."""
-    from amphista.engine.decoder import decode
     from amphista.engine.params import SamplingParams
     from amphista.engine.step import Engine
     from amphista.tree.grow import parse_tree
+    from tests.decoding import decode
     from tests.oracle.decode import decode_plainly
     from tests.tiny import HOSTILE
 

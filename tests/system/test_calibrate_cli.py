@@ -8,10 +8,10 @@ import pytest
 
 from amphista.drafter.amphista import Amphista, AmphistaConfig
 from amphista.drafter.checkpoint import read_checkpoint, save_drafter
-from amphista.engine.decoder import decode
 from amphista.engine.params import SamplingParams
 from amphista.llm import LLM
 from amphista.target.loading import load_target
+from tests.decoding import decode
 from tests.system.test_cli import amphista
 from tests.tiny import shaken
 

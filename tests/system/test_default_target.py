@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import amphista
-from amphista.drafter.checkpoint import load_drafter, read_checkpoint, shipped_checkpoints, shipped_folder
+from amphista.drafter.checkpoint import load_proposer, read_checkpoint, shipped_checkpoints, shipped_folder
 from amphista.kernels.int8 import can_quantise
 from amphista.kernels.linear import can_pack
 from amphista.llm import LLM
@@ -35,7 +35,7 @@ def test_amphista_with_lookup_is_the_default_drafter(llm):
 @pytest.mark.parametrize("name", ["amphista", "medusa", "amphista+lookup"])
 def test_same_tokens_and_drafts_accepted(llm, name, temperature):
     spec, shared, fingerprint = llm.target.spec, llm.target.shared, llm.target.fingerprint
-    ours = LLM(llm.target, load_drafter(name, spec, shared, fingerprint), tree=8)
+    ours = LLM(llm.target, load_proposer(name, spec, shared, fingerprint), tree=8)
     accepted = 0
     for seed, prompt in enumerate(PROMPTS):
         params = amphista.SamplingParams(max_new_tokens=TOKENS, temperature=temperature, seed=seed)

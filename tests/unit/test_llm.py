@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 from transformers import GenerationConfig
 
+from amphista.accept.sampling import Chooser
 from amphista.engine.params import FinishReason, SamplingParams
-from amphista.errors import RequestError
+from amphista.errors import CapacityError, ConfigError, RequestError, TargetError
 from amphista.llm import LLM, load
 from amphista.target.target import Target
 from amphista.target.text import Text
@@ -27,14 +28,14 @@ def llm(text_target):
 
 @pytest.fixture
 def prefills(monkeypatch):
-    """The number of rows of each prefill."""
-    found, prefill = [], Target.prefill
+    """The number of rows of each chunk of a prompt that is read."""
+    found, forward = [], Target.forward
 
-    def counted(target, token_ids, cache):
-        found.append(len(token_ids))
-        return prefill(target, token_ids, cache)
+    def counted(target, spans):
+        found.extend(span.tree.num_nodes for span in spans if span.only_last)
+        return forward(target, spans)
 
-    monkeypatch.setattr(Target, "prefill", counted)
+    monkeypatch.setattr(Target, "forward", counted)
     return found
 
 
@@ -49,6 +50,76 @@ def test_a_list_of_prompts_gives_a_list_of_answers(llm):
     conversations = [[{"role": "user", "content": text}] for text in ("one", "two")]
     assert [answer.token_ids for answer in llm.generate(conversations, **FEW)] == alone
     assert [answer.token_ids for answer in llm.generate(["one"], **FEW)] == alone[:1]
+
+
+def test_several_prompts_are_answered_together(llm, monkeypatch):
+    prompts = [f"number {n}" for n in range(7)]
+    sizes, step = [], type(llm.engine).step
+    monkeypatch.setattr(type(llm.engine), "step", lambda engine, batch: sizes.append(len(batch)) or step(engine, batch))
+    found = llm.generate(prompts, batch_size=3, temperature=0.8, seed=0, **FEW)
+    assert max(sizes) == 3 and all(answer.error is None for answer in found)
+    assert [answer.prompt_ids for answer in found] == [llm.prompt_ids(text) for text in prompts]
+    assert all(
+        answer.text == llm.generate(text, temperature=0.8, seed=0, **FEW).text
+        for answer, text in zip(found, prompts, strict=True)
+    )
+    ended = dict(llm.answers(prompts, batch_size=7, **FEW))
+    assert sorted(ended) == list(range(7))
+    seeds = {answer.params.seed for answer in llm.generate(prompts[:3], temperature=0.8, **FEW)}
+    assert len(seeds) == 3, "each has a fresh seed of its own"
+
+
+def test_what_fails_in_mid_batch_is_its_own_answers_error(llm, monkeypatch, caplog):
+    expected = [llm.generate(text, **FEW).token_ids for text in ("one", "two", "three")]
+    broken, choose = llm.prompt_ids("two"), Chooser.choose
+
+    def fails(chooser, logits, position, path=()):
+        if position == len(broken) + 1:
+            raise TargetError("broken here")
+        return choose(chooser, logits, position, path)
+
+    monkeypatch.setattr(Chooser, "choose", fails)
+    found = llm.generate(["one", "two", "three"], batch_size=3, **FEW)
+    failed = [answer for answer in found if answer.error is not None]
+    assert failed and all(answer.finish_reason == "error" and "broken here" in str(answer.error) for answer in failed)
+    assert all(len(answer.token_ids) == 1 for answer in failed) and "could not be answered" in caplog.text
+    for answer, tokens in zip(found, expected, strict=True):
+        assert answer.error is not None or answer.token_ids == tokens
+    assert found[1].error is not None and found[2].error is None
+
+
+def test_a_batch_that_memory_may_not_hold_is_refused_before_anything_is_decoded(llm, monkeypatch, prefills):
+    monkeypatch.setattr("amphista.engine.batch.free_bytes", lambda device: 2 * 300 * llm.engine.row_bytes)
+    with pytest.raises(CapacityError, match=r"a batch of 9 may need .* take a smaller batch_size or max_tokens"):
+        llm.generate(["one"] * 20, batch_size=9, max_tokens=200)
+    with pytest.raises(CapacityError, match="give more memory"):
+        raise llm.generate(["one"] * 2, max_tokens=400)[0].error
+    assert prefills == []
+    assert len(llm.generate(["one"] * 5, **FEW)) == 5, "as many at a time as fit"
+
+
+def test_a_batch_size_is_for_a_list_and_at_least_1(llm):
+    with pytest.raises(RequestError, match="batch_size is for a list"):
+        llm.generate("one", batch_size=2)
+    with pytest.raises(ConfigError, match="a batch of 0"):
+        llm.generate(["one"], batch_size=0)
+
+
+def test_an_interrupt_in_mid_batch_keeps_the_answers_that_had_ended(llm, monkeypatch):
+    running, found = llm.answers(["one", "two", "three", "four"], batch_size=2, **FEW), {}
+    found.update([next(running)])
+    step = type(llm.engine).step
+
+    def interrupted(engine, batch):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(type(llm.engine), "step", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        found.update(running)
+    monkeypatch.setattr(type(llm.engine), "step", step)
+    assert len(found) >= 1
+    for index, answer in found.items():
+        assert answer.token_ids == llm.generate(["one", "two", "three", "four"][index], **FEW).token_ids
 
 
 def test_one_prompt_in_any_of_its_forms_gives_one_answer(llm):
@@ -119,7 +190,7 @@ def test_template_variables_reach_the_template():
         llm.chat(HI, **settings, **FEW),
         llm.conversation(**settings).send("x", **FEW),
     ):
-        ids = answer.prompt_ids if hasattr(answer, "prompt_ids") else answer._decoding.prompt_ids
+        ids = answer.prompt_ids if hasattr(answer, "prompt_ids") else answer.request.prompt_ids
         assert tokenizer.decode(ids).endswith("gay")
     with pytest.raises(RequestError, match="expected a dictionary"):
         llm.prompt_ids("x", chat_template_kwargs="mood")

@@ -26,14 +26,11 @@ def sent(numbers: Sequence[int], device: torch.device | None) -> Tensor:
     return torch.tensor(list(numbers), pin_memory=True).to(device, non_blocking=True)
 
 
-def grown(old: Tensor | None, like: Tensor, num_slots: int, capacity: int) -> Tensor:
-    """New storage [num_slots, H, capacity, E] with what `old` held and fits; the rest is as in `like`.
-
-    Zeros: a batched forward multiplies rows not yet written by a weight of 0, which a NaN left in memory would survive.
-    """
-    new = like.new_zeros(num_slots, like.shape[1], capacity, like.shape[3])
+def grown(old: Tensor | None, like: Tensor, capacity: int) -> Tensor:
+    """New storage [1, H, capacity, E] with what `old` held; the rest is as in `like`."""
+    new = like.new_empty(1, like.shape[1], capacity, like.shape[3])
     if old is not None:
-        new[:, :, : old.shape[2]] = old[:, :, :capacity]
+        new[:, :, : old.shape[2]] = old
     return new
 
 
@@ -53,22 +50,26 @@ class LayerRows:
     def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Write rows [1, H, T, E] behind the last one; return views of all rows [1, H, S + T, E]."""
         start, end = self.num_rows, self.num_rows + keys.shape[2]
-        if end > self.capacity:
-            self.reserve(keys, values, self.next_capacity(end))
+        self.make_room(end, keys, values)
         assert self.keys is not None and self.values is not None
         self.keys.narrow(2, start, end - start).copy_(keys)
         self.values.narrow(2, start, end - start).copy_(values)
         self.num_rows = end
         return self.keys.narrow(2, 0, end), self.values.narrow(2, 0, end)
 
-    def next_capacity(self, num_rows: int) -> int:
-        """What to grow to when `num_rows` rows no longer fit."""
-        return max(FIRST_CAPACITY, num_rows, int(self.capacity * GROWTH))
+    def make_room(self, num_rows: int, keys: Tensor, values: Tensor) -> None:
+        """Let `num_rows` rows like these [1, H, *, E] fit altogether."""
+        if num_rows > self.capacity:
+            capacity = max(FIRST_CAPACITY, num_rows, int(self.capacity * GROWTH))
+            self.keys, self.values = grown(self.keys, keys, capacity), grown(self.values, values, capacity)
 
-    def reserve(self, keys: Tensor, values: Tensor, capacity: int) -> None:
-        """Make room for `capacity` rows like these [1, H, *, E]."""
-        self.keys = grown(self.keys, keys, 1, capacity)
-        self.values = grown(self.values, values, 1, capacity)
+    def copied(self, num_rows: int) -> LayerRows:
+        """Its first rows, in storage of their own."""
+        copy = LayerRows()
+        if self.keys is not None and self.values is not None:
+            copy.append(self.keys[:, :, :num_rows], self.values[:, :, :num_rows])
+        copy.num_rows = num_rows
+        return copy
 
     def move(self, source: Tensor, to: int) -> None:
         """Copy the rows `source` (indices [M], ascending) to row `to` and those behind it; none moves backwards."""
@@ -123,6 +124,12 @@ class KVCache:
             raise CapacityError(f"cannot trim to {num_rows} rows: {self.num_committed} are committed")
         for layer in self.layers:
             layer.num_rows = num_rows
+        self.num_committed = num_rows
+
+    @torch.inference_mode()
+    def take_copy(self, other: KVCache, num_rows: int) -> None:
+        """Hold, in place of what it holds, the first committed rows of another cache."""
+        self.layers = [layer.copied(num_rows) for layer in other.layers]
         self.num_committed = num_rows
 
     def check_integrity(self) -> None:

@@ -14,10 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from amphista.cli.standard import is_utf8
+from amphista.engine import batch
+from amphista.engine.batch import Batch, Finished
 from amphista.engine.params import SamplingParams
 from amphista.engine.stats import DecodeStats
 from amphista.engine.stream import Answer, finish
-from amphista.errors import ConfigError, RequestError
+from amphista.errors import ConfigError, RequestError, TargetError
 from amphista.evaluation.lossless import first_divergence
 from amphista.llm import LLM, Conversation
 from amphista.prompts import PromptRecord
@@ -39,6 +41,7 @@ class Job:
     compare: bool
     output: Path | None
     json_lines: bool
+    batch_size: int = 1
 
     @cached_property
     def baseline(self) -> LLM | None:
@@ -51,23 +54,105 @@ class Job:
 
 
 def run_job(job: Job) -> None:
-    """Check every prompt, then answer one by one; each record is written as soon as it exists."""
+    """Check every prompt, then answer; each record is written as soon as it exists and its turn has come."""
     first_ids = [_first_ids(job, prompt) for prompt in job.prompts]
-    failed = 0
     with _sink(job.output) as write:
+
+        def put(record: dict[str, Any]) -> None:
+            if job.json_lines:
+                print(_json(record, is_utf8(sys.stdout)), flush=True)
+            write(_json(record, True) + "\n")
+
         if job.baseline is not None:
             _warm_up(job, job.baseline, first_ids)
-        for prompt in job.prompts:
-            try:
-                for record in _answer(job, prompt):
-                    if job.json_lines:
-                        print(_json(record, is_utf8(sys.stdout)), flush=True)
-                    write(_json(record, True) + "\n")
-            except RequestError as error:  # a later turn that no longer fits: the other prompts are still answered
-                failed += 1
-                print(f"amphista: {error}", file=sys.stderr, flush=True)
+        failed = _one_by_one(job, put) if job.batch_size == 1 else _Together(job, put).run()
     if failed:
         raise RequestError(f"{failed} of {len(job.prompts)} prompts could not be answered to their end")
+
+
+def _one_by_one(job: Job, put: Callable[[dict[str, Any]], None]) -> int:
+    """Returns how many prompts failed."""
+    failed = 0
+    for prompt in job.prompts:
+        try:
+            for record in _answer(job, prompt):
+                put(record)
+        except (RequestError, TargetError) as error:  # the other prompts are still answered
+            failed += 1
+            print(f"amphista: {error}", file=sys.stderr, flush=True)
+    return failed
+
+
+class _Together:
+    """Several prompts at a time; a conversation's next turn takes the place of the one before.
+
+    Records come in the order of the prompts, also of those that had ended when the run is broken off.
+    """
+
+    def __init__(self, job: Job, put: Callable[[dict[str, Any]], None]) -> None:
+        self._job, self._put = job, put
+        self._batch: Batch[tuple[int, int]] = Batch(job.llm.engine, job.batch_size)
+        self._conversations = [job.conversation() for _ in job.prompts]
+        self._answers: list[list[Answer]] = [[] for _ in job.prompts]
+        self._errors: list[Exception | None] = [None] * len(job.prompts)
+        self._ended: set[int] = set()
+        self._num_put = 0
+
+    def run(self) -> int:
+        """Returns how many prompts failed. raises CapacityError before anything is decoded."""
+        first = [self._next(index) for index in range(len(self._job.prompts))]
+        jobs = [one for one in first if one is not None]
+        self._batch.check_memory(jobs)
+        try:
+            for _ in self._batch.run(jobs, self._follow):
+                self._flush()
+            self._flush()
+        except BaseException:
+            self._flush(in_order=False)
+            raise
+        return sum(error is not None for error in self._errors)
+
+    def _next(self, index: int) -> batch.Job[tuple[int, int]] | None:
+        """The next turn of a conversation, if there is one that can be decoded."""
+        turns, number = _turns(self._job.prompts[index]), len(self._answers[index])
+        if number < len(turns) and self._errors[index] is None:
+            try:
+                ids = self._conversations[index].prompt_ids(turns[number])
+                self._job.llm.engine.check(ids, self._job.params)
+                return batch.Job(ids, self._job.params, (index, number), namespace=index)
+            except RequestError as error:
+                name = self._job.prompts[index].id
+                self._errors[index] = RequestError(f"prompt {name}, turn {number + 1}: {error}")
+        self._ended.add(index)
+        return None
+
+    def _follow(self, finished: Finished[tuple[int, int]]) -> batch.Job[tuple[int, int]] | None:
+        index, number = finished.job.tag
+        if finished.error is not None:
+            self._errors[index] = RequestError(f"prompt {self._job.prompts[index].id}: {finished.error}")
+        else:
+            answer = self._job.llm.answer_of(finished)
+            self._conversations[index].add(_turns(self._job.prompts[index])[number], answer)
+            self._answers[index].append(answer)
+        return self._next(index)
+
+    def _flush(self, *, in_order: bool = True) -> None:
+        """Put the records of prompts that have ended, first to last; a prompt that is still answered holds up those
+        behind it, unless the run is broken off."""
+        job = self._job
+        while self._num_put < len(job.prompts) and (self._num_put in self._ended or not in_order):
+            index = self._num_put
+            self._num_put += 1
+            for number, answer in enumerate(self._answers[index]):
+                record = describe(job.llm, job.prompts[index].id, number, answer) | {"batch_size": job.batch_size}
+                if job.template:
+                    record["template"] = job.template
+                if not job.json_lines:
+                    print(f"{answer.text}\n", flush=True)
+                    print(summary(record), file=sys.stderr, flush=True)
+                self._put(record)
+            if self._errors[index] is not None and index in self._ended:
+                print(f"amphista: {self._errors[index]}", file=sys.stderr, flush=True)
 
 
 def _json(record: dict[str, Any], with_unicode: bool) -> str:
@@ -138,7 +223,7 @@ def check_output(path: Path | None) -> None:
 def _answer(job: Job, prompt: PromptRecord) -> Iterator[dict[str, Any]]:
     """One record per turn; each method keeps its own caches between turns."""
     conversation = job.conversation()
-    context = None if job.baseline is None else job.baseline.engine.new_context()
+    plain_stream = None
     for number, turn in enumerate(_turns(prompt)):
         try:
             stream = conversation.stream(turn, params=job.params)
@@ -152,8 +237,8 @@ def _answer(job: Job, prompt: PromptRecord) -> Iterator[dict[str, Any]]:
         if job.template:
             record["template"] = job.template
         if job.baseline is not None:
-            plain = finish(job.baseline.stream_ids(answer.prompt_ids, answer.params, context))
-            record |= compare(job.llm, answer, plain)
+            plain_stream = job.baseline.stream_ids(answer.prompt_ids, answer.params, after=plain_stream)
+            record |= compare(job.llm, answer, finish(plain_stream))
         if not job.json_lines:
             print()
             print(summary(record), file=sys.stderr, flush=True)

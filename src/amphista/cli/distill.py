@@ -36,6 +36,12 @@ def distill(
     device: options.Device = None,
     dtype: options.Dtype = None,
     fast: options.Fast = True,
+    drafter: Annotated[
+        str | None,
+        typer.Option(
+            help="Drafts answers where that pays, and changes none; as for generate, or none.", show_default=False
+        ),
+    ] = None,
     batch_size: Annotated[int | None, typer.Option(help="Conversations answered at a time.  [default: 32]")] = None,
     max_new_tokens: Annotated[
         int | None, typer.Option(help="At most this many tokens an answer.  [default: 512]")
@@ -77,14 +83,17 @@ def distill(
     values |= {name: value for name, value in given.items() if value is not None}
     config = build(DistillConfig, values)
     share = Share.from_environment(os.environ) if shard is None else Share.parse(shard)
-    summary = _run(config, share, (target, own_device(device), dtype, fast), out)
+    summary = _run(config, share, (target, own_device(device), dtype, fast), out, drafter)
     if json_lines:
         print(json.dumps({"out": str(out), **summary}))
 
 
-def _run(config: Any, share: Share, target: tuple[str, str | None, str | None, bool], out: Path) -> dict[str, Any]:
+def _run(
+    config: Any, share: Share, target: tuple[str, str | None, str | None, bool], out: Path, drafter: str | None
+) -> dict[str, Any]:
     """Read the prompts, load the target (its name, device, dtype, fast or not), answer."""
     from amphista.cli.progress import StepProgress
+    from amphista.llm import choose_drafter
     from amphista.target.loading import load_target
     from amphista.train.conversations import load_conversations
     from amphista.train.distill import Distiller
@@ -95,7 +104,9 @@ def _run(config: Any, share: Share, target: tuple[str, str | None, str | None, b
     name, device, dtype, fast = target
     loaded = load_target(name, device=device, dtype=dtype, fast=fast)
     with StepProgress() as progress:
-        summary = Distiller(loaded, config, asked, out, share=share, on_step=progress.step).run()
+        proposer = choose_drafter(loaded, drafter)
+        distiller = Distiller(loaded, config, asked, out, proposer=proposer, share=share, on_step=progress.step)
+        summary = distiller.run()
     print(
         f"amphista: {summary['conversations']} conversations, {summary['answer_tokens']} answer tokens in {out} "
         f"({summary['tokens_per_second']} tokens/s in this run); train with: amphista train --data {out} --out DIR",

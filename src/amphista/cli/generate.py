@@ -33,6 +33,9 @@ def generate(
     compare: Annotated[
         bool, typer.Option("--compare", help="Decode autoregressively too: same tokens? how much faster?")
     ] = False,
+    batch_size: Annotated[
+        int, typer.Option(min=1, help="Answer so many prompts together: more tokens a second in all, each one later.")
+    ] = 1,
     output: Annotated[Path | None, typer.Option(help="Also write the JSON records to this file.")] = None,
     json_lines: Annotated[bool, typer.Option("--json", help="Print one JSON record per answer, nothing else.")] = False,
     logprobs: Annotated[
@@ -51,6 +54,8 @@ def generate(
     asked = from_arguments(prompts or [], sys.stdin) + (read_prompts(prompts_file) if prompts_file else [])
     if not asked:
         raise typer.BadParameter("give at least one PROMPT, or --prompts FILE.jsonl")
+    if compare and batch_size > 1:
+        raise typer.BadParameter("--compare times one answer at a time: leave out --batch-size")
     llm = model.load()
     params = sampling.params_for(llm)
     if logprobs is not None:
@@ -66,5 +71,6 @@ def generate(
             compare=compare,
             output=output,
             json_lines=json_lines,
+            batch_size=batch_size,
         )
     )

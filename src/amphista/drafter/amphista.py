@@ -213,6 +213,10 @@ class Amphista(ParallelHeads):
         self.embedding_norm = self.hidden_norm = self.auto_embedding = None
         self.stages, self.heads = nn.ModuleList(), nn.ModuleList()
 
+    @property
+    def row_bytes(self) -> int:
+        return 2 * self.config.stages * self.spec.num_key_value_heads * self.spec.head_size * self.dtype.itemsize
+
     def start(self) -> DrafterState:
         return DrafterState(caches=[LayerCache() for _ in range(self.config.stages)])
 
@@ -231,10 +235,9 @@ class Amphista(ParallelHeads):
         state.num_rows += len(hidden)
 
     @torch.inference_mode()
-    def draft_states(self, state: DrafterState) -> Tensor:
-        if self._lean is not None:
-            return self._lean.head_states(state.features)
-        return self._heads(state.features)[0]
+    def draft_states(self, states: Sequence[DrafterState]) -> Tensor:
+        read = [torch.cat(features) for features in zip(*(state.features for state in states), strict=True)]
+        return self._heads(read) if self._lean is None else self._lean.head_states(read)
 
     def trim(self, state: DrafterState, num_rows: int) -> None:
         state.num_rows = min(state.num_rows, num_rows)

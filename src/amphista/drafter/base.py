@@ -12,13 +12,14 @@ Shapes: B sequences, T rows, P selected rows, K heads, R ranks, S shortlist, D h
 from __future__ import annotations
 
 from abc import abstractmethod
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from torch import Tensor, nn
 
 from amphista.errors import ConfigError
-from amphista.tree.candidates import Candidates, NgramDraft
+from amphista.tree.candidates import Candidates
 
 # Beyond any drafter that pays; what stands in a stranger's config.json must not steer loops or sizes.
 MAX_HEADS = 64
@@ -42,7 +43,11 @@ class DrafterState:
     features: Any = None
     pending: Tensor | None = None
     caches: list[Any] = field(default_factory=list)
-    lookup: Any = None
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes allocated for keys and values."""
+        return sum(cache.num_bytes for cache in self.caches)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,6 +109,7 @@ class Drafter(nn.Module):
 
     name: str
     config: DrafterConfig
+    calibration: Calibration | None = None
 
     @property
     def num_heads(self) -> int:
@@ -111,20 +117,27 @@ class Drafter(nn.Module):
         return self.config.num_heads
 
     @property
-    def inner(self) -> Drafter:
-        """The drafter that has weights: itself, unless it stands inside another."""
+    def num_weights(self) -> int:
+        """Number of trained weights."""
+        return sum(weight.numel() for weight in self.parameters())
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of what is kept for each row."""
+        return 0
+
+    def freeze(self, *, exact: bool = False, as_trained: bool = False) -> Drafter:
+        """Make ready for decoding; most need not."""
         return self
 
     def start(self) -> DrafterState:
         """An empty state for a new sequence."""
         return DrafterState()
 
-    def draft_ngrams(self, state: DrafterState, token_ids: list[int], max_depth: int) -> NgramDraft | None:
-        """What the sequence itself suggests after `token_ids`, the pending one included; costs no pass over anything.
-
-        The ids grow at their end between two calls, or begin anew after a `trim`.
-        """
-        return None
+    def copy(self, state: DrafterState, num_rows: int) -> DrafterState:
+        """The first `num_rows` rows, for another sequence; the next `commit` must come before the next `draft`."""
+        caches = [cache.copied(num_rows) for cache in state.caches]
+        return replace(state, num_rows=min(state.num_rows, num_rows), caches=caches)
 
     @abstractmethod
     def commit(self, state: DrafterState, hidden: Tensor, next_ids: Tensor) -> None:
@@ -135,6 +148,13 @@ class Drafter(nn.Module):
         self, state: DrafterState, num_ranks: int, temperature: float = 0.0, max_depth: int | None = None
     ) -> Candidates:
         """The best `num_ranks` tokens of the first `max_depth` heads, for the position after the last committed row."""
+
+    def draft_all(
+        self, states: Sequence[DrafterState], num_ranks: int, temperatures: Sequence[float], max_depths: Sequence[int]
+    ) -> list[Candidates]:
+        """The same for several sequences, each at its own temperature and as deep as it can go."""
+        asked = zip(states, temperatures, max_depths, strict=True)
+        return [self.draft(state, num_ranks, temperature, depth) for state, temperature, depth in asked]
 
     @abstractmethod
     def trim(self, state: DrafterState, num_rows: int) -> None:

@@ -16,7 +16,7 @@ import math
 import threading
 import warnings
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -28,7 +28,7 @@ from amphista.drafter.heads import ParallelHeads, Ranked
 from amphista.drafter.stage_rows import StageHome, StageRows
 from amphista.errors import CaptureError
 from amphista.kernels.graph import Inputs, Recorded, Recorder, bucket, capacities
-from amphista.tree.candidates import Candidates, NgramDraft
+from amphista.tree.candidates import Candidates
 
 ROWS = (1, 2, 4, 8, 16, 32)  # fed at once; more are read as they are
 FIRST_CAPACITY = 256
@@ -84,7 +84,7 @@ class AskRegion:
         self.offers = torch.zeros(sum(self._sizes), dtype=torch.float64, device=heads.device)
 
     def run(self) -> None:
-        ranked = self._heads.ranked(self._heads.draft_states(self._state), self.divisors, self._num_ranks)
+        ranked = self._heads.ranked(self._heads.draft_states([self._state]), self.divisors[None], self._num_ranks)
         parts = [part for part in ranked if part is not None]
         for place, part in zip(self.offers.split(self._sizes), parts, strict=True):
             place.copy_(part.flatten())
@@ -92,21 +92,18 @@ class AskRegion:
     def candidates(self, max_depth: int | None) -> Candidates:
         """What was found, of the first `max_depth` heads, on the host."""
         parts = self.offers.cpu().split(self._sizes)
-        token_ids, log_probs, *below = (part.view(shape) for part, shape in zip(parts, self._shapes, strict=True))
-        depth = len(token_ids) if max_depth is None else max_depth
-        if below and depth > 1:
-            below = [below[0].long()[: depth - 1], below[1][: depth - 1]]
-        return Ranked(token_ids.long()[:depth], log_probs[:depth], *(below if depth > 1 else ())).candidates()
+        token_ids, log_probs, *below = (part.view(1, *shape) for part, shape in zip(parts, self._shapes, strict=True))
+        if below:
+            below[0] = below[0].long()
+        return Ranked(token_ids.long(), log_probs, *below).candidates([max_depth or len(token_ids[0])])[0]
 
 
 class CapturedDrafter(Drafter):
-    """A drafter whose heads draft in fixed shapes; in everything else it is the drafter it stands around."""
+    """Heads that draft in fixed shapes; in everything else they are the drafter it stands around."""
 
-    def __init__(self, around: Drafter) -> None:
+    def __init__(self, heads: ParallelHeads) -> None:
         super().__init__()
-        heads = around.inner
-        assert isinstance(heads, ParallelHeads)
-        self.name, self._around, self._heads = around.name, around, heads
+        self.name, self._heads = heads.name, heads
         self._staged = heads if isinstance(heads, Amphista) and len(heads.stages) else None
         size, device = heads.spec.hidden_size, heads.device
         shapes = [(1, size)] * 2 if isinstance(heads, Amphista) else [(size,)]
@@ -124,22 +121,23 @@ class CapturedDrafter(Drafter):
         self.why_not_captured: str | None = None
 
     @property
-    def inner(self) -> Drafter:
-        return self._around.inner
+    def num_heads(self) -> int:
+        return self._heads.num_heads
 
     @property
-    def num_heads(self) -> int:
-        return self._around.num_heads
+    def row_bytes(self) -> int:
+        return self._heads.row_bytes
 
     def start(self) -> DrafterState:
-        return self._around.start()
+        return self._heads.start()
 
-    def draft_ngrams(self, state: DrafterState, token_ids: list[int], max_depth: int) -> NgramDraft | None:
-        return self._around.draft_ngrams(state, token_ids, max_depth)
+    def copy(self, state: DrafterState, num_rows: int) -> DrafterState:
+        with self._turn():
+            return self._heads.copy(state, num_rows)
 
     def trim(self, state: DrafterState, num_rows: int) -> None:
-        with self._lock:
-            self._around.trim(state, num_rows)
+        with self._turn():
+            self._heads.trim(state, num_rows)
 
     @torch.inference_mode()
     def commit(self, state: DrafterState, hidden: Tensor, next_ids: Tensor) -> None:
@@ -152,7 +150,7 @@ class CapturedDrafter(Drafter):
                     self._uncapture(error)
                 else:
                     return
-            self._around.commit(state, hidden, next_ids)
+            self._heads.commit(state, hidden, next_ids)
 
     @torch.inference_mode()
     def draft(
@@ -164,7 +162,16 @@ class CapturedDrafter(Drafter):
                     return self._ask(state, min(num_ranks, self._heads.draft_vocab), temperature, max_depth)
                 except CaptureError as error:
                     self._uncapture(error)
-            return self._around.draft(state, num_ranks, temperature, max_depth)
+            return self._heads.draft(state, num_ranks, temperature, max_depth)
+
+    def draft_all(
+        self, states: Sequence[DrafterState], num_ranks: int, temperatures: Sequence[float], max_depths: Sequence[int]
+    ) -> list[Candidates]:
+        """Several at once are asked without a recorded function: there is one for a single sequence."""
+        if len(states) == 1:
+            return super().draft_all(states, num_ranks, temperatures, max_depths)
+        with self._turn():
+            return self._heads.draft_all(states, num_ranks, temperatures, max_depths)
 
     @torch.inference_mode()
     def prepare(self, num_ranks: int, num_rows: int) -> None:
@@ -265,8 +272,6 @@ class CapturedDrafter(Drafter):
         warnings.warn(f"{self.name} drafts without captured graphs, slower: {error}", RuntimeWarning, stacklevel=3)
 
 
-def captured(drafter: Drafter, *, is_static: bool) -> Drafter:
-    """The drafter for a target that verifies in fixed shapes, or does not; without heads it stays as it is."""
-    if not is_static or not isinstance(drafter.inner, ParallelHeads) or isinstance(drafter, CapturedDrafter):
-        return drafter
-    return CapturedDrafter(drafter)
+def captured(heads: Drafter, *, is_static: bool) -> Drafter:
+    """The heads for a target that verifies in fixed shapes, or does not."""
+    return CapturedDrafter(heads) if is_static and isinstance(heads, ParallelHeads) else heads

@@ -26,13 +26,13 @@ from safetensors import SafetensorError
 
 from amphista.config import as_dict, build
 from amphista.drafter.amphista import Amphista, AmphistaConfig
-from amphista.drafter.base import Calibration, Drafter, DrafterConfig
+from amphista.drafter.base import Calibration, DrafterConfig
 from amphista.drafter.foreign import what_it_is
 from amphista.drafter.heads import ParallelHeads
 from amphista.drafter.hub import HubAccess, fetch
-from amphista.drafter.lookup import LOOKUP, WithLookup
+from amphista.drafter.lookup import LOOKUP
 from amphista.drafter.medusa import Medusa, MedusaConfig
-from amphista.drafter.none import NoDrafter
+from amphista.drafter.proposer import NONE, Proposer
 from amphista.drafter.weights import digest_in, digest_of, read_weights, write_weights
 from amphista.errors import ConfigError, DrafterError
 from amphista.target.spec import Fingerprint, SharedWeights, TargetSpec
@@ -289,6 +289,25 @@ def make_drafter(kind: str, config: DrafterConfig, spec: TargetSpec, shared: Sha
     return DRAFTERS[kind][1](config, spec, shared)
 
 
+def load_proposer(
+    name: str | os.PathLike[str],
+    spec: TargetSpec,
+    shared: SharedWeights,
+    fingerprint: Fingerprint,
+    *,
+    allow_other_target: bool = False,
+    hub: HubAccess | None = None,
+) -> Proposer:
+    """What proposes for a target: 'none', 'lookup', or what `load_drafter` takes, alone or with '+lookup'."""
+    name = name_of(name)
+    use_lookup = name == LOOKUP or (name.endswith(f"+{LOOKUP}") and not os.path.exists(os.path.expanduser(name)))
+    heads = name.removesuffix(LOOKUP).removesuffix("+") if use_lookup else name
+    if heads in ("", NONE):
+        return Proposer(use_lookup=use_lookup)
+    loaded = load_drafter(heads, spec, shared, fingerprint, allow_other_target=allow_other_target, hub=hub)
+    return Proposer(loaded, use_lookup=use_lookup)
+
+
 def load_drafter(
     name: str | os.PathLike[str],
     spec: TargetSpec,
@@ -297,18 +316,9 @@ def load_drafter(
     *,
     allow_other_target: bool = False,
     hub: HubAccess | None = None,
-) -> Drafter:
-    """Load a drafter for a target: 'none', a shipped name, a folder or a hub id; 'lookup', or any of them '+lookup'."""
+) -> ParallelHeads:
+    """Load a drafter for a target: a shipped name, a folder or a hub id."""
     name = name_of(name)
-    if name == "none":
-        return NoDrafter()
-    if name == LOOKUP:
-        return WithLookup(NoDrafter())
-    if name.endswith(f"+{LOOKUP}") and not os.path.exists(os.path.expanduser(name)):
-        inner = name.removesuffix(f"+{LOOKUP}")
-        return WithLookup(
-            load_drafter(inner, spec, shared, fingerprint, allow_other_target=allow_other_target, hub=hub)
-        )
     checkpoint = locate_checkpoint(name, fingerprint, hub)
     refuse_other_target(checkpoint, fingerprint, allow_other_target=allow_other_target)
     try:

@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from amphista.drafter.base import Calibration, Drafter, DrafterConfig, DrafterState
+from amphista.drafter.base import Drafter, DrafterConfig, DrafterState
 from amphista.drafter.path import PathCorrection, conditional, moved
 from amphista.errors import ConfigError, DrafterError
 from amphista.kernels.frozen import pack_linears
@@ -30,20 +30,23 @@ StateOf = Callable[[int, Tensor], Tensor]  # head and rows [M] -> the head's sta
 
 
 class Ranked(NamedTuple):
-    """The best tokens of k heads as tensors, on the device: ids and log-probabilities [k, R], and for heads that know
-    paths, of each of their tokens the best below it, `ConditionalRanks` as tensors [k - 1, parents, children]."""
+    """The best tokens of k heads as tensors, on the device: ids and log-probabilities [B, k, R], and for heads that
+    know paths, of each of their tokens the best below it, `ConditionalRanks` as tensors [B, k - 1, parents, children].
+    """
 
     token_ids: Tensor
     log_probs: Tensor
     ranks_below: Tensor | None = None
     log_probs_below: Tensor | None = None
 
-    def candidates(self) -> Candidates:
-        """The same for a tree to grow from."""
-        below = None
-        if self.ranks_below is not None and self.log_probs_below is not None:
-            below = ConditionalRanks(self.ranks_below.tolist(), self.log_probs_below.tolist())
-        return Candidates(self.token_ids.tolist(), self.log_probs.tolist(), below=below)
+    def candidates(self, max_depths: Sequence[int]) -> list[Candidates]:
+        """The same for trees to grow from, of as many heads as each sequence has use for."""
+        parts = [part.tolist() for part in self if part is not None]
+        found = []
+        for depth, (tokens, log_probs, *below) in zip(max_depths, zip(*parts, strict=True), strict=True):
+            paths = ConditionalRanks(*(part[: depth - 1] for part in below)) if below and depth > 1 else None
+            found.append(Candidates(tokens[:depth], log_probs[:depth], below=paths))
+        return found
 
 
 class FrozenHead:
@@ -81,7 +84,6 @@ class ParallelHeads(Drafter):
     def __init__(self, config: DrafterConfig, spec: TargetSpec, shared: SharedWeights) -> None:
         super().__init__()
         self.config, self.spec = config, spec
-        self.calibration: Calibration | None = None
         self._shared = shared
         self._shared_rows: tuple[Tensor, Tensor | None] | None = None
         self._packed_rows: PackedLinear | None = None
@@ -254,8 +256,8 @@ class ParallelHeads(Drafter):
         """Training form, all positions at once: hidden [B, T, D], next ids [B, T], flat rows [P] -> [P, K, D]."""
 
     @abstractmethod
-    def draft_states(self, state: DrafterState) -> Tensor:
-        """Decoding form: the head states [K, D] of the last committed row."""
+    def draft_states(self, states: Sequence[DrafterState]) -> Tensor:
+        """Decoding form: the head states [B, K, D] of the last committed row of each sequence."""
 
     @abstractmethod
     def features(self, hidden: Tensor, next_ids: Tensor, select: Tensor) -> list[Tensor]:
@@ -273,21 +275,27 @@ class ParallelHeads(Drafter):
     def match_scale(self, hidden_rms: float) -> None:
         """Scale the start so that every head's first logits are close to the target's own, LM(h_t)."""
 
-    @torch.inference_mode()
     def draft(
         self, state: DrafterState, num_ranks: int, temperature: float = 0.0, max_depth: int | None = None
     ) -> Candidates:
-        states = self.draft_states(state)[:max_depth]  # the LM head is the larger part of a draft
-        divisors = self.head_temperatures(temperature)[: len(states), None].to(states.device)
-        return self.ranked(states, divisors, num_ranks).candidates()
+        return self.draft_all([state], num_ranks, [temperature], [max_depth or self.num_heads])[0]
+
+    @torch.inference_mode()
+    def draft_all(
+        self, states: Sequence[DrafterState], num_ranks: int, temperatures: Sequence[float], max_depths: Sequence[int]
+    ) -> list[Candidates]:
+        deepest = max(max_depths)  # the LM head is the larger part of a draft
+        head_states = self.draft_states(states)[:, :deepest]
+        divisors = torch.stack([self.head_temperatures(temperature)[:deepest, None] for temperature in temperatures])
+        return self.ranked(head_states, divisors.to(head_states.device), num_ranks).candidates(max_depths)
 
     def ranked(self, states: Tensor, divisors: Tensor, num_ranks: int) -> Ranked:
-        """States [k, D] of the first k heads -> the best tokens of each, its logits divided by divisors [k, 1]."""
+        """States [B, k, D] of the first k heads -> the best tokens of each; divisors [B, k, 1] of its logits."""
         logits = self.head_logits(states).float() / divisors
-        if self.path is None or len(states) == 1:
+        if self.path is None or states.shape[1] == 1:
             return Ranked(*self.top_ranks(logits, num_ranks))
         token_ids, log_probs = self.top_ranks(logits, max(num_ranks, self.config.path_shortlist))
-        below = self.ranks_below(states, token_ids, log_probs, divisors[:, 0], num_ranks)
+        below = self.ranks_below(states, token_ids, log_probs, divisors[..., 0], num_ranks)
         return Ranked(token_ids, log_probs, *below)
 
     def top_ranks(self, logits: Tensor, num_ranks: int) -> tuple[Tensor, Tensor]:
@@ -357,7 +365,7 @@ class ParallelHeads(Drafter):
         """Decoding form, all heads' shortlists at once -> `ConditionalRanks` as tensors
         [..., K - 1, S parents, R best children].
 
-        states [..., K, D]; token_ids and log_probs [..., K, S or more] as `top_ranks` gives them; divisors [K].
+        states [..., K, D]; token_ids and log_probs [..., K, S or more] as `top_ranks` gives them; divisors [..., K].
         """
         token_ids, log_probs = (ranked[..., : self.config.path_shortlist] for ranked in (token_ids, log_probs))
         assert self.path is not None
@@ -365,7 +373,7 @@ class ParallelHeads(Drafter):
         rows = self._shortlist_rows(token_ids[..., 1:, :])
         moves = moved(states[..., 1:, :], corrections, *rows, self._shared.transform)
         children = log_probs[..., 1:, None, :] - self._log_coverage
-        given = conditional(children, moves.float() / divisors[1:, None, None])
+        given = conditional(children, moves.float() / divisors[..., 1:, None, None])
         best = given.topk(min(num_ranks, given.shape[-1]), dim=-1)
         return best.indices, best.values + self._log_coverage
 

@@ -125,6 +125,19 @@ class LayerCache:
         return self._kv[0, :, :, :end], self._kv[1, :, :, :end]
 
     @property
+    def num_bytes(self) -> int:
+        """Bytes allocated."""
+        return 0 if self._kv is None else self._kv.numel() * self._kv.element_size()
+
+    def copied(self, num_rows: int) -> LayerCache:
+        """The first `num_rows` rows, in storage of their own."""
+        copy = LayerCache()
+        copy.num_rows = min(num_rows, self.num_rows)
+        if self._kv is not None:
+            copy._kv = self._kv[..., : max(1, copy.num_rows), :].clone()
+        return copy
+
+    @property
     def storage(self) -> Tensor | None:
         """Keys and values [2, 1, H, S, E] with the room there is."""
         return self._kv

@@ -88,8 +88,10 @@ class LeanLayer:
         cache: LayerCache | None = None,
         is_causal: bool = False,
         only_last: bool = False,
+        num_sequences: int = 1,
     ) -> Tensor:
-        """Rows [N, D] -> [N, D], or [1, D] where only the last one's output is asked for.
+        """Rows [N, D] -> [N, D], or [1, D] where only the last one's output is asked for; of several sequences, as many
+        of each, side by side.
 
         turn: complex [N, 1, E / 2], None without positions. With a cache rows see all before them and themselves.
         """
@@ -102,13 +104,14 @@ class LeanLayer:
             pairs.narrow(1, 0, heads + key_heads).mul_(turn)  # in place: nobody else reads the projections
             projected = exact.to(rows.dtype)
         queries, keys, values = projected.split((heads, key_heads, key_heads), dim=1)
-        keys, values = keys.transpose(0, 1)[None], values.transpose(0, 1)[None]
+        keys, values = (part.unflatten(0, (num_sequences, -1)).transpose(1, 2) for part in (keys, values))
         if cache is not None:
             keys, values = cache.append(keys, values)
         if only_last:
             rows, queries = rows[-1:], queries[-1:]
-        mixed = mix(queries.transpose(0, 1)[None], keys, values, None, is_causal=is_causal)
-        rows = self._output.added(mixed[0].transpose(0, 1).reshape(len(rows), -1), rows)
+        queries = queries.unflatten(0, (num_sequences, -1)).transpose(1, 2)
+        mixed = mix(queries, keys, values, None, is_causal=is_causal)
+        rows = self._output.added(mixed.transpose(1, 2).reshape(len(rows), -1), rows)
         gate, up = self._gate_up(self._mlp_norm(rows)).chunk(2, dim=-1)
         return self._down.added(functional.silu(gate) * up, rows)
 
@@ -137,10 +140,10 @@ class LeanHeads:
         self._further = [[Projection.of(block.linear, dtype=dtype) for block in blocks] for blocks in further]
 
     def __call__(self, state: Tensor) -> Tensor:
-        """State [1, D] -> [heads, D]."""
-        states = state + functional.silu(self._first(state)).view(self._num_heads, -1)
+        """States [B, D] -> [B, heads, D]."""
+        states = state[:, None] + functional.silu(self._first(state)).view(len(state), self._num_heads, -1)
         for blocks in self._further:
-            inner = torch.cat([block(states[k : k + 1]) for k, block in enumerate(blocks)])
+            inner = torch.stack([block(states[:, k]) for k, block in enumerate(blocks)], dim=1)
             states = states + functional.silu(inner)
         return states
 
@@ -178,11 +181,12 @@ class LeanAmphista:
         return [read[0], read[-1]]
 
     def head_states(self, read: Sequence[Tensor]) -> Tensor:
-        """What `adapt` gave -> [K, D]."""
+        """What `adapt` gave, of B sequences [B, D] each -> [B, K, D]."""
         slots = [heads(state) for heads, state in zip(self._heads, read, strict=True) if heads is not None]
-        states = torch.cat(slots)
+        states = torch.cat(slots, dim=1)
         if self._position is not None:
             states = states + self._position
+        shape, rows = states.shape, states.flatten(0, 1)
         for layer in self._encoder:
-            states = layer(states, is_causal=self._is_causal)
-        return self._output_norm(states)
+            rows = layer(rows, is_causal=self._is_causal, num_sequences=shape[0])
+        return self._output_norm(rows).view(shape)

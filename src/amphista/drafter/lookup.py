@@ -14,15 +14,10 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from itertools import pairwise
 
-from torch import Tensor
-
-from amphista.drafter.base import Drafter, DrafterState
 from amphista.drafter.ngrams import LONGEST_MATCH, NgramIndex
-from amphista.drafter.none import NoDrafter
-from amphista.tree.candidates import Candidates, NgramDraft
+from amphista.tree.candidates import NgramDraft
 
 LOOKUP = "lookup"
 PRIOR = {1: 0.24, 2: 0.52, 3: 0.6, 4: 0.66, 6: 0.74, 9: 0.84, 12: 0.87, 16: 0.95}  # from that many agreeing tokens on
@@ -39,7 +34,7 @@ class Lookup:
         self._proposed: tuple[int, int, list[int]] | None = None  # tokens known then, the match's length, what it said
 
     def propose(self, token_ids: list[int], max_depth: int) -> NgramDraft | None:
-        """The chain that may follow `token_ids`, which begin with what was given before (or since the last trim)."""
+        """The chain that may follow `token_ids`, which begin with what was given before."""
         with self._whole():
             self.index.extend(token_ids[len(self.index) :])
         self._learn()
@@ -57,13 +52,6 @@ class Lookup:
         start = _bucket(num_agreeing)
         right, total = self._outcomes[start]
         return (right + PRIOR_WEIGHT * PRIOR[start]) / (total + PRIOR_WEIGHT)
-
-    def trim(self, num_tokens: int) -> None:
-        """Forget the tokens behind the first `num_tokens`, and all outcomes: another request begins."""
-        with self._whole():
-            self.index.trim(num_tokens)
-        self._outcomes = {start: [0, 0] for start in PRIOR}
-        self._proposed = None
 
     @contextmanager
     def _whole(self) -> Iterator[None]:
@@ -94,39 +82,3 @@ def _bucket(num_agreeing: int) -> int:
 
 _STARTS = [*PRIOR, LONGEST_MATCH + 1]
 _BUCKETS = {length: start for start, after in pairwise(_STARTS) for length in range(start, after)}
-
-
-class WithLookup(Drafter):
-    """Another drafter with lookup beside it; beside `none`, lookup alone."""
-
-    def __init__(self, inner: Drafter) -> None:
-        super().__init__()
-        self._inner = inner
-        self.name = LOOKUP if isinstance(inner, NoDrafter) else f"{inner.name}+{LOOKUP}"
-
-    @property
-    def inner(self) -> Drafter:
-        return self._inner
-
-    @property
-    def num_heads(self) -> int:
-        return self._inner.num_heads
-
-    def start(self) -> DrafterState:
-        return replace(self._inner.start(), lookup=Lookup())
-
-    def commit(self, state: DrafterState, hidden: Tensor, next_ids: Tensor) -> None:
-        self._inner.commit(state, hidden, next_ids)
-
-    def draft(
-        self, state: DrafterState, num_ranks: int, temperature: float = 0.0, max_depth: int | None = None
-    ) -> Candidates:
-        return self._inner.draft(state, num_ranks, temperature, max_depth)
-
-    def draft_ngrams(self, state: DrafterState, token_ids: list[int], max_depth: int) -> NgramDraft | None:
-        assert isinstance(state.lookup, Lookup)
-        return state.lookup.propose(token_ids, max_depth)
-
-    def trim(self, state: DrafterState, num_rows: int) -> None:
-        self._inner.trim(state, num_rows)
-        state.lookup.trim(num_rows)

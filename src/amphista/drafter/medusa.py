@@ -7,6 +7,7 @@ blocks. The pending token is not an input: `next_ids` is ignored, but by a path 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -78,11 +79,10 @@ class Medusa(ParallelHeads):
         state.num_rows += hidden.shape[0]
 
     @torch.inference_mode()
-    def draft_states(self, state: DrafterState) -> Tensor:
-        assert state.pending is not None
-        if self._lean is None:
-            return self._heads(state.features, state.pending)
-        return self.given_pending(self._lean(state.features[None]), state.pending)
+    def draft_states(self, states: Sequence[DrafterState]) -> Tensor:
+        hidden = torch.stack([state.features for state in states])
+        pending = torch.stack([state.pending for state in states if state.pending is not None])
+        return self._heads(hidden, pending) if self._lean is None else self.given_pending(self._lean(hidden), pending)
 
     def trim(self, state: DrafterState, num_rows: int) -> None:
         state.num_rows = min(state.num_rows, num_rows)

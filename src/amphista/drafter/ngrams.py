@@ -1,8 +1,6 @@
-"""Where the last tokens of a text stood before: an index of its n-grams, grown and cut back token by token.
+"""Where the last tokens of a text stood before: an index of its n-grams, grown token by token.
 
-A token costs one dictionary entry per n and cutting it off undoes exactly that, so a step never reads the text again
-and a next chat turn keeps what both turns share. Each n-gram remembers the place before its own (`_before`), which is
-at once the answer to "where did the text's end stand before?" and what undoing needs.
+A token costs one dictionary entry per n, so a step never reads the text again.
 """
 
 from __future__ import annotations
@@ -19,7 +17,7 @@ class NgramIndex:
     def __init__(self) -> None:
         self.tokens: list[int] = []
         self._last: list[dict[tuple[int, ...], int]] = [{} for _ in SIZES]  # n-gram -> where it ended last
-        self._before: list[list[int]] = [[] for _ in SIZES]  # per token: where its n-gram ended before, or -1
+        self._before = [-1] * len(SIZES)  # where the text's last n-gram ended before, or -1
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -29,32 +27,16 @@ class NgramIndex:
         for token in tokens:
             at = len(self.tokens)
             self.tokens.append(token)
-            for size, last, before in zip(SIZES, self._last, self._before, strict=True):
-                gram = self._gram(at, size)
-                before.append(last.get(gram, -1))
+            for n, (size, last) in enumerate(zip(SIZES, self._last, strict=True)):
+                gram = tuple(self.tokens[max(0, at + 1 - size) :])  # shorter near the start, and like no other then
+                self._before[n] = last.get(gram, -1)
                 last[gram] = at
-
-    def trim(self, num_tokens: int) -> None:
-        """Forget all tokens behind the first `num_tokens`."""
-        while len(self.tokens) > num_tokens:
-            at = len(self.tokens) - 1
-            for size, last, before in zip(SIZES, self._last, self._before, strict=True):
-                earlier = before.pop()
-                if earlier >= 0:
-                    last[self._gram(at, size)] = earlier
-                else:
-                    del last[self._gram(at, size)]
-            self.tokens.pop()
-
-    def _gram(self, at: int, size: int) -> tuple[int, ...]:
-        """The n-gram that ends at `at`; near the start of the text it is shorter, and no other n-gram equals it."""
-        return tuple(self.tokens[max(0, at + 1 - size) : at + 1])
 
     def match(self) -> tuple[int, int] | None:
         """(index, length): the most recent earlier place of the longest n-gram that the text ends with, and how many
         tokens up to it equal the text's last ones, at most LONGEST_MATCH."""
         end = len(self.tokens) - 1
-        place = next((before[end] for before in self._before if end >= 0 and before[end] >= 0), -1)
+        place = next((before for before in self._before if before >= 0), -1)
         if place < 0:
             return None
         length = 1

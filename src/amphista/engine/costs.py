@@ -17,6 +17,7 @@ from amphista import provenance
 from amphista.config import as_dict
 from amphista.drafter.base import Drafter
 from amphista.drafter.heads import ParallelHeads
+from amphista.drafter.proposer import Proposer
 from amphista.engine.cost_cache import kept
 from amphista.engine.timing import NOISY, draft_ratio, verify_seconds
 from amphista.target.target import Target
@@ -37,25 +38,23 @@ class Tuned:
     costs: Costs
 
 
-def costs_for(target: Target, drafter: Drafter) -> Costs:
+def costs_for(target: Target, proposer: Proposer) -> Costs:
     """What steps cost with this target and drafter on this machine: kept from before, or measured now (some seconds).
 
-    A drafter that never proposes anything needs none.
+    Plain decoding needs none.
     """
-    if drafter.num_heads == 0 and drafter.start().lookup is None:
-        return NOTHING_PAYS
-    return tune(target, drafter).costs
+    return NOTHING_PAYS if proposer.proposes_nothing else tune(target, proposer).costs
 
 
-def tune(target: Target, drafter: Drafter, *, refresh: bool = False) -> Tuned:
+def tune(target: Target, proposer: Proposer, *, refresh: bool = False) -> Tuned:
     """The costs with what they were made from; refresh: measured anew, whatever is kept."""
-    key, inner = target_key(target), drafter.inner
+    key, heads = target_key(target), proposer.heads
     record = kept({"what": "verify", **key}, lambda: _measure_verify(target), _is_curve, refresh=refresh)
     verify = {int(size): seconds for size, seconds in record["seconds"].items()}
     draft = 0.0
-    if isinstance(inner, ParallelHeads):
-        key = {"what": "draft", **key, "drafter": drafter_key(inner)}
-        draft = verify[1] * kept(key, lambda: _measure_draft(target, drafter), _is_ratio, refresh=refresh)["ratio"]
+    if isinstance(heads, ParallelHeads):
+        key = {"what": "draft", **key, "drafter": drafter_key(heads)}
+        draft = verify[1] * kept(key, lambda: _measure_draft(target, heads), _is_ratio, refresh=refresh)["ratio"]
     target.give_back_graphs()
     return Tuned(verify, record["spread"], Costs.measured(verify, draft, in_steps=target.is_static))
 

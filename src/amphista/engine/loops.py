@@ -46,6 +46,12 @@ class LoopWatch:
         self._ids: list[int] = []
         self._runs = [0] * (LONGEST_SPAN + 1)  # by span: tokens in a row that equal the one a span before
 
+    def copy(self) -> LoopWatch:
+        """Another that goes on from here."""
+        other = LoopWatch()
+        other._ids, other._runs = list(self._ids[-LONGEST_SPAN:]), list(self._runs)
+        return other
+
     def push(self, token: int) -> bool:
         """Add a token; whether the answer loops."""
         ids, runs, looped = self._ids, self._runs, False

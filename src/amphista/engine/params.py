@@ -18,6 +18,7 @@ class FinishReason(StrEnum):
     LENGTH = "length"  # the token limit or the end of the context
     LOOP = "loop"  # it began to repeat itself; only where a batch was asked to cut loops
     ABORT = "abort"  # its stream was closed
+    ERROR = "error"  # it could not go on; `Answer.error` says why
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,164 +1,190 @@
-"""Sequence: one request's tokens, caches and counters; Context: what survives it into the next chat turn.
+"""Sequence: the state of one request, and the only one.
 
-Invariant between steps: the caches hold every token but the last. The last one is the pending token. The drafter's
-cache holds what it was fed; rows wait in `unfed` until it is asked again, and are then given to it in one go.
+Invariant between steps, once its prompt is read: the caches hold every token but the last, which is pending. Before
+that, and after a preemption, they hold fewer: then the next steps read chunks of what is missing.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from collections.abc import Sequence as Several
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-
-import torch
-from torch import Tensor
+from typing import Any
 
 from amphista.accept.logprobs import TokenLogprob
 from amphista.accept.sampling import Chooser
-from amphista.cache.static import KVCache, sent
-from amphista.drafter.base import Drafter, DrafterState
+from amphista.drafter.lookup import Lookup
+from amphista.engine.loops import LoopWatch, loop_free_length
 from amphista.engine.params import FinishReason, SamplingParams
+from amphista.engine.prefixes import Match
+from amphista.engine.rows import Rows
 from amphista.engine.stats import DecodeStats
-from amphista.errors import CapacityError, RequestError
+from amphista.errors import CapacityError
+from amphista.target.target import PREFILL_CHUNK
 from amphista.target.text import IncrementalText
-from amphista.tree.tune import DraftController
-
-MAX_UNFED = 512
+from amphista.tree.controller import DraftController
 
 
-@dataclass
-class Context:
-    """Cached rows and the token ids they were made from."""
+@dataclass(frozen=True)
+class Ending:
+    """How many of some chosen tokens become part of an answer, and whether it ends with them."""
 
-    cache: KVCache
-    draft_state: DrafterState
-    token_ids: list[int] = field(default_factory=list)
-    num_requests: int = 0
-    unfed: list[tuple[Tensor, list[int]]] = field(default_factory=list)
-
-    def defer(self, drafter: Drafter, hidden: Tensor, next_ids: list[int]) -> None:
-        """Keep rows [T, D] and the tokens that followed each for the drafter; they do not pile up without end."""
-        self.unfed.append((hidden, next_ids))
-        if drafter.num_heads == 0 or sum(len(ids) for _, ids in self.unfed) > MAX_UNFED:
-            self.feed(drafter)
-
-    def feed(self, drafter: Drafter) -> None:
-        """Give the drafter every row it has not read. Row j is made of h_j and x_{j+1}, and never rolled back."""
-        if self.unfed:
-            num_fed = self.cache.num_committed - sum(len(ids) for _, ids in self.unfed)
-            if self.draft_state.num_rows > num_fed:  # it was fed, and broken off before that was noted
-                drafter.trim(self.draft_state, num_fed)
-            hidden = torch.cat([rows for rows, _ in self.unfed]) if len(self.unfed) > 1 else self.unfed[0][0]
-            device = hidden.device if drafter.num_heads else None  # without heads nobody reads the ids: no copy
-            ids = sent([token for _, tokens in self.unfed for token in tokens], device)
-            drafter.commit(self.draft_state, hidden, ids)
-            self.unfed.clear()  # last: a feeding that is broken off is done again
-
-    def rewind(self, prompt_ids: list[int], drafter: Drafter) -> int:
-        """Keep what a new prompt shares with the cached rows; returns how many rows that is.
-
-        With a common prefix of P tokens, P - 1 rows stay: the drafter's row P was made with a next token that may now
-        be another. The last prompt token is always read again, because its logits are needed. A prefill that broke off
-        has left fewer rows in the drafter than in the target.
-        """
-        self.feed(drafter)
-        cached = self.token_ids[: self.cache.num_committed]
-        common = 0
-        for old, new in zip(cached, prompt_ids, strict=False):
-            if old != new:
-                break
-            common += 1
-        keep = max(0, min(common - 1, self.draft_state.num_rows))
-        self.cache.trim(keep)
-        drafter.trim(self.draft_state, keep)
-        self.token_ids = list(prompt_ids)
-        self.num_requests += 1
-        return keep
+    num_taken: int
+    reason: FinishReason | None
+    stops: IncrementalText | None
+    watch: LoopWatch | None
 
 
-@dataclass
+@dataclass(kw_only=True, eq=False)
 class Sequence:
-    """One request. While it runs, `context.token_ids` are its prompt and output; the last one is pending.
+    """One request: `token_ids` are its prompt and its answer so far, the end token included.
 
-    stops: the text so far, where a stop string may end it; else text is the reader's.
+    stops: the text so far, where a stop string may end it; else text is the reader's. watch: where answers that loop
+    are ended and cut. chunk_len: how many tokens of its prompt the next step may read.
     """
 
-    context: Context
-    request: int
+    token_ids: list[int]
+    num_prompt: int
     params: SamplingParams
     chooser: Chooser
-    prompt_ids: list[int]
     end_ids: frozenset[int]
     max_positions: int
+    rows: Rows
+    lookup: Lookup | None = None
     stops: IncrementalText | None = None
+    watch: LoopWatch | None = None
+    chunk_len: int = PREFILL_CHUNK
     stats: DecodeStats = field(default_factory=DecodeStats)
     controller: DraftController = field(default_factory=DraftController)
     finish_reason: FinishReason | None = None
-    output_ids: list[int] = field(default_factory=list)  # everything emitted, the end token included
     logprobs: list[TokenLogprob] = field(default_factory=list)
 
-    def check_context(self) -> None:
-        """Raise RequestError when another request has taken over this one's caches, CapacityError when they do not hold
-        every token but the pending one."""
-        if self.context.num_requests != self.request:
-            raise RequestError("this answer cannot go on: a later request has taken over its conversation's caches")
-        cache = self.context.cache
-        if not cache.num_committed == cache.num_rows == self.root_position:
-            raise CapacityError(f"{cache.num_committed} rows are cached, but {self.root_position} tokens were read")
+    @property
+    def prompt_ids(self) -> list[int]:
+        return self.token_ids[: self.num_prompt]
+
+    @property
+    def output_ids(self) -> list[int]:
+        """The answer so far."""
+        return self.token_ids[self.num_prompt :]
+
+    @property
+    def num_output(self) -> int:
+        return len(self.token_ids) - self.num_prompt
+
+    @property
+    def is_finished(self) -> bool:
+        return self.finish_reason is not None
 
     @property
     def pending(self) -> int:
         """Chosen by the target, not yet in any cache: the root of the next tree."""
-        return self.context.token_ids[-1]
+        return self.token_ids[-1]
 
     @property
     def root_position(self) -> int:
         """Absolute position of the pending token."""
-        return len(self.context.token_ids) - 1
+        return len(self.token_ids) - 1
+
+    @property
+    def num_unread(self) -> int:
+        """Tokens to read before it decodes: its prompt, after a preemption its answer so far, too."""
+        return len(self.token_ids) - self.rows.num_rows - bool(self.num_output)
+
+    @property
+    def num_left(self) -> int:
+        """Tokens that may still be added: what its limit and the context leave."""
+        return min(self.params.max_new_tokens - self.num_output, self.max_positions + 1 - len(self.token_ids))
 
     @property
     def max_depth(self) -> int:
         """How deep a tree may be: a step emits one token more than it accepts, and positions end with the context."""
-        remaining = self.params.max_new_tokens - self.stats.num_tokens
-        return max(0, min(remaining - 1, self.max_positions - 1 - self.root_position))
+        return max(0, self.num_left - 1)
 
-    def take(self, tokens: list[int]) -> int:
-        """Add chosen tokens up to the first that ends the answer; returns how many were taken."""
-        taken = 0
-        for token in tokens:
-            taken += 1
-            self.context.token_ids.append(token)
-            self.output_ids.append(token)
-            self.stats.num_tokens += 1
-            if token in self.end_ids:
-                self.finish_reason = FinishReason.STOP
-            elif self.stops is not None:
-                self.stops.push(token)
-                if self.stops.stopped:
-                    self.finish_reason = FinishReason.STOP
-            full = self.stats.num_tokens >= self.params.max_new_tokens or self.root_position >= self.max_positions
-            if self.finish_reason is None and full:
-                self.finish_reason = FinishReason.LENGTH
-            if self.finish_reason is not None:
-                break
-        self.chooser.extend(tokens[:taken])
-        return taken
+    def check(self) -> None:
+        """Raise CapacityError where the caches do not hold what this sequence has read."""
+        cache = self.rows.cache
+        if not cache.num_committed == cache.num_rows == self.rows.num_rows or self.num_unread < 0:
+            raise CapacityError(
+                f"{cache.num_committed} rows are cached and {cache.num_rows} written, but {self.root_position} tokens "
+                "were read"
+            )
 
-    @contextmanager
-    def whole_step(self) -> Iterator[None]:
-        """All that a block does to this sequence, or, where it is broken off (Ctrl-C), nothing of it.
+    def adopt(self, match: Match) -> None:
+        """Begin with the matched rows, copied or moved, in place of its own, which are none."""
+        rows = match.rows
+        assert isinstance(rows, Rows)
+        if match.is_copy:
+            self.rows = rows.copied(match.num_rows, self.token_ids)
+        else:
+            rows.keep(match.num_rows)
+            rows.token_ids = self.token_ids
+            self.rows = rows
+        self.stats.num_cached_tokens = self.rows.num_rows
 
-        Rows behind the pending token are dropped; what was there before lies untouched below them.
-        """
-        context, num_tokens, num_output = self.context, len(self.context.token_ids), len(self.output_ids)
-        unfed, stats, output = list(context.unfed), self.stats.snapshot(), self.chooser.output
+    def release(self) -> None:
+        """Let go of its rows and have none; the prefix store or another sequence may hold them still."""
+        self.rows = self.rows.empty(self.token_ids)
+
+    def ending(self, tokens: list[int]) -> Ending:
+        """Take chosen tokens up to the first that ends the answer; nothing of the sequence changes."""
         stops = None if self.stops is None else self.stops.copy()
-        try:
-            yield
-        except BaseException:
-            self.finish_reason, self.stops, self.chooser.output = None, stops, output
-            del context.token_ids[num_tokens:], self.output_ids[num_output:], self.logprobs[num_output:]
-            context.unfed[:] = unfed
-            context.cache.trim(self.root_position)
-            self.stats.restore(stats)
-            raise
+        watch = None if self.watch is None else self.watch.copy()
+        left, reason = self.num_left, None
+        for number, token in enumerate(tokens, start=1):
+            has_looped = watch is not None and watch.push(token)
+            if stops is not None and token not in self.end_ids:
+                stops.push(token)
+            if token in self.end_ids or (stops is not None and stops.stopped):
+                reason = FinishReason.STOP
+            elif number >= left:
+                reason = FinishReason.LENGTH
+            if has_looped and reason is not FinishReason.STOP:
+                reason = FinishReason.LOOP
+            if reason is not None:
+                return Ending(number, reason, stops, watch)
+        return Ending(len(tokens), None, stops, watch)
+
+    def take(self, tokens: list[int], ending: Ending) -> None:
+        """Add tokens, none behind the end; a loop is cut off."""
+        self.token_ids += tokens
+        self.stats.num_tokens += len(tokens)
+        self.chooser.extend(tokens)
+        self.stops, self.watch, self.finish_reason = ending.stops, ending.watch, ending.reason
+        if ending.reason is FinishReason.LOOP:
+            del self.token_ids[self.num_prompt + loop_free_length(self.output_ids) :]
+
+    def snapshot(self) -> tuple[Any, ...]:
+        """What `restore` needs."""
+        state = self.stops, self.watch, self.chooser.output
+        return (
+            len(self.token_ids),
+            self.rows.cache.num_committed,
+            list(self.rows.unfed),
+            len(self.logprobs),
+            self.stats.snapshot(),
+            state,
+        )
+
+    def restore(self, snapshot: tuple[Any, ...]) -> None:
+        """Go back: rows behind those of then are dropped, the others lie untouched below them."""
+        num_tokens, num_rows, unfed, num_logprobs, stats, state = snapshot
+        self.finish_reason = None
+        self.stops, self.watch, self.chooser.output = state
+        del self.token_ids[num_tokens:], self.logprobs[num_logprobs:]
+        self.rows.unfed[:] = unfed
+        self.rows.cache.trim(num_rows)
+        self.stats.restore(stats)
+
+
+@contextmanager
+def whole_step(batch: Several[Sequence]) -> Iterator[None]:
+    """All that a block does to these sequences or, where it is broken off (Ctrl-C), nothing of it."""
+    before = [sequence.snapshot() for sequence in batch]
+    try:
+        yield
+    except BaseException:
+        for sequence, snapshot in zip(batch, before, strict=True):
+            sequence.restore(snapshot)
+        raise

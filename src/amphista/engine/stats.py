@@ -7,21 +7,22 @@ not counted. Tokens are counted when they are committed, never by tokenising tex
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from amphista.tree.grow import Growth
+from amphista.tree.offers import Growth
 
 PHASES = ("prefill", "draft", "tree", "verify", "accept", "commit")
 
 
 @dataclass
 class DecodeStats:
-    """Counters of one answer. Seconds are wall time; `phase_seconds` sums to a little less than `seconds`.
+    """Counters of one answer. Seconds are wall time, those of a step counted in full for every sequence that shares
+    it; `phase_seconds` sums to a little less than `seconds`.
 
     Per decode step: `accepted` draft tokens, how many were `expected` by the drafter's own probabilities, `tree_nodes`
     verified, whether heads were asked (`drafted`), `step_seconds`. `num_dropped`: tokens the target
@@ -83,27 +84,32 @@ class DecodeStats:
 
     def snapshot(self) -> tuple[Any, ...]:
         """What `restore` needs to forget all that is counted from now on."""
-        return self.num_steps, self.num_tokens, self.num_dropped, dict(self.phase_seconds)
+        return self.num_steps, self.num_tokens, self.num_dropped, self.prefill_seconds, dict(self.phase_seconds)
 
     def restore(self, snapshot: tuple[Any, ...]) -> None:
         """Forget what was counted since."""
-        num_steps, self.num_tokens, self.num_dropped, self.phase_seconds = snapshot
+        num_steps, self.num_tokens, self.num_dropped, self.prefill_seconds, self.phase_seconds = snapshot
         for counted in (self.accepted, self.expected, self.tree_nodes, self.drafted, self.step_seconds):
             del counted[num_steps:]
 
 
 class Clock:
-    """Times phases into stats; waits for the device first where work is queued."""
+    """Times phases of a step into the stats of all its sequences; waits for the device first where work is queued.
 
-    def __init__(self, stats: DecodeStats, device: torch.device) -> None:
-        self._stats, self._device = stats, device
+    whole: what all phases of this step are counted as.
+    """
+
+    def __init__(self, stats: Sequence[DecodeStats], device: torch.device, *, whole: str | None = None) -> None:
+        self._stats, self._device, self._whole = stats, device, whole
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Add the wall time of a block to one phase."""
         started = self.now()
         yield
-        self._stats.phase_seconds[name] += self.now() - started
+        seconds = self.now() - started
+        for stats in self._stats:
+            stats.phase_seconds[self._whole or name] += seconds
 
     def now(self) -> float:
         """Seconds, after all queued device work is done."""

@@ -1,14 +1,18 @@
-"""The speculative step: draft, grow, verify, accept, commit. Plain decoding is the same step with the root alone.
+"""The step, for any batch: propose, grow, forward, accept, commit, take. Some sequences read a chunk of their prompt in
+it, the others verify a tree; plain decoding is a tree of the root alone.
 
 This is the only place where target, drafter, acceptance and cache meet.
+
+Law: a sequence's tokens are those of decoding it alone and plainly, whatever the batch.
 """
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Sequence as Several
 from dataclasses import dataclass, field, replace
 
 import torch
-from torch import Tensor
 
 from amphista.accept.logprobs import TokenLogprob, token_logprobs
 from amphista.accept.sampling import Chooser
@@ -17,28 +21,46 @@ from amphista.cache.static import sent
 from amphista.drafter.base import Drafter
 from amphista.drafter.captured import CapturedDrafter, captured
 from amphista.drafter.lookup import DEEPEST
+from amphista.drafter.proposer import Proposer
+from amphista.engine.loops import LoopWatch
 from amphista.engine.params import SamplingParams
-from amphista.engine.sequence import Context, Sequence
-from amphista.engine.stats import Clock, DecodeStats
+from amphista.engine.rows import Rows
+from amphista.engine.sequence import Ending, Sequence, whole_step
+from amphista.engine.stats import Clock
 from amphista.errors import RequestError
 from amphista.target.captured import NODES
+from amphista.target.output import TargetOutput
+from amphista.target.spans import Span
 from amphista.target.target import Target
 from amphista.target.text import IncrementalText
+from amphista.tree.budget import DraftRow, Plan
 from amphista.tree.candidates import Candidates
 from amphista.tree.grow import Grower
-
-NO_CANDIDATES = Candidates([], [])
+from amphista.tree.learned import Forward
+from amphista.tree.token_tree import TokenTree
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one step (or the prefill) added: token ids, accepted draft tokens, log-probabilities where they are asked
-    for. `text`: what may now be shown, filled in by the reader (`llm.Stream`)."""
+    """What one step added to a sequence: token ids, accepted draft tokens, log-probabilities where they are asked for;
+    no token while a prompt is read. `text`: what may now be shown, filled in by the reader (`llm.Stream`)."""
 
     token_ids: list[int]
     num_accepted: int
     logprobs: list[TokenLogprob] = field(default_factory=list)
     text: str = ""
+
+
+@dataclass(frozen=True)
+class _Outcome:
+    """What a forward means for one sequence: the nodes whose rows stay, the tokens chosen at the last nodes of that
+    path, as far as the answer goes, and how many more were chosen in vain."""
+
+    path: list[int]
+    tokens: list[int]
+    ending: Ending
+    logprobs: list[TokenLogprob]
+    num_dropped: int = 0
 
 
 def end_ids(target: Target, params: SamplingParams) -> frozenset[int]:
@@ -49,11 +71,16 @@ def end_ids(target: Target, params: SamplingParams) -> frozenset[int]:
 
 
 class Engine:
-    """Decodes sequences with one target, drafter and grower; a sequence's state is its context's, wherever it lies."""
+    """Steps sequences with one target, proposer and grower; all state of a request is its sequence's.
 
-    def __init__(self, target: Target, drafter: Drafter, grower: Grower) -> None:
-        self.target, self.grower = target, grower
-        self.drafter = captured(drafter, is_static=target.is_static)
+    Any thread may step: one at a time.
+    """
+
+    def __init__(self, target: Target, proposer: Proposer | Drafter, grower: Grower) -> None:
+        self.target, self.proposer, self.grower = target, Proposer.of(proposer), grower
+        heads = self.proposer.heads
+        self._heads = None if heads is None else captured(heads, is_static=target.is_static)
+        self._lock = threading.Lock()
 
     @property
     def _waits_for(self) -> torch.device:
@@ -61,114 +88,47 @@ class Engine:
         the host from going ahead of the device; moving committed rows then counts into what follows it."""
         return torch.device("cpu") if self.target.is_static else self.target.device
 
-    def new_context(self) -> Context:
-        """Empty caches for one conversation."""
-        return Context(self.target.new_cache(), self.drafter.start())
+    @property
+    def max_nodes(self) -> int:
+        """No tree grows larger, the root included."""
+        deepest = max(self.proposer.num_heads, DEEPEST)
+        is_chain = self.grower.max_nodes > NODES[-1]  # as long as what is offered
+        return deepest + 1 if is_chain else self.grower.max_nodes
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one row of keys and values, the drafter's included."""
+        return self.target.row_bytes + (0 if self._heads is None else self._heads.row_bytes)
 
     def prepare(self, num_rows: int) -> None:
         """Record now what decoding up to so many rows will replay: where time is measured, not in mid-answer."""
-        deepest = max(self.drafter.num_heads, DEEPEST)
-        is_chain = self.grower.max_nodes > NODES[-1]  # as long as what is offered
-        self.target.prepare(deepest + 1 if is_chain else self.grower.max_nodes, num_rows)
-        if isinstance(self.drafter, CapturedDrafter):
-            self.drafter.prepare(self.grower.num_ranks, num_rows)
+        self.target.prepare(self.max_nodes, num_rows)
+        if isinstance(self._heads, CapturedDrafter):
+            self._heads.prepare(self.grower.num_ranks, num_rows)
 
-    def start(
-        self, prompt_ids: list[int], params: SamplingParams, context: Context | None = None
-    ) -> tuple[Sequence, StepResult]:
-        """Prefill a prompt, reusing what `context` already holds of it, and choose the first token."""
+    def new_sequence(self, prompt_ids: list[int], params: SamplingParams, *, cut_loops: bool = False) -> Sequence:
+        """A request that nothing is done for yet. raises RequestError for what cannot be decoded."""
         self.check(prompt_ids, params)
-        context, params = context or self.new_context(), params.with_seed()
-        stats, ends = DecodeStats(), end_ids(self.target, params)
-        clock = Clock(stats, self.target.device)
-        started = clock.now()
-        chooser = Chooser(params, prompt_ids, ends)
-        with clock.phase("prefill"):
-            keep = context.rewind(prompt_ids, self.drafter)
-            output = self.target.prefill(prompt_ids[keep:], context.cache)
-            pending = chooser.choose(output.logits[-1], len(prompt_ids))
-            context.defer(self.drafter, output.hidden, [*prompt_ids[keep + 1 :], pending])
-            context.feed(self.drafter)
+        params, ends, token_ids = params.with_seed(), end_ids(self.target, params), list(prompt_ids)
         sequence = Sequence(
-            context=context,
-            request=context.num_requests,
+            token_ids=token_ids,
+            num_prompt=len(token_ids),
             params=params,
-            chooser=chooser,
-            prompt_ids=list(prompt_ids),
+            chooser=Chooser(params, prompt_ids, ends),
             end_ids=ends,
             max_positions=self.target.spec.max_positions,
+            rows=Rows(self.target, self._heads, token_ids),
+            lookup=self.proposer.new_lookup(),
             stops=self.new_text(params) if params.stop else None,
-            stats=stats,
+            watch=LoopWatch() if cut_loops else None,
         )
-        logprobs = self._logprobs(sequence, output.logits[-1:], [pending])
-        sequence.take([pending])
-        stats.num_prompt_tokens, stats.num_cached_tokens = len(prompt_ids), keep
-        stats.prefill_seconds = clock.now() - started
-        return sequence, StepResult([pending], 0, logprobs)
+        sequence.stats.num_prompt_tokens = len(token_ids)
+        return sequence
 
     def new_text(self, params: SamplingParams) -> IncrementalText | None:
         """What reads an answer's text and finds its stop strings; None without a tokenizer."""
         text = self.target.text
         return None if text is None else IncrementalText(text, params.stop, params.min_tokens)
-
-    def step(self, sequence: Sequence) -> StepResult:
-        """One target forward: between 1 and depth + 1 tokens. Broken off, it has done nothing, and can be repeated."""
-        sequence.check_context()
-        with sequence.whole_step():
-            return self._step(sequence)
-
-    def _step(self, sequence: Sequence) -> StepResult:
-        clock = Clock(sequence.stats, self._waits_for)
-        started = clock.now()
-        context, root_position = sequence.context, sequence.root_position
-        with clock.phase("draft"):
-            candidates = self._propose(sequence)
-        with clock.phase("tree"):
-            growth = self.grower.grow(sequence.pending, candidates, sequence.max_depth)
-        with clock.phase("verify"):
-            output = self.target.verify(growth.tree, context.cache)
-        with clock.phase("accept"):
-            acceptance = walk(growth.tree, output.logits, sequence.chooser, root_position, output.choices)
-            taken = sequence.take(acceptance.tokens)
-            sequence.stats.num_dropped += len(acceptance.tokens) - taken
-            acceptance = acceptance.cut(taken)
-            logprobs = self._logprobs(sequence, output.logits, acceptance.tokens, acceptance.path)
-        with clock.phase("commit"):
-            context.cache.commit(acceptance.path)
-            context.defer(self.drafter, self._rows(output.hidden, acceptance.path), acceptance.tokens)
-            self.grower.learn(sequence.controller, candidates, growth.tree.num_nodes, acceptance.accepted)
-        sequence.stats.count(growth, acceptance.num_accepted, drafted=candidates.num_heads > 0)
-        sequence.stats.step_seconds.append(clock.now() - started)
-        return StepResult(acceptance.tokens, acceptance.num_accepted, logprobs)
-
-    def _logprobs(
-        self, sequence: Sequence, logits: Tensor, tokens: list[int], path: list[int] | None = None
-    ) -> list[TokenLogprob]:
-        """Of tokens chosen at the nodes `path` (default all), kept in the sequence, too; none unless asked for."""
-        if not sequence.params.logprobs:
-            return []
-        rows = logits if path is None else logits[sent(path, logits.device)]
-        logprobs = token_logprobs(rows, tokens, sequence.params.top_logprobs)
-        sequence.logprobs += logprobs
-        return logprobs
-
-    def _rows(self, hidden: Tensor, path: list[int]) -> Tensor:
-        """Hidden states [T, D] of a path, copied; without heads nobody reads them, so they may be any."""
-        return hidden[sent(path, hidden.device)] if self.drafter.num_heads else hidden[: len(path)]
-
-    def _propose(self, sequence: Sequence) -> Candidates:
-        """What may follow: what the sequence itself suggests, and what the heads say where it pays to ask them."""
-        context, state = sequence.context, sequence.context.draft_state
-        depth = min(sequence.max_depth, self.grower.max_depth)
-        if depth == 0:
-            return NO_CANDIDATES
-        graft = self.drafter.draft_ngrams(state, context.token_ids, depth)
-        if self.drafter.num_heads == 0 or not self.grower.wants_heads(sequence.controller, graft):
-            return replace(NO_CANDIDATES, graft=graft)
-        context.feed(self.drafter)
-        depth = min(depth, self.drafter.num_heads)
-        drafted = self.drafter.draft(state, self.grower.num_ranks, sequence.params.temperature, depth)
-        return replace(drafted, graft=graft)
 
     def check(self, prompt_ids: list[int], params: SamplingParams) -> None:
         """Raise RequestError for what cannot be decoded, before anything is."""
@@ -180,11 +140,177 @@ class Engine:
         limit = self.target.spec.max_positions
         if len(prompt_ids) > limit:
             raise RequestError(
-                f"the prompt has {len(prompt_ids)} tokens, but the target's context holds "
-                f"{self.target.spec.context}: shorten it"
+                f"the prompt has {len(prompt_ids)} tokens, but the target's context holds {self.target.spec.context}: "
+                "shorten it"
             )
         worst = max(prompt_ids)
         if worst >= self.target.spec.vocab_size or min(prompt_ids) < 0:
             raise RequestError(
                 f"the prompt holds token id {worst}; the target has {self.target.spec.vocab_size} tokens"
             )
+
+    def step(self, batch: Several[Sequence]) -> list[StepResult | Exception]:
+        """One target forward for all: each adds 1 to depth + 1 tokens, or reads a chunk of its prompt.
+
+        A sequence that fails has its error in its place, and stays as it was; the others go on. Broken off (Ctrl-C),
+        the step has done nothing, and can be repeated.
+        """
+        with self._lock:
+            try:
+                with whole_step(batch):
+                    return list(self._step(batch))
+            except Exception as error:
+                if len(batch) == 1:
+                    return [error]
+            return [self._step_alone(sequence) for sequence in batch]  # to see whose error it is
+
+    def decode(self, prompt_ids: list[int], params: SamplingParams) -> Sequence:
+        """Decode one prompt to its end."""
+        sequence = self.new_sequence(prompt_ids, params)
+        while not sequence.is_finished:
+            (result,) = self.step([sequence])
+            if isinstance(result, Exception):
+                raise result
+        return sequence
+
+    def _step_alone(self, sequence: Sequence) -> StepResult | Exception:
+        try:
+            with whole_step([sequence]):
+                return self._step([sequence])[0]
+        except Exception as error:
+            return error
+
+    def _step(self, batch: Several[Sequence]) -> list[StepResult]:
+        for sequence in batch:
+            sequence.check()
+        reading = [sequence for sequence in batch if sequence.num_unread]
+        decoding = [sequence for sequence in batch if not sequence.num_unread]
+        device = self._waits_for
+        clock = Clock([sequence.stats for sequence in batch], device, whole=None if decoding else "prefill")
+        started = clock.now()
+        chunks = [_chunk(sequence) for sequence in reading]
+        plan = self._plan(decoding, chunks, clock)
+        pairs = zip(decoding, plan.growths, strict=True)
+        spans = chunks + [Span(growth.tree, sequence.rows.cache) for sequence, growth in pairs]
+        with clock.phase("verify"):
+            outputs = self.target.forward(spans)
+        ended = clock.now()
+        each = list(zip([*reading, *decoding], spans, outputs, strict=True))
+        with clock.phase("accept"):
+            outcomes = [_read(*parts) for parts in each[: len(reading)]]
+            outcomes += [_verified(*parts) for parts in each[len(reading) :]]
+        with clock.phase("commit"):
+            advancing = zip(each, outcomes, strict=True)
+            results = {
+                id(sequence): _advance(sequence, outcome, output) for (sequence, _, output), outcome in advancing
+            }
+            if decoding:
+                accepted = [results[id(sequence)].token_ids[:-1] for sequence in decoding]
+                self.grower.observe(plan, accepted, ended - started)
+        _count(reading, decoding, plan, outcomes[len(reading) :], clock.now() - started)
+        return [results[id(sequence)] for sequence in batch]
+
+    def _plan(self, decoding: Several[Sequence], chunks: Several[Span], clock: Clock) -> Plan:
+        """A tree for each sequence that decodes, grown from what the sequences themselves suggest, and from what the
+        heads say of those for which it pays to ask them."""
+        past = [sequence.rows.cache.num_committed for sequence in decoding] + [span.num_past for span in chunks]
+        plain = Forward(
+            num_rows=len(decoding) + sum(span.tree.num_nodes for span in chunks),
+            num_decoding=len(decoding),
+            num_prompts=len(chunks),
+            num_cached_rows=sum(past),
+        )
+        if not decoding:
+            return Plan([], [], [], plain)
+        with clock.phase("draft"):
+            rows = [self._draft_row(sequence) for sequence in decoding]
+            asked = [] if self._heads is None else self.grower.whom_to_ask(rows, plain)
+            candidates = self._ask(decoding, rows, asked)
+        with clock.phase("tree"):
+            return self.grower.grow_batch(rows, candidates, asked, plain)
+
+    def _draft_row(self, sequence: Sequence) -> DraftRow:
+        depth = min(sequence.max_depth, self.grower.max_depth)
+        graft = self.proposer.ngrams(sequence.lookup, sequence.token_ids, depth) if depth else None
+        return DraftRow(sequence.controller, graft, depth, sequence.pending)
+
+    def _ask(self, decoding: Several[Sequence], rows: Several[DraftRow], asked: Several[int]) -> list[Candidates]:
+        """What is on offer for each sequence; the heads of all that are asked draft in one pass."""
+        candidates = [Candidates([], [], graft=row.graft) for row in rows]
+        if self._heads is None or not asked:
+            return candidates
+        some = [decoding[b] for b in asked]
+        for sequence in some:
+            sequence.rows.feed()
+        drafts = self._heads.draft_all(
+            [sequence.rows.draft_state for sequence in some],
+            self.grower.num_ranks,
+            [sequence.params.temperature for sequence in some],
+            [min(rows[b].max_depth, self._heads.num_heads) for b in asked],
+        )
+        for b, drafted in zip(asked, drafts, strict=True):
+            candidates[b] = replace(drafted, graft=rows[b].graft)
+        return candidates
+
+
+def _chunk(sequence: Sequence) -> Span:
+    """The next tokens of a prompt."""
+    start = sequence.rows.num_rows
+    size = min(max(1, sequence.chunk_len), sequence.num_unread)
+    return Span(TokenTree.chain(sequence.token_ids[start : start + size]), sequence.rows.cache, only_last=True)
+
+
+def _read(sequence: Sequence, span: Span, output: TargetOutput) -> _Outcome:
+    """A chunk stays whole; the first token of the answer is chosen at the end of the prompt."""
+    tokens, path = [], list(range(span.tree.num_nodes))
+    if len(path) == sequence.num_unread and not sequence.num_output:
+        choices = output.choices if sequence.chooser.is_argmax else None
+        end = sequence.num_prompt
+        tokens = [choices[-1] if choices else sequence.chooser.choose(output.logits[-1], end)]
+    return _Outcome(path, tokens, sequence.ending(tokens), _logprobs(sequence, output, [-1], tokens))
+
+
+def _verified(sequence: Sequence, span: Span, output: TargetOutput) -> _Outcome:
+    """The target's own way down the tree, as far as the answer goes."""
+    whole = walk(span.tree, output.logits, sequence.chooser, sequence.root_position, output.choices)
+    ending = sequence.ending(whole.tokens)
+    acceptance = whole.cut(ending.num_taken)
+    logprobs = _logprobs(sequence, output, acceptance.path, acceptance.tokens)
+    num_dropped = len(whole.tokens) - ending.num_taken
+    return _Outcome(acceptance.path, acceptance.tokens, ending, logprobs, num_dropped)
+
+
+def _logprobs(sequence: Sequence, output: TargetOutput, path: list[int], tokens: list[int]) -> list[TokenLogprob]:
+    """Of tokens chosen at the nodes `path`; none unless asked for."""
+    if not sequence.params.logprobs or not tokens:
+        return []
+    rows = output.logits[sent(path, output.logits.device)]
+    return token_logprobs(rows, tokens, sequence.params.top_logprobs)
+
+
+def _advance(sequence: Sequence, outcome: _Outcome, output: TargetOutput) -> StepResult:
+    """Rows first, tokens last: what is seen of a sequence is never ahead of its caches."""
+    rows, path = sequence.rows, outcome.path
+    base = rows.cache.num_committed
+    next_ids = [*sequence.token_ids[base + 1 : base + 1 + len(path)], *outcome.tokens]
+    is_read = 0 < sequence.num_unread <= len(path)
+    rows.cache.commit(path)
+    rows.defer(output.hidden, path, next_ids)
+    if is_read:
+        rows.feed()
+    sequence.logprobs += outcome.logprobs
+    if outcome.tokens:
+        sequence.take(outcome.tokens, outcome.ending)
+    return StepResult(outcome.tokens, max(0, len(outcome.tokens) - 1), outcome.logprobs)
+
+
+def _count(
+    reading: Several[Sequence], decoding: Several[Sequence], plan: Plan, outcomes: Several[_Outcome], seconds: float
+) -> None:
+    """Into the stats; outcomes: of those that decode."""
+    for sequence in reading:
+        sequence.stats.prefill_seconds += seconds
+    for b, (sequence, growth, outcome) in enumerate(zip(decoding, plan.growths, outcomes, strict=True)):
+        sequence.stats.count(growth, len(outcome.tokens) - 1, drafted=b in plan.asked)
+        sequence.stats.num_dropped += outcome.num_dropped
+        sequence.stats.step_seconds.append(seconds)

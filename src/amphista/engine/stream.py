@@ -10,10 +10,10 @@ from dataclasses import dataclass, replace
 from typing import Self
 
 from amphista.accept.logprobs import TokenLogprob
-from amphista.engine.decoder import Decoding
 from amphista.engine.params import FinishReason, SamplingParams
+from amphista.engine.sequence import Sequence
 from amphista.engine.stats import DecodeStats
-from amphista.engine.step import StepResult
+from amphista.engine.step import Engine, StepResult
 from amphista.errors import RequestError
 
 
@@ -22,6 +22,7 @@ class Answer:
     """A finished answer. `token_ids` hold the end token or a completed stop string, `text` does not.
 
     `params` are those it was made with, the seed included; `logprobs` one record a token, where they were asked for.
+    `error`: why an answer of several (`generate` of a list) could not go on; what had come before is in it.
     """
 
     text: str
@@ -31,29 +32,36 @@ class Answer:
     stats: DecodeStats
     params: SamplingParams
     logprobs: list[TokenLogprob] | None = None
+    error: BaseException | None = None
 
 
 class Stream:
     """Iterate, or `async for`, for text pieces; once the iteration has ended, `answer` is there.
 
     Nothing is decoded before the first piece is asked for. `close`, or leaving a `with` block, ends it early: the
-    answer then is what had come. worker: where `async for` takes its steps, a single thread, because recorded forwards
-    belong to one. on_end: called once with the answer, when the stream has ended or is closed.
+    answer then is what had come. An iterator of its own: reading on after a break, or after an interrupt inside a step,
+    goes on where it stopped; any thread may take the next step. worker: where `async for` takes its steps, a single
+    thread, because recorded forwards belong to one. on_end: called once with the answer, when the stream has ended or
+    is closed.
     """
 
     def __init__(
-        self, decoding: Decoding, worker: Callable[[], Executor], on_end: Callable[[Answer], None] | None = None
+        self,
+        engine: Engine,
+        request: Sequence,
+        worker: Callable[[], Executor],
+        on_end: Callable[[Answer], None] | None = None,
     ) -> None:
-        self._decoding, self._worker, self._on_end = decoding, worker, on_end
-        self._lock = threading.RLock()
-        self._reader = (decoding.engine.new_text(decoding.params), 0)  # and how many tokens it has read
+        self._engine, self.request, self._worker, self._on_end = engine, request, worker, on_end
+        self._stepping, self._lock = threading.Lock(), threading.RLock()
+        self._reader = (engine.new_text(request.params), 0)  # and how many tokens it has read
+        self._is_closed = False
         self._answer: Answer | None = None
 
     @property
     def stats(self) -> DecodeStats:
         """Counters, growing while the stream runs."""
-        sequence = self._decoding.sequence
-        return DecodeStats() if sequence is None else sequence.stats
+        return self.request.stats
 
     def __iter__(self) -> Iterator[str]:
         return (result.text for result in self.steps() if result.text)
@@ -66,16 +74,33 @@ class Stream:
                 yield result.text
 
     def steps(self) -> Iterator[StepResult]:
-        """The same stream, one record per target forward."""
-        for result in self._decoding:
-            yield replace(result, text=self._read())
+        """The same stream, one record per target forward that added tokens."""
+        while (result := self._step()) is not None:
+            if result.token_ids:
+                yield replace(result, text=self._read())
         if text := self._read():  # of a step whose reading was interrupted
             yield StepResult([], 0, text=text)
         self._end()
 
+    def _step(self) -> StepResult | None:
+        """One forward; None where the answer has ended."""
+        with self._stepping:
+            if self._finish_reason is not None:
+                return None
+            (result,) = self._engine.step([self.request])
+        if isinstance(result, Exception):
+            raise result
+        return result
+
+    @property
+    def _finish_reason(self) -> FinishReason | None:
+        reason = self.request.finish_reason
+        return FinishReason.ABORT if reason is None and self._is_closed else reason
+
     def close(self) -> None:
-        """Decode no further."""
-        self._decoding.close()
+        """Decode no further, behind the step that another thread may be in; what was decoded stays."""
+        with self._stepping:
+            self._is_closed = True
         self._end()
 
     def __enter__(self) -> Self:
@@ -95,12 +120,12 @@ class Stream:
     def _read(self) -> str:
         """The text of the tokens that have come since; read by a copy, so that an interrupt loses none."""
         with self._lock:
-            sequence, (reader, num_read) = self._decoding.sequence, self._reader
-            if reader is None or sequence is None:
+            request, (reader, num_read) = self.request, self._reader
+            if reader is None or not request.num_output:
                 return ""
-            reader, output_ids = reader.copy(), sequence.output_ids[num_read:]
-            pieces = [reader.push(token) for token in output_ids if token not in sequence.end_ids]
-            if self._decoding.finish_reason is not None:
+            reader, output_ids = reader.copy(), request.token_ids[request.num_prompt + num_read :]
+            pieces = [reader.push(token) for token in output_ids if token not in request.end_ids]
+            if self._finish_reason is not None:
                 pieces.append(reader.finish())
             self._reader = (reader, num_read + len(output_ids))
             return "".join(pieces)
@@ -108,22 +133,28 @@ class Stream:
     def _end(self) -> None:
         """Make the answer, once, where there is a reason to."""
         with self._lock:
-            sequence, reason = self._decoding.sequence, self._decoding.finish_reason
+            reason = self._finish_reason
             if reason is None or self._answer is not None:
                 return
             self._read()
             reader, _ = self._reader
-            self._answer = Answer(
-                text="" if reader is None else reader.value,
-                token_ids=[] if sequence is None else list(sequence.output_ids),
-                prompt_ids=self._decoding.prompt_ids,
-                finish_reason=reason,
-                stats=self.stats,
-                params=self._decoding.params,
-                logprobs=list(sequence.logprobs) if sequence is not None and sequence.params.logprobs else None,
-            )
+            self._answer = answer_of(self.request, "" if reader is None else reader.value, reason)
             if self._on_end is not None:
                 self._on_end(self._answer)
+
+
+def answer_of(request: Sequence, text: str, reason: FinishReason, error: BaseException | None = None) -> Answer:
+    """What a request has come to."""
+    return Answer(
+        text=text,
+        token_ids=request.output_ids,
+        prompt_ids=request.prompt_ids,
+        finish_reason=reason,
+        stats=request.stats,
+        params=request.params,
+        logprobs=list(request.logprobs) if request.params.logprobs else None,
+        error=error,
+    )
 
 
 def finish(stream: Stream) -> Answer:

@@ -89,7 +89,7 @@ def verify_seconds(target: Target) -> tuple[dict[int, float], float]:
 def draft_ratio(target: Target, drafter: Drafter) -> tuple[float, float]:
     """Seconds of asking the heads, in forwards of one row, and the worst spread; in fixed shapes where the target
     verifies in them."""
-    drafter = captured(drafter.inner, is_static=target.is_static)
+    drafter = captured(drafter, is_static=target.is_static)
     cache, rows = _filled(target)
     hidden = torch.randn(rows, target.spec.hidden_size, generator=torch.Generator().manual_seed(0))
     hidden = hidden.to(target.device, target.dtype)

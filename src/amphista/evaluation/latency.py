@@ -30,8 +30,8 @@ from amphista.engine.timing import Cell, rounds
 from amphista.errors import ConfigError
 from amphista.evaluation.cells import pivot
 from amphista.files import write_file, write_json
-from amphista.target.attention import Layout
 from amphista.target.shapes import free_bytes, without_layers
+from amphista.target.spans import Span
 from amphista.target.target import Target
 from amphista.tree.build import build_template
 from amphista.tree.candidates import Candidates
@@ -135,21 +135,22 @@ def _cells(
 ) -> list[Keyed]:
     generator = torch.Generator().manual_seed(SEED)
     ids = torch.randint(target.spec.vocab_size, (context,), generator=generator).tolist()
-    cache = target.new_cache()
-    output = target.prefill(ids, cache)
-    if batch > 1:
-        cache = _repeated(cache, batch)
+    caches = [target.new_cache() for _ in range(batch)]
+    output = target.prefill(ids, caches[0])
+    for cache in caches[1:]:
+        cache.take_copy(caches[0], context)
     cells: list[Keyed] = []
 
     def trim() -> None:
-        cache.trim(context)
+        for cache in caches:
+            cache.trim(context)
 
     for nodes in config.nodes:
         tree = typical_tree(target.spec.vocab_size, nodes)
         key = {"batch": batch, "context": context, "nodes": nodes}
-        cells.append(({"what": "verify", **key}, Cell(_forward(target, tree, cache, batch), trim)))
+        cells.append(({"what": "verify", **key}, Cell(_forward(target, tree, caches), trim)))
         if _scale(target, config) != 1:
-            rest = _forward_without_layers(target, tree, cache, batch, context)
+            rest = _forward_without_layers(target, tree, caches)
             cells.append(({"what": "rest", **key}, Cell(rest, trim)))
     if batch == 1:
         for name, drafter in drafters.items():
@@ -171,30 +172,22 @@ def typical_tree(vocab_size: int, num_nodes: int) -> TokenTree:
     return build_template(accuracy, num_nodes).fill(0, Candidates(tokens, log_probs), TREE_DEPTH)
 
 
-def _forward(target: Target, tree: TokenTree, cache: KVCache, batch: int) -> Callable[[], Any]:
-    if batch == 1:
-        return lambda: target.verify(tree, cache)
-    return lambda: _run(target, tree, cache, batch, cache.num_committed)
-
-
-def _run(target: Target, tree: TokenTree, cache: KVCache, batch: int, past: int) -> Any:
+def _forward(target: Target, tree: TokenTree, caches: Sequence[KVCache]) -> Callable[[], Any]:
     """One tree and one context in every sequence."""
-    positions = torch.tensor(tree.depths, device=target.device) + past
-    layout = Layout.behind(past, tree.ancestor_mask().to(target.device), positions)
-    ids = torch.tensor([tree.tokens], device=target.device).expand(batch, -1)
-    return target.run(ids, layout, cache).logits
+    spans = [Span(tree, cache) for cache in caches]
+    return lambda: target.forward(spans)
 
 
-def _forward_without_layers(
-    target: Target, tree: TokenTree, cache: KVCache, batch: int, context: int
-) -> Callable[[], Any]:
-    empty = KVCache(0)
+def _forward_without_layers(target: Target, tree: TokenTree, caches: Sequence[KVCache]) -> Callable[[], Any]:
+    is_replayed = len(caches) == 1 and target.is_static  # the same way as the forward it is taken from
+    empty = [KVCache(0) for _ in caches]
+    for cache, like in zip(empty, caches, strict=True):
+        cache.num_committed = like.num_committed
+    forward = _forward(target, tree, caches if is_replayed else empty)
 
     def run() -> Any:
         with without_layers(target):
-            if batch == 1 and target.is_static:  # the same way as the forward it is taken from
-                return target.verify(tree, cache)
-            return _run(target, tree, empty, batch, context)
+            return forward()
 
     return run
 
@@ -231,18 +224,6 @@ def _drafter_cells(
 
         cells.append(({"what": "feed", **key, "rows": rows}, Cell(feed, undo)))
     return cells
-
-
-def _repeated(cache: KVCache, batch: int) -> KVCache:
-    """The rows of one sequence, for `batch` sequences that hold the same."""
-    repeated = KVCache(len(cache.layers))
-    repeated.num_committed = cache.num_committed
-    for ours, theirs in zip(repeated.layers, cache.layers, strict=True):
-        assert theirs.keys is not None and theirs.values is not None
-        ours.keys = theirs.keys.expand(batch, -1, -1, -1).clone()
-        ours.values = theirs.values.expand(batch, -1, -1, -1).clone()
-        ours.num_rows = theirs.num_rows
-    return repeated
 
 
 # -- from seconds to rows ---------------------------------------------------------------------------------------------

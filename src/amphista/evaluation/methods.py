@@ -18,9 +18,9 @@ from typing import Any, Protocol
 import torch
 
 from amphista.drafter.base import Drafter
-from amphista.drafter.checkpoint import DRAFTERS, load_drafter, make_drafter, shipped_for
+from amphista.drafter.checkpoint import DRAFTERS, load_proposer, make_drafter, shipped_for
 from amphista.drafter.heads import ParallelHeads
-from amphista.drafter.none import NoDrafter
+from amphista.drafter.proposer import Proposer
 from amphista.engine.costs import costs_for
 from amphista.engine.params import SamplingParams
 from amphista.errors import AmphistaError, ConfigError
@@ -123,7 +123,7 @@ def build_method(spec: MethodSpec, target: Target, settings: Settings) -> Method
 class Ours:
     """Our engine with a drafter and a tree; `none` is the same engine with the root alone."""
 
-    def __init__(self, target: Target, drafter: Drafter, tree: str | None, settings: dict[str, Any]) -> None:
+    def __init__(self, target: Target, drafter: Proposer, tree: str | None, settings: dict[str, Any]) -> None:
         self.llm = LLM(target, drafter, tree=tree)
         self.settings = settings
 
@@ -156,7 +156,7 @@ class Ours:
 def costs_of(method: Method) -> dict[str, Any] | None:
     """The measured costs of a drafting method's steps, in milliseconds: those that its `auto` trees weigh, measured
     where its trees weigh none. They belong to the machine, not to the settings of a run."""
-    if not isinstance(method, Ours) or isinstance(method.llm.drafter, NoDrafter):
+    if not isinstance(method, Ours) or method.llm.drafter.proposes_nothing:
         return None
     grower = method.llm.engine.grower
     costs = grower.costs if isinstance(grower, AutoGrower) else costs_for(method.llm.target, method.llm.drafter)
@@ -164,12 +164,12 @@ def costs_of(method: Method) -> dict[str, Any] | None:
 
 
 def _none(spec: MethodSpec, target: Target, settings: Settings) -> Method:
-    return Ours(target, NoDrafter(), "1", {"engine": "amphista", "drafter": "none", "tree": "1"})
+    return Ours(target, Proposer(), "1", {"engine": "amphista", "drafter": "none", "tree": "1"})
 
 
 def _drafter(spec: MethodSpec, target: Target, settings: Settings) -> Method:
     assert spec.drafter is not None
-    drafter = load_drafter(
+    drafter = load_proposer(
         spec.drafter,
         target.spec,
         target.shared,
@@ -181,16 +181,16 @@ def _drafter(spec: MethodSpec, target: Target, settings: Settings) -> Method:
         "engine": "amphista",
         "drafter": drafter.name,
         "tree": str(tree or DEFAULT_TREE),
-        "drafter_weights": drafter.inner.num_weights if isinstance(drafter.inner, ParallelHeads) else 0,
-        "drafter_sha256": _weights_sha256(drafter.inner),
+        "drafter_weights": 0 if drafter.heads is None else drafter.heads.num_weights,
+        "drafter_sha256": _weights_sha256(drafter.heads),
     }
     return Ours(target, drafter, tree, described)
 
 
-def _weights_sha256(drafter: Drafter) -> str:
+def _weights_sha256(heads: Drafter | None) -> str:
     """Identifies a drafter by its weights, so that a resumed run cannot go on with another one."""
     digest = hashlib.sha256()
-    for name, tensor in sorted(drafter.state_dict().items()):
+    for name, tensor in sorted(({} if heads is None else heads.state_dict()).items()):
         digest.update(name.encode())
         digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()
@@ -234,11 +234,11 @@ def timed_drafters(
         if not place and name in DRAFTERS and shipped_for(name, target.fingerprint) is None:
             drafters[name] = _random_drafter(name, target, draft_vocab)
             continue
-        drafter = load_drafter(
+        heads = load_proposer(
             place or name, target.spec, target.shared, target.fingerprint, allow_other_target=allow_other_target
-        )
-        if isinstance(drafter, ParallelHeads):
-            drafters[name] = drafter
+        ).heads
+        if isinstance(heads, ParallelHeads):
+            drafters[name] = heads
     return {name: drafter.freeze(as_trained=target.is_static) for name, drafter in drafters.items()}
 
 

@@ -188,11 +188,11 @@ class NativeSpan:
 
 @dataclass(frozen=True)
 class NativeOutput:
-    """hidden: float32 [N, D] after the final norm. logits: float32 [W, V], or None. choices: int32 [W], the lowest id
-    of each row's largest logit."""
+    """hidden: float32 [N, D] after the final norm. logits: float32 [W, V]. choices: int32 [W], the lowest id of each
+    row's largest logit."""
 
     hidden: Tensor
-    logits: Tensor | None
+    logits: Tensor
     choices: Tensor
 
 
@@ -254,19 +254,17 @@ class NativeModel:
         self._held.append(copy)
         return _address(copy)
 
-    def forward(
-        self, spans: Sequence[NativeSpan], wanted: Sequence[int], turns: Tensor, *, with_logits: bool = True
-    ) -> NativeOutput:
+    def forward(self, spans: Sequence[NativeSpan], wanted: Sequence[int], turns: Tensor) -> NativeOutput:
         """One forward over the flat row of all spans' tokens.
 
-        wanted: rows whose logits (or, without them, choices) are asked for. turns: rotary table, complex64
+        wanted: rows whose logits are asked for. turns: rotary table, complex64
         [positions, E / 2]. Keys and values of the new rows are written in place.
         """
         num_rows = sum(len(span.token_ids) for span in spans)
         flat = np.array([*_ids(spans), *_parents(spans), *wanted], dtype=np.int32)
         start, held = flat.ctypes.data, [flat, *(self._pointers(span) for span in spans)]
         hidden = torch.empty(num_rows, self.hidden_size)
-        logits = torch.empty(len(wanted), self.vocab_size) if with_logits else None
+        logits = torch.empty(len(wanted), self.vocab_size)
         choices = torch.empty(len(wanted), dtype=torch.int32)
         forward = _Forward(
             start,

@@ -11,7 +11,7 @@ Shapes: B sequences, N new rows, S all rows.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,6 +24,7 @@ from transformers.masking_utils import causal_mask_function, eager_mask, sdpa_ma
 from amphista.cache.hf import as_transformers_cache
 from amphista.cache.static import KVCache
 from amphista.errors import TargetError
+from amphista.target.spans import Span
 
 Rule = Callable[[Any, Any, Any, Any], Any]  # (sequence, head, query position, key position) -> may it be seen
 _LOCAL = threading.local()  # two threads may decode at once
@@ -42,14 +43,25 @@ class Layout:
     visible: Tensor | None
 
     @classmethod
-    def behind(cls, num_past: int, ancestors: Tensor, positions: Tensor) -> Layout:
-        """N new rows at `positions` [N] behind `num_past` committed ones, which all of them may see.
-
-        ancestors: bool [N, N], True where row i may see row j (itself included).
-        """
-        past = ancestors.new_ones(len(ancestors), num_past)
-        keys = torch.cat([torch.arange(num_past, device=positions.device), positions])
+    def of(cls, span: Span, device: torch.device) -> Layout:
+        """The rows of a tree behind the committed ones, which all of them may see."""
+        positions = torch.tensor(span.positions, device=device)
+        keys = torch.cat([torch.arange(span.num_past, device=device), positions])
+        ancestors = span.tree.ancestor_mask().to(device)
+        past = ancestors.new_ones(len(ancestors), span.num_past)
         return cls(positions[None], keys[None], torch.cat([past, ancestors], dim=1)[None])
+
+    @classmethod
+    def of_all(cls, spans: Sequence[Span], device: torch.device) -> Layout:
+        """Spans side by side, rows and keys alike: nobody sees a row of another sequence."""
+        layouts = [cls.of(span, device) for span in spans]
+        if len(layouts) == 1:
+            return layouts[0]
+        rows, keys = (
+            torch.cat(parts, dim=1) for parts in zip(*((a.positions, a.key_positions) for a in layouts), strict=True)
+        )
+        visible = torch.block_diag(*(layout.visible[0] for layout in layouts if layout.visible is not None))
+        return cls(rows, keys, visible.bool()[None])
 
     @classmethod
     def causal(cls, length: int, device: torch.device) -> Layout:
@@ -109,7 +121,9 @@ def layer_rules(model: Any) -> list[Rule]:
     ]
     try:
         with laid_out(layout):
-            cache = as_transformers_cache(KVCache(len(hooks)))  # with one, positions are not searched for packed rows
+            cache = as_transformers_cache(
+                [KVCache(len(hooks))], [1]
+            )  # with one, positions are not searched for packed rows
             model(input_ids=row, position_ids=row, past_key_values=cache)
     finally:
         for hook in hooks:

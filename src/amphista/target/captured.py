@@ -52,7 +52,7 @@ class VerifyRegion:
         self.tokens, self.positions, self.slots, self.num_past, self.lineage = self._inputs.device
         self._columns = torch.arange(residence.capacity + 1, device=device)
         self._bits = torch.arange(BITS, device=device)
-        self._rows = residence.scattered(self.slots)
+        self._rows = [[rows] for rows in residence.scattered(self.slots)]
         model.rotary.reserve(residence.capacity)
         self.logits = torch.zeros(num_nodes, vocab_size, dtype=model.dtype, device=device)
         self.hidden = torch.zeros(num_nodes, hidden_size, dtype=model.dtype, device=device)

@@ -19,12 +19,15 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 from torch.nn import functional
+from transformers.masking_utils import causal_mask_function
 
+from amphista.cache.static import sent
 from amphista.kernels.int8 import Int8Linear
 from amphista.kernels.linear import PackedLinear, Product
 from amphista.kernels.parts import Norm, RotaryTable, paired
 from amphista.target.attention import Layout, layer_rules
 from amphista.target.pages import give_back
+from amphista.target.spans import Span
 
 # From so many scores a sequence on, torch's own attention is faster than two products and a softmax.
 FUSED_ATTENTION_SCORES = {
@@ -143,41 +146,69 @@ class LeanModel:
         return device
 
     @torch.inference_mode()
-    def hidden(self, token_ids: Tensor, layout: Layout, cache: Sequence[Rows] | None) -> Tensor:
-        """Post-norm hidden states [B, N, D] of ids [B, N]."""
-        self.rotary.reserve(int(layout.positions.max()) + 1)
-        masks = self._masks(layout)
-        if token_ids.shape == (1, 1):  # a mask that hides nothing is left out
-            masks = [None if mask is None or bool(mask.all()) else mask for mask in masks]
-        return self._states(token_ids, layout.positions, masks, cache)
+    def hidden(self, token_ids: Tensor) -> Tensor:
+        """Post-norm hidden states [B, T, D] of ids [B, T] without a cache."""
+        layout = Layout.causal(token_ids.shape[1], self.device)
+        self.rotary.reserve(token_ids.shape[1])
+        return self.states(token_ids, layout, [[NoRows()] for _ in self.layers])
 
     @torch.inference_mode()
-    def states(self, token_ids: Tensor, layout: Layout, cache: Sequence[Rows] | None) -> Tensor:
-        """The same for positions there are turns for; asks the device nothing, so that it can be recorded."""
-        return self._states(token_ids, layout.positions, self._masks(layout), cache)
+    def hidden_of(self, spans: Sequence[Span]) -> Tensor:
+        """Post-norm hidden states [N, D] of all spans' rows, side by side."""
+        positions = [position for span in spans for position in span.positions]
+        self.rotary.reserve(max(positions) + 1)
+        turn = self._rotation(sent(positions, self.device))
+        each = zip(*(self._attention(span) for span in spans), strict=True)  # by rule, what each span attends with
+        rows = list(zip(*(span.cache.layers for span in spans), strict=True))
+        token_ids = sent([token for span in spans for token in span.tree.tokens], self.device)
+        return self._states(token_ids, turn, list(each), rows)
 
-    def _masks(self, layout: Layout) -> list[Tensor | None]:
-        """For each rule bool [B or 1, 1, N, S]; None where every new row sees all rows before it."""
-        return [layout.mask(rule) for rule in self.rules]
+    @torch.inference_mode()
+    def states(self, token_ids: Tensor, layout: Layout, rows: Sequence[Sequence[Rows]]) -> Tensor:
+        """The same [B, N, D] of ids [B, N] at positions there are turns for, with one cache for all; asks the device
+        nothing, so that it can be recorded."""
+        batch, length = token_ids.shape
+        turn = self._rotation(layout.positions.expand(batch, -1).flatten())
+        attention = [[_Attention.of(self, (batch, length), layout.mask(rule))] for rule in self.rules]
+        return self._states(token_ids.flatten(), turn, attention, rows).view(*token_ids.shape, -1)
+
+    def _attention(self, span: Span) -> list[_Attention]:
+        """By rule; a mask that hides nothing from a single row is left out."""
+        shape = (1, span.tree.num_nodes)
+        if shape[1] == 1 and self.rules == [causal_mask_function]:
+            return [_Attention.of(self, shape, None)]
+        layout = Layout.of(span, self.device)
+        masks = [layout.mask(rule) for rule in self.rules]
+        if shape[1] == 1:
+            masks = [None if mask is None or bool(mask.all()) else mask for mask in masks]
+        return [_Attention.of(self, shape, mask) for mask in masks]
 
     def _states(
-        self, token_ids: Tensor, positions: Tensor, masks: list[Tensor | None], cache: Sequence[Rows] | None
+        self,
+        token_ids: Tensor,
+        turn: Tensor,
+        attention: Sequence[Sequence[_Attention]],
+        rows: Sequence[Sequence[Rows]],
     ) -> Tensor:
-        num_sequences, num_rows = token_ids.shape
-        states = functional.embedding(token_ids.reshape(-1), self._embedding)
-        turn = self._rotation(positions, num_sequences)
-        attention = [_Attention.of(self, (num_sequences, num_rows), mask) for mask in masks]
-        for index, layer in enumerate(self.layers):
-            rows = NoRows() if cache is None else cache[index]
-            states = self._layer(layer, states, turn, attention[layer.rule], rows)
-        return self._norm(states).view(num_sequences, num_rows, -1)
+        """Flat rows [N, D]. attention: by rule, then by span; rows: by layer, then by span."""
+        states = functional.embedding(token_ids, self._embedding)
+        for layer, caches in zip(self.layers, rows, strict=False):  # layers may be taken away to time the rest
+            states = self._layer(layer, states, turn, attention[layer.rule], caches)
+        return self._norm(states)
 
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
         """Hidden states [..., D] -> logits [..., V]."""
         return self.head(hidden.reshape(-1, hidden.shape[-1])).view(*hidden.shape[:-1], -1)
 
-    def _layer(self, layer: LeanLayer, states: Tensor, turn: Tensor, attention: _Attention, rows: Rows) -> Tensor:
+    def _layer(
+        self,
+        layer: LeanLayer,
+        states: Tensor,
+        turn: Tensor,
+        attention: Sequence[_Attention],
+        caches: Sequence[Rows],
+    ) -> Tensor:
         heads, key_heads, size = self.num_heads, self.num_key_value_heads, self.head_size
         num_rows, parts = states.shape[0], (heads, key_heads, key_heads)
         projected = layer.qkv(layer.attention_norm(states)).view(num_rows, -1, size)
@@ -189,17 +220,14 @@ class LeanModel:
         pairs.narrow(1, 0, heads + key_heads).mul_(turn)  # in place: nobody else reads the projections
         projected = exact if exact.dtype is states.dtype else exact.to(states.dtype)
         queries, keys, values = projected.split_with_sizes(parts, 1)
-        mixed = attention(queries, keys, values, rows)
+        mixed = _mixed(attention, (queries, keys, values), caches)
         states = layer.output.added(mixed, states)
         gate, up = layer.gate_up(layer.mlp_norm(states)).chunk(2, dim=-1)
         return layer.down.added(functional.silu(gate) * up, states)
 
-    def _rotation(self, positions: Tensor, num_sequences: int) -> Tensor:
-        """What queries and keys are multiplied by: complex [B * N, H + J, E / 2]."""
-        turns = self.rotary.table[positions]
-        if len(positions) != num_sequences:
-            turns = turns.expand(num_sequences, -1, -1)
-        return turns.reshape(-1, 1, turns.shape[-1]) * self._heads_scale
+    def _rotation(self, positions: Tensor) -> Tensor:
+        """What queries and keys at positions [N] are multiplied by: complex [N, H + J, E / 2]."""
+        return self.rotary.table[positions][:, None] * self._heads_scale
 
 
 def _rotary_table(rotary: Any, device: torch.device) -> RotaryTable:
@@ -212,6 +240,15 @@ def _rotary_table(rotary: Any, device: torch.device) -> RotaryTable:
         return torch.complex(cosine[0, :, :half], sine[0, :, :half])
 
     return RotaryTable(make)
+
+
+def _mixed(attention: Sequence[_Attention], projected: tuple[Tensor, Tensor, Tensor], caches: Sequence[Rows]) -> Tensor:
+    """Queries [N, H, E], new keys and values [N, J, E] of all spans -> [N, H * E], each span on its own rows."""
+    if len(attention) == 1:
+        return attention[0](*projected, caches[0])
+    sizes = [one.shape[1] for one in attention]
+    parts = zip(attention, caches, *(part.split_with_sizes(sizes) for part in projected), strict=True)
+    return torch.cat([one(*rows, cache) for one, cache, *rows in parts])
 
 
 @dataclass(frozen=True)

@@ -8,23 +8,21 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Self
 
 import torch
 from torch import Tensor
 
-from amphista.cache.slots import SlotCache
-from amphista.cache.static import KVCache
+from amphista.cache.static import KVCache, LayerRows
 from amphista.errors import NativeError
 from amphista.kernels.int8 import Int8Linear
 from amphista.kernels.linear import PackedLinear
 from amphista.native.build import load
 from amphista.native.huge_pages import Arena
 from amphista.native.step import NativeLayer, NativeModel, NativeOutput, NativeSpan, Shape, Weight
-from amphista.target.attention import Layout, Rule
+from amphista.target.attention import Rule
 from amphista.target.lean import LeanLayer, LeanModel
-from amphista.target.output import TargetOutput
+from amphista.target.spans import Span
 from amphista.tree.token_tree import TokenTree
 
 
@@ -76,15 +74,6 @@ def _window(rule: Rule, num_positions: int) -> int | None:
     return None if size == num_positions else size
 
 
-@dataclass(frozen=True)
-class SpanRows:
-    """One sequence's nodes: a parent is an earlier node, or -1: then it follows the cache's committed rows."""
-
-    token_ids: Sequence[int]
-    parents: Sequence[int]
-    cache: KVCache
-
-
 class NativeForward:
     """The forward of a lean model whose weights lie as they are (not packed), in C. raises NativeError."""
 
@@ -121,93 +110,52 @@ class NativeForward:
             window,
         )
 
-    def __call__(
-        self, spans: Sequence[SpanRows], wanted: Sequence[int] | None = None, *, with_logits: bool = True
-    ) -> NativeOutput:
-        """One forward over all spans' rows, which their caches then hold behind the committed ones.
+    def __call__(self, spans: Sequence[Span], wanted: Sequence[int] | None = None) -> NativeOutput:
+        """One forward over the flat row of all spans' nodes, which their caches then hold behind the committed rows.
 
-        wanted: rows of the flat row whose logits are asked for, None for all. with_logits: not the choices alone.
+        wanted: rows whose logits are asked for; None: all.
         """
+        native, furthest, num_rows = [], 0, 0
         for span in spans:
-            self._make_room(span)
-        native = [
-            NativeSpan(
-                span.token_ids,
-                span.parents,
-                [_held(layer.keys) for layer in span.cache.layers],
-                [_held(layer.values) for layer in span.cache.layers],
-                span.cache.num_committed,
-            )
-            for span in spans
-        ]
-        num_rows = sum(len(span.token_ids) for span in spans)
-        furthest = max(span.cache.num_committed + len(span.token_ids) for span in spans)
+            num_rows += span.tree.num_nodes
+            end = span.num_past + span.tree.num_nodes
+            furthest = max(furthest, end)
+            rows = [self._with_room(layer, end) for layer in span.cache.layers]
+            keys, values = [keys for keys, _ in rows], [values for _, values in rows]
+            native.append(NativeSpan(span.tree.tokens, span.tree.parents, keys, values, span.num_past))
         turns = self._lean.rotary.reserve(furthest)
-        rows = range(num_rows) if wanted is None else wanted
-        try:
-            output = self.model.forward(native, rows, turns, with_logits=with_logits)
-            for span in spans:
-                for layer in span.cache.layers:
-                    layer.num_rows = span.cache.num_committed + len(span.token_ids)
-        except BaseException:
-            for span in spans:
-                span.cache.trim(span.cache.num_committed)  # an interrupted forward leaves no half-written rows
-            raise
+        output = self.model.forward(native, range(num_rows) if wanted is None else wanted, turns)
+        for span in spans:
+            for layer in span.cache.layers:
+                layer.num_rows = span.num_past + span.tree.num_nodes
         return output
-
-    def verify(self, tree: TokenTree, cache: KVCache) -> TargetOutput:
-        """Logits and hidden states of all nodes."""
-        return self._output(self([SpanRows(tree.tokens, tree.parents, cache)]))
-
-    def read(self, token_ids: list[int], cache: KVCache) -> TargetOutput:
-        """A prompt's next tokens: logits of the last, hidden states of all."""
-        last = len(token_ids) - 1
-        return self._output(self([SpanRows(token_ids, range(-1, last), cache)], [last]))
-
-    def extend(self, token_ids: list[int], cache: SlotCache) -> TargetOutput:
-        """One token for each of the first slots, committed."""
-        slots = cache.slots[: len(token_ids)]
-        output = self([SpanRows([token], [-1], slot) for token, slot in zip(token_ids, slots, strict=True)])
-        for slot in slots:
-            slot.commit([0])
-        return self._output(output)
-
-    def _output(self, output: NativeOutput) -> TargetOutput:
-        assert output.logits is not None
-        return TargetOutput(output.logits, output.hidden.to(self._lean.dtype))
 
     @torch.inference_mode()
     def check(self, allowed: float) -> None:
         """Raise NativeError unless hidden states are near the torch form's, by their scale, and a node of a tree has
         the logits that it has alone, to the bit."""
         num_layers, ids = len(self.layers), [token % self.model.vocab_size for token in range(7, 12)]
-        tree = TokenTree(ids[:3], [-1, 0, 0])
+        prompt, tree = TokenTree.chain(ids), TokenTree(ids[:3], [-1, 0, 0])
+        path = TokenTree.chain([ids[0], ids[2]])
         mine, theirs = KVCache(num_layers), KVCache(num_layers)
-        for cache, form in ((mine, self.read), (theirs, self._by_torch)):
-            form(ids, cache)
+        self([Span(prompt, mine)])
+        self._lean.hidden_of([Span(prompt, theirs)])
+        for cache in (mine, theirs):
             cache.commit(range(len(ids)))
-        expected = self._by_torch([ids[0], ids[2]], theirs)
-        found = self.verify(tree, mine)
-        difference = float((found.hidden[[0, 2]].float() - expected).abs().max() / expected.abs().max())
+        expected = self._lean.hidden_of([Span(path, theirs)]).float()
+        found = self([Span(tree, mine)])
+        difference = float((found.hidden[[0, 2]] - expected).abs().max() / expected.abs().max())
         if not difference <= allowed:
             raise NativeError(f"it differs from the torch form by {difference:.2g} of the hidden states' scale")
         mine.trim(len(ids))
-        self.verify(TokenTree(ids[:1], [-1]), mine)
-        mine.commit([0])
-        if not torch.equal(self.verify(TokenTree(ids[2:3], [-1]), mine).logits[0], found.logits[2]):
+        alone = self([Span(path, mine)])
+        if not torch.equal(alone.logits[1], found.logits[2]):
             raise NativeError("a row's logits depend on what is beside it")
 
-    def _by_torch(self, token_ids: list[int], cache: KVCache) -> Tensor:
-        past, count = cache.num_committed, len(token_ids)
-        chain = torch.ones(count, count, dtype=torch.bool).tril_()
-        layout = Layout.behind(past, chain, torch.arange(past, past + count))
-        return self._lean.hidden(torch.tensor([token_ids]), layout, cache.layers)[0].float()
-
-    def _make_room(self, span: SpanRows) -> None:
-        end = span.cache.num_committed + len(span.token_ids)
-        for layer in span.cache.layers:
-            if end > layer.capacity:
-                layer.reserve(self._row, self._row, layer.next_capacity(end))
+    def _with_room(self, layer: LayerRows, num_rows: int) -> tuple[Tensor, Tensor]:
+        layer.make_room(num_rows, self._row, self._row)
+        assert layer.keys is not None and layer.values is not None
+        return layer.keys, layer.values
 
 
 def why_not_native(name: str, device: torch.device, dtype: torch.dtype, *, is_static: bool) -> str | None:
@@ -248,8 +196,3 @@ def _weights(product: object, parts: int) -> list[Weight]:
         raise NativeError("the C step reads weights as they lie: these are packed")
     biases = [None] * parts if product.bias is None else product.bias.chunk(parts)
     return [Weight.of(weight, bias) for weight, bias in zip(product._weight.chunk(parts), biases, strict=True)]
-
-
-def _held(rows: Tensor | None) -> Tensor:
-    assert rows is not None
-    return rows

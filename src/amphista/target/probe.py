@@ -21,6 +21,7 @@ from torch import Tensor
 from amphista.cache.static import KVCache
 from amphista.errors import TargetError, first_line
 from amphista.target.families import refuse_unsupported
+from amphista.target.spans import Span
 from amphista.target.target import Target
 from amphista.target.tiny import WINDOW, tiny_model
 from amphista.tree.token_tree import TokenTree
@@ -167,14 +168,18 @@ class _Check:
         self._equal(self._target.shared.project(output.hidden), output.logits, SHARED)
 
     def run_together(self, num_rows: int) -> None:
-        """One row each of two sequences of different lengths in one forward."""
-        slots = self._target.new_slots(2)
+        """A tree behind one sequence and the last tokens of a shorter one, in one forward."""
         prompts = [self._ids(range(num_rows)), self._ids(range(3, num_rows // 2))]
-        for prompt, slot in zip(prompts, slots.slots, strict=True):
-            self._target.prefill(prompt[:-1], slot)
-        output = self._target.extend([prompt[-1] for prompt in prompts], slots)
-        for prompt, logits in zip(prompts, output.logits, strict=True):
-            self._equal(logits, self._plain(prompt)[-1], "of sequences read together")
+        tree, chain = self._tree(num_rows), TokenTree.chain(prompts[1][-2:])
+        caches = [self._target.new_cache() for _ in prompts]
+        self._target.prefill(prompts[0], caches[0])
+        self._target.prefill(prompts[1][:-2], caches[1])
+        first, second = self._target.forward([Span(tree, caches[0]), Span(chain, caches[1], only_last=True)])
+        what = "of sequences read together"
+        for node, logits in self._plain_paths(prompts[0], tree, LEAVES[:2]).items():
+            if node >= 0:
+                self._equal(first.logits[node], logits, what)
+        self._equal(second.logits[-1], self._plain(prompts[1])[-1], what)
 
     def _ids(self, places: range) -> list[int]:
         vocab_size = self._target.spec.vocab_size

@@ -13,19 +13,19 @@ from __future__ import annotations
 
 import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import cached_property
 from inspect import signature
+from itertools import accumulate, islice
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from amphista.cache.hf import as_transformers_cache, as_transformers_slots
+from amphista.cache.hf import as_transformers_cache
 from amphista.cache.resident import ResidentCache
-from amphista.cache.slots import SlotCache, SlotWriter
-from amphista.cache.static import KVCache
+from amphista.cache.static import KVCache, sent
 from amphista.errors import CapacityError, CaptureError, TargetError
 from amphista.kernels.int8 import Int8Linear
 from amphista.kernels.linear import PackedLinear
@@ -37,6 +37,7 @@ from amphista.target.native import NativeForward, PlainLinear, RoundedLinear, na
 from amphista.target.output import TargetOutput
 from amphista.target.pages import give_back, trim_allocator
 from amphista.target.qualify import why_not_fast
+from amphista.target.spans import Span
 from amphista.target.spec import Fingerprint, LogitTransform, SharedWeights, TargetSpec
 from amphista.target.text import Text
 from amphista.tree.token_tree import TokenTree
@@ -163,7 +164,7 @@ class Target:
             self.why_not_native = why_not_native(self.name, self.device, self.dtype, is_static=bool(self._wants_static))
             native = self.why_not_native is None
         product = (RoundedLinear if int8 else PlainLinear) if native else Int8Linear if int8 else PackedLinear
-        head = PackedLinear.of(self._model.get_output_embeddings()) if product is PlainLinear else None  # for drafters
+        head = PackedLinear.of(self._model.get_output_embeddings()) if product is PlainLinear else None  # of drafters
         self._lean = LeanModel(self._model, product=product, release=release)
         difference = float((self.hidden_states(ids) - expected).abs().max() / expected.abs().max())
         if not difference <= self._probe_tolerance:
@@ -173,8 +174,8 @@ class Target:
             )
         self.shared.use_packed(head or self._lean.head)
         if native:
-            tried = native_form(self.name, self._lean, self.spec.max_positions, self._probe_tolerance)
-            self._native, self.why_not_native = tried
+            positions = self.spec.max_positions
+            self._native, self.why_not_native = native_form(self.name, self._lean, positions, self._probe_tolerance)
         if int8:
             embedding = self._model.get_input_embeddings().weight
             self.num_weight_bytes = self._lean.num_product_bytes + embedding.numel() * embedding.element_size()
@@ -254,53 +255,70 @@ class Target:
         """Which target this is, its type included: what is computed with it depends on no other property of it."""
         return {**asdict(self.fingerprint), "type": self.type_name}
 
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one row of keys and values in all layers."""
+        spec = self.spec
+        return 2 * self._num_caches * spec.num_key_value_heads * spec.head_size * self.dtype.itemsize
+
     def new_cache(self) -> KVCache:
         """An empty cache for one sequence."""
         return KVCache(self._num_caches) if self._captured is None else ResidentCache(self._num_caches)
 
-    def new_slots(self, num_slots: int) -> SlotCache:
-        """Empty caches for a batch of up to `num_slots` sequences."""
-        return SlotCache(self._num_caches, num_slots)
+    def copy_rows(self, source: KVCache, to: KVCache, num_rows: int) -> None:
+        """Let an empty cache hold the first committed rows of another."""
+        if self._captured is not None:
+            self._captured.move_out(source)
+        to.take_copy(source, num_rows)
 
-    def prefill(self, token_ids: list[int], cache: KVCache) -> TargetOutput:
+    def prefill(self, token_ids: Sequence[int], cache: KVCache) -> TargetOutput:
         """Read and commit a prompt (or its continuation) in chunks: logits of the last token, hidden of all."""
-        captured = self._captured
-        if captured is not None:
-            captured.move_out(cache)
-        hidden = []
-        logits = None
+        hidden, output = [], None
         for start in range(0, len(token_ids), PREFILL_CHUNK):
-            chunk = token_ids[start : start + PREFILL_CHUNK]
-            self._check_context(cache.num_committed + len(chunk) - 1)
-            causal = _causal(len(chunk), self.device)
-            if self._native is not None and self._native.is_quick(len(chunk)):
-                output = self._native.read(chunk, cache)
-            else:
-                output = self._forward(chunk, list(range(len(chunk))), causal, cache, logits_to_keep=1)
-            cache.commit(range(len(chunk)))
+            chunk = TokenTree.chain(token_ids[start : start + PREFILL_CHUNK])
+            (output,) = self.forward([Span(chunk, cache, only_last=True)])
+            cache.commit(range(chunk.num_nodes))
             hidden.append(output.hidden)
-            logits = output.logits
-        if logits is None:
+        if output is None:
             raise CapacityError("cannot prefill an empty prompt")
-        return TargetOutput(logits, torch.cat(hidden))
+        return TargetOutput(output.logits, torch.cat(hidden))
 
-    @torch.inference_mode()
     def verify(self, tree: TokenTree, cache: KVCache) -> TargetOutput:
         """One forward over the tree's N nodes behind the committed rows; the caller commits the accepted path."""
-        self._check_context(cache.num_committed + max(tree.depths))
-        if self._native is not None:
-            return self._native.verify(tree, cache)
+        return self.forward([Span(tree, cache)])[0]
+
+    @torch.inference_mode()
+    def forward(self, spans: Sequence[Span]) -> list[TargetOutput]:
+        """One forward over trees of any number of sequences, each on a cache of its own; what each span gets of it.
+
+        The caller commits the paths it accepts. A forward that fails or is interrupted leaves no row behind.
+        """
+        for span in spans:
+            self._check_context(span.num_past + max(span.tree.depths))
+        output = self._replay(spans)
+        if output is not None:
+            return [output]
+        try:
+            return self._forward(spans)
+        except BaseException:
+            for span in spans:
+                span.cache.trim(span.num_past)
+            raise
+
+    def _replay(self, spans: Sequence[Span]) -> TargetOutput | None:
+        """A recorded forward, where there is one: of a single tree. What others read and write lies elsewhere."""
         captured = self._captured  # which another thread may give up meanwhile
-        if captured is not None:
-            try:
-                output = captured.verify(tree, cache)
-            except CaptureError as error:
-                self._uncapture(str(error))
-            else:
-                if output is not None:
-                    return output
-        ancestors = tree.ancestor_mask().to(self.device)
-        return self._forward(tree.tokens, tree.depths, ancestors, cache, logits_to_keep=0)
+        if captured is None:
+            return None
+        if len(spans) > 1 or spans[0].only_last:
+            for span in spans:
+                captured.move_out(span.cache)
+            return None
+        try:
+            return captured.verify(spans[0].tree, spans[0].cache)
+        except CaptureError as error:
+            self._uncapture(str(error))
+            return None
 
     @torch.inference_mode()
     def prepare(self, max_nodes: int, num_rows: int) -> None:
@@ -311,69 +329,56 @@ class Target:
             except CaptureError as error:
                 self._uncapture(str(error))
 
-    def _forward(
-        self, token_ids: list[int], depths: list[int], ancestors: Tensor, cache: KVCache, *, logits_to_keep: int
-    ) -> TargetOutput:
-        past = cache.num_committed
-        layout = Layout.behind(past, ancestors, torch.tensor(depths, device=self.device) + past)
-        try:
-            output = self.run(torch.tensor([token_ids], device=self.device), layout, cache, logits_to_keep)
-        except BaseException:
-            cache.trim(past)  # a failed or interrupted forward leaves no half-written rows
-            raise
-        return TargetOutput(output.logits[0], output.hidden[0])
+    def _forward(self, spans: Sequence[Span]) -> list[TargetOutput]:
+        sizes, num_logits = [span.tree.num_nodes for span in spans], [span.num_logits for span in spans]
+        wanted: list[int] | None = None  # rows whose logits are wanted; None: all
+        if num_logits != sizes:
+            rows = zip(accumulate(sizes), num_logits, strict=True)
+            wanted = [row for end, number in rows for row in range(end - number, end)]
+        logits, hidden, choices = self._run(spans, wanted)
+        parts = zip(logits.split(num_logits), hidden.split(sizes), strict=True)
+        if choices is None:
+            return [TargetOutput(*part) for part in parts]
+        each = iter(choices.tolist())  # of all rows in one copy
+        return [TargetOutput(*part, list(islice(each, len(part[0])))) for part in parts]
+
+    def _run(self, spans: Sequence[Span], wanted: list[int] | None) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Logits of the wanted rows, hidden states of all, choices where they cost nothing to tell."""
+        if self._native is not None and self._native.is_quick(sum(span.tree.num_nodes for span in spans)):
+            output = self._native(spans, wanted)
+            return output.logits, output.hidden.to(self.dtype), output.choices
+        rows = None if wanted is None else sent(wanted, self.device)
+        if self._lean is None:
+            logits, hidden = self._run_stock(spans, rows)
+        else:
+            hidden = self._lean.hidden_of(spans)
+            logits = self._lean.logits(hidden if rows is None else hidden[rows])
+        return logits, hidden, None if self.device.type == "cpu" else logits.argmax(-1)
 
     def _check_context(self, position: int) -> None:
         if position >= self.spec.max_positions:
             raise CapacityError(f"position {position} is beyond the context of {self.spec.context}")
 
-    @torch.inference_mode()
-    def run(
-        self, token_ids: Tensor, layout: Layout, cache: KVCache | list[SlotWriter], logits_to_keep: int = 0
-    ) -> TargetOutput:
-        """One forward of ids [B, N] laid out so: logits [B, N, V] of the last `logits_to_keep` rows (0: all), hidden
-        states [B, N, D] of all."""
-        if self._lean is not None:
-            hidden = self._lean.hidden(token_ids, layout, cache.layers if isinstance(cache, KVCache) else cache)
-            return TargetOutput(self._lean.logits(hidden[:, -logits_to_keep:]), hidden)
+    def _run_stock(self, spans: Sequence[Span], wanted: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The unmodified model on one row of all tokens; its cache and masks keep sequences apart."""
+        layout = Layout.of_all(spans, self.device)
         inputs: dict[str, Any] = {}
-        if (
-            self._keeps_logits and logits_to_keep
-        ):  # as indices: given a number, some leave rows out before the last layer
-            inputs["logits_to_keep"] = torch.arange(token_ids.shape[1], device=self.device)[-logits_to_keep:]
+        if wanted is not None and self._keeps_logits:  # as indices: given a number, some leave rows out before the end
+            inputs["logits_to_keep"] = wanted
+        cache = as_transformers_cache([span.cache for span in spans], [span.tree.num_nodes for span in spans])
+        token_ids = sent([token for span in spans for token in span.tree.tokens], self.device)
         with laid_out(layout):
             output = self._model(
-                input_ids=token_ids,
-                position_ids=layout.positions.expand(len(token_ids), -1),
-                past_key_values=as_transformers_cache(cache)
-                if isinstance(cache, KVCache)
-                else as_transformers_slots(cache),
+                input_ids=token_ids[None],
+                position_ids=layout.positions,
+                past_key_values=cache,
                 use_cache=True,
                 **inputs,
             )
-        hidden = self._local.hidden
+        hidden = self._local.hidden[0]
         self._local.hidden = None
-        return TargetOutput(output.logits[:, -logits_to_keep:], hidden)
-
-    @torch.inference_mode()
-    def extend(self, token_ids: list[int], cache: SlotCache) -> TargetOutput:
-        """Read and commit one token for each of the first B slots: logits [B, V], hidden states [B, D].
-
-        Rows are left-aligned, so slot b sees the rows 0..length_b of its own; what lies behind is another sequence's
-        rest, or nothing yet. raises CapacityError when a slot is at the end of the context.
-        """
-        cache.make_room(len(token_ids))
-        lengths = cache.lengths(len(token_ids))
-        self._check_context(max(lengths))
-        if self._native is not None:
-            return self._native.extend(token_ids, cache)
-        positions = torch.tensor(lengths, device=self.device)
-        keys = torch.arange(cache.capacity, device=self.device)
-        layout = Layout(positions[:, None], keys[None], (keys[None] <= positions[:, None])[:, None])
-        ids = torch.tensor(token_ids, device=self.device)[:, None]
-        output = self.run(ids, layout, cache.writers(positions))
-        cache.advance(len(token_ids))
-        return TargetOutput(output.logits[:, 0], output.hidden[:, 0])
+        logits = output.logits[0]
+        return logits if wanted is None or len(logits) == len(wanted) else logits[wanted], hidden
 
     @torch.inference_mode()
     def hidden_states(self, token_ids: Tensor) -> Tensor:
@@ -382,7 +387,7 @@ class Target:
         Padding needs no mask: causal rows never look to the right.
         """
         if self._lean is not None:
-            return self._lean.hidden(token_ids, Layout.causal(token_ids.shape[1], self.device), None)
+            return self._lean.hidden(token_ids)
         output = self._decoder(input_ids=token_ids, use_cache=False)
         self._local.hidden = None
         hidden: Tensor = output.last_hidden_state
@@ -394,7 +399,3 @@ def decoder_of(model: Any) -> Any:
     named = (model.get_decoder(), model.base_model, getattr(model, "model", None), getattr(model, "transformer", None))
     kind = next(base for base in type(model).__mro__ if base.__name__ == "PreTrainedModel")
     return next((part for part in named if isinstance(part, kind) and part is not model), model)
-
-
-def _causal(length: int, device: torch.device) -> Tensor:
-    return torch.ones(length, length, dtype=torch.bool, device=device).tril_()

@@ -22,14 +22,18 @@ from typing import Any
 from amphista import provenance
 from amphista.accept.sampling import Sampling
 from amphista.config import as_dict
-from amphista.engine.batch import BatchDecoder, Finished, Request
+from amphista.drafter.proposer import Proposer
+from amphista.engine.batch import Batch, Finished, Job
+from amphista.engine.costs import costs_for
 from amphista.engine.params import FinishReason, SamplingParams
+from amphista.engine.step import Engine
 from amphista.errors import ConfigError, RequestError, TargetError
 from amphista.files import write_json
 from amphista.target.target import Target
 from amphista.target.text import Text
 from amphista.train.conversations import PromptSet
 from amphista.train.distilled import Answered, AnswerFile, read_answered, token_rows
+from amphista.tree.grow import AutoGrower
 
 WINDOW_BATCHES = 16  # conversations of this many batches are sorted by prompt length together
 REPORT_SECONDS = 5.0
@@ -121,7 +125,7 @@ class Dialogue:
         is_sampled = chance(config.seed, self.id, "sampled?") / 2**64 < config.sampled_share
         self._temperature = config.temperature if is_sampled else 0.0
 
-    def next_request(self) -> Request[Dialogue] | None:
+    def next_job(self) -> Job[Dialogue] | None:
         """The next user turn, ready to be answered; None when the conversation has ended."""
         if self._finish and self._finish[-1] != FinishReason.STOP:
             return None
@@ -140,7 +144,7 @@ class Dialogue:
             max_new_tokens=self._config.max_new_tokens,
             seed=chance(self._config.seed, self.id, len(self._finish)),
         )
-        return Request(prompt_ids, params, self)
+        return Job(prompt_ids, params, self, cut_loops=self._config.cut_loops, namespace=self.id)
 
     def _listen(self) -> bool:
         """Take what is said up to the next user turn into the history; whether there is one that can be answered."""
@@ -161,16 +165,18 @@ class Dialogue:
 
     def take(self, finished: Finished[Dialogue]) -> None:
         """Add an answer to the row it continues; where the template has rewritten what came before, to a new one."""
-        prompt_ids = finished.request.prompt_ids
+        prompt_ids, output_ids = finished.job.prompt_ids, finished.sequence.output_ids
+        reason = finished.sequence.finish_reason
+        assert reason is not None
         ids, marks = self._rows.pop() if self._rows else ([], [])
         if prompt_ids[: len(ids)] != ids:
             self._rows.append((ids, marks))
             ids, marks = [], []
         number = max(marks, default=0) + 1
         unmarked = [0] * (len(prompt_ids) - len(ids))
-        self._rows.append((prompt_ids + finished.token_ids, marks + unmarked + [number] * len(finished.token_ids)))
-        self._finish.append(finished.reason.value)
-        self._history.append({"role": "assistant", "content": self._text.decode(finished.token_ids)})
+        self._rows.append((prompt_ids + output_ids, marks + unmarked + [number] * len(output_ids)))
+        self._finish.append(reason.value)
+        self._history.append({"role": "assistant", "content": self._text.decode(output_ids)})
 
     def answered(self) -> Answered:
         """What is kept of it; rows are named as `prompts.read_rows` would name them."""
@@ -188,9 +194,11 @@ class Distiller:
         prompts: PromptSet,
         out: Path,
         *,
+        proposer: Proposer | None = None,
         share: Share | None = None,
         on_step: OnStep | None = None,
     ) -> None:
+        """proposer: what drafts answers, where that pays; it changes none of them."""
         if target.text is None or not target.text.has_chat_template:
             raise TargetError(f"{target.name} has no chat template: conversations cannot be held with it")
         self.target, self.config, self.out, self.on_step = target, config, out, on_step
@@ -202,7 +210,11 @@ class Distiller:
                 f"{target.spec.max_positions} tokens: give fewer"
             )
         self._mine = list(prompts.conversations.items())[self._share.index :: self._share.count]
-        self._decoder: BatchDecoder[Dialogue] = BatchDecoder(target, config.batch_size, cut_loops=config.cut_loops)
+        proposer = proposer or Proposer()
+        if proposer.heads is not None:
+            proposer.heads.freeze(as_trained=target.is_static)
+        engine = Engine(target, proposer, AutoGrower(costs_for(target, proposer)))
+        self._batch: Batch[Dialogue] = Batch(engine, config.batch_size)
 
     def run(self) -> dict[str, Any]:
         """Answer what is not yet answered; returns the summary, also written to OUT/summary-<process>.json."""
@@ -210,33 +222,35 @@ class Distiller:
         with AnswerFile(self.out, self._share.index, self._run_record()) as self._file:
             to_do = [(name, messages) for name, messages in self._mine if name not in self._file.done]
             self._num_done = self._num_before = len(self._mine) - len(to_do)
-            for _ in self._decoder.run(self._requests(to_do), self._follow):
+            for _ in self._batch.run(self._jobs(to_do), self._follow):
                 self._report()
         summary = self._summary()
         write_json(self.out / f"summary-{self._share.index}.json", summary)
         return summary
 
-    def _requests(self, to_do: Sequence[tuple[str, list[dict[str, str]]]]) -> Iterator[Request[Dialogue]]:
+    def _jobs(self, to_do: Sequence[tuple[str, list[dict[str, str]]]]) -> Iterator[Job[Dialogue]]:
         """First turns, near-equal lengths together: a forward is as wide as its longest row."""
         window = self.config.batch_size * WINDOW_BATCHES
         for number, start in enumerate(range(0, len(to_do), window)):
             opened = []
             for name, messages in to_do[start : start + window]:
                 dialogue = Dialogue(name, messages, self._text, self.config, self._max_prompt_len)
-                request = dialogue.next_request()
-                if request is None:
+                job = dialogue.next_job()
+                if job is None:
                     self._keep(dialogue)
                 else:
-                    opened.append(request)
+                    opened.append(job)
             yield from sorted(opened, key=lambda one: len(one.prompt_ids), reverse=number % 2 == 1)
 
-    def _follow(self, finished: Finished[Dialogue]) -> Request[Dialogue] | None:
-        dialogue = finished.request.tag
+    def _follow(self, finished: Finished[Dialogue]) -> Job[Dialogue] | None:
+        if finished.error is not None:
+            raise finished.error
+        dialogue = finished.job.tag
         dialogue.take(finished)
-        request = dialogue.next_request()
-        if request is None:
+        job = dialogue.next_job()
+        if job is None:
             self._keep(dialogue)
-        return request
+        return job
 
     def _keep(self, dialogue: Dialogue) -> None:
         self._file.add(dialogue.answered())
@@ -272,16 +286,16 @@ class Distiller:
         spent, left = now - self._started, len(self._mine) - self._num_done
         newly = self._num_done - self._num_before
         remaining = f", {left * spent / newly / 60:.0f} min left" if newly else ""
-        self.on_step(self._num_done, len(self._mine), f"{self._decoder.num_tokens / spent:.0f} tokens/s{remaining}")
+        self.on_step(self._num_done, len(self._mine), f"{self._batch.num_tokens / spent:.0f} tokens/s{remaining}")
 
     def _summary(self) -> dict[str, Any]:
         """All of this process's answers, and the pace of this call (prefills included, loading not)."""
         seconds = time.perf_counter() - self._started
         return totals(read_answered(self.out, self._share.index)) | {
             "left_out": self._prompts.left_out.record(),
-            "decoded_tokens": self._decoder.num_tokens,
+            "decoded_tokens": self._batch.num_tokens,
             "seconds": round(seconds, 2),
-            "tokens_per_second": round(self._decoder.num_tokens / seconds, 1),
+            "tokens_per_second": round(self._batch.num_tokens / seconds, 1),
         }
 
 

@@ -28,7 +28,7 @@ from amphista.drafter.checkpoint import (
 )
 from amphista.drafter.convert import Published
 from amphista.drafter.heads import ParallelHeads
-from amphista.engine.decoder import decode
+from amphista.drafter.proposer import Proposer
 from amphista.engine.params import SamplingParams
 from amphista.engine.step import Engine
 from amphista.errors import ConfigError
@@ -74,7 +74,6 @@ def recalibrate(target: Target, name: str, data: Sequence[Path], out: Path, conf
     rows = _read(data, target)
     seen, held_out = _split(checkpoint, rows, data, config.all_rows)
     drafter = load_drafter(str(checkpoint.folder), target.spec, target.shared, target.fingerprint)
-    assert isinstance(drafter, ParallelHeads)
     drafter = drafter.float()
     if config.draft_vocab is not None:
         drafter = _with_draft_vocab(drafter, target, seen or rows, config.draft_vocab)
@@ -188,13 +187,13 @@ def _compared(target: Target, drafter: ParallelHeads, rows: Sequence[TokenRow], 
     temperature = rows[0].temperature or 0.0
     hidden = HiddenStates(target, rows, None)
     simulated = validate(drafter, rows, hidden, LossConfig(), tree_sizes=[nodes], temperature=temperature).tau[nodes]
-    engine = Engine(target, drafter, parse_tree(nodes))
+    engine = Engine(target, Proposer(drafter), parse_tree(nodes))
     num_tokens = num_steps = identical = 0
     for number, row in enumerate(rows):
         start = row.answers.index(1)
         length = len(row.token_ids) - start
         params = SamplingParams(max_new_tokens=length, temperature=row.temperature or 0.0, seed=number)
-        sequence = decode(engine, row.token_ids[:start], params)
+        sequence = engine.decode(row.token_ids[:start], params)
         identical += sequence.output_ids == row.token_ids[start:]
         num_tokens += len(sequence.output_ids) - 1
         num_steps += sequence.stats.num_steps

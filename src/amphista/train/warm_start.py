@@ -36,7 +36,6 @@ def started_from(config: TrainConfig, target: Target) -> tuple[ParallelHeads, di
     if other:
         raise ConfigError(f"init {config.init!r} has other settings: {'; '.join(other)}. Leave [model] out")
     drafter = load_drafter(config.init, target.spec, target.shared, target.fingerprint)
-    assert isinstance(drafter, ParallelHeads)
     if new:
         drafter = _with_path(drafter, replace(checkpoint.config, **new), target)
     drafter.calibration = None

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import heapq
 import math
+from collections.abc import Iterator
+from itertools import islice
 
 from amphista.tree.candidates import Candidates
 from amphista.tree.offers import ChildCandidates, GrownNodes
@@ -20,7 +22,18 @@ def best_first(pending: int, candidates: Candidates, num_nodes: int, max_depth: 
 
     They come in the order they were chosen, so the first n are the best tree of n nodes.
     """
-    grown, offers = GrownNodes.root(pending), ChildCandidates(candidates, max_depth)
+    grown = GrownNodes.root(pending)
+    for _ in islice(next_nodes(grown, candidates, max_depth), num_nodes - 1):
+        pass
+    return grown
+
+
+def next_nodes(grown: GrownNodes, candidates: Candidates, max_depth: int) -> Iterator[float]:
+    """Add the best node that is left to a root alone, and then to what it has become; yields its log-score each time.
+
+    A node is added when it is asked for, and not before: where trees compete for rows, few are looked at in vain.
+    """
+    offers = ChildCandidates(candidates, max_depth)
     frontier: list[tuple[float, int, int, int]] = []  # (-log score, depth, rank, parent): ties go to the shallow
 
     def offer(depth: int, rank: int, parent: int) -> None:
@@ -31,10 +44,11 @@ def best_first(pending: int, candidates: Candidates, num_nodes: int, max_depth: 
                 heapq.heappush(frontier, (-score, depth, rank, parent))
 
     offer(1, 0, 0)
-    while frontier and grown.num_nodes < num_nodes:
+    while frontier:
         _, depth, rank, parent = heapq.heappop(frontier)
         ranks = offers.below(depth, on_graft=grown.on_graft[parent], parent_rank=grown.ranks[parent])
         grown.add(parent, ranks[rank])
+        node = grown.num_nodes - 1
+        yield grown.scores[node]
         offer(depth, rank + 1, parent)  # the next sibling
-        offer(depth + 1, 0, grown.num_nodes - 1)  # the first child
-    return grown
+        offer(depth + 1, 0, node)  # the first child

@@ -7,33 +7,24 @@ import sys
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from amphista.errors import ConfigError
+from amphista.tree.budget import DraftRow, NodeBudget, Plan
 from amphista.tree.build import build_template
-from amphista.tree.candidates import Candidates, NgramDraft
-from amphista.tree.dynamic import best_first
-from amphista.tree.offers import GrownNodes
+from amphista.tree.candidates import Candidates
+from amphista.tree.controller import DraftController
+from amphista.tree.dynamic import best_first, next_nodes
+from amphista.tree.learned import Forward
+from amphista.tree.offers import GrownNodes, Growth
 from amphista.tree.template import TreeTemplate
-from amphista.tree.token_tree import TokenTree
-from amphista.tree.tune import NOTHING_PAYS, Costs, DraftController, best_size
+from amphista.tree.tune import NOTHING_PAYS, Costs
 
 AUTO = "auto"
 DEFAULT_TREE = AUTO
+ALONE = Forward(num_rows=1)  # a plain step of one sequence
 MAX_RANKS = 10  # of one head; a budget that pays hardly ever holds more
-
-
-@dataclass(frozen=True)
-class Growth:
-    """The tree of one step, and how many of its drafted tokens are expected to be accepted."""
-
-    tree: TokenTree
-    expected: float
-
-    @classmethod
-    def of(cls, grown: GrownNodes, num_nodes: int | None = None) -> Growth:
-        """The first `num_nodes` nodes; by default all."""
-        return cls(grown.tree(num_nodes), grown.expected(num_nodes))
 
 
 class Grower(ABC):
@@ -58,14 +49,22 @@ class Grower(ABC):
     def grow(self, pending: int, candidates: Candidates, max_depth: int) -> Growth:
         """A tree over the pending token, at most `max_depth` deep."""
 
-    def wants_heads(self, controller: DraftController, graft: NgramDraft | None) -> bool:
-        """Whether the heads shall be asked in this step; to be called once a step."""
-        return True
+    def whom_to_ask(self, rows: Sequence[DraftRow], plain: Forward) -> list[int]:
+        """Indices of the sequences of a batch whose heads shall be asked in this step; to be called once a step.
 
-    def learn(  # noqa: B027
-        self, controller: DraftController, candidates: Candidates, num_nodes: int, accepted: Sequence[int]
-    ) -> None:
-        """Take note of what became of a step's tree; most need not."""
+        plain: the forward of this step if nothing were drafted.
+        """
+        return [b for b, row in enumerate(rows) if row.max_depth > 0]
+
+    def grow_batch(
+        self, rows: Sequence[DraftRow], candidates: Sequence[Candidates], asked: Sequence[int], plain: Forward
+    ) -> Plan:
+        """A tree for each sequence of a batch."""
+        pairs = zip(rows, candidates, strict=True)
+        return Plan(rows, [self.grow(row.pending, offered, row.max_depth) for row, offered in pairs], asked, plain)
+
+    def observe(self, plan: Plan, accepted: Sequence[Sequence[int]], seconds: float) -> None:  # noqa: B027
+        """Take note of the draft tokens that each tree of a step had accepted, and its seconds; most need not."""
 
 
 @dataclass(frozen=True)
@@ -82,19 +81,28 @@ class AutoGrower(Grower):
     def max_depth(self) -> int:
         return self.costs.max_nodes - 1
 
+    @cached_property
+    def budget(self) -> NodeBudget:
+        """It learns from the steps of this grower."""
+        return NodeBudget(self.costs)
+
+    def whom_to_ask(self, rows: Sequence[DraftRow], plain: Forward) -> list[int]:
+        return self.budget.whom_to_ask(rows, plain)
+
+    def grow_batch(
+        self, rows: Sequence[DraftRow], candidates: Sequence[Candidates], asked: Sequence[int], plain: Forward
+    ) -> Plan:
+        grown = [GrownNodes.root(row.pending) for row in rows]
+        nodes = [next_nodes(*parts) for parts in zip(grown, candidates, (row.max_depth for row in rows), strict=True)]
+        sizes = self.budget.share(rows, nodes, len(asked), plain)
+        return Plan(rows, [Growth.of(tree, size) for tree, size in zip(grown, sizes, strict=True)], asked, plain)
+
+    def observe(self, plan: Plan, accepted: Sequence[Sequence[int]], seconds: float) -> None:
+        self.budget.observe(plan, accepted, seconds)
+
     def grow(self, pending: int, candidates: Candidates, max_depth: int) -> Growth:
-        grown = best_first(pending, candidates, self.costs.max_nodes, max_depth)
-        return Growth.of(grown, best_size(grown.scores, self.costs, drafted=candidates.num_heads > 0))
-
-    def wants_heads(self, controller: DraftController, graft: NgramDraft | None) -> bool:
-        return controller.wants_heads(self.costs, [] if graft is None else graft.log_probs)
-
-    def learn(
-        self, controller: DraftController, candidates: Candidates, num_nodes: int, accepted: Sequence[int]
-    ) -> None:
-        graft = candidates.graft
-        if candidates.num_heads and not (graft is not None and list(accepted[:1]) == graft.tokens[:1]):
-            controller.record(self.costs, num_nodes, len(accepted))
+        row = DraftRow(DraftController(), candidates.graft, max_depth, pending)
+        return self.grow_batch([row], [candidates], [0] if candidates.num_heads else [], ALONE).growths[0]
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from itertools import islice
 from typing import NamedTuple
 
 from amphista.tree.candidates import Candidates
@@ -36,22 +35,16 @@ class ChildCandidates:
         self._tokens, self._log_probs = candidates.tokens, candidates.log_probs
         self._num_heads, self._paths = min(candidates.num_heads, max_depth), candidates.below
         self._made: dict[tuple[int, int], list[ChildCandidate]] = {}  # (depth, rank above): most are never asked for
-        self._grafted: list[list[ChildCandidate]] = []
-        if candidates.graft is not None:
-            above = NO_RANK
-            chain = zip(candidates.graft.tokens, candidates.graft.log_probs, strict=True)
-            for depth, (token, log_prob) in enumerate(islice(chain, max_depth), start=1):
-                heads_below = self.below(depth, on_graft=False, parent_rank=above)
-                above = self._rank(depth, token)
-                self._grafted.append(_joined(heads_below, token, log_prob, above))
+        self._graft, self._grafted = candidates.graft, dict[int, list[ChildCandidate]]()  # by depth
+        self._graft_depth = 0 if self._graft is None else min(max_depth, len(self._graft.tokens))
 
     def below(self, depth: int, *, on_graft: bool, parent_rank: int = NO_RANK) -> list[ChildCandidate]:
         """What may stand at this depth (1 or more), below a node of the graft (the root is one) or another.
 
         parent_rank: the rank of the node above among what its head offers.
         """
-        if on_graft and depth <= len(self._grafted):
-            return self._grafted[depth - 1]
+        if on_graft and depth <= self._graft_depth:
+            return self._below_graft(depth)
         if depth > self._num_heads:
             return []
         if self._paths is None or depth == 1 or parent_rank >= len(self._paths.ranks[depth - 2]):
@@ -59,6 +52,17 @@ class ChildCandidates:
         known = self._made.get((depth, parent_rank))
         if known is None:
             known = self._made[depth, parent_rank] = self._children(depth, parent_rank)
+        return known
+
+    def _below_graft(self, depth: int) -> list[ChildCandidate]:
+        known = self._grafted.get(depth)
+        if known is None:
+            assert self._graft is not None
+            tokens, log_probs = self._graft.tokens, self._graft.log_probs
+            above = self._rank(depth - 1, tokens[depth - 2]) if depth > 1 else NO_RANK
+            heads = self.below(depth, on_graft=False, parent_rank=above)
+            rank = self._rank(depth, tokens[depth - 1])
+            known = self._grafted[depth] = _joined(heads, tokens[depth - 1], log_probs[depth - 1], rank)
         return known
 
     def _children(self, depth: int, parent_rank: int) -> list[ChildCandidate]:
@@ -121,3 +125,16 @@ class GrownNodes:
     def expected(self, num_nodes: int | None = None) -> float:
         """Accepted draft tokens to expect of the first `num_nodes` nodes: the sum of their scores, the root's not."""
         return sum(map(math.exp, self.scores[1:num_nodes]))
+
+
+@dataclass(frozen=True)
+class Growth:
+    """The tree of one step, and how many of its drafted tokens are expected to be accepted."""
+
+    tree: TokenTree
+    expected: float
+
+    @classmethod
+    def of(cls, grown: GrownNodes, num_nodes: int | None = None) -> Growth:
+        """The first `num_nodes` nodes; by default all."""
+        return cls(grown.tree(num_nodes), grown.expected(num_nodes))

@@ -8,6 +8,7 @@ Shapes: N nodes.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -28,9 +29,19 @@ class TokenTree:
         assert all(0 <= parent < node for node, parent in enumerate(self.parents) if node)
         assert len(self._children) == len(self.tokens) - 1, "two siblings carry the same token"
 
+    @classmethod
+    def chain(cls, tokens: Sequence[int]) -> TokenTree:
+        """Each token below the one before."""
+        return cls(list(tokens), list(range(-1, len(tokens) - 1)))
+
     @property
     def num_nodes(self) -> int:
         return len(self.tokens)
+
+    @property
+    def is_chain(self) -> bool:
+        """Whether it has a single path."""
+        return self.depths[-1] == self.num_nodes - 1
 
     @cached_property
     def depths(self) -> list[int]:
@@ -65,6 +76,8 @@ class TokenTree:
 
     def ancestor_mask(self) -> Tensor:
         """bool [N, N]: row i is True at i and at every ancestor of i."""
+        if self.is_chain:
+            return torch.ones(self.num_nodes, self.num_nodes, dtype=torch.bool).tril_()
         mask = np.eye(self.num_nodes, dtype=bool)
         for node in range(1, self.num_nodes):
             mask[node] |= mask[self.parents[node]]

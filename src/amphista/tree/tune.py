@@ -1,16 +1,11 @@
-"""How large a tree pays: expected tokens over measured costs (CaDDTree, arXiv 2606.01813). Both come in as data.
+"""What a step costs, as data: seconds by rows, measured at some sizes (CaDDTree, arXiv 2606.01813).
 
-A step over n rows commits 1 + gain(n) tokens in T_draft + T_verify(n). Best-first growth is nested, so one growth holds
-the best tree of every size, and the step takes the size with the most tokens per second. T_verify is measured, rises
-but need not be convex, so all sizes are looked at. Where the root alone is best, the step is plain decoding.
-
-Whether to ask the heads at all has to be known before their word: `DraftController` keeps how much they
-have given lately.
+Seconds of a forward rise with its rows but need not be convex. What batches add is a few rates: another sequence,
+another cached row that is read, another sequence whose heads are asked.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
@@ -18,10 +13,17 @@ from itertools import accumulate, pairwise
 
 @dataclass(frozen=True)
 class Costs:
-    """Seconds of a step: `verify[n - 1]` with a tree of n nodes, never falling; `draft` more where heads are asked."""
+    """Seconds of a step: `verify[n - 1]` with n rows, never falling; `draft` more where heads are asked.
+
+    `sequence`: for each further sequence in the forward; `cached_row`: for each cached row it reads, beyond what
+    `verify` was measured with; `drafted`: for each further sequence whose heads are asked.
+    """
 
     verify: list[float]
     draft: float = 0.0
+    sequence: float = 0.0
+    cached_row: float = 0.0
+    drafted: float = 0.0
 
     @classmethod
     def measured(cls, verify: Mapping[int, float], draft: float = 0.0, *, in_steps: bool = False) -> Costs:
@@ -31,8 +33,16 @@ class Costs:
 
     @property
     def max_nodes(self) -> int:
-        """The largest tree whose cost is known."""
+        """The most rows whose cost is known: no tree, and no trees of a batch together, grow larger."""
         return len(self.verify)
+
+    def forward(self, num_rows: int) -> float:
+        """Seconds of a forward over so many rows; beyond what was measured on a straight line, at the mean slope."""
+        beyond = num_rows - len(self.verify)
+        if beyond <= 0:
+            return self.verify[num_rows - 1]
+        slope = (self.verify[-1] - self.verify[0]) / max(1, len(self.verify) - 1)
+        return self.verify[-1] + beyond * slope
 
 
 NOTHING_PAYS = Costs([1.0])
@@ -70,92 +80,6 @@ def stepped(values: Mapping[int, float]) -> list[float]:
     ]
 
 
-def best_size(scores: Sequence[float], costs: Costs, *, drafted: bool) -> int:
-    """How many of the first nodes to verify: scores[i] is the log-score of node i, the root's is 0 and comes first."""
-    fixed = costs.draft if drafted else 0.0
-    best, best_rate, tokens = 1, 0.0, 0.0
-    for size, (score, seconds) in enumerate(zip(scores, costs.verify, strict=False), start=1):
-        tokens += math.exp(score)
-        rate = tokens / (fixed + seconds)
-        if rate > best_rate:
-            best, best_rate = size, rate
-    return best
-
-
 def chain_scores(log_probs: Sequence[float]) -> list[float]:
     """Log-scores of a chain below the root, the root's first."""
     return list(accumulate(log_probs, initial=0.0))
-
-
-MEMORY = 0.94  # what a past draft still counts after each further one: about the last 16 decide
-FIRST_GAIN, FIRST_NODES, FIRST_WEIGHT = 0.8, 4, 4.0  # before anything is known: drafting is worth a try
-FIRST_REST, LONGEST_REST = 16, 128  # plain steps before the heads are tried again; twice as many after each failure
-PROBE = 4  # drafts of one trial
-FADING = 0.3  # what is left of the old evidence then
-
-
-class DraftController:
-    """Decides in each step of one sequence whether the heads are asked, by what asking has brought lately.
-
-    That is accepted tokens, and seconds for their rows, counted over the steps in which the
-    heads were asked and no n-gram draft was right, which is what they are asked for.
-    """
-
-    def __init__(self) -> None:
-        self._weight, self._gain = FIRST_WEIGHT, FIRST_WEIGHT * FIRST_GAIN
-        self._rows: float | None = None  # seconds of their rows, times weight; the first is taken from the costs
-        self._rested, self._rest, self._trial = 0, FIRST_REST, 0
-
-    @property
-    def gain(self) -> float:
-        """Accepted tokens a draft."""
-        return self._gain / self._weight
-
-    def wants_heads(self, costs: Costs, graft_log_probs: Sequence[float]) -> bool:
-        """Whether asking them is likely to be faster than the graft, or nothing, alone. To be called once a step."""
-        scores = chain_scores(graft_log_probs)
-        size = best_size(scores, costs, drafted=False)
-        alone = sum(map(math.exp, scores[:size]))
-        missed = 1 - (math.exp(scores[1]) if size > 1 else 0.0)  # how likely the heads will be needed
-        seconds, extra = costs.verify[size - 1], costs.draft + self._row_seconds(costs)
-        if (alone + missed * self.gain) / (seconds + extra) > alone / seconds:
-            return True
-        return not self._pays(costs) and self._try_again(missed)  # where they pay in general, they only do not now
-
-    def _pays(self, costs: Costs) -> bool:
-        """Whether asking the heads beats plain decoding."""
-        return self.gain * costs.verify[0] > costs.draft + self._row_seconds(costs)
-
-    def _try_again(self, missed: float) -> bool:
-        if self._trial:
-            return missed >= 0.5
-        self._rested += 1
-        if self._rested < self._rest:
-            return False
-        self._rested, self._rest, self._trial = 0, min(2 * self._rest, LONGEST_REST), PROBE
-        self._fade(FADING)
-        return False
-
-    def record(self, costs: Costs, num_nodes: int, num_accepted: int) -> None:
-        """Count a step in which the heads were asked and no graft was right."""
-        rows = costs.verify[min(num_nodes, costs.max_nodes) - 1] - costs.verify[0]
-        self._rows = self._row_seconds(costs) * self._weight
-        self._fade(MEMORY)
-        self._weight += 1
-        self._gain += num_accepted
-        self._rows += rows
-        if self._trial:
-            self._trial -= 1
-        elif self._pays(costs):
-            self._rested, self._rest = 0, FIRST_REST
-
-    def _row_seconds(self, costs: Costs) -> float:
-        if self._rows is None:
-            return costs.verify[min(FIRST_NODES, costs.max_nodes) - 1] - costs.verify[0]
-        return self._rows / self._weight
-
-    def _fade(self, share: float) -> None:
-        self._weight *= share
-        self._gain *= share
-        if self._rows is not None:
-            self._rows *= share

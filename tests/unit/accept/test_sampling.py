@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from amphista.accept.sampling import Chooser, Sampling, choose_each, filtered_log_probs, gumbel_argmax, gumbel_noise
+from amphista.accept.sampling import Chooser, Sampling, filtered_log_probs, gumbel_argmax, gumbel_noise
 from amphista.errors import RequestError, TargetError
 from tests.oracle.decode import choose_plainly
 
@@ -277,17 +277,6 @@ def test_settings_out_of_range_are_refused_by_name(wrong):
 def test_settings_at_the_edge_are_taken():
     Sampling(temperature=0.0, top_p=1.0, min_p=1.0, seed=2**64 - 1)
     assert Sampling().is_greedy and not Sampling(temperature=1e-9).is_greedy
-
-
-def test_choose_each_is_each_chooser_alone():
-    settings = [{}, {"temperature": 0.7, "seed": 3}, {"repetition_penalty": 2.0}, {}, {"temperature": 1.0, "top_k": 5}]
-    choosers = [Chooser(Sampling(**values), range(60)) for values in settings]
-    for trial in range(20):
-        logits = torch.randn(len(choosers), 60, generator=torch.Generator().manual_seed(trial)) * 3
-        positions = [trial + 2 * row for row in range(len(choosers))]
-        alone = [chooser.choose(row, at) for chooser, row, at in zip(choosers, logits, positions, strict=True)]
-        assert choose_each(choosers, logits, positions) == alone
-    assert choose_each(choosers[:1], logits[:1], [0]) == [int(logits[0].argmax())]
 
 
 @pytest.mark.parametrize("spread", [0.0, 0.5, 4.0, 30.0])

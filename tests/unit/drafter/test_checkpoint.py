@@ -15,13 +15,13 @@ from amphista.drafter.base import Calibration
 from amphista.drafter.checkpoint import (
     CHECKPOINT_FILES,
     load_drafter,
+    load_proposer,
     make_drafter,
     read_checkpoint,
     recover_drafter,
     save_drafter,
 )
 from amphista.drafter.medusa import MedusaConfig
-from amphista.drafter.none import NoDrafter
 from amphista.errors import ConfigError, DrafterError
 from tests.tiny import shaken, tiny_target
 
@@ -349,7 +349,8 @@ def test_weights_of_another_save_are_refused(folder, target):
 
 
 def test_none_is_plain_decoding(target):
-    assert isinstance(load("none", target), NoDrafter)
+    proposer = load_proposer("none", target.spec, target.shared, target.fingerprint)
+    assert proposer.proposes_nothing and proposer.name == "none"
 
 
 @pytest.mark.parametrize("name", ["./nowhere", "/nowhere", "~/nowhere", "nowhere", "a/b/c"])

@@ -14,12 +14,12 @@ from safetensors.torch import load_file, save_file
 from amphista.drafter import convert
 from amphista.drafter.checkpoint import load_drafter, save_drafter
 from amphista.drafter.convert import read_medusa
-from amphista.drafter.none import NoDrafter
-from amphista.engine.decoder import decode
+from amphista.drafter.proposer import Proposer
 from amphista.engine.params import SamplingParams
 from amphista.engine.step import Engine
 from amphista.errors import DrafterError
 from amphista.tree.grow import parse_tree
+from tests.decoding import decode
 from tests.tiny import VOCAB, tiny_target
 
 K, D = 3, 32
@@ -124,7 +124,7 @@ def both_forms(drafter, hidden):
         state, decoding = drafter.start(), []
         for row in hidden:
             drafter.commit(state, row[None], ids[:1])
-            decoding.append(drafter.head_logits(drafter.draft_states(state)))
+            decoding.append(drafter.head_logits(drafter.draft_states([state])[0]))
     return training, torch.stack(decoding)
 
 
@@ -199,7 +199,7 @@ def test_head_k_is_the_published_head_k(target, tmp_path):
     """Heads that know the future in the published convention (head k: x_{t+2+k} from h_t) are accepted throughout."""
     prompt = [5, 17, 230, 44, 9]
     params = SamplingParams(max_new_tokens=20)
-    answer = decode(Engine(target, NoDrafter(), parse_tree(1)), prompt, params).output_ids
+    answer = decode(Engine(target, Proposer(), parse_tree(1)), prompt, params).output_ids
     ids = prompt + answer
     assert len(ids) <= D, "more positions than dimensions: no linear map could tell them apart"
     hidden = target.hidden_states(torch.tensor([ids]))[0].clone()
@@ -221,7 +221,7 @@ def test_head_k_is_the_published_head_k(target, tmp_path):
 def test_converted_heads_are_lossless_under_a_real_tree(target, tmp_path, temperature):
     write_pt(tmp_path, random_heads(2))
     params = SamplingParams(max_new_tokens=24, temperature=temperature, seed=3)
-    expected = decode(Engine(target, NoDrafter(), parse_tree(1)), [5, 17, 230], params).output_ids
+    expected = decode(Engine(target, Proposer(), parse_tree(1)), [5, 17, 230], params).output_ids
     sequence = decode(Engine(target, converted(tmp_path, target), parse_tree(200)), [5, 17, 230], params)
     assert sequence.output_ids == expected and sum(sequence.stats.accepted) > 0
 

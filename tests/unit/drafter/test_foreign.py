@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from amphista.drafter import checkpoint
-from amphista.drafter.checkpoint import load_drafter
+from amphista.drafter.checkpoint import load_proposer
 from amphista.errors import DrafterError
 
 CAUSAL = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "num_hidden_layers": 2}
@@ -58,7 +58,7 @@ def write(folder, config, files):
 
 def told(name, target):
     with pytest.raises(DrafterError) as caught:
-        load_drafter(name, target.spec, target.shared, target.fingerprint)
+        load_proposer(name, target.spec, target.shared, target.fingerprint)
     return str(caught.value)
 
 
@@ -89,7 +89,7 @@ def test_damaged_files_are_no_reason_to_fail(target, tmp_path):
 
 def test_of_a_hub_repository_only_the_configuration_is_fetched(target, tmp_path, monkeypatch):
     folder, asked = write(tmp_path / "snapshot", {"medusa_num_heads": 5}, {}), []
-    monkeypatch.setattr(checkpoint, "fetch", lambda name, files: asked.append(files) or folder)
+    monkeypatch.setattr(checkpoint, "fetch", lambda name, files, hub: asked.append(files) or folder)
     assert "amphista convert medusa owner/heads --target" in told("owner/heads", target)
     assert asked == [("config.json",)]
 

@@ -15,11 +15,12 @@ from amphista.drafter.amphista import AmphistaConfig
 from amphista.drafter.base import Calibration
 from amphista.drafter.checkpoint import load_drafter, make_drafter, save_drafter
 from amphista.drafter.medusa import MedusaConfig
-from amphista.engine.decoder import decode
+from amphista.drafter.proposer import Proposer
 from amphista.engine.params import SamplingParams
 from amphista.engine.step import Engine
 from amphista.errors import DrafterError
 from amphista.tree.grow import parse_tree
+from tests.decoding import decode
 from tests.tiny import shaken
 
 CONFIGS = {
@@ -245,7 +246,7 @@ def test_links_to_what_is_no_file(folder, target, tmp_path):
 
 def test_weights_at_the_edge_of_their_type_cost_no_answer(folder, target):
     """They overflow within the draft; the target decides all the same."""
-    plain = load_drafter("none", target.spec, target.shared, target.fingerprint)
+    plain = Proposer()
     params = SamplingParams(max_new_tokens=12, ignore_eos=True)
     expected = decode(Engine(target, plain, parse_tree(1)), [5, 6, 7], params).output_ids
     weights = load_file(folder / "model.safetensors")

@@ -5,9 +5,9 @@ import math
 import pytest
 import torch
 
-from amphista.drafter.checkpoint import load_drafter
-from amphista.drafter.lookup import DEEPEST, PRIOR, PRIOR_WEIGHT, Lookup, WithLookup
-from amphista.drafter.none import NoDrafter
+from amphista.drafter.checkpoint import load_proposer
+from amphista.drafter.lookup import DEEPEST, PRIOR, PRIOR_WEIGHT, Lookup
+from amphista.drafter.proposer import Proposer
 from amphista.errors import DrafterError
 from tests.tiny import always_right
 
@@ -65,51 +65,29 @@ def test_likelihood_meets_the_truth():
     assert expected == pytest.approx(realised, rel=0.08)
 
 
-def test_a_new_request_begins_with_the_prior_and_without_the_last_proposal():
-    lookup = Lookup()
-    lookup.propose(TEXT, 4)
-    lookup.propose([*TEXT, 4, 5, 6, 7], 4)
-    lookup.trim(5)
-    assert lookup.propose([*TEXT[:5], 3], 2) == Lookup().propose([*TEXT[:5], 3], 2)
-    assert lookup.likelihood(3) == PRIOR[3]
-
-
 def test_priors_rise():
     assert list(PRIOR) == sorted(PRIOR) and list(PRIOR.values()) == sorted(PRIOR.values())
 
 
-# -- as a drafter -----------------------------------------------------------------------------------------------------
+# -- beside heads -----------------------------------------------------------------------------------------------------
 
 
 def test_names():
-    assert WithLookup(NoDrafter()).name == "lookup"
-    assert WithLookup(always_right([1, 2])).name == "scripted+lookup"
+    assert Proposer(use_lookup=True).name == "lookup" and Proposer().name == "none"
+    assert Proposer(always_right([1, 2]), use_lookup=True).name == "scripted+lookup"
 
 
-def test_lookup_alone_has_no_heads_and_recalls():
-    drafter = WithLookup(NoDrafter())
-    state = drafter.start()
-    assert drafter.num_heads == 0
-    assert drafter.draft_ngrams(state, TEXT, 2).tokens == [4, 5]
-    drafter.commit(state, torch.zeros(11, 4), torch.tensor(TEXT[1:]))
-    drafter.trim(state, 4)
-    assert state.num_rows == 4 and len(state.lookup.index) == 4
-
-
-def test_beside_another_it_leaves_the_others_word_as_it_is():
-    alone = always_right(TEXT)
-    both = WithLookup(alone)
-    states = [alone.start(), both.start()]
-    for drafter, state in zip((alone, both), states, strict=True):
-        drafter.commit(state, torch.zeros(3, 4), torch.tensor(TEXT[1:4]))
-    assert both.draft(states[1], 3) == alone.draft(states[0], 3)
-    assert both.num_heads == alone.num_heads and both.inner is alone
-    assert states[0].lookup is None and alone.draft_ngrams(states[0], TEXT, 4) is None
+def test_lookup_alone_has_no_heads():
+    proposer = Proposer(use_lookup=True)
+    lookup = proposer.new_lookup()
+    assert proposer.num_heads == 0 and not proposer.proposes_nothing
+    assert proposer.ngrams(lookup, TEXT, 2).tokens == [4, 5] and len(lookup.index) == len(TEXT)
+    assert Proposer().new_lookup() is None and Proposer().ngrams(None, TEXT, 2) is None
 
 
 def test_names_that_load(target):
     def load(name):
-        return load_drafter(name, target.spec, target.shared, target.fingerprint)
+        return load_proposer(name, target.spec, target.shared, target.fingerprint)
 
     assert load("lookup").name == load("none+lookup").name == "lookup"
     with pytest.raises(DrafterError, match="no amphista drafter is shipped"):

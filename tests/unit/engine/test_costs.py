@@ -11,9 +11,8 @@ import torch
 
 from amphista.drafter.amphista import Amphista, AmphistaConfig
 from amphista.drafter.captured import AskRegion, FeedRegion
-from amphista.drafter.lookup import WithLookup
 from amphista.drafter.medusa import Medusa, MedusaConfig
-from amphista.drafter.none import NoDrafter
+from amphista.drafter.proposer import Proposer
 from amphista.engine import cost_cache, costs, timing
 from amphista.engine.costs import costs_for, target_key, tune
 from amphista.engine.timing import Cell
@@ -49,8 +48,8 @@ def measured(tmp_path, monkeypatch, spreads):
     return calls
 
 
-def medusa(target, **settings):
-    return Medusa(MedusaConfig(**settings), target.spec, target.shared)
+def medusa(target, *, lookup=False, **settings):
+    return Proposer(Medusa(MedusaConfig(**settings), target.spec, target.shared), use_lookup=lookup)
 
 
 def test_measured_once(target, measured, tmp_path):
@@ -61,21 +60,24 @@ def test_measured_once(target, measured, tmp_path):
 
 
 def test_forwards_are_shared_by_all_drafters(target, measured):
-    costs_for(target, WithLookup(NoDrafter()))
+    costs_for(target, Proposer(use_lookup=True))
     with_heads = costs_for(target, medusa(target))
     assert measured == ["verify", "draft"]
-    assert costs_for(target, WithLookup(medusa(target))) == with_heads and measured == ["verify", "draft"]
-    assert costs_for(target, WithLookup(NoDrafter())).draft == 0.0
+    assert costs_for(target, medusa(target, lookup=True)) == with_heads and measured == [
+        "verify",
+        "draft",
+    ]
+    assert costs_for(target, Proposer(use_lookup=True)).draft == 0.0
     costs_for(target, medusa(target, num_heads=2))
     assert measured == ["verify", "draft", "draft"]
 
 
 def test_no_drafter_measures_nothing(target, measured):
-    assert costs_for(target, NoDrafter()) == NOTHING_PAYS and measured == []
+    assert costs_for(target, Proposer()) == NOTHING_PAYS and measured == []
 
 
 def test_everything_else_measures_anew(target, measured, monkeypatch):
-    drafter = WithLookup(NoDrafter())
+    drafter = Proposer(use_lookup=True)
     costs_for(target, drafter)
     others = [tiny_target("qwen3"), tiny_target(dtype=torch.float64), tiny_target()]  # the last one: on the stock path
     for number, other in enumerate(others, start=2):
@@ -123,7 +125,7 @@ def test_refresh_measures_anew_and_is_kept(target, measured):
     ],
 )
 def test_a_damaged_file_is_measured_again(target, measured, damage):
-    drafter = WithLookup(NoDrafter())
+    drafter = Proposer(use_lookup=True)
     costs_for(target, drafter)
     (file,) = cost_cache.costs_folder().glob("*.json")
     damaged = damage(file.read_text())
@@ -138,9 +140,9 @@ def test_a_damaged_file_is_measured_again(target, measured, damage):
 
 def test_a_folder_that_cannot_be_written_is_said_and_no_more(target, measured, tmp_path, caplog):
     (tmp_path / "costs").write_text("a file where the folder should be")
-    assert costs_for(target, WithLookup(NoDrafter())).max_nodes == 4
+    assert costs_for(target, Proposer(use_lookup=True)).max_nodes == 4
     assert "cannot be kept" in caplog.text
-    costs_for(target, WithLookup(NoDrafter()))
+    costs_for(target, Proposer(use_lookup=True))
     assert measured == ["verify"], "this process goes on with what it has"
 
 
@@ -161,19 +163,19 @@ def test_what_was_disturbed_serves_its_process_and_is_measured_again(target, mea
 
 
 def test_a_disturbed_record_of_another_version_is_not_believed(target, measured, tmp_path):
-    costs_for(target, WithLookup(NoDrafter()))
+    costs_for(target, Proposer(use_lookup=True))
     (path,) = (tmp_path / "costs").iterdir()
     path.write_text(json.dumps(json.loads(path.read_text()) | {"spread": 2.59}))
-    costs_for(target, WithLookup(NoDrafter()))
+    costs_for(target, Proposer(use_lookup=True))
     assert measured == ["verify", "verify"] and json.loads(path.read_text())["spread"] == 1.1
 
 
 def test_what_is_old_is_measured_again(target, measured, tmp_path):
-    costs_for(target, WithLookup(NoDrafter()))
+    costs_for(target, Proposer(use_lookup=True))
     (path,) = (tmp_path / "costs").iterdir()
     for days, times in ((29, 1), (31, 2), (0, 2)):
         os.utime(path, (time.time() - 86400 * days,) * 2) if days else None
-        costs_for(target, WithLookup(NoDrafter()))
+        costs_for(target, Proposer(use_lookup=True))
         assert measured == ["verify"] * times
 
 
@@ -186,7 +188,7 @@ def test_a_disturbed_refresh_leaves_the_quiet_record(target, measured, spreads):
 
 
 def test_a_write_that_is_killed_leaves_the_old_record(target, measured, monkeypatch):
-    drafter = WithLookup(NoDrafter())
+    drafter = Proposer(use_lookup=True)
     old = tune(target, drafter)
 
     def killed(*where):
@@ -206,7 +208,7 @@ def test_real_seconds(target, tmp_path, monkeypatch):
     monkeypatch.setenv("AMPHISTA_CACHE", str(tmp_path))
     monkeypatch.setattr("amphista.engine.timing.BUDGET_SECONDS", 0.2)
     rows = target.spec.max_positions // 2
-    found = tune(target, WithLookup(medusa(target)))
+    found = tune(target, medusa(target, lookup=True))
     assert found.costs.max_nodes > 2 and found.costs.max_nodes + rows <= target.spec.max_positions
     assert found.costs.verify == sorted(found.costs.verify) and found.costs.draft > 0 and found.spread >= 1
 

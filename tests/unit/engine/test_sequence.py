@@ -1,16 +1,18 @@
 from __future__ import annotations
 
 from copy import deepcopy
+from dataclasses import replace
 
 import pytest
 import torch
 
 from amphista.accept.sampling import Chooser
 from amphista.cache.static import KVCache
-from amphista.drafter.base import DrafterState
-from amphista.drafter.none import NoDrafter
+from amphista.engine.loops import LoopWatch
 from amphista.engine.params import FinishReason, SamplingParams
-from amphista.engine.sequence import Context, Sequence
+from amphista.engine.prefixes import taken_over
+from amphista.engine.rows import Rows
+from amphista.engine.sequence import Sequence, whole_step
 from amphista.errors import CapacityError
 from amphista.target.text import IncrementalText, Text
 from tests.tiny import EOS, byte_tokenizer
@@ -18,26 +20,44 @@ from tests.tiny import EOS, byte_tokenizer
 PROMPT = [1, 2, 3]
 
 
-def context(token_ids, num_cached=None):
-    cache = KVCache(1)
-    num_rows = len(token_ids) - 1 if num_cached is None else num_cached
-    cache.layers[0].append(torch.zeros(1, 1, num_rows, 2), torch.zeros(1, 1, num_rows, 2))
-    cache.commit(range(num_rows))
-    return Context(cache, DrafterState(num_rows=num_rows), list(token_ids))
+class Nothing:
+    """A target of which rows only want caches."""
+
+    def new_cache(self):
+        return KVCache(1)
+
+    def copy_rows(self, source, to, num_rows):
+        to.take_copy(source, num_rows)
 
 
-def sequence(*, max_new_tokens=10, max_positions=100, stop=(), penalty=1.0):
+def filled(rows, num_rows):
+    """The same rows, so many of them."""
+    size = num_rows - rows.cache.num_committed
+    rows.cache.layers[0].append(torch.zeros(1, 1, size, 2), torch.zeros(1, 1, size, 2))
+    rows.cache.commit(range(size))
+    return rows
+
+
+def sequence(*, max_new_tokens=10, max_positions=100, stop=(), penalty=1.0, prompt=PROMPT):
     params = SamplingParams(max_new_tokens=max_new_tokens, stop=stop, repetition_penalty=penalty)
+    token_ids = list(prompt)
     return Sequence(
-        context=context(PROMPT, num_cached=3),
+        token_ids=token_ids,
+        num_prompt=len(token_ids),
         params=params,
-        chooser=Chooser(params, PROMPT),
-        request=0,
-        prompt_ids=PROMPT,
+        chooser=Chooser(params, prompt),
         end_ids=frozenset([EOS]),
         max_positions=max_positions,
+        rows=filled(Rows(Nothing(), None, token_ids), len(token_ids)),
         stops=IncrementalText(Text(byte_tokenizer()), stop) if stop else None,
     )
+
+
+def take(found, tokens):
+    """As the engine does; returns how many were taken."""
+    ending = found.ending(tokens)
+    take(found, tokens[: ending.num_taken], ending)
+    return ending.num_taken
 
 
 @pytest.mark.parametrize(
@@ -51,68 +71,75 @@ def sequence(*, max_new_tokens=10, max_positions=100, stop=(), penalty=1.0):
         ([1], 0),
     ],
 )
-def test_rewind_keeps_the_common_prefix_but_one(prompt, keep):
-    found = context([1, 2, 3, 4, 5, 6])
-    assert found.rewind(prompt, NoDrafter()) == keep
-    assert found.cache.num_committed == found.cache.num_rows == found.draft_state.num_rows == keep
-    assert found.token_ids == prompt
+@pytest.mark.parametrize("is_copy", [False, True])
+def test_what_is_taken_over_is_the_common_prefix_but_one(prompt, keep, is_copy):
+    rows = filled(Rows(Nothing(), None, [1, 2, 3, 4, 5, 6]), 5)
+    found = sequence(prompt=prompt)
+    found.release()
+    found.adopt(replace(taken_over(rows, found.token_ids), is_copy=is_copy))
+    assert found.rows.cache.num_committed == found.rows.cache.num_rows == found.rows.num_rows == keep
+    assert found.rows.token_ids is found.token_ids and found.num_unread == len(prompt) - keep
+    assert rows.cache.num_committed == (5 if is_copy else keep)
 
 
-def test_rewind_does_not_trust_ids_that_were_never_cached():
+def test_ids_that_were_never_cached_are_not_trusted():
     """A broken-off step may have left ids without rows."""
-    found = context([1, 2, 3, 4, 5, 6], num_cached=2)
-    assert found.rewind([1, 2, 3, 4, 5, 6, 7], NoDrafter()) == 1
+    rows = filled(Rows(Nothing(), None, [1, 2, 3, 4, 5, 6]), 2)
+    assert taken_over(rows, [1, 2, 3, 4, 5, 6, 7]).num_rows == 1
 
 
-def test_rewind_keeps_no_hold_of_the_callers_list():
-    prompt, found = [1, 2, 3], context([1, 2])
-    found.rewind(prompt, NoDrafter())
-    found.token_ids.append(9)
-    assert prompt == [1, 2, 3]
+def test_what_is_left_to_read():
+    found = sequence()
+    assert found.num_unread == 0 and found.num_left == 10 and not found.is_finished
+    take(found, [7, 8])
+    filled(found.rows, 4)
+    assert found.num_unread == 0 and found.num_left == 8
+    found.release()
+    assert found.num_unread == 4 and found.rows.num_rows == 0, "all but the pending token, after a preemption"
 
 
 def test_take_counts_what_it_takes():
     found = sequence()
-    assert found.take([7]) == 1 and found.take([8, 9]) == 2
+    assert take(found, [7]) == 1 and take(found, [8, 9]) == 2
     assert found.output_ids == [7, 8, 9] and found.pending == 9 and found.root_position == 5
     assert found.stats.num_tokens == 3 and found.finish_reason is None
 
 
 def test_take_ends_at_the_end_token():
     found = sequence()
-    assert found.take([7, EOS, 8]) == 2
+    assert take(found, [7, EOS, 8]) == 2
     assert found.output_ids == [7, EOS] and found.stats.num_tokens == 2
     assert found.finish_reason is FinishReason.STOP
 
 
 def test_take_ends_at_the_token_limit():
     found = sequence(max_new_tokens=2)
-    assert found.take([7, 8, 9]) == 2
+    assert take(found, [7, 8, 9]) == 2
     assert found.finish_reason is FinishReason.LENGTH and found.output_ids == [7, 8]
 
 
 def test_an_end_token_at_the_limit_is_a_stop():
     found = sequence(max_new_tokens=2)
-    found.take([7, EOS])
+    take(found, [7, EOS])
     assert found.finish_reason is FinishReason.STOP
 
 
 def test_take_ends_with_the_context():
     """Position 5 is the last one that can be read; the token chosen there is still an answer."""
     found = sequence(max_positions=6)
-    assert found.take([7, 8, 9, 10, 11]) == 4
+    assert take(found, [7, 8, 9, 10, 11]) == 4
     assert found.finish_reason is FinishReason.LENGTH and found.root_position == 6
 
 
 def test_max_depth_never_lets_a_tree_pass_a_limit():
     found = sequence(max_new_tokens=6)
     assert found.max_depth == 5
-    found.take([7])
+    take(found, [7])
     assert found.max_depth == 4
-    found.take([7, 7, 7, 7])
+    take(found, [7, 7, 7, 7])
     assert found.max_depth == 0
     by_context = sequence(max_new_tokens=50, max_positions=8)
-    by_context.take([7])
+    take(by_context, [7])
     assert by_context.max_depth == 4, "root at 3, positions 4 to 7 below it"
 
 
@@ -122,40 +149,54 @@ def tokens_of(text):
 
 def test_text_ends_at_a_stop_string_inside_the_tokens():
     found = sequence(stop=("XY",), max_new_tokens=50)
-    assert found.take(tokens_of("abXYcd")) == 4
+    assert take(found, tokens_of("abXYcd")) == 4
     assert found.output_ids == tokens_of("abXY") and found.finish_reason is FinishReason.STOP
 
 
 def test_a_step_broken_off_has_done_nothing():
     found = sequence(stop=("XYZ",), penalty=2.0, max_new_tokens=50)
-    found.take(tokens_of("aX"))
-    found.context.cache.layers[0].append(torch.zeros(1, 1, 1, 2), torch.zeros(1, 1, 1, 2))
-    found.context.cache.commit(range(1))
-    found.check_context()
+    take(found, tokens_of("aX"))
+    filled(found.rows, 4)
+    found.check()
     before = deepcopy(found.stats)
-    with pytest.raises(KeyboardInterrupt), found.whole_step():
-        found.context.cache.layers[0].append(torch.zeros(1, 1, 3, 2), torch.zeros(1, 1, 3, 2))
-        found.context.defer(NoDrafter(), torch.zeros(2, 2), [1, 2])
-        found.take(tokens_of("YZ"))
+    with pytest.raises(KeyboardInterrupt), whole_step([found]):
+        filled(found.rows, 7)
+        found.rows.unfed.append((torch.zeros(2, 2), [1, 2]))
+        take(found, tokens_of("YZ"))
         assert found.finish_reason is FinishReason.STOP and found.stops.stopped
         raise KeyboardInterrupt
-    found.check_context()
+    found.check()
     assert found.output_ids == tokens_of("aX") and found.finish_reason is None and found.stats == before
-    assert not found.context.unfed and found.chooser.output.keys() == set(tokens_of("aX"))
-    assert found.take(tokens_of("YZ")) == 2 and found.finish_reason is FinishReason.STOP
+    assert not found.rows.unfed and found.chooser.output.keys() == set(tokens_of("aX"))
+    assert take(found, tokens_of("YZ")) == 2 and found.finish_reason is FinishReason.STOP
+
+
+def test_looking_for_the_end_changes_nothing():
+    found = sequence(stop=("XYZ",), max_new_tokens=50)
+    found.watch = LoopWatch()
+    for _ in range(2):
+        assert found.ending(tokens_of("abXYZc")).num_taken == 5 and found.output_ids == []
+    loop = [1, 2] * 12
+    for _ in range(2):
+        assert found.ending([*loop, 9]).reason is FinishReason.LOOP and found.output_ids == []
+    take(found, loop)
+    assert found.output_ids == [1, 2] and found.finish_reason is FinishReason.LOOP and found.stats.num_tokens == 24
 
 
 def test_caches_that_do_not_hold_what_was_read_are_refused():
     found = sequence()
-    found.take([7])
-    found.check_context()
-    found.context.cache.layers[0].append(torch.zeros(1, 1, 1, 2), torch.zeros(1, 1, 1, 2))
-    with pytest.raises(CapacityError, match="3 rows are cached"):
-        found.check_context()
+    take(found, [7])
+    found.check()
+    found.rows.cache.layers[0].append(torch.zeros(1, 1, 1, 2), torch.zeros(1, 1, 1, 2))
+    with pytest.raises(CapacityError, match="3 rows are cached and 4 written"):
+        found.check()
+    found.rows.cache.commit([0])
+    with pytest.raises(CapacityError, match="4 rows are cached and 4 written, but 3 tokens"):
+        found.check()
 
 
 def test_penalties_see_what_was_taken_and_nothing_else():
     found = sequence(penalty=2.0)
-    found.take([7, EOS, 8])
+    take(found, [7, EOS, 8])
     scores = found.chooser._scores(torch.full((300,), 4.0), 9, [])
     assert {token for token in range(300) if scores[token] == 2.0} == {1, 2, 3, 7, EOS}

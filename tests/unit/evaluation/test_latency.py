@@ -60,12 +60,13 @@ def test_a_batched_forward_gives_every_sequence_the_logits_of_one_alone(family):
     cache = target.new_cache()
     target.prefill(list(range(3, 23)), cache)
     tree = typical_tree(VOCAB, 8)
+    caches = [target.new_cache() for _ in range(3)]
+    for copy in caches:
+        copy.take_copy(cache, 20)
     alone = target.verify(tree, cache).logits
-    cache.trim(20)
-    batched = latency._forward(target, tree, latency._repeated(cache, 3), 3)()
-    assert batched.shape == (3, 8, VOCAB)
-    assert all(torch.allclose(row, alone, atol=1e-9) for row in batched)
-    assert cache.num_rows == 20  # the repeated cache is a copy
+    batched = latency._forward(target, tree, caches)()
+    assert [output.logits.shape for output in batched] == [(8, VOCAB)] * 3
+    assert all(torch.allclose(output.logits, alone, atol=1e-9) for output in batched)
 
 
 def test_layers_scale_round_by_round():

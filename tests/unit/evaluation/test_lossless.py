@@ -4,12 +4,12 @@ import pytest
 import torch
 
 from amphista.accept.sampling import gumbel_noise
-from amphista.drafter.none import NoDrafter
-from amphista.engine.decoder import decode
+from amphista.drafter.proposer import Proposer
 from amphista.engine.params import SamplingParams
 from amphista.engine.step import Engine
 from amphista.evaluation.lossless import Divergence, first_divergence
 from amphista.tree.grow import parse_tree
+from tests.decoding import decode
 
 PROMPT = [5, 17, 230]
 
@@ -17,7 +17,7 @@ PROMPT = [5, 17, 230]
 @pytest.fixture(scope="module")
 def answer(target):
     params = SamplingParams(max_new_tokens=8)
-    return decode(Engine(target, NoDrafter(), parse_tree(1)), PROMPT, params).output_ids
+    return decode(Engine(target, Proposer(), parse_tree(1)), PROMPT, params).output_ids
 
 
 def logits_after(target, ids):

@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 
-from amphista.drafter.none import NoDrafter
+from amphista.drafter.proposer import Proposer
 from amphista.engine.params import SamplingParams
 from amphista.errors import ConfigError
 from amphista.evaluation.methods import METHODS, Ours, Settings, parse_methods
@@ -187,7 +187,7 @@ def test_nine_crashes_of_ten_are_told_truly(text_target, tmp_path, monkeypatch):
 
 def test_where_none_itself_failed_nothing_is_compared(text_target, asked, tmp_path, monkeypatch):
     def build(spec, target, settings):
-        return Crashing(target, NoDrafter(), "1", {"drafter": "none"})
+        return Crashing(target, Proposer(), "1", {"drafter": "none"})
 
     monkeypatch.setitem(METHODS, "none", build)
     _, summary = evaluate(text_target, asked, tmp_path / "out", methods="none,drafts")

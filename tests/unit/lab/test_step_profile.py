@@ -7,8 +7,7 @@ import time
 import pytest
 import torch
 
-from amphista.drafter.lookup import WithLookup
-from amphista.drafter.none import NoDrafter
+from amphista.drafter.proposer import Proposer
 from amphista.llm import LLM
 from benchmarks.lab import step_profile
 from benchmarks.lab.step_profile import OperationTimer, Timed, between_operations, profile_steps, timer_seconds
@@ -58,15 +57,15 @@ def test_by_hand():
     assert between_operations([], 1e-6)["num_steps"] == 0
 
 
-@pytest.mark.parametrize("drafter", [NoDrafter(), WithLookup(NoDrafter())])
+@pytest.mark.parametrize("drafter", [Proposer(), Proposer(use_lookup=True)])
 def test_decoding_is_timed_step_by_step(target, monkeypatch, drafter):
     monkeypatch.setattr(step_profile, "CALIBRATIONS", 3)
     llm = LLM(target, drafter, tree=4)
-    verify = target.verify
+    forward = target.forward
     found = profile_steps(llm, "it", rounds=2, new_tokens=6)
     assert found["drafter"] == "it" and 0 < found["num_steps"] <= 5
     assert 0 <= found["outside_ms"] <= found["at_most_ms"] and found["forward_ms"] < found["at_most_ms"]
-    assert found["calls"] > 10 and target.verify == verify
+    assert found["calls"] > 10 and target.forward == forward
 
 
 def test_the_timers_own_cost_is_small_but_there(monkeypatch):

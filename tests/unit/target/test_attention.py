@@ -9,8 +9,10 @@ from transformers.masking_utils import (
     sliding_window_causal_mask_function,
 )
 
+from amphista.cache.static import KVCache
 from amphista.errors import TargetError
 from amphista.target.attention import Layout, laid_out, layer_rules
+from amphista.target.spans import Span
 from amphista.target.target import Target
 from amphista.tree.token_tree import TokenTree
 from tests.tiny import WINDOW, tiny_model
@@ -19,8 +21,14 @@ TREE = TokenTree([1, 2, 3, 4, 5], [-1, 0, 0, 1, 3])
 NUM_PAST = 6
 
 
+def _span(tree, num_past):
+    cache = KVCache(0)
+    cache.num_committed = num_past
+    return Span(tree, cache)
+
+
 def layout():
-    return Layout.behind(NUM_PAST, TREE.ancestor_mask(), torch.tensor(TREE.depths) + NUM_PAST)
+    return Layout.of(_span(TREE, NUM_PAST), torch.device("cpu"))
 
 
 def visible_plainly(may_see=lambda query, key: True):
@@ -120,3 +128,19 @@ def test_generate_is_untouched():
         model(input_ids=ids[:, :-1], past_key_values=cache)
         last = model(input_ids=ids[:, -1:], past_key_values=cache).logits
     torch.testing.assert_close(last[0, -1], whole[0, -1])
+
+
+def test_spans_side_by_side_see_nothing_of_each_other():
+    spans = [_span(TREE, 3), _span(TokenTree.chain([5, 6]), 9), _span(TokenTree([1], [-1]), 0)]
+    layout = Layout.of_all(spans, torch.device("cpu"))
+    mask = layout.mask(sliding_window_causal_mask_function(4))[0, 0]
+    row = column = 0
+    for span in spans:
+        alone = Layout.of(span, torch.device("cpu"))
+        rows, columns = alone.visible[0].shape
+        part = (slice(row, row + rows), slice(column, column + columns))
+        assert torch.equal(mask[part], alone.mask(sliding_window_causal_mask_function(4))[0, 0])
+        mask[part] = False
+        row, column = row + rows, column + columns
+    assert not mask.any() and mask.shape == (row, column)
+    assert layout.positions[0].tolist() == [position for span in spans for position in span.positions]

@@ -8,12 +8,13 @@ import pytest
 import torch
 
 from amphista.cache.resident import Residence
+from amphista.cache.static import KVCache
 from amphista.errors import CaptureError
 from amphista.kernels.graph import Recorder
 from amphista.target import captured
-from amphista.target.attention import Layout
 from amphista.target.captured import VerifyRegion
 from amphista.target.lean import LeanModel
+from amphista.target.spans import Span
 from amphista.target.target import Target
 from amphista.tree.token_tree import TokenTree
 from tests.capturable import buffers_of, capturable
@@ -86,9 +87,9 @@ def test_what_the_watch_refuses():
 
 def test_the_forward_as_it_is_would_be_refused():
     target = static_target()
-    layout = Layout.behind(0, torch.ones(1, 1, dtype=torch.bool), torch.tensor([0]))
+    spans = [Span(TokenTree([5], [-1]), KVCache(target.spec.num_layers))]
     with pytest.raises(AssertionError, match="captured"), capturable():
-        target._lean.hidden(torch.tensor([[5]]), layout, None)
+        target._lean.hidden_of(spans)
 
 
 def test_buffers_stay(monkeypatch):

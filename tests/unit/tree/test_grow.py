@@ -5,7 +5,9 @@ import math
 import pytest
 
 from amphista.errors import ConfigError
+from amphista.tree.budget import DraftRow
 from amphista.tree.candidates import Candidates, NgramDraft
+from amphista.tree.controller import DraftController
 from amphista.tree.dynamic import best_first
 from amphista.tree.grow import (
     AutoGrower,
@@ -16,8 +18,9 @@ from amphista.tree.grow import (
     check_tree,
     parse_tree,
 )
+from amphista.tree.learned import Forward
 from amphista.tree.template import TreeTemplate
-from amphista.tree.tune import Costs, DraftController
+from amphista.tree.tune import Costs
 
 CANDIDATES = Candidates([[10, 11, 12], [20, 21, 22]], [[-0.1, -2.0, -3.0], [-0.2, -1.0, -4.0]])
 
@@ -119,10 +122,12 @@ def test_auto_learns_from_the_heads_own_steps_only():
     drafted, grafted = Candidates([[11]], [[-0.5]]), Candidates([[11]], [[-0.5]], graft)
     cases = [(drafted, [], True), (grafted, [11], True), (grafted, [10], False), (Candidates([], []), [], False)]
     for candidates, accepted, counts in cases:
-        controller = DraftController()
-        before = controller.gain
-        grower.learn(controller, candidates, 2, accepted)
-        assert (controller.gain != before) is counts
+        row = DraftRow(DraftController(), candidates.graft, max_depth=3, pending=9)
+        before = row.controller.gain
+        asked = [0] if candidates.num_heads else []
+        plan = grower.grow_batch([row], [candidates], asked, Forward(num_rows=1))
+        grower.observe(plan, [accepted], 1.0)
+        assert (row.controller.gain != before) is counts
 
 
 @pytest.mark.parametrize("tree", ["chain", 6, "static:4"])

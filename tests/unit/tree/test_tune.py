@@ -6,19 +6,10 @@ import random
 
 import pytest
 
+from amphista.tree.budget import best_size
 from amphista.tree.candidates import Candidates
 from amphista.tree.dynamic import best_first
-from amphista.tree.tune import (
-    FIRST_REST,
-    LONGEST_REST,
-    PROBE,
-    Costs,
-    DraftController,
-    best_size,
-    chain_scores,
-    interpolated,
-    monotone,
-)
+from amphista.tree.tune import Costs, chain_scores, interpolated, monotone, stepped
 from tests.unit.tree.subtrees import best_value
 
 
@@ -107,67 +98,8 @@ def test_straight_lines_between_sizes():
     assert Costs.measured({4: 1.0, 1: 2.0, 2: 3.0}).verify == [2.0, 2.0, 2.0, 2.0], "sorted, then monotone"
 
 
-# -- whether to ask the heads -----------------------------------------------------------------------------------------
-
-COSTS = Costs([1.0, 1.1, 1.2, 1.3, 1.4], draft=0.2)
-
-
-def run(controller, gains, graft=()):
-    """Whether the heads were asked in each step; where they are, they bring the next gain."""
-    asked = []
-    for gain in gains:
-        asked.append(controller.wants_heads(COSTS, graft))
-        if asked[-1]:
-            controller.record(COSTS, 4, gain)
-    return asked
-
-
-def test_heads_that_pay_are_always_asked():
-    assert all(run(DraftController(), [1, 0, 2, 0, 1, 1, 0, 3] * 20))
-
-
-def test_heads_that_never_pay_are_soon_left_alone_and_tried_again_ever_more_rarely():
-    asked = run(DraftController(), [0] * 2000)
-    assert sum(asked[:40]) < 25
-    assert 0 < sum(asked[200:]) < 0.06 * 1800
-    rests = [len(list(group)) for was_asked, group in itertools.groupby(asked) if not was_asked]
-    assert rests[0] == FIRST_REST and rests == sorted(rests[:-1]) + rests[-1:] and max(rests) == LONGEST_REST
-    trials = [len(list(group)) for was_asked, group in itertools.groupby(asked) if was_asked][1:]
-    assert set(trials) == {PROBE}
-
-
-def test_heads_that_begin_to_pay_are_found_again():
-    asked = run(DraftController(), [0] * 100 + [2] * 200)
-    assert sum(asked[:100]) < 50 and all(asked[-100:])
-
-
-def test_after_good_times_the_first_rest_is_short_again():
-    controller = DraftController()
-    run(controller, [0] * 600 + [3] * 300)
-    asked = run(controller, [0] * 120)
-    rests = [len(list(group)) for was_asked, group in itertools.groupby(asked) if not was_asked]
-    assert rests[0] == FIRST_REST
-
-
-def test_a_sure_graft_needs_no_heads_and_that_is_no_verdict_on_them():
-    controller = DraftController()
-    assert not any(run(controller, [1] * 50, graft=[math.log(0.98)] * 12))
-    assert all(run(controller, [1] * 50))
-
-
-def test_an_unsure_graft_leaves_the_heads_their_turn():
-    assert all(run(DraftController(), [1] * 50, graft=[math.log(0.2)] * 12))
-
-
-def test_dear_heads_are_not_asked():
-    controller, dear = DraftController(), Costs([1.0, 1.0, 1.0, 1.0, 1.0], draft=1.5)
-    assert sum(controller.wants_heads(dear, []) for _ in range(10)) == 0
-
-
-@pytest.mark.parametrize("share", [0.1, 0.9])
-def test_expected_gain_is_the_mean_of_late(share):
-    source = random.Random(3)
-    controller = DraftController()
-    for _ in range(300):
-        controller.record(COSTS, 2, int(source.random() < share))
-    assert controller.gain == pytest.approx(share, abs=0.25)
+def test_beyond_what_was_measured_the_mean_slope_goes_on():
+    costs = Costs([1.0, 2.0, 2.0])
+    assert [costs.forward(rows) for rows in (1, 3, 5)] == [1.0, 2.0, 3.0]
+    assert Costs([1.0]).forward(9) == 1.0
+    assert Costs(stepped({1: 1.0, 4: 2.5})).forward(2) == 2.5

@@ -1,0 +1,50 @@
+"""Proposer: what may propose tokens. Heads, lookup, both side by side, or neither, which is plain decoding.
+
+What they propose decides nothing but how soon an answer is there.
+"""
+
+from __future__ import annotations
+
+from amphista.drafter.base import Drafter
+from amphista.drafter.lookup import LOOKUP, Lookup
+from amphista.tree.candidates import NgramDraft
+
+NONE = "none"
+
+
+class Proposer:
+    """`heads`: a drafter with weights, or None. use_lookup: whether sequences are looked up in themselves."""
+
+    def __init__(self, heads: Drafter | None = None, *, use_lookup: bool = False) -> None:
+        self.heads, self.use_lookup = heads, use_lookup
+
+    @classmethod
+    def of(cls, drafter: Proposer | Drafter | None) -> Proposer:
+        """A drafter alone; what is a proposer already, as it is."""
+        return drafter if isinstance(drafter, Proposer) else cls(drafter)
+
+    @property
+    def name(self) -> str:
+        """`none`, `lookup`, a drafter's name, or both: `amphista+lookup`."""
+        parts = [*([self.heads.name] if self.heads else []), *([LOOKUP] if self.use_lookup else [])]
+        return "+".join(parts) or NONE
+
+    @property
+    def num_heads(self) -> int:
+        return 0 if self.heads is None else self.heads.num_heads
+
+    @property
+    def proposes_nothing(self) -> bool:
+        """Whether this is plain decoding."""
+        return self.heads is None and not self.use_lookup
+
+    def new_lookup(self) -> Lookup | None:
+        """For one sequence."""
+        return Lookup() if self.use_lookup else None
+
+    def ngrams(self, lookup: Lookup | None, token_ids: list[int], max_depth: int) -> NgramDraft | None:
+        """What the sequence itself suggests after `token_ids`, the pending one included; costs no pass over anything.
+
+        The ids grow at their end between two calls.
+        """
+        return None if lookup is None else lookup.propose(token_ids, max_depth)

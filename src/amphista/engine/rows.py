@@ -1,0 +1,83 @@
+"""Rows: what is cached of one sequence, for target and drafter; it outlives a request and may pass to another.
+
+Row i of the target is made of tokens 0..i, row i of the drafter of token i + 1, too. The drafter's are made when it is
+asked: until then hidden states wait in `unfed`, and are then given to it in one go.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from amphista.cache.static import sent
+from amphista.drafter.base import Drafter, DrafterState
+from amphista.target.target import Target
+
+MAX_UNFED = 512
+
+
+class Rows:
+    """The caches of one sequence, and the tokens they are made of: the sequence's own list, which may be longer."""
+
+    def __init__(self, target: Target, heads: Drafter | None, token_ids: list[int]) -> None:
+        self._target, self._heads, self.token_ids = target, heads, token_ids
+        self.cache = target.new_cache()
+        self.draft_state = DrafterState() if heads is None else heads.start()
+        self.unfed: list[tuple[Tensor, list[int]]] = []
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of these tokens that the target has and the drafter, too, or that wait for it."""
+        num_rows = min(self.cache.num_committed, len(self.token_ids))
+        return num_rows if self._heads is None else min(num_rows, self.draft_state.num_rows + self._num_unfed)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes allocated."""
+        waiting = sum(hidden.numel() * hidden.element_size() for hidden, _ in self.unfed)
+        return self.cache.num_bytes + self.draft_state.num_bytes + waiting
+
+    @property
+    def _num_unfed(self) -> int:
+        return sum(len(ids) for _, ids in self.unfed)
+
+    def empty(self, token_ids: list[int]) -> Rows:
+        """None, for a sequence of these tokens."""
+        return Rows(self._target, self._heads, token_ids)
+
+    def defer(self, hidden: Tensor, path: list[int], next_ids: list[int]) -> None:
+        """Keep the hidden states of a committed path for the drafter, with the tokens that followed each node; they do
+        not pile up without end."""
+        if self._heads is not None:
+            self.unfed.append((hidden[sent(path, hidden.device)], next_ids))
+            if self._num_unfed > MAX_UNFED:
+                self.feed()
+
+    def feed(self) -> None:
+        """Give the drafter every row it has not read. Row j is made of h_j and x_{j+1}, and never rolled back."""
+        if self._heads is None or not self.unfed:
+            return
+        num_fed = self.cache.num_committed - self._num_unfed
+        if self.draft_state.num_rows > num_fed:  # it was fed, and broken off before that was noted
+            self._heads.trim(self.draft_state, num_fed)
+        hidden = torch.cat([rows for rows, _ in self.unfed]) if len(self.unfed) > 1 else self.unfed[0][0]
+        ids = sent([token for _, tokens in self.unfed for token in tokens], hidden.device)
+        self._heads.commit(self.draft_state, hidden, ids)
+        self.unfed.clear()  # last: a feeding that is broken off is done again
+
+    def keep(self, num_rows: int) -> None:
+        """Keep the first rows alone, at most `num_rows`, of the target and of the drafter."""
+        self.feed()
+        num_rows = min(num_rows, self.num_rows)
+        self.cache.trim(num_rows)
+        if self._heads is not None:
+            self._heads.trim(self.draft_state, num_rows)
+
+    def copied(self, num_rows: int, token_ids: list[int]) -> Rows:
+        """The first rows in storage of their own, for another sequence."""
+        self.feed()
+        copy = self.empty(token_ids)
+        self._target.copy_rows(self.cache, copy.cache, num_rows)
+        if self._heads is not None:
+            copy.draft_state = self._heads.copy(self.draft_state, num_rows)
+        return copy

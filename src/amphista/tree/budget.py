@@ -1,0 +1,243 @@
+"""One node budget for a batch: the trees of all sequences compete for the rows of one forward.
+
+A step over N rows takes T(N) seconds, asking the heads included, and gives sequence b 1 + g_b tokens, g_b being the sum
+of its nodes' probabilities. The step takes the N at which the geometric mean of the sequences' tokens per second is
+highest: a sequence that gains much may not slow down the others for a little more. Every sequence's nodes come best
+first, so the node that raises the mean most is always among the next ones, and one pass finds the best trees of every
+N; T need not be convex, so all N are looked at. No node at all is plain decoding. With one sequence this is CaDDTree
+(arXiv 2606.01813).
+
+What a request may lose by that is bounded by its `Account`.
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from amphista.tree.candidates import NgramDraft
+from amphista.tree.controller import FIRST_NODES, HOPE, DraftController
+from amphista.tree.learned import Forward, StepCosts
+from amphista.tree.offers import Growth
+from amphista.tree.tune import Costs, chain_scores
+
+FIRST_STREAK, LONGEST_STREAK = (
+    8,
+    128,
+)  # steps, all plain or all drafted, until one of the other kind shows what it costs
+
+
+@dataclass(frozen=True)
+class DraftRow:
+    """What the budget knows of one decoding sequence before a step; `max_depth` 0: it can take one token only."""
+
+    controller: DraftController
+    graft: NgramDraft | None
+    max_depth: int
+    pending: int = 0
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a step will verify: a tree for each row, whose heads were asked, and the plain step it stands against."""
+
+    rows: Sequence[DraftRow]
+    growths: Sequence[Growth]
+    asked: Sequence[int]
+    plain: Forward
+
+    @property
+    def forward(self) -> Forward:
+        """The step as it will be."""
+        num_drafted = sum(growth.tree.num_nodes - 1 for growth in self.growths)
+        return replace(self.plain, num_rows=self.plain.num_rows + num_drafted, num_asked=len(self.asked))
+
+
+@dataclass(frozen=True)
+class Claim:
+    """One sequence's nodes below its root: log-scores, best first.
+
+    is_wary: it refuses every step that would give it fewer tokens than plain decoding in the same time.
+    """
+
+    scores: Iterator[float]
+    is_wary: bool = False
+
+
+def share(
+    claims: Sequence[Claim], seconds: Callable[[int], float], nodes: range, plain_seconds: float
+) -> list[list[float]]:
+    """The probabilities of the nodes each sequence is to verify, the root's not; `seconds` of a step by their number.
+
+    nodes: how many there may be altogether; fewer where no more are claimed. plain_seconds: of a step without any.
+    """
+    tokens, product = [1.0] * len(claims), 1.0
+    frontier: list[tuple[float, int, float]] = []  # (-by how much it raises the mean, whose, probability)
+
+    def offer(b: int) -> None:
+        if (score := next(claims[b].scores, None)) is not None:
+            probability = math.exp(score)
+            heapq.heappush(frontier, (-probability / tokens[b], b, probability))
+
+    for b in range(len(claims)):
+        offer(b)
+    wary = [b for b, claim in enumerate(claims) if claim.is_wary]
+    taken: list[tuple[int, float]] = []
+    best, best_rate = 0, 0.0 if nodes.start else 1 / seconds(0)
+    while frontier and len(taken) + 1 in nodes:
+        _, b, probability = heapq.heappop(frontier)
+        product /= tokens[b]
+        tokens[b] += probability
+        product *= tokens[b]
+        taken.append((b, probability))
+        offer(b)
+        took = seconds(len(taken))
+        rate = product ** (1 / len(claims)) / took
+        if rate > best_rate and all(tokens[w] * plain_seconds >= took for w in wary):
+            best, best_rate = len(taken), rate
+    shares: list[list[float]] = [[] for _ in claims]
+    for b, probability in taken[:best]:
+        shares[b].append(probability)
+    return shares
+
+
+def best_size(scores: Sequence[float], costs: Costs, *, drafted: bool) -> int:
+    """How many of one tree's first nodes to verify: scores[i] is the log-score of node i, the root's comes first."""
+    seconds = StepCosts(costs).by_rows(Forward(1, num_asked=int(drafted)))
+    (taken,) = share([Claim(iter(scores[1:]))], lambda drafts: seconds(1 + drafts), range(costs.max_nodes), seconds(1))
+    return 1 + len(taken)
+
+
+class NodeBudget:
+    """Decides whose heads are asked and how many nodes each tree gets, and learns from every step.
+
+    `plain` is always the forward of the same step if nothing were drafted: a row for each sequence that decodes, and
+    those of prompts that are read beside them.
+    """
+
+    def __init__(self, costs: Costs) -> None:
+        self.costs = StepCosts(costs)
+        self._streak, self._streak_is_plain, self._longest = 0, True, FIRST_STREAK
+
+    def whom_to_ask(self, rows: Sequence[DraftRow], plain: Forward) -> list[int]:
+        """Indices of the rows whose heads are worth asking, or due for a trial; to be called once a step."""
+        if self._is_plain(rows):
+            return []
+        claims = [_claim(row, iter(_chain(row.graft)[1:])) for row in rows]
+        shares = self._share(claims, plain)
+        missed = [1 - (nodes[0] if nodes else 0.0) for nodes in shares]
+        able = [b for b, row in enumerate(rows) if row.max_depth > 0]
+        if self._is_drafted(rows):
+            return able
+        gains = {b: missed[b] * rows[b].controller.gain for b in able}
+        asked = self._best_prefix(rows, shares, gains, plain)
+        if not any(claim.is_wary for claim in claims):
+            asked += [b for b in able if b not in asked and self._tries(rows[b].controller, missed[b], plain)]
+        return sorted(asked)
+
+    def share(
+        self, rows: Sequence[DraftRow], scores: Sequence[Iterator[float]], num_asked: int, plain: Forward
+    ) -> list[int]:
+        """How many nodes, root included, each row's tree gets; `scores` of their nodes as they are grown."""
+        if self._is_plain(rows):
+            return [1] * len(rows)
+        claims = [_claim(row, nodes) for row, nodes in zip(rows, scores, strict=True)]
+        least = int(self._is_drafted(rows))
+        return [1 + len(nodes) for nodes in self._share(claims, replace(plain, num_asked=num_asked), least=least)]
+
+    def observe(self, plan: Plan, accepted: Sequence[Sequence[int]], seconds: float) -> None:
+        """Learn from a step: the draft tokens each row accepted, and its seconds, asking the heads included."""
+        forward, plain = plan.forward, plan.plain
+        self._note(is_plain=forward == plain)
+        self.costs.observe(forward, seconds)
+        plain_steps = self.costs.seconds(forward) / self.costs.seconds(plain)
+        for row, tokens in zip(plan.rows, accepted, strict=True):
+            row.controller.account.book(1 + len(tokens), plain_steps)
+        for b in plan.asked:
+            graft = plan.rows[b].graft
+            if graft is None or list(accepted[b][:1]) != graft.tokens[:1]:
+                num_nodes = plan.growths[b].tree.num_nodes
+                self.record(plan.rows[b].controller, len(accepted[b]), num_nodes, forward, plain)
+
+    def record(
+        self, controller: DraftController, num_accepted: int, num_nodes: int, forward: Forward, plain: Forward
+    ) -> None:
+        """Count a draft of one sequence's heads: accepted tokens, nodes of its tree, the step and its plain one."""
+        seconds = self.costs.by_rows(replace(forward, num_asked=0))
+        row_seconds = seconds(forward.num_rows) - seconds(forward.num_rows - num_nodes + 1)
+        controller.record(num_accepted, row_seconds, self._first_seconds(plain))
+        controller.settle(pays=self._pays(controller, plain))
+
+    def _note(self, *, is_plain: bool) -> None:
+        if is_plain == self._streak_is_plain:
+            self._streak += 1
+            return
+        if self._streak >= self._longest:
+            self._longest = min(2 * self._longest, LONGEST_STREAK)
+        self._streak, self._streak_is_plain = 1, is_plain
+
+    def _is_plain(self, rows: Sequence[DraftRow]) -> bool:
+        spent = any(row.controller.account.is_spent for row in rows)
+        return not rows or spent or (self._streak >= self._longest and not self._streak_is_plain)
+
+    def _is_drafted(self, rows: Sequence[DraftRow]) -> bool:
+        wary = any(row.controller.account.is_wary for row in rows)
+        has_room = self.costs.costs.max_nodes > len(rows)
+        return self._streak >= self._longest and self._streak_is_plain and has_room and not wary
+
+    def _share(self, claims: Sequence[Claim], forward: Forward, *, least: int = 0) -> list[list[float]]:
+        seconds, num_rows = self.costs.by_rows(forward), forward.num_rows
+        nodes = range(least, max(0, self.costs.costs.max_nodes - len(claims)) + 1)
+        plain_seconds = self.costs.seconds(replace(forward, num_asked=0))
+        return share(claims, lambda drafts: seconds(num_rows + drafts), nodes, plain_seconds)
+
+    def _best_prefix(
+        self, rows: Sequence[DraftRow], shares: list[list[float]], gains: dict[int, float], plain: Forward
+    ) -> list[int]:
+        """Those to ask: in order of what their heads are likely to add, as many as raise the mean most."""
+        forward = replace(plain, num_rows=plain.num_rows + sum(map(len, shares)))
+        first, plain_seconds = self._first_seconds(plain), self.costs.seconds(plain)
+        tokens, extra = [1 + sum(nodes) for nodes in shares], 0.0
+        product, order = math.prod(tokens), sorted(gains, key=lambda b: -gains[b])
+        best, best_rate = 0, product ** (1 / len(rows)) / self.costs.seconds(forward)
+        wary = [b for b, row in enumerate(rows) if row.controller.account.is_wary]
+        for count, b in enumerate(order, start=1):
+            product /= tokens[b]
+            tokens[b] += gains[b]
+            product *= tokens[b]
+            extra += rows[b].controller.row_seconds(first)
+            took = self.costs.seconds(replace(forward, num_asked=count)) + extra
+            rate = product ** (1 / len(rows)) / took
+            if rate > best_rate and all(tokens[w] * plain_seconds >= took for w in wary):
+                best, best_rate = count, rate
+        return order[:best]
+
+    def _tries(self, controller: DraftController, missed: float, plain: Forward) -> bool:
+        """Whether a trial is on: never where heads pay but for their n-gram draft, nor where they hardly could."""
+        of_use = not self._pays(controller, plain) and self._would_pay(HOPE, self._first_seconds(plain), plain)
+        return of_use and controller.try_again(missed)
+
+    def _pays(self, controller: DraftController, plain: Forward) -> bool:
+        return self._would_pay(controller.gain, controller.row_seconds(self._first_seconds(plain)), plain)
+
+    def _would_pay(self, gain: float, row_seconds: float, plain: Forward) -> bool:
+        """Whether asking beats plain decoding, were all sequences alike: tokens gained, seconds of rows, by each."""
+        plain_seconds = self.costs.seconds(plain)
+        drafting = self.costs.seconds(replace(plain, num_asked=plain.num_decoding)) - plain_seconds
+        return gain * plain_seconds > drafting + plain.num_decoding * row_seconds
+
+    def _first_seconds(self, plain: Forward) -> float:
+        """What the rows of a first draft cost, before a sequence knows better."""
+        seconds, num_rows = self.costs.by_rows(plain), plain.num_rows
+        drafts = max(0, min(FIRST_NODES - 1, self.costs.costs.max_nodes - plain.num_decoding))
+        return seconds(num_rows + drafts) - seconds(num_rows)
+
+
+def _claim(row: DraftRow, scores: Iterator[float]) -> Claim:
+    return Claim(scores, row.controller.account.is_wary)
+
+
+def _chain(graft: NgramDraft | None) -> list[float]:
+    return chain_scores(graft.log_probs) if graft is not None else [0.0]

@@ -1,0 +1,73 @@
+"""DraftController: what asking a sequence's heads has brought lately, and what it cost.
+
+Whether to ask them has to be known before their word; `NodeBudget` weighs it for all sequences of a batch.
+"""
+
+from __future__ import annotations
+
+from amphista.tree.account import Account
+
+MEMORY = 0.94  # what a past draft still counts after each further one: about the last 16 decide
+FIRST_GAIN, FIRST_NODES, FIRST_WEIGHT = 0.8, 4, 4.0  # before anything is known: drafting is worth a try
+FIRST_REST, LONGEST_REST = 16, 128  # plain steps before the heads are tried again; twice as many after each failure
+PROBE = 4  # drafts of one trial
+FADING = 0.3  # what is left of the old evidence then
+HOPE = 1.5  # accepted tokens a draft: where a first one would not pay even so, trials only cost
+
+
+class DraftController:
+    """The record of one sequence: its heads' accepted tokens and seconds of their rows, its rests, its account.
+
+    They are counted over the steps in which the heads were asked and no n-gram draft was right, which is what they are
+    asked for.
+    """
+
+    def __init__(self) -> None:
+        self.account = Account()
+        self._weight, self._gain = FIRST_WEIGHT, FIRST_WEIGHT * FIRST_GAIN
+        self._rows: float | None = None  # seconds of their rows, times weight; the first are the caller's guess
+        self._rested, self._rest, self._trial = 0, FIRST_REST, 0
+
+    @property
+    def gain(self) -> float:
+        """Accepted tokens a draft."""
+        return self._gain / self._weight
+
+    def row_seconds(self, first: float) -> float:
+        """What the rows of a draft cost in the forward; `first` before anything is known."""
+        return first if self._rows is None else self._rows / self._weight
+
+    def try_again(self, missed: float) -> bool:
+        """Whether heads that do not pay are tried this time; once for each step in which they are not asked.
+
+        missed: how likely they are needed.
+        """
+        if self._trial:
+            return missed >= 0.5
+        self._rested += 1
+        if self._rested < self._rest:
+            return False
+        self._rested, self._rest, self._trial = 0, min(2 * self._rest, LONGEST_REST), PROBE
+        self._fade(FADING)
+        return False
+
+    def record(self, num_accepted: int, row_seconds: float, first: float) -> None:
+        """Count a step in which the heads were asked and no n-gram draft was right; `first` as above."""
+        self._rows = self.row_seconds(first) * self._weight
+        self._fade(MEMORY)
+        self._weight += 1
+        self._gain += num_accepted
+        self._rows += row_seconds
+
+    def settle(self, *, pays: bool) -> None:
+        """After a record: one draft of a trial is over; where heads pay, the next rest is a short one."""
+        if self._trial:
+            self._trial -= 1
+        elif pays:
+            self._rested, self._rest = 0, FIRST_REST
+
+    def _fade(self, share: float) -> None:
+        self._weight *= share
+        self._gain *= share
+        if self._rows is not None:
+            self._rows *= share

@@ -1,0 +1,94 @@
+"""Seconds of a step, as measured once and as corrected by every step since.
+
+log(seconds) is corrected by a sum of terms: one for all steps, one for steps in which heads were asked, and one for
+each power of two of rows, straight lines between. They are what is most likely after all steps seen, by a Kalman filter
+(1960): the term for all is least trusted, so it takes most of what is new, and a machine that slows down as a whole
+changes nothing about which tree pays; what was seen often moves slowly, what was not for long moves at once and else
+drifts back to what was stored. So neither a curve that was disturbed when it was stored nor a disturbance since steers
+for ever. A step that was held up by something else counts as an error of OUTLIER standard deviations.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+
+import numpy as np
+
+from amphista.tree.tune import Costs
+
+POWERS = 14  # of two: 8192 rows and more are alike
+COMMON, OTHER = 1.0, 0.3  # how far off, of the log, the term for all steps and each other one may be expected to be
+NOISE = 0.1  # standard deviation of a step's log(seconds)
+DRIFT = 3e-4  # share of all that is known which a further step makes stale
+OUTLIER = 2.0
+
+
+@dataclass(frozen=True)
+class Forward:
+    """What a step's seconds depend on: rows of the target forward, of how many sequences, cached rows, heads asked.
+
+    `num_rows`: those of prompts and of trees, roots included. `num_cached_rows`: keys and values that attention reads,
+    all sequences together. `num_asked`: sequences whose heads drafted.
+    """
+
+    num_rows: int
+    num_decoding: int = 1
+    num_prompts: int = 0
+    num_cached_rows: int = 0
+    num_asked: int = 0
+
+
+class StepCosts:
+    """Predicts the seconds of steps, and learns from each what was wrong with that."""
+
+    def __init__(self, costs: Costs) -> None:
+        self.costs = costs
+        self._prior = np.diag([COMMON**2] + [OTHER**2] * (1 + POWERS))
+        self._covariance = self._prior.copy()
+        self._terms = np.zeros(2 + POWERS)  # for all steps, heads asked, powers of two
+        self._known = self._terms.tolist()  # the same, quick to read
+
+    def seconds(self, forward: Forward) -> float:
+        """Of the step, from asking the heads to the end of its forward."""
+        return self.by_rows(forward)(forward.num_rows)
+
+    def by_rows(self, forward: Forward) -> Callable[[int], float]:
+        """Seconds of the same step with another number of rows; quick to call."""
+        costs, asked, known = self.costs, forward.num_asked, self._known
+        beside = costs.sequence * (forward.num_decoding + forward.num_prompts - 1)
+        beside += costs.cached_row * forward.num_cached_rows
+        beside += costs.draft + (asked - 1) * costs.drafted if asked else 0.0
+        common = known[0] + (known[1] if asked else 0.0)
+
+        def seconds(num_rows: int) -> float:
+            below, share = _power(num_rows)
+            correction = common + known[below] * (1 - share) + known[below + 1] * share
+            return math.exp(correction) * (costs.forward(num_rows) + beside)
+
+        return seconds
+
+    def observe(self, forward: Forward, seconds: float) -> None:
+        """Learn from a step that took so many seconds."""
+        if not 0 < seconds < math.inf:
+            return
+        holds = np.zeros_like(self._terms)
+        below, share = _power(forward.num_rows)
+        holds[0], holds[1], holds[below], holds[below + 1] = 1.0, forward.num_asked > 0, 1 - share, share
+        spread = self._covariance @ holds
+        variance = float(holds @ spread) + NOISE**2
+        most = OUTLIER * math.sqrt(variance)
+        error = max(-most, min(most, math.log(seconds / self.seconds(forward))))
+        self._terms = (1 - DRIFT) * (self._terms + spread * (error / variance))
+        self._covariance -= np.outer(spread, spread) / variance
+        self._covariance += (1 - (1 - DRIFT) ** 2) * (self._prior - self._covariance)
+        self._known = self._terms.tolist()
+
+
+@cache
+def _power(num_rows: int) -> tuple[int, float]:
+    """Which term belongs to the power of two below a number of rows, and how far on the way to the next it is."""
+    power = min(math.log2(num_rows), POWERS - 2)
+    return 2 + int(power), power - int(power)
