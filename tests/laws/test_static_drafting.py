@@ -285,7 +285,7 @@ def test_real_drafters(target, drafters, expected, name, tree, sampling):
 @pytest.mark.parametrize("inner", ["none", "amphista-full"])
 def test_grafts(target, drafters, expected, inner, graft):
     """Steps that skip the heads, and rows fed late, several at once."""
-    drafter = Grafting(drafters[inner], PROMPT + expected["greedy"], GRAFTS[graft])
+    drafter = Grafting(Proposer.of(drafters[inner]).heads, PROMPT + expected["greedy"], GRAFTS[graft])
     for tree in ("9", *AUTO_TREES):
         check(target, drafter, tree, "greedy", expected)
 

@@ -153,6 +153,24 @@ def test_standard_input_and_turns_and_output(target_folder, tmp_path):
     assert got[2]["prompt_tokens"] > got[1]["prompt_tokens"] + 5
 
 
+def test_prompts_answered_together_have_the_tokens_of_each_alone(target_folder, tmp_path):
+    questions, out = tmp_path / "questions.jsonl", tmp_path / "out.jsonl"
+    lines = [{"id": n, "turns": ["First?", "Second?"][: 1 + n % 2]} for n in range(4)]
+    lines.append({"id": "long", "turns": ["x" * 300, "y" * 300]})  # its second turn does not fit any more
+    questions.write_text("\n".join(map(json.dumps, lines)))
+    settings = ["--prompts", questions, "--target", target_folder, "--max-new-tokens", 12, "--seed", 3]
+    alone = amphista("generate", *settings, "--json")
+    result = amphista("generate", *settings, "--json", "--batch-size", 3, "--output", out)
+    assert result.returncode == alone.returncode != 0 and "prompt long, turn 2" in result.stderr
+    got, expected = ([json.loads(line) for line in one.stdout.splitlines()] for one in (result, alone))
+    assert [(r["id"], r["turn"], r["token_ids"]) for r in got] == [
+        (r["id"], r["turn"], r["token_ids"]) for r in expected
+    ]
+    assert len(got) == 7 and all(record["batch_size"] == 3 for record in got)
+    refused = amphista("generate", *settings, "--batch-size", 2, "--compare")
+    assert refused.returncode == 2 and "--compare" in refused.stderr
+
+
 def test_stop_string_ends_the_text_before_and_the_tokens_behind_it(target_folder):
     settings = ["Hello", "--target", target_folder, "--max-new-tokens", 60, "--temperature", 1, "--seed", 3]
     (free,) = records(*settings)

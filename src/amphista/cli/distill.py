@@ -22,6 +22,11 @@ from amphista.target import DEFAULT_TARGET
 if TYPE_CHECKING:
     from amphista.train.distill import Share
 
+Drafter = Annotated[
+    str | None,
+    typer.Option(help="Drafts answers where that pays, and changes none: as for generate.", show_default=False),
+]
+
 
 def distill(
     out: Annotated[Path, typer.Option(help="Folder for the rows; the same command goes on after a kill.")],
@@ -36,12 +41,7 @@ def distill(
     device: options.Device = None,
     dtype: options.Dtype = None,
     fast: options.Fast = True,
-    drafter: Annotated[
-        str | None,
-        typer.Option(
-            help="Drafts answers where that pays, and changes none; as for generate, or none.", show_default=False
-        ),
-    ] = None,
+    drafter: Drafter = None,
     batch_size: Annotated[int | None, typer.Option(help="Conversations answered at a time.  [default: 32]")] = None,
     max_new_tokens: Annotated[
         int | None, typer.Option(help="At most this many tokens an answer.  [default: 512]")

@@ -46,6 +46,9 @@ def evaluate(
     limit: Annotated[int | None, typer.Option(help="That many questions, spread evenly over the set.")] = None,
     repeats: Annotated[int, typer.Option(help="Answer everything R times, each time with other seeds.")] = 1,
     protocol: Annotated[str, typer.Option(help="own, or spec-bench, which warms up as it does.")] = "own",
+    batch_size: Annotated[
+        int, typer.Option(help="Answer so many questions together; an answer's seconds are then those of shared steps.")
+    ] = 1,
     target: options.Target = DEFAULT_TARGET,
     allow_other_target: options.AllowOtherTarget = False,
     device: options.Device = None,
@@ -71,6 +74,7 @@ def evaluate(
         repeats=repeats,
         protocol=protocol,
         system=system,
+        batch_size=batch_size,
     )
     _run(config, load_questions(questions, data, limit), (target, device, dtype, fast), out, json_lines)
 

@@ -24,7 +24,8 @@ from torch import Tensor
 
 from amphista.drafter.amphista import Amphista
 from amphista.drafter.base import Drafter, DrafterState
-from amphista.drafter.heads import ParallelHeads, Ranked
+from amphista.drafter.heads import ParallelHeads
+from amphista.drafter.ranked import Ranked
 from amphista.drafter.stage_rows import StageHome, StageRows
 from amphista.errors import CaptureError
 from amphista.kernels.graph import Inputs, Recorded, Recorder, bucket, capacities

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,34 +19,15 @@ from torch.nn import functional
 
 from amphista.drafter.base import Drafter, DrafterConfig, DrafterState
 from amphista.drafter.path import PathCorrection, conditional, moved
+from amphista.drafter.ranked import Ranked
 from amphista.errors import ConfigError, DrafterError
 from amphista.kernels.frozen import pack_linears
 from amphista.kernels.linear import PackedLinear, quick_type
 from amphista.target.spec import SharedWeights, TargetSpec
-from amphista.tree.candidates import Candidates, ConditionalRanks
+from amphista.tree.candidates import Candidates
 
 ROWS_IN_CACHE = 64  # whose logits over a draft vocabulary stay near the processor from one pass to the next
 StateOf = Callable[[int, Tensor], Tensor]  # head and rows [M] -> the head's states of these rows [M, D]
-
-
-class Ranked(NamedTuple):
-    """The best tokens of k heads as tensors, on the device: ids and log-probabilities [B, k, R], and for heads that
-    know paths, of each of their tokens the best below it, `ConditionalRanks` as tensors [B, k - 1, parents, children].
-    """
-
-    token_ids: Tensor
-    log_probs: Tensor
-    ranks_below: Tensor | None = None
-    log_probs_below: Tensor | None = None
-
-    def candidates(self, max_depths: Sequence[int]) -> list[Candidates]:
-        """The same for trees to grow from, of as many heads as each sequence has use for."""
-        parts = [part.tolist() for part in self if part is not None]
-        found = []
-        for depth, (tokens, log_probs, *below) in zip(max_depths, zip(*parts, strict=True), strict=True):
-            paths = ConditionalRanks(*(part[: depth - 1] for part in below)) if below and depth > 1 else None
-            found.append(Candidates(tokens[:depth], log_probs[:depth], below=paths))
-        return found
 
 
 class FrozenHead:

@@ -21,8 +21,10 @@ from amphista.drafter.base import Drafter
 from amphista.drafter.checkpoint import DRAFTERS, load_proposer, make_drafter, shipped_for
 from amphista.drafter.heads import ParallelHeads
 from amphista.drafter.proposer import Proposer
+from amphista.engine.batch import Batch, Job
 from amphista.engine.costs import costs_for
 from amphista.engine.params import SamplingParams
+from amphista.engine.stream import Answer
 from amphista.errors import AmphistaError, ConfigError
 from amphista.evaluation.stock import StockGenerate, assisted, plain, prompt_lookup
 from amphista.llm import LLM
@@ -135,7 +137,22 @@ class Ours:
         """Every turn is a fresh request: no method profits from the caches of the turn before."""
         stream = self.llm.stream_ids(prompt_ids, params)
         pieces = [result.text for result in stream.steps()]
-        answer = stream.answer
+        return self._measured(stream.answer, pieces)
+
+    def run_together(
+        self, asked: Sequence[tuple[list[int], SamplingParams]], batch_size: int
+    ) -> list[dict[str, Any] | BaseException]:
+        """Answer several, so many at a time: the same of each, or what it failed with. An answer's seconds are those of
+        every step it took part in."""
+        found: dict[int, dict[str, Any] | BaseException] = {}
+        jobs = [Job(prompt_ids, params, index) for index, (prompt_ids, params) in enumerate(asked)]
+        for finished in Batch[int](self.llm.engine, batch_size).run(jobs):
+            answer = self.llm.answer_of(finished)
+            found[finished.job.tag] = finished.error or self._measured(answer, [answer.text])
+        return [found[index] for index in range(len(asked))]
+
+    @staticmethod
+    def _measured(answer: Answer, pieces: list[str]) -> dict[str, Any]:
         stats = answer.stats
         return {
             "token_ids": answer.token_ids,

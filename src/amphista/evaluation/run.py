@@ -11,7 +11,7 @@ import hashlib
 import json
 import math
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,8 @@ from amphista.files import Lock, check_same_run, read_json, write_json
 from amphista.target.target import Target
 
 Report = Callable[[int, int, str], None]
+Conversation = list[dict[str, str]] | None  # None once a turn has failed
+Asked = tuple[Question, dict[str, Conversation]]  # with the conversation of each method
 LOCK = ".lock"
 TEMPLATE_TOKENS = 32  # around a message, more than those of the templates we know
 
@@ -48,8 +50,13 @@ class EvaluationConfig:
     repeats: int = 1
     protocol: str = "own"
     system: str | None = None
+    batch_size: int = 1  # questions answered together; of more than one, only our own engine is measured
 
     def __post_init__(self) -> None:
+        if self.batch_size < 1:
+            raise ConfigError(f"--batch-size is {self.batch_size}: expected at least 1")
+        if self.batch_size > 1 and any(spec.kind.startswith(HF) for spec in self.methods):
+            raise ConfigError("stock decoding answers one question at a time: leave out --batch-size or the hf methods")
         if self.params.seed is None:
             object.__setattr__(self, "params", replace(self.params, seed=0))
         if self.repeats < 1:
@@ -131,6 +138,7 @@ class Evaluation:
             "repeats": self.config.repeats,
             "protocol": self.config.protocol,
             "system": self.config.system,
+            "batch_size": self.config.batch_size,
         }
 
     @property
@@ -175,7 +183,7 @@ class Evaluation:
             conversations = self._new_conversations(self.questions.questions[0])
             for turn in range(turns):
                 for name in self.names:
-                    self._answer(name, self.questions.questions[0], turn, conversations[name], params)
+                    self._answers(name, [(self.questions.questions[0], conversations[name])], turn, [params])
 
     def _most_rows(self) -> int:
         """Of the longest conversation, its answers as long as they may be, and what a template writes around each."""
@@ -187,16 +195,20 @@ class Evaluation:
         return longest
 
     def _groups(self, done: set[tuple[int, str, int]]) -> Iterator[list[Record]]:
+        questions, size = self.questions.questions, self.config.batch_size
         for repeat in range(self.config.repeats):
-            for question in self.questions.questions:
-                conversations = self._new_conversations(question)
-                for turn in range(len(question.turns)):
-                    if (repeat, str(question.id), turn) in done:
-                        self._recall(conversations, repeat, question, turn)
-                    else:
-                        yield self._measure(question, repeat, turn, conversations)
+            for start in range(0, len(questions), size):
+                together = [(one, self._new_conversations(one)) for one in questions[start : start + size]]
+                for turn in range(max(len(one.turns) for one, _ in together)):
+                    asked = [(one, said) for one, said in together if turn < len(one.turns)]
+                    missing = [pair for pair in asked if (repeat, str(pair[0].id), turn) not in done]
+                    for question, conversations in asked:
+                        if (repeat, str(question.id), turn) in done:
+                            self._recall(conversations, repeat, question, turn)
+                    if missing:
+                        yield from self._measure(missing, repeat, turn)
 
-    def _new_conversations(self, question: Question) -> dict[str, list[dict[str, str]] | None]:
+    def _new_conversations(self, question: Question) -> dict[str, Conversation]:
         system = [] if self.config.system is None else [{"role": "system", "content": self.config.system}]
         return {name: [*system, *question.history] for name in self.names}
 
@@ -206,49 +218,68 @@ class Evaluation:
             if record.group == (repeat, str(question.id), turn):
                 conversations[record.method] = _next(conversations[record.method], question, turn, record)
 
-    def _measure(self, question: Question, repeat: int, turn: int, conversations: dict[str, Any]) -> list[Record]:
-        seed = answer_seed(self.config.params.seed or 0, question.id, turn, repeat)
-        params = replace(self.config.params, seed=seed)
-        first = self.questions.questions.index(question) + turn + repeat  # each method leads in its turn
+    def _measure(self, asked: Sequence[Asked], repeat: int, turn: int) -> Iterator[list[Record]]:
+        """One turn of some questions, by each method in turn; a group of records for each question."""
+        first = self.questions.questions.index(asked[0][0]) + turn + repeat  # each method leads in its turn
         order = [self.names[(first + i) % len(self.names)] for i in range(len(self.names))]
-        found: dict[str, Record] = {}
-        prompts: dict[str, list[int]] = {}
+        seeds = [answer_seed(self.config.params.seed or 0, question.id, turn, repeat) for question, _ in asked]
+        params = [replace(self.config.params, seed=seed) for seed in seeds]
+        found: list[dict[str, Record]] = [{} for _ in asked]
+        prompts: list[dict[str, list[int]]] = [{} for _ in asked]
         for name in order:
-            outcome, prompts[name] = self._answer(name, question, turn, conversations[name], params)
-            found[name] = Record(
-                id=str(question.id),
-                category=question.category,
-                task=question.task,
-                turn=turn,
-                repeat=repeat,
-                method=name,
-                seed=seed,
-                num_prompt_tokens=len(prompts[name]),
-                **outcome,
-            )
-            conversations[name] = _next(conversations[name], question, turn, found[name])
-        return [self._compared(found[name], found[NONE], prompts, params) for name in self.names]
+            answers = self._answers(name, [(one, said[name]) for one, said in asked], turn, params)
+            for place, (outcome, prompt_ids) in enumerate(answers):
+                question, conversations = asked[place]
+                prompts[place][name] = prompt_ids
+                found[place][name] = Record(
+                    id=str(question.id),
+                    category=question.category,
+                    task=question.task,
+                    turn=turn,
+                    repeat=repeat,
+                    method=name,
+                    seed=seeds[place],
+                    num_prompt_tokens=len(prompt_ids),
+                    **outcome,
+                )
+                conversations[name] = _next(conversations[name], question, turn, found[place][name])
+        for records, ids, one in zip(found, prompts, params, strict=True):
+            yield [self._compared(records[name], records[NONE], ids, one) for name in self.names]
 
-    def _answer(
-        self,
-        name: str,
-        question: Question,
-        turn: int,
-        conversation: list[dict[str, str]] | None,
-        params: SamplingParams,
-    ) -> tuple[dict[str, Any], list[int]]:
-        """The measured fields and the prompt; what a method raises becomes the field `error`."""
-        prompt_ids: list[int] = []
+    def _answers(
+        self, name: str, asked: Sequence[tuple[Question, Conversation]], turn: int, params: Sequence[SamplingParams]
+    ) -> list[tuple[dict[str, Any], list[int]]]:
+        """The measured fields and the prompt of each; what a method raises becomes the field `error`."""
+        prompts = [self._prompt_of(question, turn, conversation) for question, conversation in asked]
+        able = [place for place, prompt in enumerate(prompts) if not isinstance(prompt, Exception)]
+        outcomes: dict[int, Any] = {place: prompt for place, prompt in enumerate(prompts) if place not in able}
+        jobs = [(prompt, params[place]) for place in able if not isinstance(prompt := prompts[place], Exception)]
+        try:
+            method = self.methods[name]
+            if self.config.batch_size == 1 or not isinstance(method, Ours):
+                ran: Sequence[Any] = [method.run(*job) for job in jobs]
+            else:
+                ran = method.run_together(jobs, self.config.batch_size)
+        except Exception as error:  # whatever a method raises is its result; interrupts still end the run
+            ran = [error] * len(jobs)
+        outcomes |= dict(zip(able, ran, strict=True))
+        found = []
+        for place, prompt in enumerate(prompts):
+            outcome = outcomes[place]
+            if isinstance(outcome, BaseException):
+                outcome = {"error": _described(outcome)}
+            elif name in (NONE, HF):
+                outcome["recount"] = recount(self.text, "".join(outcome["pieces"]))
+            found.append((outcome, [] if isinstance(prompt, Exception) else prompt))
+        return found
+
+    def _prompt_of(self, question: Question, turn: int, conversation: Conversation) -> list[int] | Exception:
         try:
             if conversation is None:
                 raise RequestError("the turn before failed")
-            prompt_ids = self._prompt_ids([*conversation, {"role": "user", "content": question.turns[turn]}])
-            outcome = self.methods[name].run(prompt_ids, params)
-        except Exception as error:  # whatever a method raises is its result; interrupts still end the run
-            return {"error": _described(error)}, prompt_ids
-        if name in (NONE, HF):
-            outcome["recount"] = recount(self.text, "".join(outcome["pieces"]))
-        return outcome, prompt_ids
+            return self._prompt_ids([*conversation, {"role": "user", "content": question.turns[turn]}])
+        except Exception as error:
+            return error
 
     def _prompt_ids(self, messages: list[dict[str, str]]) -> list[int]:
         if self.text.has_chat_template:
@@ -288,9 +319,7 @@ def _locked(out: Path) -> Lock:
         raise ConfigError(f"cannot write to {out}: {error.strerror}; give a folder with --out") from error
 
 
-def _next(
-    conversation: list[dict[str, str]] | None, question: Question, turn: int, record: Record
-) -> list[dict[str, str]] | None:
+def _next(conversation: Conversation, question: Question, turn: int, record: Record) -> Conversation:
     """The conversation behind an answered turn; None once a turn failed: nothing can follow."""
     if conversation is None or record.failed:
         return None
@@ -307,7 +336,7 @@ def answer_seed(seed: int, question_id: str | int, turn: int, repeat: int) -> in
     return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big")
 
 
-def _described(error: Exception) -> str:
+def _described(error: BaseException) -> str:
     """One line: what was raised, and where if it is not one of our own sentences."""
     sentence = (str(error).strip().splitlines() or [""])[0]
     if isinstance(error, AmphistaError):

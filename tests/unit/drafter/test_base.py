@@ -8,7 +8,7 @@ from torch import nn
 
 from amphista.drafter.amphista import AmphistaConfig
 from amphista.drafter.base import Calibration, DrafterConfig
-from amphista.drafter.heads import Ranked
+from amphista.drafter.ranked import Ranked
 from amphista.drafter.medusa import Medusa, MedusaConfig
 from amphista.errors import ConfigError, DrafterError
 from amphista.target.spec import LogitTransform, SharedWeights
@@ -104,7 +104,7 @@ def test_more_draft_tokens_than_the_target_has_are_refused(target):
 
 def rank(drafter, logits, num_ranks, temperature=0.0):
     divisors = drafter.head_temperatures(temperature)[: len(logits), None]
-    return Ranked(*drafter.top_ranks(logits / divisors, num_ranks)).candidates()
+    return Ranked(*drafter.top_ranks((logits / divisors)[None], num_ranks)).candidates([len(logits)])[0]
 
 
 def test_rank_gives_token_ids_in_descending_probability(target):

@@ -196,6 +196,23 @@ def test_where_none_itself_failed_nothing_is_compared(text_target, asked, tmp_pa
     assert measures["drafts"]["compared"] == measures["none"]["num_answers"] and measures["drafts"]["identical"] == 1
 
 
+def test_questions_answered_together_have_the_tokens_of_each_alone(text_target, asked, tmp_path):
+    one_by_one, _ = evaluate(text_target, asked, tmp_path / "one", methods="none,drafts", temperature=0.8)
+    together, summary = evaluate(
+        text_target, asked, tmp_path / "batch", methods="none,drafts", temperature=0.8, batch_size=3
+    )
+
+    def told(evaluation):
+        return {(r.group, r.method): (r.token_ids, r.seed, r.matches, r.text) for r in evaluation.records}
+
+    assert told(together) == told(one_by_one) and len(told(together)) == together.num_records
+    assert summary["run"]["settings"]["batch_size"] == 3
+    with pytest.raises(ConfigError, match="leave out --batch-size or the hf methods"):
+        evaluate(text_target, asked, tmp_path / "no", methods="none,hf", batch_size=2)
+    with pytest.raises(ConfigError, match="another run"):
+        evaluate(text_target, asked, tmp_path / "batch", methods="none,drafts", temperature=0.8)
+
+
 def test_two_runs_in_one_folder_are_kept_apart(text_target, asked, tmp_path):
     with Evaluation(text_target, asked, config(), tmp_path / "out") as evaluation:
         before = (tmp_path / "out" / "records.jsonl").stat().st_ino
@@ -238,7 +255,7 @@ def test_a_killed_run_resumes_to_the_same_records(text_target, asked, tmp_path, 
 
 def test_a_finished_run_is_not_measured_again(text_target, asked, tmp_path, monkeypatch):
     first, _ = evaluate(text_target, asked, tmp_path / "out")
-    monkeypatch.setattr(Evaluation, "_answer", None)
+    monkeypatch.setattr(Evaluation, "_answers", None)
     again, _ = evaluate(text_target, asked, tmp_path / "out")
     assert again.records == first.records
 
@@ -284,13 +301,13 @@ def test_folders_that_cannot_be(text_target, asked, tmp_path):
 
 def test_spec_bench_warms_up_with_every_turn_three_times(text_target, asked, tmp_path, monkeypatch):
     turns = []
-    answer = Evaluation._answer
+    answer = Evaluation._answers
 
-    def counted(self, name, question, turn, *rest):
-        turns.append((question.id, turn))
-        return answer(self, name, question, turn, *rest)
+    def counted(self, name, questions, turn, *rest):
+        turns.append((questions[0][0].id, turn))
+        return answer(self, name, questions, turn, *rest)
 
-    monkeypatch.setattr(Evaluation, "_answer", counted)
+    monkeypatch.setattr(Evaluation, "_answers", counted)
     evaluate(text_target, asked.sample(1), tmp_path / "out", methods="none", protocol="spec-bench")
     assert turns[:6] == [(1, 0), (1, 1)] * 3 and len(turns) == 6 + 2
 
@@ -313,9 +330,9 @@ def test_a_run_without_a_seed_is_the_run_of_seed_0(text_target, asked, tmp_path)
 
 def test_methods_lead_in_turn(text_target, asked, tmp_path, monkeypatch):
     order = []
-    answer = Evaluation._answer
+    answer = Evaluation._answers
     monkeypatch.setattr(
-        Evaluation, "_answer", lambda self, name, *rest: order.append(name) or answer(self, name, *rest)
+        Evaluation, "_answers", lambda self, name, *rest: order.append(name) or answer(self, name, *rest)
     )
     monkeypatch.setattr(Evaluation, "_warm_up", lambda self: None)
     evaluate(text_target, asked, tmp_path / "out", methods="none,hf,drafts")
