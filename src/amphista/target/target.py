@@ -1,10 +1,9 @@
-"""The frozen target: one forward for prefill and verification, on the unmodified `transformers` model or, for the
-families of lean.py, on its weights without its overhead.
+"""The frozen target: one forward over spans, on the unmodified `transformers` model or, for the families of lean.py, on
+its weights without its overhead: in torch, in C (native.py), or as captured graphs (captured.py).
 
-A prompt is read as a tree without branches, so there is one path into the model. On the stock path logits come from
-the model's own forward, under masks by its own rules (attention.py), its scaling and soft-capping included; on the fast
-path they come from the same weights. Hidden states are what the LM head reads (after the final norm), taken by a hook
-on the decoder's output (asking for all hidden states would keep every layer).
+On the stock path logits come from the model's own forward, under masks by its own rules (attention.py), its scaling and
+soft-capping included. Hidden states are what the LM head reads (after the final norm), taken by a hook on the decoder's
+output (asking for all hidden states would keep every layer).
 
 Shapes: B sequences, T prompt tokens, N tree nodes, D hidden size, V vocabulary.
 """
