@@ -38,7 +38,7 @@ def test_defaults_are_greedy():
 
 
 def test_finish_reasons_print_as_words():
-    assert [str(reason) for reason in FinishReason] == ["stop", "length", "loop", "abort"]
+    assert [str(reason) for reason in FinishReason] == ["stop", "length", "loop", "abort", "error"]
 
 
 @pytest.mark.parametrize("wrong", [{"temperature": "x"}, {"top_k": 1.5}, {"seed": True}, {"top_p": None}])
