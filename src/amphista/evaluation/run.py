@@ -74,7 +74,8 @@ class Evaluation:
         }
         self.records: list[Record] = []
         self._out = out
-        self._lock = _locked(out)
+        busy = f"another process is evaluating into {out}: wait for its end or give another --out"
+        self._lock = Lock(out / LOCK, busy)
         try:
             self._open(out)
         except BaseException:
@@ -278,14 +279,6 @@ class Evaluation:
             return replace(record, matches=True)
         margin = found.margin if math.isfinite(found.margin) else None
         return replace(record, matches=False, divergence={"position": found.position, "margin": margin})
-
-
-def _locked(out: Path) -> Lock:
-    """The folder's lock; raises ConfigError where another process has it or the folder cannot be."""
-    try:
-        return Lock(out / LOCK, f"another process is evaluating into {out}: wait for its end or give another --out")
-    except OSError as error:
-        raise ConfigError(f"cannot write to {out}: {error.strerror}; give a folder with --out") from error
 
 
 def _next(
