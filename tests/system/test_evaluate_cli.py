@@ -135,8 +135,6 @@ def test_latency_of_a_target(target_folder, drafter_folder, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "match"),
     [
-        (["--layers", "2"], "--layers goes with --shape"),
-        (["--shape", "llama-1t"], "llama-7b"),
         (["--nodes", "1,two"], "whole numbers"),
     ],
 )

@@ -11,7 +11,6 @@ from typing import Annotated, Any
 
 import typer
 
-from amphista.cli.ablate import ablate
 from amphista.cli.calibrate import calibrate
 from amphista.cli.chat import chat
 from amphista.cli.convert import convert
@@ -43,7 +42,7 @@ app = typer.Typer(
 dev = typer.Typer(help="For those who make drafters and measure them.", **SETTINGS)
 for command in (generate, chat, train, distill, evaluate, convert, info):
     app.command()(command)
-for command in (ablate, calibrate, latency, push, report, tune):
+for command in (calibrate, latency, push, report, tune):
     dev.command()(command)
 app.add_typer(dev, name="dev")
 

@@ -1,6 +1,6 @@
 """Many training runs that differ in one thing each, from one plan: what is missing is run, what is there is kept.
 
-    amphista dev ablate recipes/ablations.toml --data answers.jsonl.gz --out runs/ablations
+    python -m benchmarks.lab ablate recipes/ablations.toml --data answers.jsonl.gz --out runs/ablations
 
 A plan holds `[base]` (a training recipe), `[runs.NAME]` (what differs) and `seeds`; with `[search]` the named runs
 first find their learning rate on a few steps of the first seed, and all others take that of `follow`. Every run sees
