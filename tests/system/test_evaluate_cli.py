@@ -91,7 +91,6 @@ def test_the_contract(target_folder, drafter_folder, questions, tmp_path):
         (["{q}", "--methods", "none,x=no/such/folder"], "method x: "),
         (["{q}", "--methods", "none,medusa"], "method medusa: "),
         (["{q}", "--methods", "none", "--repeats", 0], "--repeats is 0"),
-        (["{q}", "--methods", "none", "--protocol", "mine"], "own or spec-bench"),
         (["{q}", "--methods", "none", "--limit", 0], "--limit is 0"),
         (["{bad}", "--methods", "none"], "line 1: a question without turns"),
         (["{q}", "--methods", "none", "--temperature", -1], "temperature is -1"),

@@ -142,7 +142,6 @@ class Ours:
             "tree_nodes": stats.tree_nodes,
             "drafted": [int(asked) for asked in stats.drafted],
             "step_seconds": stats.step_seconds,
-            "num_dropped": stats.num_dropped,
             "seconds": stats.seconds,
             "prefill_seconds": stats.prefill_seconds,
             "phase_seconds": stats.phase_seconds,

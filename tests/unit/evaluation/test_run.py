@@ -249,7 +249,6 @@ def test_a_finished_run_is_not_measured_again(text_target, asked, tmp_path, monk
         ({"methods": "none,drafts"}, "methods.hf"),
         ({"seed": 4}, "params.seed"),
         ({"repeats": 2}, "repeats"),
-        ({"protocol": "spec-bench"}, "protocol"),
     ],
 )
 def test_another_run_is_refused_and_nothing_lost(text_target, asked, tmp_path, changes, said):
@@ -282,19 +281,6 @@ def test_folders_that_cannot_be(text_target, asked, tmp_path):
         Evaluation(text_target, asked, config(), tmp_path / "odd")
 
 
-def test_spec_bench_warms_up_with_every_turn_three_times(text_target, asked, tmp_path, monkeypatch):
-    turns = []
-    answer = Evaluation._answer
-
-    def counted(self, name, question, turn, *rest):
-        turns.append((question.id, turn))
-        return answer(self, name, question, turn, *rest)
-
-    monkeypatch.setattr(Evaluation, "_answer", counted)
-    evaluate(text_target, asked.sample(1), tmp_path / "out", methods="none", protocol="spec-bench")
-    assert turns[:6] == [(1, 0), (1, 1)] * 3 and len(turns) == 6 + 2
-
-
 def test_seeds_are_unrelated_and_fixed():
     seeds = {answer_seed(s, q, t, r) for s in range(3) for q in ("1", "11", 2) for t in range(3) for r in range(3)}
     assert len(seeds) == 81 and all(0 <= seed < 2**64 for seed in seeds)
@@ -325,8 +311,6 @@ def test_methods_lead_in_turn(text_target, asked, tmp_path, monkeypatch):
 def test_settings():
     with pytest.raises(ConfigError, match="--repeats is 0"):
         config(repeats=0)
-    with pytest.raises(ConfigError, match="expected own or spec-bench"):
-        config(protocol="mine")
 
 
 def test_the_summary_can_be_made_anew(text_target, asked, tmp_path):
