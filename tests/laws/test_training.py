@@ -15,7 +15,6 @@ from amphista.drafter.amphista import Amphista, AmphistaConfig
 from amphista.drafter.card import CardConfig, read_front_matter
 from amphista.drafter.checkpoint import load_drafter
 from amphista.drafter.medusa import Medusa, MedusaConfig
-from amphista.drafter.publish import publishable_files
 from amphista.engine.decoder import decode
 from amphista.engine.params import SamplingParams
 from amphista.engine.step import Engine
@@ -515,7 +514,7 @@ def test_a_card_may_be_worded_anew_in_mid_run(target, data_file, tmp_path):
     Trainer(target, config_for(data_file), tmp_path / "run", lambda line: None).run(stop_after=5)
     card = CardConfig(license="mit", base_model="owner/target", datasets=("owner/answers",))
     folder = Trainer(target, config_for(data_file, card=card), tmp_path / "run", lambda line: None).run()
-    assert [file.name for file in publishable_files(folder)] == ["config.json", "model.safetensors", "README.md"]
+    assert {file.name for file in folder.iterdir()} == {"config.json", "model.safetensors", "README.md"}
     front_matter = read_front_matter(folder / "README.md")
     assert (front_matter["base_model"], front_matter["license"]) == ("owner/target", "mit")
     assert front_matter["datasets"] == ["owner/answers"] and front_matter["training_data"]["files"] == [data_file.name]

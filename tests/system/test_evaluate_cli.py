@@ -76,11 +76,9 @@ def test_the_contract(target_folder, drafter_folder, questions, tmp_path):
 
     records = (tmp_path / "out" / "records.jsonl").read_bytes()
     (tmp_path / "out" / "records.jsonl").write_bytes(records[:-30])
-    assert amphista("dev", "report", tmp_path / "out").returncode == 2  # a broken-off run has no report
     again = amphista(*command)
     assert again.returncode == 0 and json.loads(again.stdout.splitlines()[-1])["methods"]["mine"]["identical"] == 1.0
-    made = amphista("dev", "report", tmp_path / "out")
-    assert made.returncode == 0 and "| mine" in made.stdout
+    assert "| mine" in (tmp_path / "out" / "report.md").read_text()
 
 
 @pytest.mark.parametrize(
@@ -113,11 +111,6 @@ def test_failed_answers_end_with_a_sentence_and_a_code_of_their_own(target_folde
     assert result.returncode == 1 and "2 of 4 answers failed" in result.stderr, result.stderr
     found = json.loads(result.stdout)["methods"]["lookup"]
     assert (found["failed"], found["num_answers"], found["compared"], found["identical"]) == (1, 1, 1, 1.0)
-
-
-def test_report_of_nothing(tmp_path):
-    result = amphista("dev", "report", tmp_path)
-    assert result.returncode == 2 and "run.json" in result.stderr
 
 
 def test_latency_of_a_target(target_folder, drafter_folder, tmp_path):
