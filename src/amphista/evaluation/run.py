@@ -12,12 +12,11 @@ import json
 import math
 import traceback
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from amphista import provenance
-from amphista.config import as_dict
 from amphista.engine.params import SamplingParams
 from amphista.errors import AmphistaError, ConfigError, RequestError
 from amphista.evaluation.lossless import first_divergence
@@ -113,7 +112,7 @@ class Evaluation:
         """Everything that decides tokens or counting; two runs with equal settings may share a folder."""
         return {
             "target": self.target.name,
-            "target_fingerprint": as_dict(self.target.fingerprint),
+            "target_fingerprint": asdict(self.target.fingerprint),
             "dtype": self.target.type_name,
             "device": str(self.target.device),
             "path": self.target.path,
@@ -124,7 +123,7 @@ class Evaluation:
                 "sha256": self.questions.sha256,
             },
             "methods": {name: method.settings for name, method in self.methods.items()},
-            "params": as_dict(self.config.params),
+            "params": asdict(self.config.params),
             "repeats": self.config.repeats,
             "system": self.config.system,
         }
