@@ -54,9 +54,8 @@ def _loop_free_steps(record: Record) -> tuple[int, int]:
 class Measures:
     """One method over a set of answers. None where there is nothing to count; shares lie between 0 and 1.
 
-    acceptance_by_depth[d]: share of decode steps that accepted more than d draft tokens. tokens_per_step[n]: steps that
-    committed n tokens. identical: share of compared answers with the same tokens as `none`'s, failed ones counted
-    against it. speedup_hf: over stock `generate`, None without it. expected_tau: tau by the drafter's own
+    acceptance_by_depth[d]: share of decode steps that accepted more than d draft tokens. identical: share of compared
+    answers with the same tokens as `none`'s, failed ones counted against it. speedup_hf: over stock `generate`, None without it. expected_tau: tau by the drafter's own
     probabilities. mean_tree_nodes: rows per target forward, root included.
     """
 
@@ -81,7 +80,6 @@ class Measures:
     compared: int
     mean_tree_nodes: float | None
     acceptance_by_depth: list[float]
-    tokens_per_step: dict[str, int]
     phase_seconds: dict[str, float]
     looping_answers: int
 
@@ -124,7 +122,6 @@ def _measures(name: str, records: Sequence[Record]) -> Measures:
         compared=len(compared),
         mean_tree_nodes=per_step(mine, lambda r: sum(r.tree_nodes))[0],
         acceptance_by_depth=_acceptance_by_depth(steps),
-        tokens_per_step={str(count): steps[count] for count in sorted(steps)},
         phase_seconds=_phases(mine),
         looping_answers=sum(loop_free_length(r.token_ids) < len(r.token_ids) for r in mine),
     )

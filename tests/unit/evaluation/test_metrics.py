@@ -64,7 +64,6 @@ def test_by_hand():
     assert fast["decode_speedup"] == pytest.approx((10 / 5) / (10 / 16))
     assert fast["identical"] == pytest.approx(1 / 3) and fast["compared"] == 3, "a crash has not the same tokens"
     assert fast["acceptance_by_depth"] == [0.8, 0.2]
-    assert fast["tokens_per_step"] == {"1": 1, "2": 3, "3": 1}
     assert fast["mean_tree_nodes"] == 4 and none["mean_tree_nodes"] == 1
     assert fast["phase_seconds"] == {"prefill": 2.0, "verify": 5.0}
     assert fast["speedup_hf"] is None
