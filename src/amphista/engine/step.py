@@ -144,11 +144,9 @@ class Engine:
                 f"the prompt has {len(prompt_ids)} tokens, but the target's context holds {self.target.spec.context}: "
                 "shorten it"
             )
-        worst = max(prompt_ids)
-        if worst >= self.target.spec.vocab_size or min(prompt_ids) < 0:
-            raise RequestError(
-                f"the prompt holds token id {worst}; the target has {self.target.spec.vocab_size} tokens"
-            )
+        known = range(self.target.spec.vocab_size)
+        if unknown := [token for token in prompt_ids if type(token) is not int or token not in known]:
+            raise RequestError(f"the prompt holds token id {unknown[0]!r}; the target has {len(known)} tokens, from 0")
 
     def step(self, batch: Several[Sequence]) -> list[StepResult | Exception]:
         """One target forward for all: each adds 1 to depth + 1 tokens, or reads a chunk of its prompt.
