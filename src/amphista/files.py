@@ -125,8 +125,11 @@ class Lock:
 
     def __init__(self, path: Path, held_by_other: str, *, wait: bool = False) -> None:
         """Take the lock. held_by_other: the sentence of the ConfigError where another has it (unless `wait`)."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._stream = path.open("ab")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._stream = path.open("ab")
+        except OSError as error:
+            raise ConfigError(f"cannot write to {path.parent}: {error.strerror}; give another folder") from error
         try:
             _lock(self._stream, wait=wait)
         except OSError as error:

@@ -18,6 +18,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, overload
 
+import torch
+
+from amphista.accept.sampling import plain
 from amphista.drafter.base import Drafter
 from amphista.drafter.checkpoint import load_proposer, shipped_for
 from amphista.drafter.hub import HubAccess
@@ -30,7 +33,7 @@ from amphista.engine.params import FinishReason, SamplingParams
 from amphista.engine.prefixes import taken_over
 from amphista.engine.step import Engine
 from amphista.engine.stream import Answer, Stream, answer_of, finish
-from amphista.errors import RequestError
+from amphista.errors import DrafterError, RequestError, TargetError
 from amphista.target import DEFAULT_TARGET
 from amphista.target.loading import load_target
 from amphista.target.target import Target
@@ -81,10 +84,11 @@ class LLM:
         raw, or a target without a chat template: the text as it is. Lists hold messages, or token ids, which are taken
         as they are. chat_template_kwargs: the template's own variables, such as enable_thinking.
         """
-        if _all(prompt, int):
+        prompt = _bare(prompt)
+        if _all(prompt, int) and not any(isinstance(token, bool) for token in prompt):
             if system is not None or chat_template_kwargs:
                 raise RequestError("token ids are taken as they are: leave out system and chat_template_kwargs")
-            return [int(token) for token in prompt]  # type: ignore[arg-type]
+            return list(prompt)  # type: ignore[arg-type]
         text = self.target.text
         if text is None:
             raise RequestError("this target was loaded without a tokenizer: pass token ids instead")
@@ -98,10 +102,11 @@ class LLM:
             if system is not None or chat_template_kwargs:
                 raise RequestError("a system message or template variable needs the chat template: leave out --raw")
             return text.encode(_only_text(prompt))
-        if not isinstance(chat_template_kwargs, Mapping | None):
-            raise RequestError(f"chat_template_kwargs is {chat_template_kwargs!r}: expected a dictionary")
+        template = {} if chat_template_kwargs is None else chat_template_kwargs
+        if not isinstance(template, Mapping) or not all(isinstance(name, str) for name in template):
+            raise RequestError(f"chat_template_kwargs is {template!r}: expected a dictionary of names and values")
         messages = [*([{"role": "system", "content": system}] if system is not None else []), *prompt]
-        return text.render(messages, **(chat_template_kwargs or {}))
+        return text.render(messages, **template)
 
     def params(self, params: Params = None, **settings: Any) -> SamplingParams:
         """Settings on top of `params`; 'model' stands for what the model's own generation_config says."""
@@ -139,7 +144,7 @@ class LLM:
         after: Stream | None = None,
     ) -> Stream:
         """Decode from token ids. after: an ended stream whose caches are taken over, as far as both begin alike."""
-        request = self.engine.new_sequence(list(prompt_ids), params)
+        request = self.engine.new_sequence(_bare(prompt_ids), params)
         if after is not None:
             request.adopt(taken_over(after.request.rows, request.token_ids))
             after.request.release()
@@ -158,6 +163,7 @@ class LLM:
 
         A list of texts, of conversations or of lists of token ids is several prompts: see `answers`.
         """
+        prompt = _bare(prompt)
         if not _are_prompts(prompt):
             if batch_size is not None:
                 raise RequestError("batch_size is for a list of prompts: this is one")
@@ -175,7 +181,7 @@ class LLM:
         CapacityError tells of a batch_size that memory may not hold. What fails later is told by its answer's `error`
         and stops no other.
         """
-        jobs = self._jobs(prompts, settings)
+        jobs = self._jobs(_bare(prompts), settings)
         batch: Batch[int] = Batch(self.engine, BATCH_SIZE if batch_size is None else batch_size)
         if batch_size is not None:
             batch.check_memory(jobs)
@@ -263,6 +269,8 @@ class Conversation:
             if not turn.strip():
                 raise RequestError("the message is empty: give some text")
             turn = [{"role": "user", "content": turn}]
+        elif not _all(turn, Mapping):
+            raise RequestError(f"the turn is {_shown(turn)}: expected a text, or a list of messages")
         return [*self.messages, *turn]
 
     def add(self, turn: str | Sequence[Message], answer: Answer) -> None:
@@ -276,6 +284,12 @@ class Conversation:
     def send(self, turn: str | Sequence[Message], *, params: Params = None, **settings: Any) -> Answer:
         """One whole turn."""
         return finish(self.stream(turn, params=params, **settings))
+
+
+def _bare(prompt: Any) -> Any:
+    """The list of token ids in what a tokenizer returns, an array, a tensor or a range; else the prompt as it is."""
+    prompt = prompt.get("input_ids", prompt) if isinstance(prompt, Mapping) else prompt
+    return list(prompt) if isinstance(prompt, range) else plain(prompt)
 
 
 def _all(prompt: Any, kind: Any) -> bool:
@@ -306,7 +320,7 @@ def load(
     *,
     tree: str | int | None = None,
     device: str | None = None,
-    dtype: str | None = None,
+    dtype: str | torch.dtype | None = None,
     fast: bool = True,
     allow_other_target: bool = False,
     revision: str | None = None,
@@ -327,6 +341,9 @@ def load(
     of them is logged as a warning.
     """
     check_tree(tree)
+    for given, error in ((target, TargetError), (LOOKUP if drafter is None else drafter, DrafterError)):
+        if not isinstance(given, str | Path) or given == "":
+            raise error(f"{_shown(given)} is no name, folder or hub id; what is loaded already goes to LLM and Target")
     hub = HubAccess(token=token, cache_dir=None if cache_dir is None else str(cache_dir), local_only=local_files_only)
     source: dict[str, Any] = {
         "revision": revision,
@@ -334,7 +351,8 @@ def load(
         "cache_dir": hub.cache_dir,
         "local_files_only": local_files_only,
     }
-    loaded = load_target(str(target), device=device, dtype=dtype, fast=fast, **{k: v for k, v in source.items() if v})
+    kind = None if dtype is None else str(dtype).removeprefix("torch.")
+    loaded = load_target(str(target), device=device, dtype=kind, fast=fast, **{k: v for k, v in source.items() if v})
     tell_unused(loaded)
     name = None if drafter is None else str(drafter)
     return LLM(loaded, choose_drafter(loaded, name, allow_other_target=allow_other_target, hub=hub), tree=tree)

@@ -22,6 +22,7 @@ from tokenizers import decoders
 from amphista import __version__
 from amphista.cli.app import main
 from amphista.engine import costs
+from amphista.engine import step as engine_step
 from amphista.engine.step import Engine
 from tests.tiny import byte_tokenizer, tiny_model
 
@@ -307,7 +308,7 @@ def test_version_and_short_help():
     front = amphista("-h").stdout
     assert all(f" {name} " in front for name in ("generate", "chat", "train", "distill", "evaluate", "convert", "info"))
     assert " ablate " not in front
-    assert all(f" {name} " in amphista("dev", "-h").stdout for name in ("ablate", "calibrate", "latency", "tune"))
+    assert all(f" {name} " in amphista("dev", "-h").stdout for name in ("calibrate", "latency", "tune"))
     assert "--model-defaults" in amphista("generate", "-h").stdout
     assert amphista("tune").returncode == 2
 
@@ -362,25 +363,29 @@ def test_template_variables(tmp_path):
 
 def test_a_prompt_is_read_once(target_folder, monkeypatch):
     """The first answer is not decoded, nor its prompt read, for practice."""
-    started, start = [], Engine.start
-    monkeypatch.setattr(
-        Engine, "start", lambda engine, ids, *more: started.append(len(ids)) or start(engine, ids, *more)
-    )
+    started, chunk = [], engine_step._chunk
+
+    def counted(sequence):
+        span = chunk(sequence)
+        started.append(span.tree.num_nodes)
+        return span
+
+    monkeypatch.setattr(engine_step, "_chunk", counted)
     settings = ["--target", target_folder, "--max-new-tokens", 2, "--tree", "chain"]
     found = records("Hello there", "Again", *settings)
     assert started == [record["prompt_tokens"] for record in found]
 
 
 def broken_at_the_second_prompt(monkeypatch, error):
-    start, calls = Engine.start, []
+    step, seen = Engine.step, []
 
-    def breaks(*arguments):
-        calls.append(1)
-        if len(calls) == 2:
+    def breaks(engine, batch):
+        seen.extend(sequence for sequence in batch if sequence not in seen)
+        if len(seen) == 2:
             raise error
-        return start(*arguments)
+        return step(engine, batch)
 
-    monkeypatch.setattr(Engine, "start", breaks)
+    monkeypatch.setattr(Engine, "step", breaks)
 
 
 def test_an_interrupt_keeps_what_was_answered(target_folder, tmp_path, monkeypatch):

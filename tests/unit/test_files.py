@@ -90,6 +90,12 @@ def test_a_lock_is_held_by_one_and_given_back_by_a_killed_process(tmp_path):
     Lock(path, "given back").release()
 
 
+def test_a_folder_that_cannot_be_is_refused_by_a_sentence(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match=r"cannot write to .*file"):
+        Lock(tmp_path / "file" / ".lock", "held")
+
+
 def test_a_file_system_without_locks_is_told_and_used(tmp_path, monkeypatch, caplog):
     def refuse(stream, *, wait):
         raise OSError(errno.ENOLCK, "No locks available")

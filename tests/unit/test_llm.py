@@ -6,11 +6,14 @@ import asyncio
 import threading
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from transformers import GenerationConfig
 
 from amphista.accept.sampling import Chooser
 from amphista.engine.params import FinishReason, SamplingParams
+from amphista.engine.stream import finish
 from amphista.errors import CapacityError, ConfigError, RequestError, TargetError
 from amphista.llm import LLM, load
 from amphista.target.target import Target
@@ -167,6 +170,37 @@ def test_a_bad_prompt_among_others_is_named_before_anything_is_decoded(llm, bad,
 def test_what_is_no_prompt_is_refused_by_a_sentence(llm, prompt, message):
     with pytest.raises(RequestError, match=message):
         llm.generate(prompt, **FEW)
+
+
+def test_token_ids_may_be_arrays_tensors_or_a_tokenizers_own(llm):
+    ids = [5, 17, 230, 44]
+    expected = llm.generate(ids, **FEW).token_ids
+    for prompt in (np.array(ids), torch.tensor(ids), [np.int64(token) for token in ids], {"input_ids": ids}):
+        assert llm.generate(prompt, **FEW).token_ids == expected
+        assert finish(llm.stream(prompt, **FEW)).token_ids == expected
+    assert [a.token_ids for a in llm.generate(torch.tensor([ids, ids]), **FEW)] == [expected, expected]
+    assert llm.generate(range(5, 8), **FEW).prompt_ids == [5, 6, 7]
+    assert finish(llm.stream_ids(np.array(ids), llm.params(**FEW))).token_ids == expected
+    for bad in ([True, False], torch.tensor([1.5]), torch.tensor(3), np.array([])):
+        with pytest.raises(RequestError, match="expected a text"):
+            llm.generate(bad)
+    for bad, named in (([-1, 4], "-1"), ([4, 999], "999"), ("hi", "'h'"), ([1.5], "1.5")):
+        with pytest.raises(RequestError, match=f"token id {named};"):
+            llm.stream_ids(bad, llm.params())
+
+
+@pytest.mark.parametrize("turn", [5, None, [5, 6], ["x"], HI[0], []])
+def test_what_is_no_turn_is_refused_by_a_sentence_and_changes_nothing(llm, turn):
+    conversation = llm.conversation()
+    with pytest.raises(RequestError, match="expected a text, or a list of messages"):
+        conversation.send(turn)
+    assert conversation.messages == []
+
+
+@pytest.mark.parametrize("name", ["messages", "conversation", "tokenize", "return_dict", "return_tensors", 5])
+def test_what_is_no_template_variable_is_refused_by_a_sentence(llm, name):
+    with pytest.raises(RequestError, match=r"no variable of a chat template|of names and values"):
+        llm.generate("x", chat_template_kwargs={name: True})
 
 
 @pytest.mark.parametrize("raw", [False, True])

@@ -56,13 +56,14 @@ class Sampling:
 
     def __post_init__(self) -> None:
         for name in NUMBERS:
-            value, is_whole = getattr(self, name), name in WHOLE
+            value, is_whole = plain(getattr(self, name)), name in WHOLE
             if name == "seed" and value is None:
                 continue
             if isinstance(value, bool) or not isinstance(value, int if is_whole else (int, float)):
                 raise RequestError(f"{name} is {value!r}: expected a{' whole' if is_whole else ''} number")
             if not NUMBERS[name][0](value):
                 raise RequestError(f"{name} is {value}: expected {NUMBERS[name][1]}")
+            object.__setattr__(self, name, value)
         object.__setattr__(self, "logit_bias", _bias(self.logit_bias))
         object.__setattr__(self, "suppress_tokens", token_ids("suppress_tokens", self.suppress_tokens))
 
@@ -106,10 +107,18 @@ WHOLE = ("top_k", "min_tokens", "seed")
 
 def token_ids(name: str, value: Any) -> tuple[int, ...]:
     """One token id or several as a tuple; raises RequestError."""
-    ids = (value,) if type(value) is int else value
+    ids = plain(value)
+    ids = (ids,) if type(ids) is int else ids
     if not isinstance(ids, list | tuple | set | frozenset) or not all(type(i) is int and i >= 0 for i in ids):
         raise RequestError(f"{name} is {value!r}: expected a list of token ids (whole numbers)")
     return tuple(ids)
+
+
+def plain(value: Any) -> Any:
+    """Arrays, tensors and their numbers as lists and numbers; what is none as it is."""
+    if isinstance(value, list | tuple):
+        return type(value)(map(plain, value)) if any(hasattr(part, "tolist") for part in value) else value
+    return value.tolist() if hasattr(value, "tolist") else value
 
 
 def _bias(value: Any) -> dict[int, float]:
@@ -269,6 +278,9 @@ def _quick(scores: Tensor) -> Any:
 def _refuse_broken(best: float) -> None:
     """Raise where the best score shows that there is nothing to choose from."""
     if math.isnan(best) or best == math.inf:
-        raise TargetError("the target's logits are no finite numbers: its weights are damaged, or its type too coarse")
+        raise TargetError(
+            "the target's logits are no finite numbers: its weights are damaged, its type is too coarse, or a bias or "
+            "penalty goes beyond float32"
+        )
     if best == -math.inf:
         raise RequestError("every token is suppressed: nothing is left to choose from")

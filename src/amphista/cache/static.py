@@ -66,7 +66,7 @@ class LayerRows:
     def copied(self, num_rows: int) -> LayerRows:
         """Its first rows, in storage of their own."""
         copy = LayerRows()
-        if self.keys is not None and self.values is not None:
+        if self.keys is not None and self.values is not None and num_rows:
             copy.append(self.keys[:, :, :num_rows], self.values[:, :, :num_rows])
         copy.num_rows = num_rows
         return copy

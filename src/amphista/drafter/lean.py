@@ -104,12 +104,13 @@ class LeanLayer:
             pairs.narrow(1, 0, heads + key_heads).mul_(turn)  # in place: nobody else reads the projections
             projected = exact.to(rows.dtype)
         queries, keys, values = projected.split((heads, key_heads, key_heads), dim=1)
-        keys, values = (part.unflatten(0, (num_sequences, -1)).transpose(1, 2) for part in (keys, values))
+        keys = keys.view(num_sequences, -1, key_heads, size).transpose(1, 2)
+        values = values.view(num_sequences, -1, key_heads, size).transpose(1, 2)
         if cache is not None:
             keys, values = cache.append(keys, values)
         if only_last:
             rows, queries = rows[-1:], queries[-1:]
-        queries = queries.unflatten(0, (num_sequences, -1)).transpose(1, 2)
+        queries = queries.view(num_sequences, -1, heads, size).transpose(1, 2)
         mixed = mix(queries, keys, values, None, is_causal=is_causal)
         rows = self._output.added(mixed.transpose(1, 2).reshape(len(rows), -1), rows)
         gate, up = self._gate_up(self._mlp_norm(rows)).chunk(2, dim=-1)

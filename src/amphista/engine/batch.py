@@ -22,7 +22,7 @@ from amphista.engine.scheduler import Limits, Scheduler
 from amphista.engine.sequence import Sequence
 from amphista.engine.step import Engine
 from amphista.errors import CapacityError, ConfigError
-from amphista.target.shapes import free_bytes
+from amphista.target.pages import free_bytes
 
 SHARE_OF_FREE_MEMORY = 0.5  # for keys and values
 Tag = TypeVar("Tag")

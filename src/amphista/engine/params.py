@@ -6,7 +6,7 @@ from dataclasses import InitVar, dataclass
 from enum import StrEnum
 from typing import Any
 
-from amphista.accept.sampling import Sampling, token_ids
+from amphista.accept.sampling import Sampling, plain, token_ids
 from amphista.errors import RequestError
 from amphista.prompts import is_text
 
@@ -43,6 +43,7 @@ class SamplingParams(Sampling):
         super().__post_init__()
         if max_tokens is not None:
             self._set("max_new_tokens", max_tokens)
+        self._set("logprobs", plain(self.logprobs))
         if type(self.logprobs) is int:
             self._set("top_logprobs", self.logprobs)
         elif not isinstance(self.logprobs, bool | None):
@@ -51,9 +52,10 @@ class SamplingParams(Sampling):
         self._set("stop", _texts(self.stop))
         self._set("stop_token_ids", token_ids("stop_token_ids", self.stop_token_ids))
         for name, least in (("max_new_tokens", 1), ("top_logprobs", 0)):
-            value = getattr(self, name)
+            value = plain(getattr(self, name))
             if type(value) is not int or value < least:
                 raise RequestError(f"{name} is {value!r}: expected a whole number, at least {least}")
+            self._set(name, value)
         if type(self.ignore_eos) is not bool:
             raise RequestError(f"ignore_eos is {self.ignore_eos!r}: expected true or false")
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence as Several
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -143,11 +144,9 @@ class Engine:
                 f"the prompt has {len(prompt_ids)} tokens, but the target's context holds {self.target.spec.context}: "
                 "shorten it"
             )
-        worst = max(prompt_ids)
-        if worst >= self.target.spec.vocab_size or min(prompt_ids) < 0:
-            raise RequestError(
-                f"the prompt holds token id {worst}; the target has {self.target.spec.vocab_size} tokens"
-            )
+        known = range(self.target.spec.vocab_size)
+        if unknown := [token for token in prompt_ids if type(token) is not int or token not in known]:
+            raise RequestError(f"the prompt holds token id {unknown[0]!r}; the target has {len(known)} tokens, from 0")
 
     def step(self, batch: Several[Sequence]) -> list[StepResult | Exception]:
         """One target forward for all: each adds 1 to depth + 1 tokens, or reads a chunk of its prompt.
@@ -156,13 +155,10 @@ class Engine:
         the step has done nothing, and can be repeated.
         """
         with self._lock:
-            try:
-                with whole_step(batch):
+            if len(batch) > 1:
+                with suppress(Exception), whole_step(batch):
                     return list(self._step(batch))
-            except Exception as error:
-                if len(batch) == 1:
-                    return [error]
-            return [self._step_alone(sequence) for sequence in batch]  # to see whose error it is
+            return [self._step_alone(sequence) for sequence in batch]  # one, or several: whose error was it?
 
     def decode(self, prompt_ids: list[int], params: SamplingParams) -> Sequence:
         """Decode one prompt to its end."""
@@ -195,15 +191,13 @@ class Engine:
         with clock.phase("verify"):
             outputs = self.target.forward(spans)
         ended = clock.now()
-        each = list(zip([*reading, *decoding], spans, outputs, strict=True))
+        in_order = [*reading, *decoding]
         with clock.phase("accept"):
-            outcomes = [_read(*parts) for parts in each[: len(reading)]]
-            outcomes += [_verified(*parts) for parts in each[len(reading) :]]
+            each = zip(in_order, spans, outputs, strict=True)
+            outcomes = [_read(*parts) if parts[0].num_unread else _verified(*parts) for parts in each]
         with clock.phase("commit"):
-            advancing = zip(each, outcomes, strict=True)
-            results = {
-                id(sequence): _advance(sequence, outcome, output) for (sequence, _, output), outcome in advancing
-            }
+            each_done = zip(in_order, outcomes, outputs, strict=True)
+            results = {id(parts[0]): _advance(*parts) for parts in each_done}
             if decoding:
                 accepted = [results[id(sequence)].token_ids[:-1] for sequence in decoding]
                 self.grower.observe(plan, accepted, ended - started)

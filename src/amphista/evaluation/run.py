@@ -12,17 +12,15 @@ import json
 import math
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from amphista import provenance
-from amphista.config import as_dict
 from amphista.engine.params import SamplingParams
 from amphista.errors import AmphistaError, ConfigError, RequestError
 from amphista.evaluation.lossless import first_divergence
 from amphista.evaluation.methods import HF, NONE, Method, MethodSpec, Ours, Settings, build_method, costs_of
-from amphista.evaluation.protocol import recount, warm_up_plan
 from amphista.evaluation.questions import Question, QuestionSet
 from amphista.evaluation.records import Record, RecordFile, read_groups
 from amphista.evaluation.stock import StockGenerate
@@ -34,6 +32,7 @@ Report = Callable[[int, int, str], None]
 Conversation = list[dict[str, str]] | None  # None once a turn has failed
 Asked = tuple[Question, dict[str, Conversation]]  # with the conversation of each method
 LOCK = ".lock"
+WARM_UP_TOKENS = 8
 TEMPLATE_TOKENS = 32  # around a message, more than those of the templates we know
 
 
@@ -48,7 +47,6 @@ class EvaluationConfig:
     params: SamplingParams
     settings: Settings = field(default_factory=Settings)
     repeats: int = 1
-    protocol: str = "own"
     system: str | None = None
     batch_size: int = 1  # questions answered together; of more than one, only our own engine is measured
 
@@ -61,8 +59,6 @@ class EvaluationConfig:
             object.__setattr__(self, "params", replace(self.params, seed=0))
         if self.repeats < 1:
             raise ConfigError(f"--repeats is {self.repeats}: expected at least 1")
-        if self.protocol not in ("own", "spec-bench"):
-            raise ConfigError(f"--protocol is {self.protocol!r}: expected own or spec-bench")
 
 
 class Evaluation:
@@ -81,7 +77,8 @@ class Evaluation:
         }
         self.records: list[Record] = []
         self._out = out
-        self._lock = _locked(out)
+        busy = f"another process is evaluating into {out}: wait for its end or give another --out"
+        self._lock = Lock(out / LOCK, busy)
         try:
             self._open(out)
         except BaseException:
@@ -123,7 +120,7 @@ class Evaluation:
         """Everything that decides tokens or counting; two runs with equal settings may share a folder."""
         return {
             "target": self.target.name,
-            "target_fingerprint": as_dict(self.target.fingerprint),
+            "target_fingerprint": asdict(self.target.fingerprint),
             "dtype": self.target.type_name,
             "device": str(self.target.device),
             "path": self.target.path,
@@ -134,9 +131,8 @@ class Evaluation:
                 "sha256": self.questions.sha256,
             },
             "methods": {name: method.settings for name, method in self.methods.items()},
-            "params": as_dict(self.config.params),
+            "params": asdict(self.config.params),
             "repeats": self.config.repeats,
-            "protocol": self.config.protocol,
             "system": self.config.system,
             "batch_size": self.config.batch_size,
         }
@@ -177,13 +173,10 @@ class Evaluation:
             for method in self.methods.values():
                 if isinstance(method, Ours):
                     method.prepare(num_rows)
-        turns, times, max_new_tokens = warm_up_plan(self.config.protocol, self.questions.questions[0])
-        params = replace(self.config.params, max_new_tokens=min(max_new_tokens, self.config.params.max_new_tokens))
-        for _ in range(times):
-            conversations = self._new_conversations(self.questions.questions[0])
-            for turn in range(turns):
-                for name in self.names:
-                    self._answers(name, [(self.questions.questions[0], conversations[name])], turn, [params])
+        question = self.questions.questions[0]
+        params = replace(self.config.params, max_new_tokens=min(WARM_UP_TOKENS, self.config.params.max_new_tokens))
+        for name, conversation in self._new_conversations(question).items():
+            self._answers(name, [(question, conversation)], 0, [params])
 
     def _most_rows(self) -> int:
         """Of the longest conversation, its answers as long as they may be, and what a template writes around each."""
@@ -268,8 +261,6 @@ class Evaluation:
             outcome = outcomes[place]
             if isinstance(outcome, BaseException):
                 outcome = {"error": _described(outcome)}
-            elif name in (NONE, HF):
-                outcome["recount"] = recount(self.text, "".join(outcome["pieces"]))
             found.append((outcome, [] if isinstance(prompt, Exception) else prompt))
         return found
 
@@ -309,14 +300,6 @@ class Evaluation:
             return replace(record, matches=True)
         margin = found.margin if math.isfinite(found.margin) else None
         return replace(record, matches=False, divergence={"position": found.position, "margin": margin})
-
-
-def _locked(out: Path) -> Lock:
-    """The folder's lock; raises ConfigError where another process has it or the folder cannot be."""
-    try:
-        return Lock(out / LOCK, f"another process is evaluating into {out}: wait for its end or give another --out")
-    except OSError as error:
-        raise ConfigError(f"cannot write to {out}: {error.strerror}; give a folder with --out") from error
 
 
 def _next(conversation: Conversation, question: Question, turn: int, record: Record) -> Conversation:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import logging
+import os
 from pathlib import Path
 from typing import Any, TypedDict, Unpack
 
@@ -104,10 +105,10 @@ def locate(name: str, progress: Progress = logger.info) -> str:
     """Where `transformers` should load a target from: a folder, or the hub id itself."""
     if name in NAMED_TARGETS:
         return str(packaged_target_folder(NAMED_TARGETS[name], progress))
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))
     if path.suffix == ".gguf":
         return str(gguf_target_folder(path, progress))
-    if path.is_dir():
+    if os.path.isdir(path):  # false for what can be no path, where pathlib raises
         if not (path / "config.json").is_file():
             raise TargetError(f"the folder {path} holds no config.json: expected a saved transformers model")
         return str(path)
@@ -121,8 +122,8 @@ def hub_name(name: str) -> str:
     """The hub id of a target given by any of its names; for a folder or a file, its last part, which is none."""
     if name in NAMED_TARGETS:
         return NAMED_TARGETS[name].hub_id
-    path = Path(name).expanduser()
-    is_local = path.exists() or path.is_absolute() or name.startswith((".", "~"))
+    path = Path(os.path.expanduser(name))
+    is_local = os.path.exists(path) or path.is_absolute() or name.startswith((".", "~"))
     return path.name if is_local else name
 
 
@@ -134,6 +135,10 @@ def device_of(device: str | None) -> torch.device:
         raise TargetError(f"unknown device {device!r}: expected cpu, cuda or cuda:N") from error
     if place.type == "cuda" and not torch.cuda.is_available():
         raise TargetError(f"device {device!r} was asked for, but this torch sees no CUDA device: use --device cpu")
+    try:
+        torch.empty(0, device=place)
+    except Exception as error:  # every backend has its own
+        raise TargetError(f"device {device!r} cannot be used here: {first_line(error)}. Use --device cpu") from error
     return place
 
 
@@ -161,6 +166,16 @@ class Source:
 
         return self.read(AutoConfig)
 
+    def model(self, kind: Any, **settings: Any) -> Any:
+        """The model, whole; raises TargetError where its files lack tensors, which would be made of random numbers."""
+        model, found = self.read(kind, output_loading_info=True, **settings)
+        if missing := sorted(found["missing_keys"]):
+            raise TargetError(
+                f"the files of target {self.name!r} lack {len(missing)} tensors, {missing[0]} first: expected weights "
+                "for every layer that its config.json names; fetch or save them anew"
+            )
+        return model
+
     def read(self, kind: Any, **settings: Any) -> Any:
         """What an auto class makes of it, running no code from there; raises TargetError, saying why."""
         try:
@@ -186,10 +201,10 @@ def _load_model(source: Source, place: torch.device, dtype: Any) -> Any:
         config._attn_implementation = "eager"
     auto = auto_class(config)
     if place.type == "cpu" and isinstance(dtype, torch.dtype):
-        model = source.read(auto, config=copy.deepcopy(config), dtype="auto")
+        model = source.model(auto, config=copy.deepcopy(config), dtype="auto")
         if _is_only_weights(model):
             return _converted(model, dtype)
-    return source.read(auto, config=config, dtype=dtype).to(place)
+    return source.model(auto, config=config, dtype=dtype).to(place)
 
 
 def _is_only_weights(model: Any) -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import mmap
+import os
 import sys
 from typing import Any
 
@@ -41,3 +42,15 @@ def trim_allocator() -> None:
     library = _c_library()
     if library is not None and hasattr(library, "malloc_trim"):
         library.malloc_trim(0)
+
+
+def free_bytes(place: torch.device) -> int:
+    """Memory that can still be allocated on a device."""
+    if place.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(place)
+        return int(free)
+    try:
+        with open("/proc/meminfo", encoding="ascii") as lines:  # what the kernel could free counts as free
+            return next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

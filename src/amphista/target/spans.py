@@ -28,7 +28,8 @@ class Span:
     @property
     def positions(self) -> list[int]:
         """Of its nodes."""
-        return [self.num_past + depth for depth in self.tree.depths]
+        past = self.num_past
+        return [past + depth for depth in self.tree.depths]
 
     @property
     def num_logits(self) -> int:

@@ -107,17 +107,20 @@ def _context(config: Any, ropes: list[dict[str, Any]]) -> tuple[int, str]:
     """Positions a configuration allows, and why no more.
 
     YaRN (arXiv 2309.00071) reaches `factor` times the original context, which some configurations give in place of the
-    whole. Longrope (arXiv 2402.13753) has other factors beyond the original context, for all tokens of a forward alike:
-    there a deep node of a tree would change the rotation of every other.
+    whole. Longrope (arXiv 2402.13753) and dynamic NTK have other factors beyond the original context, for all tokens of
+    a forward alike: there a deep node of a tree would change the rotation of every other.
     """
     limit = _first(config, "max_position_embeddings", "n_positions", "max_seq_len", default=1 << 30)
     for rope in ropes:
         original = rope.get("original_max_position_embeddings") or limit
         if rope.get("rope_type") == "yarn":
             limit = max(limit, int(original * (rope.get("factor") or 1)))
-        elif rope.get("rope_type") == "longrope":
+        elif rope.get("rope_type") in ("longrope", "dynamic"):
             original = min(limit, getattr(config, "original_max_position_embeddings", None) or original)
-            return original, f"longrope: beyond its original context of {original} all rotations change at once"
+            return (
+                original,
+                f"{rope['rope_type']}: beyond its original context of {original} all rotations change at once",
+            )
     return limit, ""
 
 

@@ -240,7 +240,8 @@ class Target:
         for source in (self._generation_config, self.config):
             ids = getattr(source, "eos_token_id", None)
             if ids is not None:
-                return frozenset([ids] if isinstance(ids, int) else ids)
+                ids = ids if isinstance(ids, list | tuple) else [int(ids)]
+                return frozenset(token for token in ids if token in range(self.spec.vocab_size))
         eos = None if self.text is None else self.text.eos_id
         return frozenset() if eos is None else frozenset([eos])
 

@@ -20,6 +20,7 @@ Message = Mapping[str, Any]
 REPLACEMENT = "\ufffd"  # what a decoder prints for bytes that are not yet a whole character
 MAX_OPEN = 16  # tokens that may wait for a character to end; none has more than 4 bytes
 CHARACTER_BYTES = 4
+NO_VARIABLES = {"conversation", "messages", "tokenize"}  # and what begins with `return_`: arguments, not of a template
 
 
 class Text:
@@ -32,6 +33,10 @@ class Text:
     def vocabulary(self) -> dict[str, int]:
         """Every token and its id."""
         return dict(self.tokenizer.get_vocab())
+
+    @cached_property
+    def _known_ids(self) -> frozenset[int]:
+        return frozenset(self.vocabulary.values())
 
     @cached_property
     def special_tokens(self) -> dict[str, int]:
@@ -66,13 +71,15 @@ class Text:
         return list(self.tokenizer(text)["input_ids"])
 
     def render(
-        self, messages: Sequence[Message], *, add_generation_prompt: bool = True, **template_kwargs: Any
+        self, messages: Sequence[Message], /, *, add_generation_prompt: bool = True, **template_kwargs: Any
     ) -> list[int]:
         """Token ids of a conversation in the target's own chat template; `template_kwargs` are its variables.
 
         What the messages hold is encoded as text, control tokens too. raises RequestError for messages that are none,
         for what the template refuses, and for control tokens where this transformers cannot take them as text.
         """
+        if taken := [name for name in template_kwargs if name in NO_VARIABLES or name.startswith("return_")]:
+            raise RequestError(f"{taken[0]!r} is no variable of a chat template: leave it out")
         settings: dict[str, Any] = {"add_generation_prompt": add_generation_prompt, **template_kwargs}
         plain = [plain_message(message) for message in messages]
         if self._takes_control_tokens_as_text():
@@ -118,9 +125,11 @@ class Text:
         return self.decode(token_ids, with_special=True)
 
     def decode(self, token_ids: Sequence[int], *, with_special: bool = False) -> str:
-        """Text of token ids, special tokens left out unless asked for."""
+        """Text of token ids, special tokens left out unless asked for; an id beyond the tokenizer's has none."""
         text: str = self.tokenizer.decode(
-            list(token_ids), skip_special_tokens=not with_special, clean_up_tokenization_spaces=False
+            [token for token in token_ids if token in self._known_ids],
+            skip_special_tokens=not with_special,
+            clean_up_tokenization_spaces=False,
         )
         return text
 

@@ -8,8 +8,8 @@ from torch import nn
 
 from amphista.drafter.amphista import AmphistaConfig
 from amphista.drafter.base import Calibration, DrafterConfig
-from amphista.drafter.ranked import Ranked
 from amphista.drafter.medusa import Medusa, MedusaConfig
+from amphista.drafter.ranked import Ranked
 from amphista.errors import ConfigError, DrafterError
 from amphista.target.spec import LogitTransform, SharedWeights
 from tests.tiny import shaken

@@ -1,8 +1,11 @@
 from __future__ import annotations
 
-from dataclasses import replace
+import json
+from dataclasses import asdict, replace
 
+import numpy as np
 import pytest
+import torch
 
 from amphista.engine.params import FinishReason, SamplingParams
 from amphista.errors import RequestError
@@ -38,7 +41,7 @@ def test_defaults_are_greedy():
 
 
 def test_finish_reasons_print_as_words():
-    assert [str(reason) for reason in FinishReason] == ["stop", "length", "loop", "abort"]
+    assert [str(reason) for reason in FinishReason] == ["stop", "length", "loop", "abort", "error"]
 
 
 @pytest.mark.parametrize("wrong", [{"temperature": "x"}, {"top_k": 1.5}, {"seed": True}, {"top_p": None}])
@@ -68,3 +71,27 @@ def test_a_seed_is_fresh_unless_one_is_given():
 def test_token_ids_the_target_does_not_have_are_refused(wrong):
     with pytest.raises(RequestError, match=f"{next(iter(wrong))} names token id 300"):
         SamplingParams(**wrong).check_ids(300)
+
+
+def test_numbers_of_numpy_and_torch_are_numbers():
+    given = SamplingParams(
+        temperature=np.float32(0.5),
+        top_k=torch.tensor(3),
+        max_tokens=np.int64(4),
+        seed=np.int64(7),
+        logprobs=np.int64(2),
+        stop_token_ids=np.array([5, 6]),
+        suppress_tokens=[np.int64(7)],
+        logit_bias={np.int64(3): np.float64(1.0)},
+    )
+    assert given == SamplingParams(
+        temperature=0.5,
+        top_k=3,
+        max_tokens=4,
+        seed=7,
+        logprobs=2,
+        stop_token_ids=(5, 6),
+        suppress_tokens=(7,),
+        logit_bias={3: 1.0},
+    )
+    assert json.dumps(asdict(given))

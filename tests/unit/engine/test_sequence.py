@@ -56,7 +56,7 @@ def sequence(*, max_new_tokens=10, max_positions=100, stop=(), penalty=1.0, prom
 def take(found, tokens):
     """As the engine does; returns how many were taken."""
     ending = found.ending(tokens)
-    take(found, tokens[: ending.num_taken], ending)
+    found.take(tokens[: ending.num_taken], ending)
     return ending.num_taken
 
 

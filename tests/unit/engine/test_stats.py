@@ -26,12 +26,13 @@ def test_plain_decoding_has_tau_1():
 def test_clock_adds_phases_up(monkeypatch):
     ticks = iter([10.0, 11.5, 20.0, 20.25])
     monkeypatch.setattr("amphista.engine.stats.time.perf_counter", lambda: next(ticks))
-    stats = DecodeStats()
-    clock = Clock(stats, torch.device("cpu"))
+    both = [DecodeStats(), DecodeStats()]
+    clock = Clock(both, torch.device("cpu"))
     for _ in range(2):
         with clock.phase("draft"):
             pass
-    assert stats.phase_seconds == {**dict.fromkeys(PHASES, 0.0), "draft": 1.75}
+    for stats in both:
+        assert stats.phase_seconds == {**dict.fromkeys(PHASES, 0.0), "draft": 1.75}
 
 
 def test_two_answers_share_no_counter():

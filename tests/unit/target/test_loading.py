@@ -3,8 +3,11 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
-from amphista.errors import TargetError
+from amphista.errors import DrafterError, TargetError
+from amphista.llm import load
 from amphista.target import DEFAULT_TARGET
 from amphista.target.loading import describe_target, hub_name, load_target
 from tests.tiny import byte_tokenizer, tiny_model
@@ -85,3 +88,51 @@ def test_what_cannot_be_read_is_named(tmp_path, damaged):
     part = {"tokenizer.json": "tokenizer", "model.safetensors": "model", "config.json": "config"}[damaged]
     with pytest.raises(TargetError, match=f"cannot load the {part} of target"):
         load_target(str(tmp_path))
+
+
+@pytest.mark.parametrize("changes", [{"num_hidden_layers": 3}, {"tie_word_embeddings": True}, {}])
+def test_tensors_that_the_files_lack_are_never_made_up(tmp_path, changes):
+    tiny_model("llama", tie_word_embeddings=False).save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | changes))
+    if "num_hidden_layers" not in changes:
+        weights = load_file(tmp_path / "model.safetensors")
+        del weights["lm_head.weight"]
+        save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+    if "tie_word_embeddings" in changes:
+        assert load_target(str(tmp_path)).path == "fast", "a tied head is not lacking"
+        return
+    with pytest.raises(TargetError, match=r"lack .* tensors, (model\.layers\.2|lm_head)"):
+        load_target(str(tmp_path))
+
+
+def test_end_tokens_that_the_model_does_not_have_are_none(tmp_path):
+    model = tiny_model("llama")
+    model.generation_config.eos_token_id = [257, 9999]
+    model.save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    llm = load(tmp_path, "none")
+    assert llm.target.eos_ids == {257}
+    assert len(llm.generate("hi", min_tokens=3, max_tokens=3).token_ids) == 3
+
+
+@pytest.mark.parametrize("device", ["mps", "xla", "nonsense"])
+def test_a_device_that_is_not_here_is_refused_by_a_sentence(device):
+    with pytest.raises(TargetError, match=f"device '{device}'"):
+        load_target(device=device)
+
+
+@pytest.mark.parametrize("name", ["~no-such-user/x", "~no-such-user/x.gguf", "x" * 5000, "", None, 5, b"x"])
+def test_what_is_no_target_or_drafter_is_refused_by_a_sentence(name):
+    with pytest.raises(TargetError, match=r"unknown target|is no name|no file"):
+        load(name, "none")
+    if name is not None:
+        with pytest.raises(DrafterError, match=r"unknown drafter|is no name"):
+            load(drafter=name)
+
+
+def test_a_type_may_be_torchs_own(tmp_path):
+    tiny_model("llama").save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    assert load(tmp_path, "none", dtype=torch.bfloat16).target.dtype is torch.bfloat16

@@ -83,6 +83,8 @@ def test_a_context_cut_short_says_why():
     factors = rope("longrope", short_factor=[1.0] * 4, long_factor=[2.0] * 4, original_max_position_embeddings=64)
     spec = spec_of(Phi3Config(**SIZES, rope_parameters=factors, original_max_position_embeddings=64))
     assert spec.max_positions == 64 and spec.context.startswith("64 (longrope: beyond its original context of 64")
+    dynamic = spec_of(LlamaConfig(**SIZES, rope_parameters=rope("dynamic", factor=4.0)))
+    assert dynamic.max_positions == 512 and dynamic.context.startswith("512 (dynamic: beyond its original context")
 
 
 # -- logits -----------------------------------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ from typing import ClassVar
 
 import pytest
 from tokenizers import Tokenizer, decoders, models
-from transformers import PreTrainedTokenizerFast
+from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
 from amphista.errors import RequestError, TargetError
 from amphista.target.text import REPLACEMENT, IncrementalText, Text
@@ -326,3 +326,11 @@ def test_a_copy_goes_its_own_way(text):
         other.push(token)
     assert other.stopped and not incremental.stopped
     assert "".join(incremental.push(token) for token in text.encode("b")) == "Xb"
+
+
+def test_ids_beyond_the_tokenizers_have_no_text():
+    text = Text(ByT5Tokenizer())  # decodes in Python, and fails at them
+    ids = text.encode("flame \U0001f525")
+    padded = [*ids[:3], 9999, *ids[3:], 1000]
+    _, pieces, rest = pushed(text, padded)
+    assert text.decode(padded) == "".join(pieces) + rest == text.decode(ids) == "flame \U0001f525"
