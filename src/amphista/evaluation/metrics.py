@@ -55,8 +55,9 @@ class Measures:
     """One method over a set of answers. None where there is nothing to count; shares lie between 0 and 1.
 
     acceptance_by_depth[d]: share of decode steps that accepted more than d draft tokens. identical: share of compared
-    answers with the same tokens as `none`'s, failed ones counted against it. speedup_hf: over stock `generate`, None without it. expected_tau: tau by the drafter's own
-    probabilities. mean_tree_nodes: rows per target forward, root included.
+    answers with the same tokens as `none`'s, failed ones counted against it. speedup_hf: over stock `generate`, None
+    without it. expected_tau: tau by the drafter's own probabilities. mean_tree_nodes: rows per target forward, root
+    included.
     """
 
     num_answers: int
