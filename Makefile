@@ -66,7 +66,7 @@ bench-gpu: $(READY)
 	@$(BIN)/amphista evaluate spec_bench $(if $(DATA),--data $(DATA)) --limit 12 --max-new-tokens 128 \
 	  --methods none,hf,medusa,amphista,$(GPU_TREES),medusa+lookup,amphista+lookup --dtype $(GPU_DTYPE) --out $(GPU_OUT)/evaluate $(ALSO_FAILED)
 	@for shape in $(GPU_SHAPES); do \
-	  $(BIN)/amphista dev latency --shape $$shape --nodes 1,2,4,8,16,32,64,128 --contexts 512,2048 \
+	  $(BIN)/python -m benchmarks.lab latency --shape $$shape --nodes 1,2,4,8,16,32,64,128 --contexts 512,2048 \
 	    --dtype $(GPU_DTYPE) --out $(GPU_OUT)/latency-$$shape; \
 	done
 

@@ -23,8 +23,8 @@ import torch
 from amphista.engine.timing import Cell, rounds
 from amphista.kernels.int8 import Int8Linear
 from amphista.kernels.linear import PackedLinear, Product
-from amphista.target.shapes import free_bytes
 from amphista.target.target import Target
+from benchmarks.lab.shapes import free_bytes
 
 READ_BYTES = {"cpu": 256 << 20, "cuda": 2 << 30}  # far beyond any cache; on a GPU also far above a launch
 MATRIX_SIZE = {"cpu": 2048, "cuda": 8192}

@@ -54,15 +54,6 @@ def apply_overrides(values: dict[str, Any], overrides: Sequence[str]) -> dict[st
     return merged
 
 
-def merged(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """`changes` on top of `base`, section by section."""
-    result = dict(base)
-    for key, value in changes.items():
-        below = result.get(key)
-        result[key] = merged(below, value) if isinstance(below, Mapping) and isinstance(value, Mapping) else value
-    return result
-
-
 def build(kind: type[T], values: Mapping[str, Any], where: str = "") -> T:
     """A frozen dataclass from nested mappings; raises ConfigError on unknown keys and wrong types."""
     fields = {field.name: field for field in dataclasses.fields(kind)}

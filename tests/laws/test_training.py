@@ -15,7 +15,6 @@ from amphista.drafter.amphista import Amphista, AmphistaConfig
 from amphista.drafter.card import CardConfig, read_front_matter
 from amphista.drafter.checkpoint import load_drafter
 from amphista.drafter.medusa import Medusa, MedusaConfig
-from amphista.drafter.publish import publishable_files
 from amphista.engine.decoder import decode
 from amphista.engine.params import SamplingParams
 from amphista.engine.step import Engine
@@ -26,6 +25,7 @@ from amphista.train.dataset import HiddenStates, collate, frequent_tokens
 from amphista.train.head_loss import HeadLoss
 from amphista.train.losses import LossConfig
 from amphista.train.prompts import TokenRow, mark_answers
+from amphista.train.run_folder import scalars
 from amphista.train.trainer import Trainer
 from amphista.train.validation import validate
 from amphista.tree.grow import parse_tree
@@ -344,10 +344,25 @@ def test_a_step_s_gradient_is_that_of_its_loss(target, data_file, tmp_path):
 
 def test_a_run_may_go_on_in_other_parts(target, data_file, tmp_path):
     """Parts are a matter of memory: whoever ran out of it at step 8 goes on with smaller ones."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
     Trainer(target, config_for(data_file), tmp_path, lambda line: None).run(stop_after=8)
     steps = OptimizerConfig(learning_rate=3e-3, batch_size=4, epochs=3, warmup_steps=2, accumulate=2)
     Trainer(target, config_for(data_file, optimizer=steps, tensorboard=True), tmp_path, lambda line: None).run()
-    assert list((tmp_path / "tensorboard").glob("events.*"))
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    logged = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    wanted = {
+        record["step"]: record["loss"] for record in logged if "loss" in record and record["step"] > 5
+    }  # the saved state's
+    assert {event.step: event.value for event in events.Scalars("loss")} == pytest.approx(wanted)
+    assert {"validation/tau/4", "head_loss/1", "learning_rate"} <= set(events.Tags()["scalars"])
+
+
+def test_records_become_named_numbers():
+    record = {"step": 3, "loss": 1.5, "validation": {"tau": {4: 1.25}, "top": [[0.5], [0.25]]}, "note": "text"}
+    found = {"step": 3.0, "loss": 1.5, "validation/tau/4": 1.25, "validation/top/1/1": 0.5, "validation/top/2/1": 0.25}
+    assert dict(scalars(record)) == found
 
 
 # -- what a row can do to a run ---------------------------------------------------------------------------------------
@@ -515,7 +530,7 @@ def test_a_card_may_be_worded_anew_in_mid_run(target, data_file, tmp_path):
     Trainer(target, config_for(data_file), tmp_path / "run", lambda line: None).run(stop_after=5)
     card = CardConfig(license="mit", base_model="owner/target", datasets=("owner/answers",))
     folder = Trainer(target, config_for(data_file, card=card), tmp_path / "run", lambda line: None).run()
-    assert [file.name for file in publishable_files(folder)] == ["config.json", "model.safetensors", "README.md"]
+    assert {file.name for file in folder.iterdir()} == {"config.json", "model.safetensors", "README.md"}
     front_matter = read_front_matter(folder / "README.md")
     assert (front_matter["base_model"], front_matter["license"]) == ("owner/target", "mit")
     assert front_matter["datasets"] == ["owner/answers"] and front_matter["training_data"]["files"] == [data_file.name]

@@ -289,7 +289,7 @@ def test_version_and_short_help():
     front = amphista("-h").stdout
     assert all(f" {name} " in front for name in ("generate", "chat", "train", "distill", "evaluate", "convert", "info"))
     assert " ablate " not in front
-    assert all(f" {name} " in amphista("dev", "-h").stdout for name in ("ablate", "calibrate", "latency", "tune"))
+    assert all(f" {name} " in amphista("dev", "-h").stdout for name in ("calibrate", "latency", "tune"))
     assert "--model-defaults" in amphista("generate", "-h").stdout
     assert amphista("tune").returncode == 2
 

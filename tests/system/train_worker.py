@@ -25,8 +25,8 @@ from amphista.train.trainer import Trainer
 make_accelerator = setup.make_accelerator
 
 
-def sharding_accelerator(device, config):
-    made = make_accelerator(device, config)
+def sharding_accelerator(device, config, out):
+    made = make_accelerator(device, config, out)
     plugin = FullyShardedDataParallelPlugin(
         fsdp_version=2,
         auto_wrap_policy="transformer_based_wrap",

@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 import pytest
 
-from amphista.config import apply_overrides, as_dict, build, read_recipe
+from amphista.config import apply_overrides, build, read_recipe
 from amphista.errors import ConfigError
 
 
@@ -43,7 +43,7 @@ def test_values_arrive_with_their_types():
 
 def test_what_ran_can_be_written_and_read_back():
     built = build(Outer, {"inner": {"rate": 0.1}, "anything": {"deep": 1}})
-    assert build(Outer, as_dict(built)) == built
+    assert build(Outer, dataclasses.asdict(built)) == built
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,6 @@ from typing import Annotated, Any
 
 import typer
 
-from amphista.cli.ablate import ablate
 from amphista.cli.calibrate import calibrate
 from amphista.cli.chat import chat
 from amphista.cli.convert import convert
@@ -20,8 +19,6 @@ from amphista.cli.evaluate import evaluate
 from amphista.cli.generate import generate
 from amphista.cli.info import info
 from amphista.cli.latency import latency
-from amphista.cli.push import push
-from amphista.cli.report import report
 from amphista.cli.standard import prepare, told
 from amphista.cli.train import train
 from amphista.cli.tune import tune
@@ -43,7 +40,7 @@ app = typer.Typer(
 dev = typer.Typer(help="For those who make drafters and measure them.", **SETTINGS)
 for command in (generate, chat, train, distill, evaluate, convert, info):
     app.command()(command)
-for command in (ablate, calibrate, latency, push, report, tune):
+for command in (calibrate, latency, tune):
     dev.command()(command)
 app.add_typer(dev, name="dev")
 

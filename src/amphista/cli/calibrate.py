@@ -1,6 +1,6 @@
 """amphista dev calibrate: measure a drafter on held-out answers and store what its trees need.
 
-amphista dev calibrate runs/amphista/best --data answers.jsonl.gz --out drafters/amphista --decode 20
+amphista dev calibrate runs/amphista/best --data answers.jsonl.gz --out drafters/amphista
 """
 
 from __future__ import annotations
@@ -26,8 +26,7 @@ def calibrate(
         typer.Option("--all-rows", help="Data the drafter was trained on: use all of it, not only what was held out."),
     ] = False,
     draft_vocab: Annotated[int | None, typer.Option(help="Score only that many of the data's tokens.")] = None,
-    nodes: Annotated[int, typer.Option(help="Tree size for the static tree shown and for --decode.")] = 16,
-    decode: Annotated[int, typer.Option(help="Decode that many greedy and sampled prompts to check tau.")] = 0,
+    nodes: Annotated[int, typer.Option(help="Size of the static tree that is shown.")] = 16,
     target: options.Target = DEFAULT_TARGET,
     device: options.Device = None,
     dtype: options.Dtype = None,
@@ -39,7 +38,7 @@ def calibrate(
     from amphista.target.loading import load_target
     from amphista.train.recalibrate import CalibrateConfig, recalibrate
 
-    config = CalibrateConfig(all_rows=all_rows, draft_vocab=draft_vocab, nodes=nodes, decode=decode)
+    config = CalibrateConfig(all_rows=all_rows, draft_vocab=draft_vocab, nodes=nodes)
     check_out(out)
     record = recalibrate(load_target(target, device=device, dtype=dtype, fast=fast), drafter, data, out, config)
     print("\n".join(_lines(record)), file=sys.stderr if json_lines else sys.stdout)
@@ -57,8 +56,3 @@ def _lines(record: dict[str, Any]) -> Iterator[str]:
         yield f"{name}: tau by nodes " + " ".join(f"{size}:{tau:.2f}" for size, tau in part["tau"].items())
     tree = record["static_tree"]
     yield f"--tree static:{tree['nodes']}: expected tau {tree['expected_tau']:.2f}"
-    for name, part in record["decoded"].items():
-        yield (
-            f"{name}: simulated tau {part['simulated']:.3f}, decoded {part['decoded']:.3f} ({part['difference']:+.1%}; "
-            f"{part['answers']} answers, {part['tokens']} tokens)" + (f": {part['why']}" if "why" in part else "")
-        )

@@ -45,7 +45,6 @@ def evaluate(
     ] = None,
     limit: Annotated[int | None, typer.Option(help="That many questions, spread evenly over the set.")] = None,
     repeats: Annotated[int, typer.Option(help="Answer everything R times, each time with other seeds.")] = 1,
-    protocol: Annotated[str, typer.Option(help="own, or spec-bench, which warms up as it does.")] = "own",
     target: options.Target = DEFAULT_TARGET,
     allow_other_target: options.AllowOtherTarget = False,
     device: options.Device = None,
@@ -69,7 +68,6 @@ def evaluate(
         params=replace(choice.params(), seed=choice.seed or 0),
         settings=Settings(tree=tree, allow_other_target=allow_other_target),
         repeats=repeats,
-        protocol=protocol,
         system=system,
     )
     _run(config, load_questions(questions, data, limit), (target, device, dtype, fast), out, json_lines)

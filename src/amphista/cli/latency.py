@@ -1,7 +1,6 @@
-"""amphista dev latency: how long a forward takes over tree size, batch and context, and how long drafting takes.
+"""amphista dev latency: how long a forward takes over tree size and context, and how long drafting takes.
 
 amphista dev latency --out runs/latency
-amphista dev latency --shape llama-13b --layers 2 --out runs/latency-13b
 """
 
 from __future__ import annotations
@@ -16,32 +15,15 @@ import typer
 from amphista.cli import options
 from amphista.target import DEFAULT_TARGET
 
-Drafters = Annotated[
-    str,
-    typer.Option(
-        metavar="NAME[=DRAFTER],...",
-        help="Drafters to time: amphista, medusa (random weights where none is shipped), name=PATH, or none.",
-    ),
-]
-
 
 def latency(
     out: Annotated[Path, typer.Option(help="Folder for latency.json and latency.md.")],
     nodes: Annotated[str, typer.Option(help="Tree sizes, root included.")] = "1,2,4,8,16,32,64",
     contexts: Annotated[str, typer.Option(help="Rows in the cache before the forward.")] = "256",
-    batches: Annotated[str, typer.Option(help="Sequences per forward; drafting is timed for one.")] = "1",
     rounds: Annotated[int, typer.Option(help="Timed repetitions, after one that is not timed.")] = 7,
-    drafters: Drafters = "amphista,medusa",
-    draft_vocab: Annotated[
-        int | None, typer.Option(help="Tokens that drafters with random weights score. Default: all.")
-    ] = None,
-    shape: Annotated[
-        str | None,
-        typer.Option(help="llama-7b, llama-13b, llama-33b or llama-70b with random weights, instead of --target."),
-    ] = None,
-    layers: Annotated[
-        int | None, typer.Option(help="With --shape: measure that many layers and scale their cost up.")
-    ] = None,
+    drafters: Annotated[
+        str, typer.Option(metavar="NAME[=DRAFTER],...", help="Drafters to time: shipped names, name=PATH, or none.")
+    ] = "amphista,medusa",
     target: options.Target = DEFAULT_TARGET,
     allow_other_target: options.AllowOtherTarget = False,
     device: options.Device = None,
@@ -51,27 +33,13 @@ def latency(
 ) -> None:
     """Measure what a forward and a draft cost here, and from which tau on drafting pays."""
     from amphista.cli.progress import StepProgress
-    from amphista.errors import ConfigError
     from amphista.evaluation.latency import JSON, LatencyConfig, latency_tables, measure_latency, write_latency
     from amphista.evaluation.methods import timed_drafters
     from amphista.target.loading import load_target
-    from amphista.target.shapes import random_target, shape_named
 
-    if layers is not None and shape is None:
-        raise ConfigError("--layers goes with --shape: a loaded target is measured whole")
-    config = LatencyConfig(
-        nodes=_numbers("--nodes", nodes),
-        contexts=_numbers("--contexts", contexts),
-        batches=_numbers("--batches", batches),
-        rounds=rounds,
-        num_layers=None if shape is None else shape_named(shape).num_layers,
-    )
-    if shape is None:
-        loaded = load_target(target, device=device, dtype=dtype, fast=fast)
-    else:
-        rows = (max(config.batches) + 1) * (max(config.contexts) + max(config.nodes))
-        loaded = random_target(shape, num_layers=layers, cache_rows=rows, device=device, dtype=dtype, fast=fast)
-    timed = timed_drafters(drafters, loaded, draft_vocab=draft_vocab, allow_other_target=allow_other_target)
+    config = LatencyConfig(nodes=_numbers("--nodes", nodes), contexts=_numbers("--contexts", contexts), rounds=rounds)
+    loaded = load_target(target, device=device, dtype=dtype, fast=fast)
+    timed = timed_drafters(drafters, loaded, allow_other_target=allow_other_target)
     with StepProgress() as progress:
         record = measure_latency(loaded, config, timed, progress.step)
     write_latency(out, record)

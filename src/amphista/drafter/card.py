@@ -1,7 +1,7 @@
 """The model card of a drafter: what it is, what it saw, what was measured, under the front matter that the hub reads.
 
 Front matter: base_model, license, library_name, pipeline_tag, tags, datasets (hub ids only), model-index with one tau
-per tree size; and, for people and `amphista dev push`, `training_data` with files and counts. Fields as in the hub's
+per tree size; and, for people, `training_data` with files and counts. Fields as in the hub's
 model card specification (huggingface.co/docs/hub/model-cards); they are written and read by the hub's own client.
 """
 

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
-from amphista.config import as_dict, build
+from amphista.config import build
 from amphista.drafter.amphista import Amphista, AmphistaConfig
 from amphista.drafter.base import Calibration, Drafter, DrafterConfig
 from amphista.drafter.foreign import what_it_is
@@ -227,7 +227,7 @@ def save_drafter(
     values = {
         "format": FORMAT,
         "drafter": drafter.name,
-        "config": as_dict(drafter.config),
+        "config": asdict(drafter.config),
         "target": asdict(fingerprint),
         "calibration": None if drafter.calibration is None else asdict(drafter.calibration),
         "training": training,

@@ -1,13 +1,12 @@
-"""How long a target's forward takes over nodes, batch and context, how long drafting takes, and what follows from both.
+"""How long a target's forward takes over nodes and context, how long drafting takes, and what follows from both.
 
     speedup ~ tau / ((T_verify(n) + T_draft(n) + T_feed) / T_verify(1))
 
 T_verify(n): one forward over a tree of n nodes behind `context` committed rows, masks and positions included, the way
 decoding does it. T_draft(n): the drafter's heads and the tree grown from them. T_feed: giving the drafter the rows of
-two committed tokens. Not in it: accepting, committing, text. The tau at which drafting starts to pay needs no drafter
-that was ever trained, so sizes nobody holds the weights of can be judged; whatever rests on it is called projected.
+two committed tokens. Not in it: accepting, committing, text. Whatever rests on the formula is called projected.
 
-All cells of one context and batch are measured in turn, round after round (`engine/timing.py`).
+All cells of one context are measured in turn, round after round (`engine/timing.py`).
 """
 
 from __future__ import annotations
@@ -22,7 +21,6 @@ from typing import Any
 import torch
 
 from amphista import provenance
-from amphista.cache.static import KVCache
 from amphista.drafter.base import Drafter
 from amphista.drafter.captured import captured
 from amphista.drafter.heads import ParallelHeads
@@ -30,15 +28,13 @@ from amphista.engine.timing import Cell, rounds
 from amphista.errors import ConfigError
 from amphista.evaluation.cells import pivot
 from amphista.files import write_file, write_json
-from amphista.target.attention import Layout
-from amphista.target.shapes import free_bytes, without_layers
 from amphista.target.target import Target
 from amphista.tree.build import build_template
 from amphista.tree.candidates import Candidates
 from amphista.tree.grow import DynamicGrower
 from amphista.tree.token_tree import TokenTree
 
-FORMAT = 3
+FORMAT = 4
 JSON, MARKDOWN = "latency.json", "latency.md"
 TREE_DEPTH = 5  # heads of the shipped drafters: a tree of many nodes is wide, not deep
 FED_ROWS = (1, 2, 4)
@@ -51,20 +47,17 @@ Keyed = tuple[Measures, Cell]  # what is timed, and its times
 
 @dataclass(frozen=True, kw_only=True)
 class LatencyConfig:
-    """What is timed: every combination of `nodes` (root included), `contexts` (rows) and `batches` (sequences).
+    """What is timed for one sequence: every combination of `nodes` (root included) and `contexts` (rows).
 
-    rounds: timed repetitions of each, after one that is not timed. num_layers: the layers the numbers shall stand for;
-    where the target holds fewer, the cost of its layers is scaled up to them.
+    rounds: timed repetitions of each, after one that is not timed.
     """
 
     nodes: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64)
     contexts: tuple[int, ...] = (256,)
-    batches: tuple[int, ...] = (1,)
     rounds: int = 7
-    num_layers: int | None = None
 
     def __post_init__(self) -> None:
-        for option, values in (("nodes", self.nodes), ("contexts", self.contexts), ("batches", self.batches)):
+        for option, values in (("nodes", self.nodes), ("contexts", self.contexts)):
             if not values or min(values) < 1 or len(set(values)) != len(values):
                 raise ConfigError(f"--{option} is {values}: expected distinct whole numbers of at least 1")
         if 1 not in self.nodes:
@@ -79,82 +72,83 @@ def measure_latency(
     drafters: Mapping[str, ParallelHeads] | None = None,
     report: Report | None = None,
 ) -> Measures:
-    """Time everything; one JSON-able record with the environment. Drafters are timed for a single sequence."""
+    """Time everything; one JSON-able record with the environment. raises ConfigError for a context that is too long."""
     drafters = drafters or {}
-    _check_context(target, config)
-    _check_memory(target, config)
-    pairs = [(batch, context) for batch in config.batches for context in config.contexts]
-    verify: list[Measures] = []
-    draft: list[Measures] = []
-    for place, (batch, context) in enumerate(pairs):
-        keyed = _cells(target, config, drafters, batch, context)
+    longest = max(config.contexts)
+    if longest + TREE_DEPTH >= target.spec.max_positions:
+        raise ConfigError(
+            f"--contexts holds {longest}: with a tree behind it that is beyond the "
+            f"{target.spec.max_positions} positions of {target.name}"
+        )
+    rows: list[Measures] = []
+    total = len(config.contexts) * config.rounds
+    for place, context in enumerate(config.contexts):
+        keyed = _cells(target, config, drafters, context)
         cells = [cell for _, cell in keyed]
         for cell in cells:
             cell.time(target.device)  # the first time is not like the others
         for done in rounds(cells, target.device):
             if report is not None:
-                total = config.rounds
-                report(place * total + done, len(pairs) * total, f"batch {batch}, context {context}")
+                report(place * config.rounds + done, total, f"context {context}")
             if done == config.rounds:
                 break
-        timed = _merged(keyed, _scale(target, config))
-        verify += [row for row in timed if row["what"] == "verify"]
-        draft += [row for row in timed if row["what"] in ("draft", "feed")]
-    _add_ratios(verify)
+        rows += [_row(key, cell.seconds) for key, cell in keyed]
+    verify = [row for row in rows if row["what"] == "verify"]
+    draft = [row for row in rows if row["what"] != "verify"]
     return {
         "format": FORMAT,
         **_described(target, config, drafters),
         "verify": verify,
         "draft": draft,
-        "projection": project(verify, draft),
+        **derived(verify, draft),
         **provenance.record(),
     }
 
 
-def project(verify: Sequence[Measures], draft: Sequence[Measures]) -> list[Measures]:
-    """The tau at which drafting breaks even, for each drafter, context and tree size at batch 1."""
-    forwards = {(row["context"], row["nodes"]): row["ms"] for row in verify if row["batch"] == 1}
-    rows = []
+def _row(key: Measures, seconds: Sequence[float]) -> Measures:
+    return {
+        **key,
+        "ms": 1000 * statistics.median(seconds),
+        "ms_min": 1000 * min(seconds),
+        "ms_max": 1000 * max(seconds),
+    }
+
+
+def derived(verify: Sequence[Measures], draft: Sequence[Measures]) -> Measures:
+    """Give each forward its `ratio` to one of a single row; `projection`: the tau at which each draft breaks even."""
+    forwards = {(row["context"], row["nodes"]): row["ms"] for row in verify}
+    for row in verify:
+        row["ratio"] = row["ms"] / forwards[row["context"], 1]
+    feeds = {(r["drafter"], r["context"]): r["ms"] for r in draft if r["what"] == "feed" and r["rows"] == TYPICAL_FEED}
+    projection = []
     for drafted in (row for row in draft if row["what"] == "draft"):
-        context, nodes, name = drafted["context"], drafted["nodes"], drafted["drafter"]
-        feed = next(
-            row["ms"]
-            for row in draft
-            if (row["what"], row["drafter"], row["context"]) == ("feed", name, context) and row["rows"] == TYPICAL_FEED
-        )
-        cost = (forwards[context, nodes] + drafted["ms"] + feed) / forwards[context, 1]
-        rows.append({"drafter": name, "context": context, "nodes": nodes, "break_even_tau": cost})
-    return rows
+        name, context, nodes = drafted["drafter"], drafted["context"], drafted["nodes"]
+        cost = forwards[context, nodes] + drafted["ms"] + feeds[name, context]
+        tau = cost / forwards[context, 1]
+        projection.append({"drafter": name, "context": context, "nodes": nodes, "break_even_tau": tau})
+    return {"projection": projection}
 
 
 # -- what is timed ----------------------------------------------------------------------------------------------------
 
 
-def _cells(
-    target: Target, config: LatencyConfig, drafters: Mapping[str, ParallelHeads], batch: int, context: int
-) -> list[Keyed]:
+def _cells(target: Target, config: LatencyConfig, drafters: Mapping[str, ParallelHeads], context: int) -> list[Keyed]:
     generator = torch.Generator().manual_seed(SEED)
     ids = torch.randint(target.spec.vocab_size, (context,), generator=generator).tolist()
     cache = target.new_cache()
     output = target.prefill(ids, cache)
-    if batch > 1:
-        cache = _repeated(cache, batch)
     cells: list[Keyed] = []
-
-    def trim() -> None:
-        cache.trim(context)
-
     for nodes in config.nodes:
         tree = typical_tree(target.spec.vocab_size, nodes)
-        key = {"batch": batch, "context": context, "nodes": nodes}
-        cells.append(({"what": "verify", **key}, Cell(_forward(target, tree, cache, batch), trim)))
-        if _scale(target, config) != 1:
-            rest = _forward_without_layers(target, tree, cache, batch, context)
-            cells.append(({"what": "rest", **key}, Cell(rest, trim)))
-    if batch == 1:
-        for name, drafter in drafters.items():
-            around = [captured(drafter, is_static=target.is_static) for _ in range(2)]
-            cells += _drafter_cells(name, around, output.hidden, ids, config.nodes)
+
+        def verify(tree: TokenTree = tree) -> object:
+            return target.verify(tree, cache)
+
+        key = {"what": "verify", "context": context, "nodes": nodes}
+        cells.append((key, Cell(verify, lambda: cache.trim(context))))
+    for name, drafter in drafters.items():
+        around = [captured(drafter, is_static=target.is_static) for _ in range(2)]
+        cells += _drafter_cells(name, around, output.hidden, ids, config.nodes)
     return cells
 
 
@@ -169,34 +163,6 @@ def typical_tree(vocab_size: int, num_nodes: int) -> TokenTree:
     tokens = [list(range(num_nodes)) for _ in range(TREE_DEPTH)]
     log_probs = [[0.0] * num_nodes] * TREE_DEPTH
     return build_template(accuracy, num_nodes).fill(0, Candidates(tokens, log_probs), TREE_DEPTH)
-
-
-def _forward(target: Target, tree: TokenTree, cache: KVCache, batch: int) -> Callable[[], Any]:
-    if batch == 1:
-        return lambda: target.verify(tree, cache)
-    return lambda: _run(target, tree, cache, batch, cache.num_committed)
-
-
-def _run(target: Target, tree: TokenTree, cache: KVCache, batch: int, past: int) -> Any:
-    """One tree and one context in every sequence."""
-    positions = torch.tensor(tree.depths, device=target.device) + past
-    layout = Layout.behind(past, tree.ancestor_mask().to(target.device), positions)
-    ids = torch.tensor([tree.tokens], device=target.device).expand(batch, -1)
-    return target.run(ids, layout, cache).logits
-
-
-def _forward_without_layers(
-    target: Target, tree: TokenTree, cache: KVCache, batch: int, context: int
-) -> Callable[[], Any]:
-    empty = KVCache(0)
-
-    def run() -> Any:
-        with without_layers(target):
-            if batch == 1 and target.is_static:  # the same way as the forward it is taken from
-                return target.verify(tree, cache)
-            return _run(target, tree, empty, batch, context)
-
-    return run
 
 
 def _drafter_cells(
@@ -226,93 +192,8 @@ def _drafter_cells(
         def feed(chunk: torch.Tensor = chunk, rows: int = rows) -> None:
             feeder.commit(fed, chunk, next_ids[-1:].expand(rows))
 
-        def undo() -> None:
-            feeder.trim(fed, context)
-
-        cells.append(({"what": "feed", **key, "rows": rows}, Cell(feed, undo)))
+        cells.append(({"what": "feed", **key, "rows": rows}, Cell(feed, lambda: feeder.trim(fed, context))))
     return cells
-
-
-def _repeated(cache: KVCache, batch: int) -> KVCache:
-    """The rows of one sequence, for `batch` sequences that hold the same."""
-    repeated = KVCache(len(cache.layers))
-    repeated.num_committed = cache.num_committed
-    for ours, theirs in zip(repeated.layers, cache.layers, strict=True):
-        assert theirs.keys is not None and theirs.values is not None
-        ours.keys = theirs.keys.expand(batch, -1, -1, -1).clone()
-        ours.values = theirs.values.expand(batch, -1, -1, -1).clone()
-        ours.num_rows = theirs.num_rows
-    return repeated
-
-
-# -- from seconds to rows ---------------------------------------------------------------------------------------------
-
-
-def _merged(cells: Sequence[Keyed], scale: float) -> list[Measures]:
-    """Milliseconds per cell; where layers are scaled, round by round with the forward that had none."""
-    rest = {_place(key): cell.seconds for key, cell in cells if key["what"] == "rest"}
-    rows = []
-    for key, cell in cells:
-        if key["what"] == "rest":
-            continue
-        row = dict(key)
-        seconds = cell.seconds
-        if key["what"] == "verify" and scale != 1:
-            without = rest[_place(key)]
-            row |= {"measured_ms": _milliseconds(seconds), "without_layers_ms": _milliseconds(without)}
-            seconds = [base + scale * (whole - base) for whole, base in zip(seconds, without, strict=True)]
-        row |= {"ms": _milliseconds(seconds), "ms_min": 1000 * min(seconds), "ms_max": 1000 * max(seconds)}
-        rows.append(row)
-    return rows
-
-
-def _place(key: dict[str, Any]) -> tuple[int, int, int]:
-    return key["batch"], key["context"], key["nodes"]
-
-
-def _milliseconds(seconds: Sequence[float]) -> float:
-    return 1000 * statistics.median(seconds)
-
-
-def _add_ratios(verify: list[Measures]) -> None:
-    """Cost of n nodes in forwards of one, at the same batch and context."""
-    single = {(row["batch"], row["context"]): row["ms"] for row in verify if row["nodes"] == 1}
-    for row in verify:
-        row["ratio"] = row["ms"] / single[row["batch"], row["context"]]
-
-
-# -- checks and words -------------------------------------------------------------------------------------------------
-
-
-def _scale(target: Target, config: LatencyConfig) -> float:
-    return 1 if config.num_layers is None else config.num_layers / target.spec.num_layers
-
-
-def _check_context(target: Target, config: LatencyConfig) -> None:
-    longest = max(config.contexts) + TREE_DEPTH
-    if longest >= target.spec.max_positions:
-        raise ConfigError(
-            f"--contexts holds {max(config.contexts)}: with a tree behind it that is beyond the "
-            f"{target.spec.max_positions} positions of {target.name}"
-        )
-    if config.num_layers is not None and config.num_layers < target.spec.num_layers:
-        raise ConfigError(
-            f"{config.num_layers} layers were asked for, but {target.name} holds {target.spec.num_layers}"
-        )
-
-
-def _check_memory(target: Target, config: LatencyConfig) -> None:
-    """Raise ConfigError where the caches and logits of the largest cell do not fit."""
-    spec, size = target.spec, target.dtype.itemsize
-    row = 2 * spec.num_layers * spec.num_key_value_heads * spec.head_size * size
-    nodes = max(config.nodes)
-    per_sequence = (max(config.contexts) + nodes) * row + nodes * spec.vocab_size * size
-    needed, free = (max(config.batches) + 1) * per_sequence, free_bytes(target.device)
-    if needed > free:
-        raise ConfigError(
-            f"{max(config.batches)} sequences of {max(config.contexts)} rows with {nodes} nodes need "
-            f"{needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free on {target.device}: give smaller --batches"
-        )
 
 
 def _described(target: Target, config: LatencyConfig, drafters: Mapping[str, ParallelHeads]) -> Measures:
@@ -321,8 +202,6 @@ def _described(target: Target, config: LatencyConfig, drafters: Mapping[str, Par
         "path": target.path,
         "dtype": target.type_name,
         "device": str(target.device),
-        "num_layers": config.num_layers or target.spec.num_layers,
-        "measured_layers": target.spec.num_layers,
         "settings": json.loads(json.dumps(asdict(config))),  # lists, as it will be read back
         "drafters": {
             name: {"parameters": drafter.num_weights, "heads": drafter.num_heads, "draft_vocab": drafter.draft_vocab}
@@ -359,17 +238,10 @@ def latency_markdown(record: Measures) -> str:
 
 def latency_tables(record: Measures) -> str:
     """Forwards, drafting, and from which tau on it pays."""
-    parts = ["## One forward, ms"]
-    if record["num_layers"] != record["measured_layers"]:
-        parts.append(
-            f"Scaled: {record['measured_layers']} distinct layers and the LM head were measured; the cost of the "
-            f"layers is multiplied up to {record['num_layers']}. {JSON} holds the measured times too."
-        )
-    parts.append(
-        pivot(record["verify"], ("batch", "context"), _nodes, lambda row: f"{row['ms']:.1f} ({row['ratio']:.2f}x)")
-    )
+    forwards = pivot(record["verify"], ("context",), _nodes, lambda row: f"{row['ms']:.1f} ({row['ratio']:.2f}x)")
+    parts = ["## One forward, ms", forwards]
     if record["draft"]:
-        parts.append("## Drafting, one sequence, ms")
+        parts.append("## Drafting, ms")
         parts += [
             f"{name}: {about['parameters'] / 1e6:.1f} M weights, scores {about['draft_vocab']} tokens."
             for name, about in record["drafters"].items()

@@ -15,10 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-import torch
-
 from amphista.drafter.base import Drafter
-from amphista.drafter.checkpoint import DRAFTERS, load_drafter, make_drafter, shipped_for
+from amphista.drafter.checkpoint import DRAFTERS, load_drafter, shipped_for
 from amphista.drafter.heads import ParallelHeads
 from amphista.drafter.none import NoDrafter
 from amphista.engine.costs import costs_for
@@ -26,7 +24,6 @@ from amphista.engine.params import SamplingParams
 from amphista.errors import AmphistaError, ConfigError
 from amphista.evaluation.stock import StockGenerate, assisted, plain, prompt_lookup
 from amphista.llm import LLM
-from amphista.target.shapes import free_bytes
 from amphista.target.target import Target
 from amphista.tree.grow import DEFAULT_TREE, AutoGrower, check_tree
 
@@ -145,7 +142,6 @@ class Ours:
             "tree_nodes": stats.tree_nodes,
             "drafted": [int(asked) for asked in stats.drafted],
             "step_seconds": stats.step_seconds,
-            "num_dropped": stats.num_dropped,
             "seconds": stats.seconds,
             "prefill_seconds": stats.prefill_seconds,
             "phase_seconds": stats.phase_seconds,
@@ -217,12 +213,10 @@ METHODS: dict[str, Callable[[MethodSpec, Target, Settings], Method]] = {
 }
 
 
-def timed_drafters(
-    text: str, target: Target, *, draft_vocab: int | None = None, allow_other_target: bool = False
-) -> dict[str, ParallelHeads]:
-    """`NAME[=DRAFTER],...` -> drafters by name, for timing; a kind not shipped for the target gets random weights.
+def timed_drafters(text: str, target: Target, *, allow_other_target: bool = False) -> dict[str, ParallelHeads]:
+    """`NAME[=DRAFTER],...` -> drafters by name, for timing; a kind not shipped for the target is left out, and told.
 
-    draft_vocab: what drafters with random weights score, default all tokens. `none` or nothing: no drafter.
+    `none` or nothing: no drafter. A drafter without heads has nothing to time.
     """
     drafters: dict[str, ParallelHeads] = {}
     for part in filter(None, (part.strip() for part in text.split(","))):
@@ -232,7 +226,7 @@ def timed_drafters(
         if part == NONE:
             continue
         if not place and name in DRAFTERS and shipped_for(name, target.fingerprint) is None:
-            drafters[name] = _random_drafter(name, target, draft_vocab)
+            logger.info(f"no {name} drafter is shipped for {target.name}: none is timed")
             continue
         drafter = load_drafter(
             place or name, target.spec, target.shared, target.fingerprint, allow_other_target=allow_other_target
@@ -240,21 +234,3 @@ def timed_drafters(
         if isinstance(drafter, ParallelHeads):
             drafters[name] = drafter
     return {name: drafter.freeze(as_trained=target.is_static) for name, drafter in drafters.items()}
-
-
-def _random_drafter(kind: str, target: Target, draft_vocab: int | None) -> ParallelHeads:
-    """Told and checked for room first: for large targets it is a model of its own."""
-    config = DRAFTERS[kind][0](draft_vocab=draft_vocab)
-    with torch.device("meta"):
-        sketch = make_drafter(kind, config, target.spec, target.shared)
-    weights = sum(parameter.numel() for parameter in sketch.parameters())
-    needed, free = weights * torch.float32.itemsize, free_bytes(target.device)  # made in float32, then converted
-    told = f"no {kind} drafter is shipped for {target.name}: one with {weights / 1e6:.0f} M random weights"
-    if needed > free:
-        raise ConfigError(
-            f"{told} needs {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free: leave it out of --drafters"
-        )
-    logger.info(f"{told} is timed")
-    with target.device:
-        drafter = make_drafter(kind, config, target.spec, target.shared)
-    return drafter.to(dtype=target.dtype).eval().requires_grad_(False)

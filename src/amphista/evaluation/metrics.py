@@ -15,7 +15,6 @@ from typing import Any
 from amphista.engine.loops import loop_free_length, steps_within
 from amphista.evaluation.bootstrap import Interval, add_to, bootstrap
 from amphista.evaluation.methods import HF, NONE
-from amphista.evaluation.protocol import spec_bench_counts
 from amphista.evaluation.records import Record
 
 PLAIN = (NONE, HF)
@@ -55,9 +54,8 @@ def _loop_free_steps(record: Record) -> tuple[int, int]:
 class Measures:
     """One method over a set of answers. None where there is nothing to count; shares lie between 0 and 1.
 
-    acceptance_by_depth[d]: share of decode steps that accepted more than d draft tokens. tokens_per_step[n]: steps that
-    committed n tokens. identical: share of compared answers with the same tokens as `none`'s, failed ones counted
-    against it. speedup_hf: over stock `generate`, None without it. expected_tau: tau by the drafter's own
+    acceptance_by_depth[d]: share of decode steps that accepted more than d draft tokens. identical: share of compared
+    answers with the same tokens as `none`'s, failed ones counted against it. speedup_hf: over stock `generate`, None without it. expected_tau: tau by the drafter's own
     probabilities. mean_tree_nodes: rows per target forward, root included.
     """
 
@@ -82,10 +80,8 @@ class Measures:
     compared: int
     mean_tree_nodes: float | None
     acceptance_by_depth: list[float]
-    tokens_per_step: dict[str, int]
     phase_seconds: dict[str, float]
     looping_answers: int
-    spec_bench: dict[str, Any]
 
 
 def summarise(records: Sequence[Record], methods: Sequence[str]) -> dict[str, dict[str, dict[str, Any]]]:
@@ -99,13 +95,11 @@ def _measures(name: str, records: Sequence[Record]) -> Measures:
     mine = [r for r in records if r.method == name and not r.failed]
     plain = [r for r in records if r.method == NONE and not r.failed]
     stock = [r for r in records if r.method == HF and not r.failed]
-    has_stock = any(r.method == HF for r in records)
     compared = [r for r in records if r.method == name and r.matches is not None]
     steps = Counter(accepted + 1 for r in mine for accepted in r.accepted)
     speedup, interval = speedup_over(mine, plain, whole)
     decode_speedup, decode_interval = speedup_over(mine, plain, decode_only)
     hf_speedup, hf_interval = speedup_over(mine, stock, whole)
-    is_baseline = name == HF or (name == NONE and not has_stock)
     return Measures(
         num_answers=len(mine),
         failed=sum(r.method == name and r.failed for r in records),
@@ -128,10 +122,8 @@ def _measures(name: str, records: Sequence[Record]) -> Measures:
         compared=len(compared),
         mean_tree_nodes=per_step(mine, lambda r: sum(r.tree_nodes))[0],
         acceptance_by_depth=_acceptance_by_depth(steps),
-        tokens_per_step={str(count): steps[count] for count in sorted(steps)},
         phase_seconds=_phases(mine),
         looping_answers=sum(loop_free_length(r.token_ids) < len(r.token_ids) for r in mine),
-        spec_bench=spec_bench_counts(mine, stock if has_stock else plain, is_baseline_kind=is_baseline),
     )
 
 

@@ -1,4 +1,4 @@
-"""Figures as SVG: speedup by task, acceptance by depth, time by phase, tokens per step."""
+"""Figures as SVG: speedup by task, acceptance by depth, time by phase."""
 
 from __future__ import annotations
 
@@ -30,7 +30,6 @@ def figures(summary: dict[str, Any]) -> list[tuple[str, str]]:
         ("Speedup over none by task, 95 % bootstrap intervals", _speedup_by_task),
         ("Share of steps that accept at least d draft tokens", _acceptance),
         ("Where the seconds go", _phases),
-        ("Tokens committed per target forward", _tokens_per_step),
     ]
     return [(caption, _svg(draw, summary)) for caption, draw in drawn]
 
@@ -103,18 +102,3 @@ def _phases(axes: Axes, summary: dict[str, Any]) -> None:
     axes.set_xlabel("milliseconds per token")
     if axes.get_legend_handles_labels()[0]:
         axes.legend(frameon=False, ncols=6, fontsize=8, loc="upper left", bbox_to_anchor=(0, 1.14))
-
-
-def _tokens_per_step(axes: Axes, summary: dict[str, Any]) -> None:
-    drafting = {n: c for n, c in _coloured(summary).items() if summary["measures"][ALL][n]["acceptance_by_depth"]}
-    width = 0.8 / max(1, len(drafting))
-    for i, (name, colour) in enumerate(drafting.items()):
-        steps = {int(k): v for k, v in summary["measures"][ALL][name]["tokens_per_step"].items()}
-        total = sum(steps.values())
-        places = [count + (i - (len(drafting) - 1) / 2) * width for count in steps]
-        axes.bar(places, [v / total for v in steps.values()], width, color=colour, label=name)
-    axes.set_xlabel("tokens per forward")
-    axes.set_ylabel("share of forwards")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    if drafting:
-        axes.legend(frameon=False)

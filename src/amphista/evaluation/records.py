@@ -19,6 +19,7 @@ from amphista.config import build
 from amphista.errors import ConfigError, DataError
 from amphista.files import write_file
 
+RETIRED = ("recount", "num_dropped")  # Spec-Bench's counting, in records of earlier versions
 Group = tuple[int, str, int]  # repeat, question id, turn
 
 
@@ -28,10 +29,9 @@ class Record:
 
     seconds: prefill and decoding, without loading and tokenising. prefill_tokens: tokens that came out of the prefill
     forward (1, or more where a method drafts into the prefill). expected: draft tokens that should be accepted by the
-    drafter's own probabilities. drafted: 1 where heads were asked, 0 where not. num_dropped: tokens chosen behind the
-    end of the answer. recount: tokens of the text when tokenised again (`protocol.py`). divergence: where the answer
-    first differs from the one of `none` to the same prompt. matches: whether it is the same, False for a failed answer
-    where `none` gave one; None where the two cannot be compared.
+    drafter's own probabilities. drafted: 1 where heads were asked, 0 where not. divergence: where the answer first
+    differs from the one of `none` to the same prompt. matches: whether it is the same, False for a failed answer where
+    `none` gave one; None where the two cannot be compared.
     """
 
     id: str
@@ -51,8 +51,6 @@ class Record:
     drafted: list[int] = field(default_factory=list)
     step_seconds: list[float] = field(default_factory=list)
     prefill_tokens: int = 1
-    num_dropped: int = 0
-    recount: int | None = None
     seconds: float = 0.0
     prefill_seconds: float = 0.0
     phase_seconds: dict[str, float] = field(default_factory=dict)
@@ -120,7 +118,7 @@ def _read(path: Path) -> tuple[list[Record], bool]:
 
 def _parse(line: bytes, where: str) -> Record:
     try:
-        return build(Record, json.loads(line))
+        return build(Record, {key: value for key, value in json.loads(line).items() if key not in RETIRED})
     except (ValueError, ConfigError, AttributeError) as error:
         raise DataError(f"{where} is no record: {error}") from error
 

@@ -116,38 +116,6 @@ def detail_rows(measures: dict[str, dict[str, Any]]) -> tuple[list[str], list[li
     return headers, rows
 
 
-def protocol_rows(measures: dict[str, dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
-    """Spec-Bench's counting beside ours; the baseline of both is stock generate where it ran, else none."""
-    has_hf = "hf" in measures
-    headers = [
-        "method",
-        "tokens/s theirs",
-        "ours",
-        "speedup theirs",
-        "ours",
-        "differ by",
-        "accepted theirs",
-        "tau ours",
-    ]
-    rows = []
-    for name, m in measures.items():
-        theirs, ours = m["spec_bench"], m["speedup_hf"] if has_hf else m["speedup"]
-        gap = None if not theirs["speedup"] or not ours else theirs["speedup"] / ours - 1
-        rows.append(
-            [
-                name,
-                number(theirs["tokens_per_second"], ".1f"),
-                number(m["tokens_per_second"], ".1f"),
-                times(theirs["speedup"]),
-                times(ours),
-                number(gap, "+.1%"),
-                number(theirs["mean_accepted_tokens"]),
-                number(m["tau"]),
-            ]
-        )
-    return headers, rows
-
-
 def divergence_lines(summary: Summary) -> list[str]:
     """Every answer that is not `none`'s, with the position and the target's margin there."""
     lines = []
@@ -177,11 +145,6 @@ def sections(summary: Summary) -> list[tuple[str, str, list[str], list[list[str]
         found.append(("Speedup by task", "", *task_rows(summary, lambda m: with_interval(m, "speedup"))))
         found.append(("tau by task", "", *task_rows(summary, lambda m: with_interval(m, "tau", unit=""))))
     found.append(("What the forwards bring", EXPECTED, *detail_rows(everything)))
-    legend = (
-        "The counting of Spec-Bench's scripts: plain means over questions, the baseline's tokens counted by tokenising "
-        "its text again, a method's by its own loop."
-    )
-    found.append(("Spec-Bench's counting", legend, *protocol_rows(everything)))
     return found
 
 

@@ -12,17 +12,15 @@ import json
 import math
 import traceback
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from amphista import provenance
-from amphista.config import as_dict
 from amphista.engine.params import SamplingParams
 from amphista.errors import AmphistaError, ConfigError, RequestError
 from amphista.evaluation.lossless import first_divergence
-from amphista.evaluation.methods import HF, NONE, Method, MethodSpec, Ours, Settings, build_method, costs_of
-from amphista.evaluation.protocol import recount, warm_up_plan
+from amphista.evaluation.methods import NONE, Method, MethodSpec, Ours, Settings, build_method, costs_of
 from amphista.evaluation.questions import Question, QuestionSet
 from amphista.evaluation.records import Record, RecordFile, read_groups
 from amphista.evaluation.stock import StockGenerate
@@ -32,6 +30,7 @@ from amphista.target.target import Target
 
 Report = Callable[[int, int, str], None]
 LOCK = ".lock"
+WARM_UP_TOKENS = 8
 TEMPLATE_TOKENS = 32  # around a message, more than those of the templates we know
 
 
@@ -46,7 +45,6 @@ class EvaluationConfig:
     params: SamplingParams
     settings: Settings = field(default_factory=Settings)
     repeats: int = 1
-    protocol: str = "own"
     system: str | None = None
 
     def __post_init__(self) -> None:
@@ -54,8 +52,6 @@ class EvaluationConfig:
             object.__setattr__(self, "params", replace(self.params, seed=0))
         if self.repeats < 1:
             raise ConfigError(f"--repeats is {self.repeats}: expected at least 1")
-        if self.protocol not in ("own", "spec-bench"):
-            raise ConfigError(f"--protocol is {self.protocol!r}: expected own or spec-bench")
 
 
 class Evaluation:
@@ -117,7 +113,7 @@ class Evaluation:
         """Everything that decides tokens or counting; two runs with equal settings may share a folder."""
         return {
             "target": self.target.name,
-            "target_fingerprint": as_dict(self.target.fingerprint),
+            "target_fingerprint": asdict(self.target.fingerprint),
             "dtype": self.target.type_name,
             "device": str(self.target.device),
             "path": self.target.path,
@@ -128,9 +124,8 @@ class Evaluation:
                 "sha256": self.questions.sha256,
             },
             "methods": {name: method.settings for name, method in self.methods.items()},
-            "params": as_dict(self.config.params),
+            "params": asdict(self.config.params),
             "repeats": self.config.repeats,
-            "protocol": self.config.protocol,
             "system": self.config.system,
         }
 
@@ -170,13 +165,10 @@ class Evaluation:
             for method in self.methods.values():
                 if isinstance(method, Ours):
                     method.prepare(num_rows)
-        turns, times, max_new_tokens = warm_up_plan(self.config.protocol, self.questions.questions[0])
-        params = replace(self.config.params, max_new_tokens=min(max_new_tokens, self.config.params.max_new_tokens))
-        for _ in range(times):
-            conversations = self._new_conversations(self.questions.questions[0])
-            for turn in range(turns):
-                for name in self.names:
-                    self._answer(name, self.questions.questions[0], turn, conversations[name], params)
+        question = self.questions.questions[0]
+        params = replace(self.config.params, max_new_tokens=min(WARM_UP_TOKENS, self.config.params.max_new_tokens))
+        for name, conversation in self._new_conversations(question).items():
+            self._answer(name, question, 0, conversation, params)
 
     def _most_rows(self) -> int:
         """Of the longest conversation, its answers as long as they may be, and what a template writes around each."""
@@ -247,8 +239,6 @@ class Evaluation:
             outcome = self.methods[name].run(prompt_ids, params)
         except Exception as error:  # whatever a method raises is its result; interrupts still end the run
             return {"error": _described(error)}, prompt_ids
-        if name in (NONE, HF):
-            outcome["recount"] = recount(self.text, "".join(outcome["pieces"]))
         return outcome, prompt_ids
 
     def _prompt_ids(self, messages: list[dict[str, str]]) -> list[int]:

@@ -167,7 +167,6 @@ class StockGenerate:
             "tree_nodes": meter.rows[1 : num_steps + 1],
             "step_seconds": [after - before for before, after in pairwise(edges)],
             "prefill_tokens": kept[0],
-            "num_dropped": len(token_ids) - length,
             "seconds": ended - started,
             "prefill_seconds": meter.ends[0] - started,
             "phase_seconds": {"prefill": meter.ends[0] - started, "generate": ended - meter.ends[0]},

@@ -7,14 +7,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from amphista.errors import DataError
 from amphista.evaluation.methods import NONE
 from amphista.evaluation.metrics import summarise
-from amphista.evaluation.records import Record, read_records
-from amphista.files import read_json, write_json
+from amphista.evaluation.records import Record
 from amphista.target.text import IncrementalText, Text
 
 RUN, RECORDS, SUMMARY = "run.json", "records.jsonl", "summary.json"
@@ -89,11 +87,3 @@ def _marked(record: Record, text: Text) -> list[list[Any]]:
     incremental = IncrementalText(text)
     pieces = [[incremental.push(token), kind] for token, kind in zip(record.token_ids, kinds, strict=False)]
     return [*pieces, [incremental.finish(), OWN]]
-
-
-def rebuild_summary(folder: Path) -> dict[str, Any]:
-    """The summary of a finished run folder, made anew from its records; samples are kept as they are."""
-    old = read_json(folder / SUMMARY).get("samples", []) if (folder / SUMMARY).exists() else []
-    summary = build_summary(read_json(folder / RUN), read_records(folder / RECORDS), old)
-    write_json(folder / SUMMARY, summary)
-    return summary

@@ -1,11 +1,8 @@
-"""Calibrate a drafter that is not in training: anew on other answers or for another draft vocabulary, decoding to see
-that it holds; or for the first time, one that was converted.
+"""Calibrate a drafter that is not in training: anew on other answers or for another draft vocabulary; or for the first
+time, one that was converted.
 
-    amphista dev calibrate runs/amphista/best --data answers.jsonl.gz --out drafters/amphista --decode 20
+    amphista dev calibrate runs/amphista/best --data answers.jsonl.gz --out drafters/amphista
     amphista convert medusa SOURCE --target T --out DIR --data answers.jsonl.gz
-
-Simulated tau (recorded answers replayed against the heads' trees) stands beside tau decoded for real from the same
-prompts. Greedy answers of the same target are the same walk, so the two must agree; sampled ones are another draw.
 """
 
 from __future__ import annotations
@@ -28,9 +25,6 @@ from amphista.drafter.checkpoint import (
 )
 from amphista.drafter.convert import Published
 from amphista.drafter.heads import ParallelHeads
-from amphista.engine.decoder import decode
-from amphista.engine.params import SamplingParams
-from amphista.engine.step import Engine
 from amphista.errors import ConfigError
 from amphista.target.loading import hub_name
 from amphista.target.target import Target
@@ -39,11 +33,8 @@ from amphista.train.dataset import HiddenStates, coverage, frequent_tokens, spli
 from amphista.train.losses import LossConfig
 from amphista.train.prompts import read_rows
 from amphista.train.rows import TokenRow
-from amphista.train.validation import validate
 from amphista.tree.build import build_template, expected_tau
-from amphista.tree.grow import parse_tree
 
-AGREES_WITHIN = 0.05
 MAX_LEN = 2048
 
 
@@ -51,17 +42,16 @@ MAX_LEN = 2048
 class CalibrateConfig:
     """`all_rows`: use training rows, too, where the data are those of the training. `draft_vocab`: choose another one.
 
-    `nodes`: tree size for the decoded check and the static tree that is shown. `decode`: prompts decoded, of each kind.
+    `nodes`: size of the static tree that is shown.
     """
 
     all_rows: bool = False
     draft_vocab: int | None = None
     nodes: int = 16
-    decode: int = 0
 
     def __post_init__(self) -> None:
-        if self.nodes < 2 or self.decode < 0:
-            raise ConfigError(f"--nodes is {self.nodes}, --decode {self.decode}: expected at least 2 and 0")
+        if self.nodes < 2:
+            raise ConfigError(f"--nodes is {self.nodes}: expected at least 2")
 
 
 def recalibrate(target: Target, name: str, data: Sequence[Path], out: Path, config: CalibrateConfig) -> dict[str, Any]:
@@ -90,7 +80,6 @@ def recalibrate(target: Target, name: str, data: Sequence[Path], out: Path, conf
         "draft_vocab": drafter.draft_vocab,
         "measured": measured,
         "static_tree": {"nodes": template.num_nodes, "expected_tau": expected_tau(accuracy, template)},
-        "decoded": _decoded(target, drafter, held_out, config),
         "provenance": provenance.record(),
     }
     training = {**checkpoint.training, "validation": measured, "calibration": record}
@@ -169,48 +158,3 @@ def _with_draft_vocab(drafter: ParallelHeads, target: Target, rows: Sequence[Tok
     weights = {name: tensor for name, tensor in drafter.state_dict().items() if name != "draft_ids"}
     changed.load_state_dict({**weights, "draft_ids": changed.draft_ids}, strict=True)
     return changed.to(target.device).eval().requires_grad_(False)
-
-
-def _decoded(
-    target: Target, drafter: ParallelHeads, rows: Sequence[TokenRow], config: CalibrateConfig
-) -> dict[str, dict[str, Any]]:
-    """Greedy and sampled: simulated tau, tau decoded from the same prompts, and why they differ if they do."""
-    single = [row for row in rows if row.temperature is not None and max(row.answers) == 1 and row.answers[-1] == 1]
-    found = {}
-    for kind in ("greedy", "sampled"):
-        some = [row for row in single if (row.temperature == 0) == (kind == "greedy")][: config.decode]
-        if some:
-            found[kind] = _compared(target, drafter, some, config.nodes)
-    return found
-
-
-def _compared(target: Target, drafter: ParallelHeads, rows: Sequence[TokenRow], nodes: int) -> dict[str, Any]:
-    temperature = rows[0].temperature or 0.0
-    hidden = HiddenStates(target, rows, None)
-    simulated = validate(drafter, rows, hidden, LossConfig(), tree_sizes=[nodes], temperature=temperature).tau[nodes]
-    engine = Engine(target, drafter, parse_tree(nodes))
-    num_tokens = num_steps = identical = 0
-    for number, row in enumerate(rows):
-        start = row.answers.index(1)
-        length = len(row.token_ids) - start
-        params = SamplingParams(max_new_tokens=length, temperature=row.temperature or 0.0, seed=number)
-        sequence = decode(engine, row.token_ids[:start], params)
-        identical += sequence.output_ids == row.token_ids[start:]
-        num_tokens += len(sequence.output_ids) - 1
-        num_steps += sequence.stats.num_steps
-    decoded = num_tokens / max(num_steps, 1)
-    difference = decoded / simulated - 1
-    record: dict[str, Any] = {
-        "answers": len(rows),
-        "simulated": simulated,
-        "decoded": decoded,
-        "difference": difference,
-    }
-    record |= {"same_answers": identical, "tokens": num_tokens}
-    if abs(difference) > AGREES_WITHIN:
-        record["why"] = (
-            f"{identical} of {len(rows)} decoded answers are the recorded ones"
-            + ("; sampled answers are another draw" if temperature else "; the others took another way")
-            + f"; {num_tokens} tokens are few: decode more"
-        )
-    return record

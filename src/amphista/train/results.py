@@ -12,7 +12,6 @@ from typing import Any
 import torch
 
 from amphista import provenance
-from amphista.config import as_dict
 from amphista.drafter.base import Calibration
 from amphista.drafter.card import write_card
 from amphista.drafter.checkpoint import make_drafter, save_drafter
@@ -76,7 +75,7 @@ class Results:
             with parts.accelerator.autocast():
                 self._measured = (progress.step, *calibrate(drafter, rows, parts.hidden, config.loss))
         _, drafter.calibration, measured = self._measured
-        recipe = as_dict(config)
+        recipe = asdict(config)
         recipe["data"]["files"] = [Path(name).name for name in config.data.files]  # no one's folders
         training = {
             "recipe": recipe,

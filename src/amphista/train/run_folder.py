@@ -33,7 +33,6 @@ from amphista.files import (
     write_file,
     write_json,
 )
-from amphista.train.tensorboard import Writer, open_writer, write_record
 
 DRAFTERS_KEPT = ("best", "last")
 
@@ -54,7 +53,6 @@ class RunFolder:
     def __init__(self, path: Path, accelerator: Accelerator, identity: dict[str, Any], *, tensorboard: bool) -> None:
         self.path, self._accelerator, self._identity = path, accelerator, identity
         self._tensorboard = tensorboard
-        self._writer: Writer | None = None
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -87,7 +85,8 @@ class RunFolder:
         if self._accelerator.is_main_process:
             self._cut_log(progress.step)
             if self._tensorboard:
-                self._writer = open_writer(self.path / "tensorboard", progress.step)
+                events = {"purge_step": progress.step + 1}  # those behind come again
+                self._accelerator.init_trackers("tensorboard", init_kwargs={"tensorboard": events})
         self._accelerator.wait_for_everyone()
         return progress
 
@@ -103,8 +102,6 @@ class RunFolder:
             write_json(fresh / "config.json", self._identity)
             write_json(fresh / "progress.json", asdict(progress))
             replace_folder(fresh, self.path / "state")
-            if self._writer is not None:
-                self._writer.flush()
         self._accelerator.wait_for_everyone()
 
     def log(self, record: dict[str, Any]) -> None:
@@ -113,8 +110,8 @@ class RunFolder:
             return
         with self._log_file.open("a") as stream:
             stream.write(json.dumps(record) + "\n")
-        if self._writer is not None:
-            write_record(self._writer, record)
+        if self._tensorboard:
+            self._accelerator.log({name: value for name, value in scalars(record) if name != "step"}, record["step"])
 
     @property
     def _log_file(self) -> Path:
@@ -124,6 +121,15 @@ class RunFolder:
         """Drop records behind `step`: they will be written again."""
         lines = self._log_file.read_text(encoding="utf-8").splitlines() if step else []
         write_file(self._log_file, "".join(line + "\n" for line in lines if _step_of(line) <= step))
+
+
+def scalars(value: Any, name: str = "") -> Iterator[tuple[str, float]]:
+    """(name, number) of every number in nested records, names joined by '/', lists numbered from 1."""
+    if isinstance(value, int | float):
+        yield name, float(value)
+    elif isinstance(value, dict | list | tuple):
+        for key, below in value.items() if isinstance(value, dict) else enumerate(value, start=1):
+            yield from scalars(below, f"{name}/{key}" if name else str(key))
 
 
 def _step_of(line: str) -> float:

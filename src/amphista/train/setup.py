@@ -7,8 +7,9 @@ import json
 import math
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import timedelta
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, GradientAccumulationPlugin, InitProcessGroupKwargs, set_seed
 
-from amphista.config import as_dict, build
+from amphista.config import build
 from amphista.drafter.checkpoint import DRAFTERS, make_drafter
 from amphista.drafter.heads import ParallelHeads
 from amphista.errors import ConfigError
@@ -31,8 +32,10 @@ from amphista.train.warm_start import started_from
 MAIN_MAY_TAKE = timedelta(hours=2)  # the others wait while one process validates; torch's default is 10 to 30 minutes
 
 
-def make_accelerator(device: torch.device, config: TrainConfig) -> Accelerator:
-    """One process, or one of those that a launcher started."""
+def make_accelerator(device: torch.device, config: TrainConfig, out: Path) -> Accelerator:
+    """One process, or one of those that a launcher started; raises ConfigError where a package is missing."""
+    if config.tensorboard and find_spec("tensorboard") is None:
+        raise ConfigError("tensorboard = true needs the package tensorboard: pip install 'amphista[train]'")
     return Accelerator(
         cpu=device.type == "cpu",
         mixed_precision="bf16" if config.precision == "bf16" else "no",
@@ -40,6 +43,8 @@ def make_accelerator(device: torch.device, config: TrainConfig) -> Accelerator:
         # The parts of a step are ours: what a launcher's config file says of accumulation must not divide them again.
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
         kwargs_handlers=[InitProcessGroupKwargs(timeout=MAIN_MAY_TAKE)],
+        log_with="tensorboard" if config.tensorboard else None,
+        project_dir=out,
     )
 
 
@@ -112,7 +117,7 @@ class Parts:
         Not the wording of the card, nor how the same sums are split and shown, nor where the rows lie; FSDP, since its
         state has another form.
         """
-        config = as_dict(self.config)
+        config = asdict(self.config)
         del config["card"], config["tensorboard"], config["optimizer"]["accumulate"], config["data"]["files"]
         rows = hashlib.sha256()
         for row in [*self.data.rows, *self.data.validation_rows]:
@@ -128,7 +133,7 @@ class Parts:
 def assemble(target: Target, config: TrainConfig, out: Path) -> Parts:
     """Read, check and make; raises DataError naming file and line, ConfigError for what cannot be."""
     set_seed(config.seed)
-    accelerator = make_accelerator(target.device, config)
+    accelerator = make_accelerator(target.device, config, out)
     settle_sharding(accelerator)
     data = _read_data(target, config)
     every_row = [*data.rows, *data.validation_rows]

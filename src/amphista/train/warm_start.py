@@ -5,10 +5,10 @@ A path correction may be put on a drafter that has none; it starts at nothing.
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
-from amphista.config import as_dict, build
+from amphista.config import build
 from amphista.drafter.base import DrafterConfig
 from amphista.drafter.checkpoint import DRAFTERS, load_drafter, locate_checkpoint, make_drafter
 from amphista.drafter.heads import ParallelHeads
@@ -29,7 +29,7 @@ def started_from(config: TrainConfig, target: Target) -> tuple[ParallelHeads, di
     checkpoint = locate_checkpoint(config.init, target.fingerprint)
     if checkpoint.kind != config.drafter:
         raise ConfigError(f"init {config.init!r} is a drafter of kind {checkpoint.kind}: expected {config.drafter}")
-    has, asked = as_dict(checkpoint.config), as_dict(build(DRAFTERS[checkpoint.kind][0], config.model, "model"))
+    has, asked = asdict(checkpoint.config), asdict(build(DRAFTERS[checkpoint.kind][0], config.model, "model"))
     new = {name: asked[name] for name in PATH_SETTINGS if name in config.model} if has["path_rank"] is None else {}
     different = [name for name in config.model if has[name] != asked[name] and name not in new]
     other = [f"{name} is {has[name]}, not {asked[name]}" for name in different]

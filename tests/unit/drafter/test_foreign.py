@@ -89,7 +89,7 @@ def test_damaged_files_are_no_reason_to_fail(target, tmp_path):
 
 def test_of_a_hub_repository_only_the_configuration_is_fetched(target, tmp_path, monkeypatch):
     folder, asked = write(tmp_path / "snapshot", {"medusa_num_heads": 5}, {}), []
-    monkeypatch.setattr(checkpoint, "fetch", lambda name, files: asked.append(files) or folder)
+    monkeypatch.setattr(checkpoint, "fetch", lambda name, files, hub: asked.append(files) or folder)
     assert "amphista convert medusa owner/heads --target" in told("owner/heads", target)
     assert asked == [("config.json",)]
 

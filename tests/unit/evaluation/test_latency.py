@@ -1,25 +1,23 @@
-"""Latency: what is timed is the forward that decoding makes; scaling, ratios and projections are what they say."""
+"""Latency: what is timed is the forward that decoding makes; ratios and projections are what they say."""
 
 from __future__ import annotations
 
 import json
 
 import pytest
-import torch
 
 from amphista.drafter.amphista import Amphista, AmphistaConfig
 from amphista.drafter.captured import AskRegion, FeedRegion
+from amphista.drafter.checkpoint import save_drafter
 from amphista.drafter.medusa import Medusa, MedusaConfig
 from amphista.drafter.stage_rows import StageHome
-from amphista.engine.timing import Cell
 from amphista.errors import ConfigError
 from amphista.evaluation import latency
 from amphista.evaluation.latency import (
     LatencyConfig,
-    latency_markdown,
+    derived,
     latency_tables,
     measure_latency,
-    project,
     typical_tree,
     write_latency,
 )
@@ -28,7 +26,7 @@ from amphista.target.captured import VerifyRegion
 from amphista.target.target import Target
 from tests.tiny import VOCAB, tiny_model, tiny_target
 
-CONFIG = LatencyConfig(nodes=(1, 2, 8), contexts=(5, 20), batches=(1, 3), rounds=2)
+CONFIG = LatencyConfig(nodes=(1, 2, 8), contexts=(5, 20), rounds=2)
 
 
 def both(target):
@@ -42,67 +40,30 @@ def test_every_combination_is_there_once():
     target = tiny_target()
     steps = []
     record = measure_latency(target, CONFIG, both(target), lambda done, total, text: steps.append((done, total)))
-    places = [(row["batch"], row["context"], row["nodes"]) for row in record["verify"]]
-    assert sorted(places) == sorted((b, c, n) for b in (1, 3) for c in (5, 20) for n in (1, 2, 8))
+    places = [(row["context"], row["nodes"]) for row in record["verify"]]
+    assert sorted(places) == sorted((c, n) for c in (5, 20) for n in (1, 2, 8))
     drafted = [(row["drafter"], row["context"], row.get("nodes")) for row in record["draft"] if row["what"] == "draft"]
     assert sorted(drafted) == sorted((d, c, n) for d in ("amphista", "medusa") for c in (5, 20) for n in (2, 8))
     fed = [(row["drafter"], row["context"], row["rows"]) for row in record["draft"] if row["what"] == "feed"]
     assert sorted(fed) == sorted((d, c, r) for d in ("amphista", "medusa") for c in (5, 20) for r in (1, 2, 4))
     assert all(0 < row["ms_min"] <= row["ms"] <= row["ms_max"] for row in record["verify"] + record["draft"])
     assert all(row["ratio"] == 1 for row in record["verify"] if row["nodes"] == 1)
-    assert steps[-1] == (8, 8) and record["measured_layers"] == record["num_layers"] == 2
+    assert steps[-1] == (4, 4)
     assert json.loads(json.dumps(record)) == record
-
-
-@pytest.mark.parametrize("family", ["llama", "mistral-windowed", "gemma3", "gemma2", "gpt2"])
-def test_a_batched_forward_gives_every_sequence_the_logits_of_one_alone(family):
-    target = tiny_target(family, dtype=torch.float64)
-    cache = target.new_cache()
-    target.prefill(list(range(3, 23)), cache)
-    tree = typical_tree(VOCAB, 8)
-    alone = target.verify(tree, cache).logits
-    cache.trim(20)
-    batched = latency._forward(target, tree, latency._repeated(cache, 3), 3)()
-    assert batched.shape == (3, 8, VOCAB)
-    assert all(torch.allclose(row, alone, atol=1e-9) for row in batched)
-    assert cache.num_rows == 20  # the repeated cache is a copy
-
-
-def test_layers_scale_round_by_round():
-    key = {"batch": 1, "context": 4, "nodes": 1}
-    cells = [
-        ({"what": "verify", **key}, Cell(lambda: None, seconds=[3.0, 5.0])),
-        ({"what": "rest", **key}, Cell(lambda: None, seconds=[1.0, 2.0])),
-    ]
-    (row,) = latency._merged(cells, 10)
-    assert (row["ms_min"], row["ms_max"]) == (21000, 32000)  # 1 + 10 x 2 and 2 + 10 x 3
-    assert (row["measured_ms"], row["without_layers_ms"]) == (4000, 1500)
-
-
-def test_a_cut_target_stands_for_the_whole_and_says_so():
-    target = Target(tiny_model(num_hidden_layers=1), name="cut")
-    record = measure_latency(target, LatencyConfig(nodes=(1, 4), contexts=(5,), rounds=1, num_layers=40))
-    assert (record["measured_layers"], record["num_layers"]) == (1, 40)
-    for row in record["verify"]:
-        whole, without = row["measured_ms"], row["without_layers_ms"]
-        assert without > 0 and row["ms"] == pytest.approx(without + 40 * (whole - without))
-    assert "Scaled: 1 distinct layers" in latency_markdown(record)
-    with pytest.raises(ConfigError, match="40 layers were asked for"):
-        measure_latency(Target(tiny_model(num_hidden_layers=50)), LatencyConfig(num_layers=40))
 
 
 def test_projection_by_hand():
     verify = [
-        {"batch": 1, "context": 9, "nodes": 1, "ms": 100.0},
-        {"batch": 1, "context": 9, "nodes": 4, "ms": 110.0},
-        {"batch": 8, "context": 9, "nodes": 4, "ms": 900.0},
+        {"context": 9, "nodes": 1, "ms": 100.0},
+        {"context": 9, "nodes": 4, "ms": 110.0},
     ]
     draft = [
         {"what": "draft", "drafter": "d", "context": 9, "nodes": 4, "ms": 30.0},
         {"what": "feed", "drafter": "d", "context": 9, "rows": 1, "ms": 5.0},
         {"what": "feed", "drafter": "d", "context": 9, "rows": 2, "ms": 10.0},
     ]
-    (row,) = project(verify, draft)
+    (row,) = derived(verify, draft)["projection"]
+    assert [row["ratio"] for row in verify] == [1, 1.1]
     assert row == {"drafter": "d", "context": 9, "nodes": 4, "break_even_tau": pytest.approx(1.5)}
 
 
@@ -133,7 +94,7 @@ def test_files_and_words(tmp_path):
         ({"nodes": (2, 4)}, "1 must be among them"),
         ({"nodes": ()}, "--nodes"),
         ({"contexts": (0,)}, "--contexts"),
-        ({"batches": (2, 2)}, "--batches"),
+        ({"nodes": (1, 2, 2)}, "--nodes"),
         ({"rounds": 0}, "--rounds"),
     ],
 )
@@ -142,30 +103,28 @@ def test_bad_settings(changes, match):
         LatencyConfig(**changes)
 
 
-def test_what_does_not_fit_is_refused(monkeypatch):
+def test_what_does_not_fit_is_refused():
     target = tiny_target()
     with pytest.raises(ConfigError, match="beyond the 512 positions"):
         measure_latency(target, LatencyConfig(contexts=(510,)))
     with pytest.raises(ConfigError, match="only 300 tokens"):
         measure_latency(target, LatencyConfig(nodes=(1, 301), contexts=(5,), rounds=1))
-    monkeypatch.setattr(latency, "free_bytes", lambda place: 1000)
-    with pytest.raises(ConfigError, match="are free on cpu: give smaller --batches"):
-        measure_latency(target, CONFIG)
 
 
-def test_drafters_by_name(caplog):
+def test_drafters_by_name(caplog, tmp_path):
     caplog.set_level("INFO", "amphista")
     target = tiny_target()
-    found = timed_drafters("amphista,medusa", target, draft_vocab=50)
-    assert list(found) == ["amphista", "medusa"] and found["medusa"].draft_vocab == 50
+    assert timed_drafters("amphista,lookup", target) == {}
     assert "no amphista drafter is shipped" in caplog.text
     assert timed_drafters("none", target) == {} == timed_drafters("", target)
+    save_drafter(both(target)["medusa"], tmp_path / "mine", target.fingerprint, card="", training={})
+    assert list(timed_drafters(f"mine={tmp_path / 'mine'}", target)) == ["mine"]
     with pytest.raises(ConfigError, match="twice"):
-        timed_drafters("amphista,amphista", target)
+        timed_drafters(f"mine={tmp_path / 'mine'},mine=lookup", target)
 
 
 def test_recorded_forwards_are_what_is_timed(monkeypatch):
-    """Those of a target in fixed shapes, the cut ones included; drafters keep what is asked and what is fed apart."""
+    """Those of a target in fixed shapes; drafters keep what is asked and what is fed apart."""
     replayed = []
     for kind in (VerifyRegion, AskRegion, FeedRegion):
 
@@ -179,9 +138,9 @@ def test_recorded_forwards_are_what_is_timed(monkeypatch):
     del replayed[:]
     moved = []
     monkeypatch.setattr(StageHome, "move_out", lambda home, state: moved.append(state))
-    config = LatencyConfig(nodes=(1, 2, 7), contexts=(20,), rounds=2, num_layers=4)
+    config = LatencyConfig(nodes=(1, 2, 7), contexts=(20,), rounds=2)
     record = measure_latency(target, config, both(target))
     assert record["path"] == "fast-static" and not moved
-    # each size whole and without layers, three rounds; all that verifies is recorded
-    assert sorted(size for kind, size in replayed if kind is VerifyRegion) == [1] * 6 + [2] * 6 + [8] * 6
+    # each size in three rounds; all that verifies is recorded
+    assert sorted(size for kind, size in replayed if kind is VerifyRegion) == [1] * 3 + [2] * 3 + [8] * 3
     assert {kind for kind, _ in replayed} == {VerifyRegion, AskRegion, FeedRegion}

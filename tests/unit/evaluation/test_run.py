@@ -16,7 +16,7 @@ from amphista.evaluation.questions import load_questions
 from amphista.evaluation.records import read_records
 from amphista.evaluation.report import markdown_tables, write_report
 from amphista.evaluation.run import Evaluation, EvaluationConfig, answer_seed
-from amphista.evaluation.summary import ACCEPTED, rebuild_summary
+from amphista.evaluation.summary import ACCEPTED
 from amphista.kernels.graph import Recorder
 from amphista.kernels.int8 import can_quantise
 from amphista.target.target import Target
@@ -249,7 +249,6 @@ def test_a_finished_run_is_not_measured_again(text_target, asked, tmp_path, monk
         ({"methods": "none,drafts"}, "methods.hf"),
         ({"seed": 4}, "params.seed"),
         ({"repeats": 2}, "repeats"),
-        ({"protocol": "spec-bench"}, "protocol"),
     ],
 )
 def test_another_run_is_refused_and_nothing_lost(text_target, asked, tmp_path, changes, said):
@@ -282,19 +281,6 @@ def test_folders_that_cannot_be(text_target, asked, tmp_path):
         Evaluation(text_target, asked, config(), tmp_path / "odd")
 
 
-def test_spec_bench_warms_up_with_every_turn_three_times(text_target, asked, tmp_path, monkeypatch):
-    turns = []
-    answer = Evaluation._answer
-
-    def counted(self, name, question, turn, *rest):
-        turns.append((question.id, turn))
-        return answer(self, name, question, turn, *rest)
-
-    monkeypatch.setattr(Evaluation, "_answer", counted)
-    evaluate(text_target, asked.sample(1), tmp_path / "out", methods="none", protocol="spec-bench")
-    assert turns[:6] == [(1, 0), (1, 1)] * 3 and len(turns) == 6 + 2
-
-
 def test_seeds_are_unrelated_and_fixed():
     seeds = {answer_seed(s, q, t, r) for s in range(3) for q in ("1", "11", 2) for t in range(3) for r in range(3)}
     assert len(seeds) == 81 and all(0 <= seed < 2**64 for seed in seeds)
@@ -325,15 +311,10 @@ def test_methods_lead_in_turn(text_target, asked, tmp_path, monkeypatch):
 def test_settings():
     with pytest.raises(ConfigError, match="--repeats is 0"):
         config(repeats=0)
-    with pytest.raises(ConfigError, match="expected own or spec-bench"):
-        config(protocol="mine")
 
 
-def test_the_summary_can_be_made_anew(text_target, asked, tmp_path):
+def test_samples_are_the_answers_themselves(text_target, asked, tmp_path):
     _, summary = evaluate(text_target, asked, tmp_path / "out")
-    kept = (tmp_path / "out" / "summary.json").read_bytes()
-    rebuild_summary(tmp_path / "out")
-    assert (tmp_path / "out" / "summary.json").read_bytes() == kept
     for sample in summary["samples"]:
         record = next(r for r in read_records(tmp_path / "out" / "records.jsonl") if r.id == sample["id"])
         assert "".join(text for text, _ in sample["tokens"]) == record.text

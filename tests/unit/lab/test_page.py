@@ -21,8 +21,8 @@ from tests.unit.evaluation.test_report import summary  # noqa: F401
 LATENCY = {
     "dtype": "float32",
     "verify": [
-        {"batch": 1, "context": 128, "nodes": 1, "ms": 12.0, "least_ms": 10.0},
-        {"batch": 1, "context": 128, "nodes": 2, "ms": 13.0, "least_ms": 10.0},
+        {"context": 128, "nodes": 1, "ms": 12.0, "least_ms": 10.0},
+        {"context": 128, "nodes": 2, "ms": 13.0, "least_ms": 10.0},
     ],
     "python": [{"drafter": "none", "outside_ms": 1.5}, {"drafter": "amphista", "outside_ms": 2.5}],
     "memory": [

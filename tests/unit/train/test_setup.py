@@ -7,24 +7,25 @@ import pytest
 import torch
 
 from amphista.errors import ConfigError
+from amphista.train import setup
 from amphista.train.config import DataConfig, OptimizerConfig, TrainConfig
 from amphista.train.setup import _store_folder, make_accelerator, settle_sharding, warmup_cosine
 
 STORED = TrainConfig(data=DataConfig(store=True))
 
 
-def test_fsdp_that_would_be_none_is_refused(monkeypatch):
+def test_fsdp_that_would_be_none_is_refused(monkeypatch, tmp_path):
     """On CPU accelerate takes DDP without a word."""
-    accelerator = make_accelerator(torch.device("cpu"), TrainConfig())
+    accelerator = make_accelerator(torch.device("cpu"), TrainConfig(), tmp_path)
     settle_sharding(accelerator)
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     with pytest.raises(ConfigError, match="accelerate does not shard on cpu"):
         settle_sharding(accelerator)
 
 
-def test_a_launcher_s_accumulation_does_not_divide_ours(monkeypatch):
+def test_a_launcher_s_accumulation_does_not_divide_ours(monkeypatch, tmp_path):
     monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
-    assert make_accelerator(torch.device("cpu"), TrainConfig()).gradient_accumulation_steps == 1
+    assert make_accelerator(torch.device("cpu"), TrainConfig(), tmp_path).gradient_accumulation_steps == 1
 
 
 def test_a_store_is_for_one_machine(monkeypatch):
@@ -35,6 +36,12 @@ def test_a_store_is_for_one_machine(monkeypatch):
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     with pytest.raises(ConfigError, match="4 processes, 2 of them on this machine"):
         _store_folder(four, STORED, Path("runs/a"))
+
+
+def test_a_missing_package_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(setup, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"pip install 'amphista\[train\]'"):
+        make_accelerator(torch.device("cpu"), TrainConfig(tensorboard=True), tmp_path)
 
 
 def test_no_part_is_refused():

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from amphista.errors import ConfigError
-from amphista.target import shapes
+from amphista.evaluation.latency import LatencyConfig
 from amphista.target.probe import probe
-from amphista.target.shapes import SHAPES, Shape, free_bytes, random_target, without_layers
-from amphista.tree.token_tree import TokenTree
+from benchmarks.lab import shapes
+from benchmarks.lab.shapes import SHAPES, Shape, free_bytes, measure_shape, random_drafter, random_target
 
 TINY = Shape(num_layers=4, hidden_size=64, num_attention_heads=4, num_key_value_heads=2, intermediate_size=96)
 
@@ -81,18 +81,6 @@ def test_unknown_names_are_told_what_there_is(tiny):
         random_target("tiny", dtype="int4")
 
 
-def test_without_layers_leaves_the_embedding_and_the_head(tiny):
-    target = random_target("tiny", progress=lambda line: None)
-    ids = torch.tensor([[1, 2, 3]])
-    with torch.inference_mode():
-        whole = target.model(input_ids=ids).logits
-        with without_layers(target):
-            bare = target.model(input_ids=ids, use_cache=False).logits
-        states = target.model.get_decoder().norm(target.model.get_input_embeddings()(ids))
-        assert torch.allclose(bare, target.shared.project(states))
-        assert torch.equal(target.model(input_ids=ids).logits, whole)  # all layers are back
-
-
 def test_free_memory_is_what_the_machine_has():
     assert 100e6 < free_bytes(torch.device("cpu")) < 100e12
 
@@ -100,5 +88,39 @@ def test_free_memory_is_what_the_machine_has():
 def test_on_the_fast_path_like_a_loaded_target(tiny):
     target = random_target("tiny", fast=True, progress=lambda line: None)
     assert target.path == "fast"
-    with without_layers(target):
-        assert target.verify(TokenTree([3], [-1]), target.new_cache()).logits.shape == (1, target.spec.vocab_size)
+
+
+CONFIG = LatencyConfig(nodes=(1, 4), contexts=(6,), rounds=1)
+
+
+def test_a_cut_shape_stands_for_the_whole_and_says_so(tiny, monkeypatch):
+    monkeypatch.setattr(shapes, "measure_latency", lambda target, *rest: timed(10.0 + 2.0 * target.spec.num_layers))
+    _, record = measure_shape("tiny", 3, CONFIG, ["medusa"])
+    assert (record["measured_layers"], record["num_layers"]) == (3, 4)
+    assert [(row["measured_ms"], row["ms"], row["ratio"]) for row in record["verify"]] == [
+        (16, 18, 1),
+        (17, 19, 19 / 18),
+    ]
+    assert record["projection"][0]["break_even_tau"] == pytest.approx((19 + 5 + 1) / 18)
+    with pytest.raises(ConfigError, match="at least 2"):
+        measure_shape("tiny", 1, CONFIG, [])
+
+
+def timed(milliseconds):
+    verify = [{"context": 6, "nodes": 1, "ms": milliseconds}, {"context": 6, "nodes": 4, "ms": milliseconds + 1}]
+    key = {"drafter": "medusa", "context": 6}
+    draft = [{"what": "draft", **key, "nodes": 4, "ms": 5.0}, {"what": "feed", **key, "rows": 2, "ms": 1.0}]
+    return {"verify": verify, "draft": draft}
+
+
+def test_a_whole_shape_is_measured_as_it_is(tiny):
+    target, record = measure_shape("tiny", None, CONFIG, ["amphista"], draft_vocab=50)
+    assert target.spec.num_layers == record["num_layers"] == record["measured_layers"] == 4
+    assert record["drafters"]["amphista"]["draft_vocab"] == 50 and record["projection"][0]["break_even_tau"] > 1
+
+
+def test_a_drafter_without_room_is_refused(tiny, monkeypatch):
+    target = random_target("tiny", progress=lambda line: None)
+    monkeypatch.setattr(shapes, "free_bytes", lambda place: 1000)
+    with pytest.raises(ConfigError, match="leave it out of --drafters"):
+        random_drafter("medusa", target)

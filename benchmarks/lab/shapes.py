@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from amphista.drafter.checkpoint import DRAFTERS, make_drafter
+from amphista.drafter.heads import ParallelHeads
 from amphista.errors import CapacityError, ConfigError
+from amphista.evaluation.latency import LatencyConfig, Measures, Report, derived, measure_latency
 from amphista.target.gguf import Progress
 from amphista.target.loading import DTYPES, device_of
 from amphista.target.target import Target
@@ -166,13 +168,53 @@ def _random_model(shape: Shape, layers: int, place: torch.device, dtype: torch.d
         raise CapacityError(f"{place} ran out of memory at {layers} layers: give fewer --layers") from error
 
 
-@contextmanager
-def without_layers(target: Target) -> Iterator[Target]:
-    """The same target with no decoder layer at all: what a forward costs besides them."""
-    holder = target.layers_holder()
-    layers = holder.layers
-    holder.layers = type(layers)()
-    try:
-        yield target
-    finally:
-        holder.layers = layers
+def random_drafter(kind: str, target: Target, draft_vocab: int | None = None) -> ParallelHeads:
+    """A drafter with random weights, for timing; raises ConfigError where there is no room for it.
+
+    kind: a key of DRAFTERS. draft_vocab: how many tokens it scores, default all.
+    """
+    config = DRAFTERS[kind][0](draft_vocab=draft_vocab)
+    with torch.device("meta"):
+        sketch = make_drafter(kind, config, target.spec, target.shared)
+    weights = sum(parameter.numel() for parameter in sketch.parameters())
+    needed, free = weights * torch.float32.itemsize, free_bytes(target.device)  # made in float32, then converted
+    if needed > free:
+        raise ConfigError(
+            f"a {kind} drafter with {weights / 1e6:.0f} M weights needs {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are "
+            "free: leave it out of --drafters"
+        )
+    with target.device:
+        drafter = make_drafter(kind, config, target.spec, target.shared)
+    frozen: ParallelHeads = drafter.to(dtype=target.dtype).eval().requires_grad_(False)
+    return frozen.freeze(as_trained=target.is_static)
+
+
+def measure_shape(
+    name: str,
+    num_layers: int | None,
+    config: LatencyConfig,
+    kinds: Sequence[str],
+    draft_vocab: int | None = None,
+    report: Report | None = None,
+    **settings: Any,
+) -> tuple[Target, Measures]:
+    """The latency of a shape, measured whole, or on `num_layers` of its layers and scaled up; and the target measured.
+
+    Each layer costs the same, so what a forward of several layers takes above that of one is the cost of the others.
+    kinds: drafters to time, with random weights. settings: device, dtype and fast, as for `random_target`.
+    """
+    whole, rows = shape_named(name).num_layers, 2 * (max(config.contexts) + max(config.nodes))
+    scaled = num_layers is not None and num_layers < whole
+    if scaled and num_layers == 1:
+        raise ConfigError("--layers is 1: give at least 2, since the cost of a layer is the difference of two forwards")
+    single = measure_latency(random_target(name, num_layers=1, cache_rows=rows, **settings), config) if scaled else None
+    target = random_target(name, num_layers=num_layers, cache_rows=rows, **settings)
+    record = measure_latency(
+        target, config, {kind: random_drafter(kind, target, draft_vocab) for kind in kinds}, report
+    )
+    if single is not None and num_layers is not None:
+        for row, first in zip(record["verify"], single["verify"], strict=True):
+            row["measured_ms"] = row["ms"]
+            row["ms"] = first["ms"] + (whole - 1) * (row["ms"] - first["ms"]) / (num_layers - 1)
+        record |= derived(record["verify"], record["draft"])
+    return target, record | {"num_layers": whole, "measured_layers": num_layers or whole}

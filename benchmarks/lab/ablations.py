@@ -1,6 +1,6 @@
 """Many training runs that differ in one thing each, from one plan: what is missing is run, what is there is kept.
 
-    amphista dev ablate recipes/ablations.toml --data answers.jsonl.gz --out runs/ablations
+    python -m benchmarks.lab ablate recipes/ablations.toml --data answers.jsonl.gz --out runs/ablations
 
 A plan holds `[base]` (a training recipe), `[runs.NAME]` (what differs) and `seeds`; with `[search]` the named runs
 first find their learning rate on a few steps of the first seed, and all others take that of `follow`. Every run sees
@@ -13,12 +13,12 @@ import hashlib
 import math
 import shutil
 import statistics
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from amphista.config import as_dict, build, merged, read_recipe
+from amphista.config import build, read_recipe
 from amphista.drafter.checkpoint import DRAFTERS, read_checkpoint
 from amphista.errors import ConfigError
 from amphista.files import check_same_run, read_json, write_json
@@ -78,6 +78,15 @@ class Plan:
         optimizer = {**values.get("optimizer", {}), **({} if rate is None else {"learning_rate": rate}), **steps}
         data = {**values.get("data", {}), "files": list(files)}
         return build(TrainConfig, {**values, "optimizer": optimizer, "data": data, "seed": seed}, f"runs.{name}")
+
+
+def merged(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """`changes` on top of `base`, section by section."""
+    result = dict(base)
+    for key, value in changes.items():
+        below = result.get(key)
+        result[key] = merged(below, value) if isinstance(below, Mapping) and isinstance(value, Mapping) else value
+    return result
 
 
 class Ablations:
@@ -147,7 +156,7 @@ class Ablations:
 
     def _finished(self, folder: Path, name: str, config: TrainConfig) -> dict[str, Any]:
         """The result in a folder, trained now where it is missing; refuses one of other settings or data."""
-        settings = as_dict(config)
+        settings = asdict(config)
         del settings["data"]["files"]
         identity = {"config": settings, "data_sha256": self._digest, "target": self.target.identity}
         place = folder / RESULT

@@ -7,9 +7,9 @@ import json
 import pytest
 
 from amphista.errors import ConfigError
-from amphista.train import ablations
-from amphista.train.ablations import Ablations, Plan, rows_of, table_lines
 from amphista.train.trainer import Trainer
+from benchmarks.lab import ablations
+from benchmarks.lab.ablations import Ablations, Plan, rows_of, table_lines
 from tests.tiny import tiny_target
 
 PLAN = """
