@@ -110,8 +110,3 @@ def _shown(value: Any) -> str:
     """A value in an error, cut short."""
     text = repr(value)
     return text if len(text) <= SHOWN_CHARACTERS else f"{text[:SHOWN_CHARACTERS]}..."
-
-
-def as_dict(config: Any) -> dict[str, Any]:
-    """A dataclass as plain nested dicts, for JSON."""
-    return dataclasses.asdict(config)

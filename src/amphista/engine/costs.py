@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 from amphista import provenance
-from amphista.config import as_dict
 from amphista.drafter.base import Drafter
 from amphista.drafter.heads import ParallelHeads
 from amphista.drafter.proposer import Proposer
@@ -77,7 +76,7 @@ def target_key(target: Target) -> dict[str, Any]:
 
 def drafter_key(drafter: ParallelHeads) -> dict[str, Any]:
     """All that the seconds of drafting depend on beside the target: dimensions, not weights."""
-    return {"name": drafter.name, "config": as_dict(drafter.config), "dtype": str(drafter.dtype)}
+    return {"name": drafter.name, "config": asdict(drafter.config), "dtype": str(drafter.dtype)}
 
 
 def _measure_verify(target: Target) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from itertools import accumulate, islice
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from amphista.cache.hf import as_transformers_cache
 from amphista.cache.resident import ResidentCache
@@ -221,13 +221,6 @@ class Target:
             else:
                 raise TargetError(f"{self.name} runs on the fast path and cannot be loaded again: use fast=False")
         return self._stock
-
-    def layers_holder(self) -> Any:
-        """What keeps the list of decoder layers in `layers`; raises TargetError for families that keep it elsewhere."""
-        holder = self._lean or decoder_of(self.model)
-        if not isinstance(getattr(holder, "layers", None), nn.ModuleList | list):
-            raise TargetError(f"{self.spec.family} keeps its layers elsewhere: only whole targets can be measured")
-        return holder
 
     @property
     def generation_config(self) -> Any:

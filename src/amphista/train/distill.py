@@ -15,13 +15,12 @@ import json
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from amphista import provenance
 from amphista.accept.sampling import Sampling
-from amphista.config import as_dict
 from amphista.drafter.proposer import Proposer
 from amphista.engine.batch import Batch, Finished, Job
 from amphista.engine.costs import costs_for
@@ -260,7 +259,7 @@ class Distiller:
 
     def _run_record(self) -> dict[str, Any]:
         template = self._text.tokenizer.chat_template
-        config = as_dict(self.config)
+        config = asdict(self.config)
         config["prompts"] = list(self._prompts.sources)  # no one's folders
         identity = {
             **self.config.answers_alike(),
