@@ -322,6 +322,7 @@ def load(
     device: str | None = None,
     dtype: str | torch.dtype | None = None,
     fast: bool = True,
+    native: bool = True,
     allow_other_target: bool = False,
     revision: str | None = None,
     token: str | None = None,
@@ -334,8 +335,8 @@ def load(
     what followed the same tokens before; or any of them with '+lookup'. By default 'amphista+lookup' where an Amphista
     drafter is shipped for the target, else 'lookup', which is logged. tree: see `parse_tree`; 'auto' measures this
     machine once. fast: the fast forward where the target qualifies (`llm.target.path`), on CUDA as captured graphs,
-    else the stock model. revision (of the target), token, cache_dir, local_files_only: for the hub; a drafter's
-    revision is written behind its id: owner/name@revision.
+    else the stock model. native: on a CPU in C, where a compiler is at hand, else in torch. revision (of the target),
+    token, cache_dir, local_files_only: for the hub; a drafter's revision is written behind its id: owner/name@revision.
 
     Sampling settings in the model's generation_config are not applied unless asked for by params='model'; what it has
     of them is logged as a warning.
@@ -352,7 +353,8 @@ def load(
         "local_files_only": local_files_only,
     }
     kind = None if dtype is None else str(dtype).removeprefix("torch.")
-    loaded = load_target(str(target), device=device, dtype=kind, fast=fast, **{k: v for k, v in source.items() if v})
+    source = {name: value for name, value in source.items() if value}
+    loaded = load_target(str(target), device=device, dtype=kind, fast=fast, native=native, **source)
     tell_unused(loaded)
     name = None if drafter is None else str(drafter)
     return LLM(loaded, choose_drafter(loaded, name, allow_other_target=allow_other_target, hub=hub), tree=tree)

@@ -53,6 +53,7 @@ def evaluate(
     device: options.Device = None,
     dtype: options.Dtype = None,
     fast: options.Fast = True,
+    native: options.Native = True,
     tree: options.Tree = None,
     system: options.System = None,
     json_lines: Annotated[
@@ -74,25 +75,25 @@ def evaluate(
         system=system,
         batch_size=batch_size,
     )
-    _run(config, load_questions(questions, data, limit), (target, device, dtype, fast), out, json_lines)
+    _run(config, load_questions(questions, data, limit), (target, device, dtype, fast, native), out, json_lines)
 
 
 def _run(
     config: EvaluationConfig,
     asked: QuestionSet,
-    target: tuple[str, str | None, str | None, bool],
+    target: tuple[str, str | None, str | None, bool, bool],
     out: Path,
     json_lines: bool,
 ) -> None:
-    """Measure, report, print; `target` is its name, device, dtype and whether it may be fast."""
+    """Measure, report, print; `target` is its name, device, dtype and whether it may be fast, and native."""
     from amphista.cli.progress import StepProgress
     from amphista.evaluation.metrics import contract
     from amphista.evaluation.report import markdown_tables, write_report
     from amphista.evaluation.run import Evaluation
     from amphista.target.loading import load_target
 
-    name, device, dtype, fast = target
-    loaded = load_target(name, device=device, dtype=dtype, fast=fast)
+    name, device, dtype, fast, native = target
+    loaded = load_target(name, device=device, dtype=dtype, fast=fast, native=native)
     with Evaluation(loaded, asked, config, out) as evaluation:
         with StepProgress() as progress:
             evaluation.run(progress.step)

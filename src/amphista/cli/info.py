@@ -28,6 +28,7 @@ def info(
     device: options.Device = None,
     dtype: options.Dtype = None,
     fast: options.Fast = True,
+    native: options.Native = True,
     json_lines: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Show what is installed and where it stands; --check decodes and compares."""
@@ -47,7 +48,13 @@ def info(
     }
     if check:
         report["check"] = _check(
-            target, drafter, device=device, dtype=dtype, fast=fast, allow_other_target=allow_other_target
+            target,
+            drafter,
+            device=device,
+            dtype=dtype,
+            fast=fast,
+            native=native,
+            allow_other_target=allow_other_target,
         )
     print(json.dumps(report) if json_lines else _text(report))
     if check and not report["check"]["identical"]:
@@ -81,6 +88,7 @@ def _check(target: str, drafter: str | None, **settings: Any) -> dict[str, Any]:
         "target": asdict(llm.target.spec),
         "path": llm.target.path,
         "why_stock": llm.target.why_stock if llm.target.path == "stock" else None,
+        "why_not_native": llm.target.why_not_native if llm.target.path.startswith("fast") else None,
         "why_not_captured": llm.target.why_not_captured,
         "drafter": llm.drafter.name,
         "tau": ours.stats.tau,
@@ -121,7 +129,7 @@ def _text(report: dict[str, Any]) -> str:
         verdict = "the same tokens as plain decoding" if check["identical"] else f"DIFFERENT: {check['divergence']}"
         tau = "" if check["tau"] is None else f", {check['tau']:.2f} tokens per target forward"
         lines.append(f"check       {check['drafter']}: {verdict}{tau}")
-        why = check["why_stock"] or check["why_not_captured"]
+        why = check["why_stock"] or check["why_not_captured"] or check["why_not_native"]
         reason = f": {why}" if why else ""
         lines.append(f"path        {check['path']}{reason}")
     return "\n".join(lines)

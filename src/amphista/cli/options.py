@@ -62,6 +62,14 @@ Fast = Annotated[
         rich_help_panel=MODEL,
     ),
 ]
+Native = Annotated[
+    bool,
+    typer.Option(
+        "--native/--no-native",
+        help="The fast forward in C where a compiler is at hand, or in torch, for comparison.",
+        rich_help_panel=MODEL,
+    ),
+]
 Tree = Annotated[
     str | None,
     typer.Option(
@@ -94,6 +102,7 @@ class ModelOptions:
     device: Device = None
     dtype: Dtype = None
     fast: Fast = True
+    native: Native = True
     tree: Tree = None
     revision: Annotated[
         str | None, typer.Option(help="Branch, tag or commit of a target on the hub.", rich_help_panel=MODEL)
