@@ -1,0 +1,76 @@
+"""Throughput of batches: every drafter against plain decoding at the same batch size, in turn.
+
+    python -m benchmarks.lab.batches --data DIR --sizes 1,4,8 --drafters lookup,amphista+lookup
+
+Prompts are Spec-Bench's first turns, spread evenly; answers have 128 tokens whatever they say. Told are decoded tokens
+a second, prompts included, and the ratio to `none` (median over rounds, and the worst), whether the tokens were the
+same, and the slowest answer's tokens per second of its own steps over those of `none`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from amphista.drafter.checkpoint import load_proposer
+from amphista.engine.batch import Batch, Job
+from amphista.engine.params import SamplingParams
+from amphista.evaluation.questions import load_questions
+from amphista.llm import LLM
+from amphista.target import DEFAULT_TARGET
+from amphista.target.loading import load_target
+
+PARAMS = SamplingParams(max_new_tokens=128, ignore_eos=True)
+
+
+def run(llm: LLM, prompts: list[list[int]], size: int) -> dict[str, Any]:
+    """One batch of so many prompts, each decoded once."""
+    started, tokens, slowest = time.perf_counter(), {}, float("inf")
+    jobs = [Job(prompt, PARAMS, number) for number, prompt in enumerate(prompts)]
+    for finished in Batch[int](llm.engine, size).run(jobs):
+        assert finished.error is None, finished.error
+        tokens[finished.job.tag] = finished.sequence.output_ids
+        slowest = min(slowest, finished.sequence.stats.decode_tokens_per_second or 0.0)
+    seconds = time.perf_counter() - started
+    return {"tokens": tokens, "rate": sum(map(len, tokens.values())) / seconds, "slowest": slowest}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path)
+    parser.add_argument("--target", default=DEFAULT_TARGET)
+    parser.add_argument("--drafters", default="lookup,amphista+lookup")
+    parser.add_argument("--sizes", default="1,2,4,8,16,32")
+    parser.add_argument("--prompts", type=int, default=32)
+    parser.add_argument("--rounds", type=int, default=3)
+    asked = parser.parse_args()
+    target = load_target(asked.target)
+    names = ["none", *asked.drafters.split(",")]
+    found = {name: load_proposer(name, target.spec, target.shared, target.fingerprint) for name in names}
+    llms = {name: LLM(target, proposer) for name, proposer in found.items()}
+    questions = load_questions("spec_bench", asked.data, asked.prompts).questions
+    prompts = [llms["none"].prompt_ids(question.turns[0]) for question in questions]
+    for size in map(int, asked.sizes.split(",")):
+        rounds = [{name: run(llm, prompts, size) for name, llm in llms.items()} for _ in range(asked.rounds)]
+        for name in names:
+            ratios = [done[name]["rate"] / done["none"]["rate"] for done in rounds]
+            row = {
+                "batch": size,
+                "drafter": name,
+                "tokens_per_second": round(statistics.median(done[name]["rate"] for done in rounds), 1),
+                "over_none": round(statistics.median(ratios), 3),
+                "worst": round(min(ratios), 3),
+                "slowest_over_none": round(min(done[name]["slowest"] / done["none"]["slowest"] for done in rounds), 3),
+                "same_tokens": all(done[name]["tokens"] == done["none"]["tokens"] for done in rounds),
+            }
+            sys.stdout.write(json.dumps(row) + "\n")
+            sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    main()
