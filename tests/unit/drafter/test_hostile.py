@@ -256,7 +256,7 @@ def test_weights_at_the_edge_of_their_type_cost_no_answer(folder, target):
         assert decode(Engine(target, drafter, parse_tree(tree)), [5, 6, 7], params).output_ids == expected
 
 
-@pytest.mark.parametrize("name", [3, None, b"x", ["medusa"], object()], ids=str)
+@pytest.mark.parametrize("name", [3, None, b"x", ["medusa"], object()], ids=lambda name: type(name).__name__)
 def test_names_that_are_none(target, name):
     refused(name, target, "given by its name or folder")
 
