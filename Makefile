@@ -16,6 +16,7 @@ READY := .venv/.ready
 PIP_INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt
 TORCH := $(shell sed -n 's/^torch==[^ ;]*/&/p' constraints.txt)
 
+TEST_WORKERS ?= 2
 BENCH_OUT ?= runs/bench
 SPEED_OUT ?= runs/bench-speed
 DTYPE ?= float32
@@ -32,7 +33,7 @@ demo: $(READY)
 	@$(BIN)/amphista generate --compare --max-new-tokens 96 "Why is the sky blue?"
 
 test: $(READY)
-	@$(BIN)/python -m pytest
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_WORKERS)
 
 check: $(READY)
 	@$(BIN)/ruff format --check src tests benchmarks

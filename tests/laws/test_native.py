@@ -216,11 +216,11 @@ BAD = {
 def test_what_cannot_be_is_refused_and_nothing_written(bad):
     forward, target = forward_of("llama-odd", "float32", FLAGS["native"])
     kept, _ = plainly(forward, [5, 6], target.spec.num_layers)
-    before = [layer.keys.clone() for layer in kept.layers]
+    before = [layer.keys[:, :, :2].clone() for layer in kept.layers]
     span = {"token_ids": [1, 2, 3], "parents": [-1, 0, 1], **BAD[bad]}
     with pytest.raises(NativeError, match="refuses a forward"):
         forward([span_of(cache=kept, **span)])
-    assert all(map(torch.equal, before, [layer.keys for layer in kept.layers]))
+    assert all(map(torch.equal, before, [layer.keys[:, :, :2] for layer in kept.layers]))
     kept.check_integrity()
     assert kept.num_rows == 2
     with pytest.raises(NativeError, match="logits of a row"):

@@ -485,7 +485,9 @@ def test_tune_shows_the_curve_and_refreshes_it(target_folder, trained, tmp_path,
     arguments = ("dev", "tune", "--target", target_folder, "--drafter", f"{trained / 'medusa' / 'best'}+lookup")
     result = amphista(*arguments, "--json")
     record = json.loads(result.stdout)
-    assert record["drafter"] == "medusa+lookup" and record["path"] == "fast" and record["dtype"] == "float32"
+    assert (
+        record["drafter"] == "medusa+lookup" and record["path"] in ("fast", "native") and record["dtype"] == "float32"
+    )
     assert [(row["nodes"], row["ms"], row["forwards"]) for row in record["verify"]] == [
         (1, 10, 1),
         (2, 20, 2),

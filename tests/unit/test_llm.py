@@ -333,7 +333,8 @@ def test_where_a_target_comes_from_is_passed_on(monkeypatch):
     with pytest.raises(AskedError) as caught:
         load("owner/name", revision="v1", token="secret", cache_dir=Path("/hub"), local_files_only=True)
     name, settings = caught.value.args
-    assert name == "owner/name" and settings.pop("device") is settings.pop("dtype") is None and settings.pop("fast")
+    assert name == "owner/name" and settings.pop("device") is settings.pop("dtype") is None
+    assert settings.pop("fast") and settings.pop("native")
     assert settings == {"revision": "v1", "token": "secret", "cache_dir": "/hub", "local_files_only": True}
 
 
