@@ -116,7 +116,7 @@ def timed(milliseconds):
 def test_a_whole_shape_is_measured_as_it_is(tiny):
     target, record = measure_shape("tiny", None, CONFIG, ["amphista"], draft_vocab=50)
     assert target.spec.num_layers == record["num_layers"] == record["measured_layers"] == 4
-    assert record["drafters"]["amphista"]["draft_vocab"] == 50 and record["projection"][0]["break_even_tau"] > 1
+    assert record["drafters"]["amphista"]["draft_vocab"] == 50 and record["projection"][0]["break_even_tau"] > 0
 
 
 def test_a_drafter_without_room_is_refused(tiny, monkeypatch):
