@@ -459,7 +459,8 @@ def test_chat_keeps_the_conversation(target_folder, trained):
 def test_chat_interrupt_ends_the_answer_not_the_chat(target_folder):
     """Ctrl-C while an answer streams; the chat then still answers."""
     process = subprocess.Popen(
-        [sys.executable, "-m", "amphista", "chat", "--no-fast", "--target", str(target_folder), "--max-new-tokens", "450"],
+        [sys.executable, "-m", "amphista", "chat", "--no-fast",
+         "--target", str(target_folder), "--max-new-tokens", "450"],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
