@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +55,8 @@ def tune(target: Target, proposer: Proposer, *, refresh: bool = False) -> Tuned:
         key = {"what": "draft", **key, "drafter": drafter_key(heads)}
         draft = verify[1] * kept(key, lambda: _measure_draft(target, heads), _is_ratio, refresh=refresh)["ratio"]
     target.give_back_graphs()
-    return Tuned(verify, record["spread"], Costs.measured(verify, draft, in_steps=target.is_static))
+    costs = replace(Costs.measured(verify, draft, in_steps=target.is_static), drafted=draft)  # heads are fed one by one
+    return Tuned(verify, record["spread"], costs)
 
 
 def target_key(target: Target) -> dict[str, Any]:
