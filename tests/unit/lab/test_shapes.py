@@ -116,7 +116,14 @@ def timed(milliseconds):
 def test_a_whole_shape_is_measured_as_it_is(tiny):
     target, record = measure_shape("tiny", None, CONFIG, ["amphista"], draft_vocab=50)
     assert target.spec.num_layers == record["num_layers"] == record["measured_layers"] == 4
-    assert record["drafters"]["amphista"]["draft_vocab"] == 50 and record["projection"][0]["break_even_tau"] > 0
+    assert record["drafters"]["amphista"]["draft_vocab"] == 50
+    row = record["projection"][0]
+    forwards = {(cell["context"], cell["nodes"]): cell["ms"] for cell in record["verify"]}
+    asked = [("draft", row["nodes"]), ("feed", 2)]
+    here = [cell for cell in record["draft"] if cell["context"] == row["context"]]
+    drafting = sum(cell["ms"] for cell in here if (cell["what"], cell.get("nodes") or cell.get("rows")) in asked)
+    step = forwards[row["context"], row["nodes"]] + drafting
+    assert row["break_even_tau"] == pytest.approx(step / forwards[row["context"], 1])  # whatever was measured
 
 
 def test_a_drafter_without_room_is_refused(tiny, monkeypatch):
