@@ -17,7 +17,7 @@ LAYERS = [  # bottom up; what stands on one line does not import each other
     {"accept", "drafter"},
     {"engine"},
     {"llm"},
-    {"train", "evaluation", "serve"},
+    {"custom_generate", "train", "evaluation", "serve"},
     {"cli"},
     {"__init__", "__main__"},
 ]

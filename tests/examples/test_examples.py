@@ -74,6 +74,14 @@ def test_train_tiny(run, target, tmp_path):
     assert (tmp_path / "run" / "best" / "model.safetensors").is_file()
 
 
+def test_tour(run, tmp_path):
+    """A fiftieth of its length: the curve has eight points, and the tokens are those of plain decoding."""
+    printed = run("tour", tmp_path, 0.02)
+    curve = [float(tau) for tau in re.findall(r": ([\d.]+) tokens per forward #", printed)]
+    assert len(curve) == 8 and curve[-1] > curve[0]
+    assert tau(printed) > 1.2 and "as plain decoding: True" in printed
+
+
 def test_every_example_is_short_and_tested():
     scripts = {path.name: path.read_text() for path in EXAMPLES.glob("*.py")}
     assert scripts

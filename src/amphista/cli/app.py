@@ -16,6 +16,7 @@ from amphista.cli.chat import chat
 from amphista.cli.convert import convert
 from amphista.cli.distill import distill
 from amphista.cli.evaluate import evaluate
+from amphista.cli.export import export
 from amphista.cli.generate import generate
 from amphista.cli.info import info
 from amphista.cli.latency import latency
@@ -40,7 +41,7 @@ app = typer.Typer(
 dev = typer.Typer(help="For those who make drafters and measure them.", **SETTINGS)
 for command in (generate, chat, train, distill, evaluate, convert, info):
     app.command()(command)
-for command in (calibrate, latency, tune):
+for command in (calibrate, export, latency, tune):
     dev.command()(command)
 app.add_typer(dev, name="dev")
 

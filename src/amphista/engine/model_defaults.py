@@ -67,16 +67,15 @@ OF_AN_ANSWER = (  # all that may change one; the rest is about tokens' ids, cach
 logger = logging.getLogger("amphista")
 
 
-def effective(target: Target) -> dict[str, Any]:
-    """What of the generation_config would change an answer of stock `generate`, under its own names."""
-    config = target.generation_config
+def effective(config: Any) -> dict[str, Any]:
+    """What of a generation_config would change an answer of stock `generate`, under its own names."""
     values = {name: getattr(config, name, None) for name in OF_AN_ANSWER}
     return {name: value for name, value in values.items() if value not in (None, [], {}) and value != NEUTRAL.get(name)}
 
 
 def tell_unused(target: Target) -> None:
     """Log what is not applied unless it is asked for, in one line."""
-    if found := effective(target):
+    if found := effective(target.generation_config):
         told = ", ".join(f"{name}={_shown(value)}" for name, value in found.items())
         logger.warning(
             f"the generation_config of {target.name} sets {told}: not applied, unless by params='model' "
@@ -86,7 +85,15 @@ def tell_unused(target: Target) -> None:
 
 def model_settings(target: Target) -> dict[str, Any]:
     """The generation_config as settings of SamplingParams; what has none is logged."""
-    asked = effective(target)
+    settings, left_out = settings_of(target.generation_config)
+    if left_out:
+        logger.warning(f"not supported of the generation_config of {target.name}: {', '.join(left_out)}")
+    return settings
+
+
+def settings_of(config: Any) -> tuple[dict[str, Any], list[str]]:
+    """A generation_config as settings of SamplingParams, and the names of what has none."""
+    asked = effective(config)
     is_sampled = bool(asked.pop("do_sample", False))
     if is_sampled:
         asked = {**SAMPLED, **asked}
@@ -97,9 +104,7 @@ def model_settings(target: Target) -> dict[str, Any]:
     if words and all(len(word) == 1 for word in words):
         banned = [token for word in asked.pop("bad_words_ids") for token in word]
         settings["suppress_tokens"] = [*settings.get("suppress_tokens", ()), *banned]
-    if left_out := [name for name in asked if name not in OURS]:
-        logger.warning(f"not supported of the generation_config of {target.name}: {', '.join(left_out)}")
-    return settings
+    return settings, [name for name in asked if name not in OURS]
 
 
 def _shown(value: Any) -> str:
