@@ -7,6 +7,9 @@
 #   make bench-speed  where the time goes, under 20 minutes on 2 cores: possible and realised speed, phases, growing
 #                 contexts and answers, limits, Python, memory; DTYPE=, MEMORY_DTYPES=
 #   make bench-gpu    on a GPU machine: captured graphs checked, then measured; DATA=, GPU_DTYPE=, GPU_OUT= (docs/gpu.md)
+#   make docs     the pages of docs/ as a site, in build/site
+#   make docs-check  links, commands, Python blocks and figures of README and docs, and the site without a dead link
+#   make test-package  sdist and wheel, built and installed into an environment of their own
 #   make format   let ruff put the code in order
 #   make clean    remove .venv and caches
 
@@ -27,7 +30,7 @@ GPU_TREES := medusa@8,medusa@16,medusa@32,medusa@64,medusa@128,amphista@8,amphis
 MEMORY_DTYPES ?= float32,bfloat16,int8
 ALSO_FAILED := || test $$? -eq 1  # an evaluation with failed answers ends with 1: its report tells them, the rest is measured
 
-.PHONY: demo test check bench bench-speed bench-gpu format clean
+.PHONY: demo test check docs docs-check test-package bench bench-speed bench-gpu format clean
 
 demo: $(READY)
 	@$(BIN)/amphista generate --compare --max-new-tokens 96 "Why is the sky blue?"
@@ -40,6 +43,15 @@ check: $(READY)
 	@$(BIN)/ruff check src tests benchmarks examples
 	@$(BIN)/mypy
 	@$(BIN)/python -m pytest tests/test_architecture.py
+
+docs: $(READY)
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+docs-check: docs
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/docs tests/examples
+
+test-package: $(READY)
+	@$(BIN)/python -m pytest -m package tests/system/test_package.py
 
 bench: $(READY)
 	@$(BIN)/amphista evaluate spec_bench $(if $(DATA),--data $(DATA)) --limit 12 --max-new-tokens 40 \
@@ -82,7 +94,7 @@ $(READY): pyproject.toml constraints.txt
 	@echo "Setting up .venv with $(TORCH) and what it needs: once, about 3 minutes and 1.5 GB of disk ..." >&2
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	@$(PIP_INSTALL) $(TORCH)
-	@$(PIP_INSTALL) -e '.[train,eval,dev]'
+	@$(PIP_INSTALL) -e '.[train,eval,docs,dev]'
 	@touch $(READY)
 	@echo ".venv is ready." >&2
 
