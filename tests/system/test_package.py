@@ -1,5 +1,5 @@
-"""The package as a user gets it (`make test-package`): sdist and wheel built from a clean copy, the sdist's wheel installed
-into an empty environment that sees the dependencies already here, and run there; what lacks an extra says which."""
+"""The package as a user gets it (`make test-package`): sdist and wheel built from a clean copy, the wheel installed into an
+empty environment that sees the dependencies already here, and run there; what lacks an extra says which."""
 
 from __future__ import annotations
 
