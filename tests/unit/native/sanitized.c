@@ -4,7 +4,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 
-#include "step.c"
+#include "native.c"
 
 enum { LAYERS = 2, HIDDEN = 36, INNER = 50, HEADS = 4, KEY_HEADS = 2, SIZE = 10, VOCAB = 77, CAPACITY = 23, ROWS = 9 };
 enum { QKV = (HEADS + 2 * KEY_HEADS) * SIZE };
@@ -53,9 +53,10 @@ static int differs(int kind, int window) {
                             .gate = product(kind, INNER, HIDDEN, 30 + l), .up = product(kind, INNER, HIDDEN, 40 + l),
                             .down = product(kind, HIDDEN, INNER, 50 + l), .window = window};
     const int coarse = kind == BFLOAT16;
-    Model model = {.layers = layers, .norm = vector(HIDDEN), .embedding = product(coarse ? BFLOAT16 : FLOAT32, VOCAB, HIDDEN, 2),
-                   .head = product(kind, VOCAB, HIDDEN, 3), .num_layers = LAYERS, .hidden = HIDDEN, .heads = HEADS,
-                   .key_heads = KEY_HEADS, .head_size = SIZE, .inner = INNER, .cache_kind = coarse, .eps = 1e-5f, .scale = 0.3f};
+    const Stack stack = {.layers = layers, .num_layers = LAYERS, .hidden = HIDDEN, .heads = HEADS, .key_heads = KEY_HEADS,
+                         .head_size = SIZE, .inner = INNER, .cache_kind = coarse, .eps = 1e-5f, .scale = 0.3f};
+    Model model = {.stack = stack, .norm = vector(HIDDEN), .embedding = product(coarse ? BFLOAT16 : FLOAT32, VOCAB, HIDDEN, 2),
+                   .head = product(kind, VOCAB, HIDDEN, 3)};
     const int counts[] = {6, 1, 2}, committed[] = {17, 0, 20};
     void *rows[3][2][LAYERS];
     Span spans[3];
@@ -68,10 +69,10 @@ static int differs(int kind, int window) {
     const int32_t ids[ROWS] = {1, 2, 3, 76, 5, 6, 7, 8, 9}, parents[ROWS] = {-1, 0, 0, 1, -1, 3, -1, -1, 7}, wanted[] = {0, 5, 8};
     float *logits[2];
     for (int run = 0; run < 2; run++) {
-        Forward f = {.ids = ids, .parents = parents, .spans = spans, .wanted = wanted, .turns = keep_it(filled(CAPACITY * SIZE, 4, 9)),
-                     .hidden = keep_it(malloc(4 * ROWS * HIDDEN)), .logits = keep_it(malloc(4 * 3 * VOCAB)),
-                     .choices = keep_it(malloc(4 * 3)), .num_rows = ROWS, .num_spans = 3, .num_wanted = 3, .num_turns = CAPACITY,
-                     .num_threads = run ? 3 : 1};
+        Forward f = {.batch = {.ids = ids, .parents = parents, .spans = spans, .turns = keep_it(filled(CAPACITY * SIZE, 4, 9)),
+                               .num_rows = ROWS, .num_spans = 3, .num_turns = CAPACITY, .num_threads = run ? 3 : 1},
+                     .wanted = wanted, .hidden = keep_it(malloc(4 * ROWS * HIDDEN)), .logits = keep_it(malloc(4 * 3 * VOCAB)),
+                     .choices = keep_it(malloc(4 * 3)), .num_wanted = 3};
         f.workspace_bytes = amphista_workspace(&model, &f);
         f.workspace = keep_it(aligned_alloc(LINE, (size_t)f.workspace_bytes));
         if (amphista_forward(&model, &f)) return 1;
