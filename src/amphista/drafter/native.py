@@ -114,7 +114,9 @@ class NativeDrafter:
 
     def feed(self, state: DrafterState, hidden: Tensor, next_ids: list[int]) -> None:
         """Append rows."""
-        self._run([Ask(state, 0, hidden=hidden, next_ids=next_ids)])
+        asks = [Ask(state, 0, hidden=hidden, next_ids=next_ids)]
+        self._pending(asks)
+        self._run(asks)
 
     def draft(
         self, asks: Sequence[Ask], num_ranks: int, divisors: Sequence[list[float]], log_coverage: float
@@ -132,8 +134,6 @@ class NativeDrafter:
         for ask in asks:
             state, hidden = ask.state, ask.hidden
             furthest = max(furthest, state.num_rows + len(ask.next_ids))
-            if self._path is not None and ask.next_ids:
-                state.pending = torch.tensor(ask.next_ids[-1])
             cache: StageCache = state.caches[0]
             fed.append(Fed(cache, state.num_rows, ask.next_ids, None if hidden is None else hidden.float()))
         turns = None if self._rotary is None else self._rotary.reserve(furthest)
@@ -143,11 +143,13 @@ class NativeDrafter:
         return found
 
     def _pending(self, asks: Sequence[Ask]) -> Tensor | None:
-        """What heads that have not read the pending tokens are corrected by [B, 2 * rank]."""
+        """What heads that do not read the pending tokens are corrected by [B, 2 * rank], for now and for later."""
         if self._path is None:
             return None
-        ids = torch.stack([ask.state.pending for ask in asks if ask.state.pending is not None])
-        return self._path.read(self._embedding[ids]).float()
+        for ask in asks:
+            if ask.next_ids:
+                ask.state.pending = self._path.read(self._embedding[ask.next_ids[-1]]).float()  # alone: the same bits
+        return torch.stack([ask.state.pending for ask in asks if ask.state.pending is not None])
 
 
 def _as_it_is(weight: Tensor, bias: Tensor | None = None) -> Weight:
