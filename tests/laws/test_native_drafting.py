@@ -26,19 +26,21 @@ from amphista.native.build import load
 from amphista.native.drafting import NativeHeads
 from amphista.tree.candidates import Candidates
 from amphista.tree.grow import parse_tree
-from tests.decoding import decode
-from tests.laws.test_native import FAULTS, FLAGS, has_compiler, mutable, runs_here  # noqa: F401
-from tests.tiny import REAL_DRAFTERS, real_drafters, tiny_target
+from tests.decoding import begin, decode, step
+from tests.laws.test_batch import TREES, plainly, together
+from tests.laws.test_feeding import Seldom
+from tests.laws.test_native import FAULTS, FLAGS, NEEDS_COMPILER, mutable, runs_here  # noqa: F401
+from tests.tiny import REAL_DRAFTERS, anew, real_drafters, tiny_target
 
 HEADS = [name for name in REAL_DRAFTERS if name != "none" and "+" not in name]
 TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 NUM_ROWS = 40
 ODD = {"hidden_size": 36, "intermediate_size": 50, "head_dim": 10, "vocab_size": 301}  # of no whole vectors
 
-pytestmark = pytest.mark.skipif(not has_compiler(), reason="no C compiler")
+pytestmark = NEEDS_COMPILER
 
 
-@pytest.fixture(scope="module", autouse=True)
+@pytest.fixture
 def two_threads():
     before = torch.get_num_threads()
     torch.set_num_threads(2)
@@ -91,6 +93,7 @@ def distance(ours: Candidates, theirs: Candidates) -> float:
     return max(float((torch.tensor(mine) - torch.tensor(other)).abs().max()) for mine, other in parts)
 
 
+@pytest.mark.usefixtures("two_threads")
 @pytest.mark.parametrize("flags", FLAGS)
 @pytest.mark.parametrize("name", HEADS)
 def test_what_the_torch_form_says(name, flags):
@@ -126,6 +129,7 @@ def test_weights_of_few_bits_stay_close(name):
         assert sum(shared) >= 0.7 * sum(map(len, expected.tokens)), shared
 
 
+@pytest.mark.usefixtures("two_threads")
 @pytest.mark.parametrize("exact", [True, False])
 @pytest.mark.parametrize("name", HEADS)
 def test_the_same_bits_in_any_batch_and_in_any_pieces(name, exact):
@@ -148,12 +152,11 @@ def test_the_same_bits_in_any_batch_and_in_any_pieces(name, exact):
 
 
 @pytest.mark.parametrize("name", ["amphista-full", "amphista-own-paths", "medusa-paths"])
-def test_the_number_of_threads_changes_no_bit(name):
+def test_the_number_of_threads_changes_no_bit(name, two_threads):
     drafter, found = in_c(name), []
     for threads in (1, 2, 5):
         torch.set_num_threads(threads)
         found.append(drafted(drafter, [7, 8, 11]))
-    torch.set_num_threads(2)
     assert found[0] == found[1] == found[2]
 
 
@@ -246,3 +249,54 @@ def test_without_a_compiler_the_torch_form_drafts_and_a_line_says_why(monkeypatc
         f"amphista drafts without the C step, slower: {drafter.why_not_native}"
     ]
     assert distance(drafted(drafter, [5]), expected) < 1e-5
+
+
+# -- in service -------------------------------------------------------------------------------------------------------
+
+
+@cache
+def native_target():
+    target = tiny_target()
+    assert target.speed_up(native=True) and target.is_native
+    return target
+
+
+def frozen(name: str) -> ParallelHeads:
+    drafter = real_drafters(native_target())[name].freeze(native=True)
+    assert drafter.why_not_native is None
+    return drafter
+
+
+@pytest.mark.parametrize("grower", [parse_tree(12), Seldom(12)], ids=["always", "seldom"])
+@pytest.mark.parametrize("name", ["amphista-full", "amphista-paths", "amphista-no-stages", "medusa-paths"])
+def test_what_is_drafted_in_service_is_what_a_fresh_drafter_says(name, grower):
+    """To the bit, after every step, the second request rewinding into the first: heads were given the right rows."""
+    target, drafter = native_target(), frozen(name)
+    engine, sequence, looked = Engine(target, drafter, grower), None, 0
+    for prompt in ([5, 17, 230, 44, 9, 61, 3, 4], [5, 17, 230, 44, 80, 81, 82, 83, 84]):
+        sequence = begin(engine, prompt, SamplingParams(max_new_tokens=30, ignore_eos=True), sequence)
+        while not sequence.is_finished:
+            step(engine, sequence)
+            if sequence.stats.num_steps % 3:
+                continue
+            ids, fresh = sequence.token_ids, drafter.start()
+            drafter.commit(fresh, target.prefill(ids[:-1], target.new_cache()).hidden, torch.tensor(ids[1:]))
+            ask = sequence.rows.ask(0.7, drafter.num_heads)
+            found = drafter.draft_all([ask], 6)
+            sequence.rows.note_fed()
+            assert found == [drafter.draft(fresh, 6, 0.7)]
+            looked += 1
+    assert looked > 4
+
+
+@pytest.mark.parametrize("tree", TREES)
+@pytest.mark.parametrize("name", ["amphista-full", "medusa-paths"])
+def test_batches_are_each_sequence_alone_and_plain(name, tree):
+    """Admissions, prompts in chunks and answers of many lengths; the heads of all that are asked are one call."""
+    target, calls = native_target(), []
+    drafter = frozen(name)
+    run = drafter._native._heads.run
+    drafter._native._heads.run = lambda fed, *given: calls.append(len(fed)) or run(fed, *given)
+    engine = Engine(target, drafter, anew(TREES[tree]))
+    assert together(engine) == plainly(target)
+    assert max(calls) > 1
