@@ -39,8 +39,8 @@ test: $(READY)
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_WORKERS)
 
 check: $(READY)
-	@$(BIN)/ruff format --check src tests benchmarks examples
-	@$(BIN)/ruff check src tests benchmarks examples
+	@$(BIN)/ruff format --check src tests benchmarks examples docs
+	@$(BIN)/ruff check src tests benchmarks examples docs
 	@$(BIN)/mypy
 	@$(BIN)/python -m pytest tests/test_architecture.py
 
@@ -84,8 +84,8 @@ bench-gpu: $(READY)
 	done
 
 format: $(READY)
-	@$(BIN)/ruff format src tests benchmarks examples
-	@$(BIN)/ruff check --fix src tests benchmarks examples
+	@$(BIN)/ruff format src tests benchmarks examples docs
+	@$(BIN)/ruff check --fix src tests benchmarks examples docs
 
 # torch comes first, alone and by its exact version: together with the rest pip may settle on another build of it.
 $(READY): pyproject.toml constraints.txt

@@ -8,7 +8,6 @@ import sys
 from pathlib import Path
 
 import amphista
-from amphista.target.loading import load_target
 from amphista.train.config import DataConfig, OptimizerConfig, TrainConfig
 from amphista.train.trainer import Trainer
 
@@ -29,7 +28,7 @@ config = TrainConfig(
     data=DataConfig(files=(str(out / "answers.jsonl"),), validation_share=0.35),
     optimizer=OptimizerConfig(epochs=8, batch_size=2, warmup_steps=2),
 )
-Trainer(load_target(target), config, out / "run", report=print).run()
+Trainer(llm.target, config, out / "run", report=print).run()
 
 # 3. Decode with it.
 answer = amphista.load(target, out / "run" / "best", tree=4).generate(prompts[0], max_new_tokens=32)

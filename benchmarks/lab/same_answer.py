@@ -43,7 +43,7 @@ def record() -> dict[str, Any]:
     llm = load(tree=TREE)
     proposer = NotingProposer(llm.drafter.heads, use_lookup=True)
     noting = LLM(llm.target, proposer, tree=TREE)
-    steps = []
+    steps: list[dict[str, Any]] = []
     stream = noting.stream(PROMPT, max_new_tokens=MAX_NEW_TOKENS)
     for step in stream.steps():
         drafted = step.token_ids[: step.num_accepted]

@@ -1,4 +1,4 @@
-"""The package as a user gets it (`make test-package`): sdist and wheel built from a clean copy, the wheel installed into an
+"""The package as a user gets it (`make test-package`): sdist and wheel built from a clean copy, the wheel installed in an
 empty environment that sees the dependencies already here, and run there; what lacks an extra says which."""
 
 from __future__ import annotations
