@@ -1,5 +1,5 @@
-"""The package as a user gets it (`make test-package`): sdist and wheel built from a clean copy, the wheel installed in an
-empty environment that sees the dependencies already here, and run there; what lacks an extra says which."""
+"""The package as a user gets it (`make test-package`): sdist and wheel are built from a clean copy, installed into an
+environment that is empty but sees the dependencies already here, and run there; what lacks an extra says which."""
 
 from __future__ import annotations
 
