@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from amphista.cli.progress import StepProgress
-from amphista.cli.standard import told
+from amphista.cli.standard import logging_to_stderr
 from amphista.drafter.checkpoint import DRAFTERS, load_proposer
 from amphista.errors import AmphistaError
 from amphista.evaluation.latency import LatencyConfig, latency_tables, measure_latency, write_latency
@@ -37,7 +37,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Run one command."""
     asked = _parser().parse_args(arguments)
     try:
-        with told():
+        with logging_to_stderr():
             print(asked.run(asked))
     except AmphistaError as error:
         print(f"benchmarks.lab: {error}", file=sys.stderr)

@@ -67,8 +67,8 @@ def _refuse(config: Any, ids: Tensor | None, settings: dict[str, Any]) -> None:
     if ids is None or ids.dim() != 2 or not ids.shape[1]:
         raise RequestError("expected input_ids of shape (prompts, tokens)")
     asked = ("return_dict_in_generate", "output_scores", "output_logits", "output_hidden_states", "output_attentions")
-    if told := [name for name in asked if getattr(config, name, None)]:
-        raise RequestError(f"{told[0]}: amphista's generate returns token ids alone")
+    if unsupported := [name for name in asked if getattr(config, name, None)]:
+        raise RequestError(f"{unsupported[0]}: amphista's generate returns token ids alone")
 
 
 def _llm_of(model: Any, drafter: str | None, tree: str | int | None, *, fast: bool, tokenizer: Any) -> LLM:

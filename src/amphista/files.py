@@ -177,9 +177,11 @@ def check_same_run(what: str, there: Mapping[str, Any], here: Mapping[str, Any])
     before, now = _flat(there), _flat(json.loads(json.dumps(here)))
     names = sorted(name for name in {*before, *now} if before.get(name) != now.get(name))
     if names:
-        told = [f"{n} is {_short(now.get(n))}, there it is {_short(before.get(n))}" for n in names[:SHOWN_DIFFERENCES]]
+        differences = [
+            f"{n} is {_short(now.get(n))}, there it is {_short(before.get(n))}" for n in names[:SHOWN_DIFFERENCES]
+        ]
         more = f"; and {len(names) - SHOWN_DIFFERENCES} more" if len(names) > SHOWN_DIFFERENCES else ""
-        raise ConfigError(f"{what}: {'; '.join(told)}{more}. Give the same settings or another --out")
+        raise ConfigError(f"{what}: {'; '.join(differences)}{more}. Give the same settings or another --out")
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -188,11 +188,11 @@ class LLM:
         return ((finished.job.tag, self.answer_of(finished)) for finished in batch.run(jobs))
 
     def _jobs(self, prompts: Sequence[Prompt], settings: dict[str, Any]) -> list[Job[int]]:
-        told = {name: settings.pop(name) for name in ("system", "raw", "chat_template_kwargs") if name in settings}
+        rendering = {name: settings.pop(name) for name in ("system", "raw", "chat_template_kwargs") if name in settings}
         params, jobs = self.params(settings.pop("params", None), **settings), []
         for index, prompt in enumerate(prompts):
             try:
-                ids = self.prompt_ids(prompt, **told)
+                ids = self.prompt_ids(prompt, **rendering)
                 self.engine.check(ids, params)
             except RequestError as error:
                 raise RequestError(f"prompts[{index}]: {error}") from error
@@ -251,20 +251,20 @@ class Conversation:
         or is closed, which a further turn does; a turn closed before its first token leaves nothing behind."""
         if self._stream is not None:
             self._stream.close()
-        said, ids = self._said(turn), self.prompt_ids(turn)
+        messages, ids = self._with_turn(turn), self.prompt_ids(turn)
         self._stream = self.llm.stream_ids(
             ids,
             self.llm.params(params, **settings),
-            lambda answer: self._close_turn(said, answer),
+            lambda answer: self._close_turn(messages, answer),
             after=self._stream,
         )
         return self._stream
 
     def prompt_ids(self, turn: str | Sequence[Message]) -> list[int]:
         """Token ids of everything said, up to and with this turn."""
-        return self.llm.prompt_ids(self._said(turn), raw=self._raw, chat_template_kwargs=self._template_kwargs)
+        return self.llm.prompt_ids(self._with_turn(turn), raw=self._raw, chat_template_kwargs=self._template_kwargs)
 
-    def _said(self, turn: str | Sequence[Message]) -> list[Message]:
+    def _with_turn(self, turn: str | Sequence[Message]) -> list[Message]:
         if isinstance(turn, str):
             if not turn.strip():
                 raise RequestError("the message is empty: give some text")
@@ -275,11 +275,11 @@ class Conversation:
 
     def add(self, turn: str | Sequence[Message], answer: Answer) -> None:
         """Take a turn into the history with an answer that was decoded elsewhere (in a batch)."""
-        self._close_turn(self._said(turn), answer)
+        self._close_turn(self._with_turn(turn), answer)
 
-    def _close_turn(self, said: list[Message], answer: Answer) -> None:
+    def _close_turn(self, messages: list[Message], answer: Answer) -> None:
         if answer.token_ids:
-            self.messages = [*said, {"role": "assistant", "content": answer.text}]
+            self.messages = [*messages, {"role": "assistant", "content": answer.text}]
 
     def send(self, turn: str | Sequence[Message], *, params: Params = None, **settings: Any) -> Answer:
         """One whole turn."""

@@ -20,7 +20,7 @@ from amphista.cli.export import export
 from amphista.cli.generate import generate
 from amphista.cli.info import info
 from amphista.cli.latency import latency
-from amphista.cli.standard import prepare, told
+from amphista.cli.standard import logging_to_stderr, prepare
 from amphista.cli.train import train
 from amphista.cli.tune import tune
 from amphista.errors import AmphistaError
@@ -71,7 +71,7 @@ def main() -> None:
     """Entry point of the `amphista` script."""
     prepare()
     try:
-        with told():
+        with logging_to_stderr():
             app()
     except AmphistaError as error:
         print(f"amphista: {error}", file=sys.stderr)

@@ -35,7 +35,7 @@ class _ToStandardError(logging.Handler):
 
 
 @contextmanager
-def told() -> Iterator[None]:
+def logging_to_stderr() -> Iterator[None]:
     """Print what the library logs on standard error while the block runs."""
     logger, handler = logging.getLogger("amphista"), _ToStandardError()
     before = logger.level

@@ -22,8 +22,8 @@ def with_interval(measures: dict[str, Any], name: str, form: str = ".2f", unit: 
     value, bounds = measures[name], measures.get(f"{name}_interval")
     if value is None:
         return DASH
-    told = "" if bounds is None or bounds[0] == bounds[1] else f" ({bounds[0]:{form}} to {bounds[1]:{form}})"
-    return f"{value:{form}}{unit}{told}"
+    interval = "" if bounds is None or bounds[0] == bounds[1] else f" ({bounds[0]:{form}} to {bounds[1]:{form}})"
+    return f"{value:{form}}{unit}{interval}"
 
 
 def share(value: float | None, count: int) -> str:

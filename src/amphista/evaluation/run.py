@@ -182,8 +182,8 @@ class Evaluation:
         """Of the longest conversation, its answers as long as they may be, and what a template writes around each."""
         longest = 0
         for question in self.questions.questions:
-            said = [message["content"] for message in question.history] + list(question.turns)
-            tokens = sum(len(self.text.encode(text)) + TEMPLATE_TOKENS for text in said)
+            texts = [message["content"] for message in question.history] + list(question.turns)
+            tokens = sum(len(self.text.encode(text)) + TEMPLATE_TOKENS for text in texts)
             longest = max(longest, tokens + len(question.turns) * self.config.params.max_new_tokens)
         return longest
 
@@ -197,7 +197,7 @@ class Evaluation:
                     missing = [pair for pair in asked if (repeat, str(pair[0].id), turn) not in done]
                     for question, conversations in asked:
                         if (repeat, str(question.id), turn) in done:
-                            self._recall(conversations, repeat, question, turn)
+                            self._restore(conversations, repeat, question, turn)
                     if missing:
                         yield from self._measure(missing, repeat, turn)
 
@@ -205,7 +205,7 @@ class Evaluation:
         system = [] if self.config.system is None else [{"role": "system", "content": self.config.system}]
         return {name: [*system, *question.history] for name in self.names}
 
-    def _recall(self, conversations: dict[str, Any], repeat: int, question: Question, turn: int) -> None:
+    def _restore(self, conversations: dict[str, Any], repeat: int, question: Question, turn: int) -> None:
         """Put the recorded answers of a turn that need not be measured again into the conversations."""
         for record in self.records:
             if record.group == (repeat, str(question.id), turn):

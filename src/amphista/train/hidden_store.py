@@ -86,14 +86,14 @@ def _make_room(folder: Path, num_bytes: int, num_rows: int) -> str:
     others = sum(_bytes_in(other) for other in folder.parent.glob("*/") if other != folder)
     free = shutil.disk_usage(folder.parent).free
     about = f"hidden states of {num_rows} rows take {num_bytes / GIGABYTE:.2f} GB in {folder}"
-    told = f"{others / GIGABYTE:.2f} GB are in stores of other rows or targets beside it" if others else ""
+    beside = f"{others / GIGABYTE:.2f} GB are in stores of other rows or targets beside it" if others else ""
     if num_bytes - written + SPARE_BYTES > free:
         raise ConfigError(
-            f"{about}, where {free / GIGABYTE:.2f} GB are free: make room{f' ({told})' if told else ''}, "
+            f"{about}, where {free / GIGABYTE:.2f} GB are free: make room{f' ({beside})' if beside else ''}, "
             "give --out on another disk, or train with data.store=false"
         )
     written_before = f"{written / GIGABYTE:.2f} GB of it written before"
-    return f"{about} ({free / GIGABYTE:.2f} GB free, {written_before}{f'; {told}' if told else ''})"
+    return f"{about} ({free / GIGABYTE:.2f} GB free, {written_before}{f'; {beside}' if beside else ''})"
 
 
 def _bytes_in(folder: Path) -> int:
