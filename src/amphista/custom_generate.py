@@ -24,6 +24,15 @@ from amphista.target.target import Target
 from amphista.target.text import Text
 
 KEPT = "_amphista"  # the attribute of a model that holds what was made for it
+UNSUPPORTED = (  # settings of a generation configuration that `settings_of` does not look at
+    "return_dict_in_generate",
+    "output_scores",
+    "output_logits",
+    "output_hidden_states",
+    "output_attentions",
+    "max_time",
+    "token_healing",
+)
 DEFAULT_MAX_LENGTH = 20  # new tokens, where nothing is said: as in transformers
 
 
@@ -62,13 +71,17 @@ def generate(
 
 
 def _refuse(config: Any, ids: Tensor | None, settings: dict[str, Any]) -> None:
-    if left_over := sorted(name for name, value in settings.items() if value is not None and value is not False):
-        raise RequestError(f"{', '.join(left_over)}: not supported by amphista's generate; leave it out")
+    """Raise RequestError for arguments that are no settings, and for settings that ask for more than token ids."""
+    names = [name for name, value in settings.items() if value is not None and value is not False]
+    names += [name for name in UNSUPPORTED if getattr(config, name, None)]
+    if names:
+        raise _unsupported(names)
     if ids is None or ids.dim() != 2 or not ids.shape[1]:
         raise RequestError("expected input_ids of shape (prompts, tokens)")
-    asked = ("return_dict_in_generate", "output_scores", "output_logits", "output_hidden_states", "output_attentions")
-    if unsupported := [name for name in asked if getattr(config, name, None)]:
-        raise RequestError(f"{unsupported[0]}: amphista's generate returns token ids alone")
+
+
+def _unsupported(names: Sequence[str]) -> RequestError:
+    return RequestError(f"not supported by amphista's generate: {', '.join(names)}; leave it out")
 
 
 def _llm_of(model: Any, drafter: str | None, tree: str | int | None, *, fast: bool, tokenizer: Any) -> LLM:
@@ -93,7 +106,7 @@ def _params(config: Any, num_columns: int, target: Target, seed: int | None) -> 
     settings, left_out = settings_of(config)
     left_out = [name for name in left_out if name != "min_length"]  # of prompt and answer: worked out below
     if left_out:
-        raise RequestError(f"{', '.join(left_out)}: not supported by amphista's generate; leave it out")
+        raise _unsupported(left_out)
     if "max_new_tokens" not in settings:
         longest = config.max_length
         settings["max_new_tokens"] = DEFAULT_MAX_LENGTH if longest is None else longest - num_columns

@@ -137,6 +137,7 @@ def test_stop_strings_and_streamers(generate, model):
         ({"logits_processor": [print]}, "logits_processor"),
         ({"inputs_embeds": torch.zeros(1, 1, 32)}, "inputs_embeds"),
         ({"return_dict_in_generate": True}, "return_dict_in_generate"),
+        ({"max_time": 3.0}, "max_time"),
         ({"no_repeat_ngram_size": 2}, "no_repeat_ngram_size"),
         ({"max_length": 3}, "max_new_tokens"),
     ],
