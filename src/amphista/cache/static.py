@@ -75,8 +75,9 @@ class LayerRows:
         """Copy the rows `source` (indices [M], ascending) to row `to` and those behind it; none moves backwards."""
         if self.keys is None or self.values is None:  # a layer that reads another's keys and values
             return
-        self.keys[:, :, to : to + len(source)] = self.keys.index_select(2, source)
-        self.values[:, :, to : to + len(source)] = self.values.index_select(2, source)
+        end = to + source.shape[0]
+        self.keys[:, :, to:end] = self.keys.index_select(2, source)
+        self.values[:, :, to:end] = self.values.index_select(2, source)
 
 
 class KVCache:
@@ -89,7 +90,7 @@ class KVCache:
     @property
     def num_rows(self) -> int:
         """All rows written, those of an uncommitted tree included."""
-        return max((layer.num_rows for layer in self.layers), default=0)
+        return max([layer.num_rows for layer in self.layers], default=0)  # a list: this is asked several times a step
 
     @property
     def num_bytes(self) -> int:

@@ -271,7 +271,7 @@ class NativeModel:
                 )
         if len(span.keys) != self.num_layers or len(span.values) != self.num_layers:
             raise NativeError(f"the C step refuses a cache of {len(span.keys)} layers: expected {self.num_layers}")
-        return (Address * len(tensors))(*(tensor.data_ptr() for tensor in tensors))
+        return (Address * len(tensors))(*[tensor.data_ptr() for tensor in tensors])
 
     def _spans(self, spans: Sequence[NativeSpan], pointers: Sequence[Any]) -> Any:
         records, first = [], 0
