@@ -85,7 +85,9 @@ def forwards(dtype: str, context: int) -> tuple[dict[str, Callable[[TokenTree], 
     return {"torch": torch_form, "native": c_step}, sum(w.num_bytes for w in [*weights, native.head])
 
 
-def drafts(dtype: str, context: int, numbers: list[int], rows: list[int], repeats: int) -> None:
+def drafts(
+    dtype: str, context: int, numbers: list[int], rows: list[int], repeats: int, before: Callable[[], None]
+) -> None:
     """Prints a line for each number of sequences and of rows they are fed."""
     target = load_target(dtype=dtype, progress=lambda line: None)
     token_ids = [(7 * i + 3) % 40000 for i in range(context)]
@@ -104,6 +106,7 @@ def drafts(dtype: str, context: int, numbers: list[int], rows: list[int], repeat
     for name, form in forms.items():
         for state in states[name]:
             form.commit(state, hidden, torch.tensor(token_ids))
+    before()
     for number in numbers:
         for count in rows:
             times: dict[str, list[float]] = {name: [] for name in (*forms, "forward")}
@@ -155,7 +158,9 @@ def main() -> None:
         if options.drafts:
             print(f"{dtype}, context {options.context}, {torch.get_num_threads()} threads: least ms")
             numbers = [int(part) for part in options.drafts.split(",")]
-            drafts(dtype, options.context, numbers, rows, options.repeats)
+            before = raise_priority if options.realtime else lambda: None
+            drafts(dtype, options.context, numbers, rows, options.repeats, before)
+            lower_priority() if options.realtime else None
             continue
         forms, num_bytes = forwards(dtype, options.context)
         if options.realtime:
