@@ -8,7 +8,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from amphista.errors import ConfigError
+from jinja2 import Environment
+
 from amphista.evaluation.cells import DASH, number, share, table, times, with_interval
 from amphista.evaluation.metrics import ALL
 from amphista.evaluation.summary import ACCEPTED
@@ -179,10 +180,6 @@ def _described(settings: dict[str, Any]) -> str:
 
 def html(summary: Summary) -> str:
     """The whole report as one page; figures are inline SVG."""
-    try:
-        from jinja2 import Environment
-    except ImportError as error:
-        raise ConfigError("the HTML report needs jinja2: pip install 'amphista[eval]'") from error
     try:
         from amphista.evaluation.plots import figures
     except ImportError:
