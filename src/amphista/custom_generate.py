@@ -17,8 +17,9 @@ from torch import Tensor
 from amphista.engine.batch import Batch, Job
 from amphista.engine.model_defaults import settings_of
 from amphista.engine.params import SamplingParams
-from amphista.errors import RequestError
+from amphista.errors import RequestError, TargetError
 from amphista.llm import LLM, choose_drafter
+from amphista.target.loading import Source, load_text
 from amphista.target.probe import probe
 from amphista.target.target import Target
 from amphista.target.text import Text
@@ -90,8 +91,8 @@ def _llm_of(model: Any, drafter: str | None, tree: str | int | None, *, fast: bo
     key = (drafter, tree, fast, id(tokenizer), weights)
     kept = model.__dict__.get(KEPT)
     if kept is None or kept[0] != key:
-        name = getattr(model.config, "_name_or_path", "") or "the model"
-        target = Target(model, None if tokenizer is None else Text(tokenizer), name=name)
+        name = model.config._name_or_path
+        target = Target(model, _text(name, tokenizer), name=name or "the model")
         probe(target)
         if fast:
             target.speed_up(native=True)
@@ -99,6 +100,16 @@ def _llm_of(model: Any, drafter: str | None, tree: str | int | None, *, fast: bo
         model.__dict__[KEPT] = kept
     llm: LLM = kept[1]
     return llm
+
+
+def _text(name: str, tokenizer: Any) -> Text | None:
+    """The tokenizer, or the one beside the model where that was loaded from: drafters know their target by it, too."""
+    if tokenizer is not None or not name:
+        return None if tokenizer is None else Text(tokenizer)
+    try:
+        return load_text(Source(name, name, {"local_files_only": True}))
+    except TargetError:
+        return None
 
 
 def _params(config: Any, num_columns: int, target: Target, seed: int | None) -> SamplingParams:

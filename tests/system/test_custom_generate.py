@@ -5,14 +5,17 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import GenerationConfig
+from transformers import AutoModelForCausalLM, GenerationConfig
 from transformers.generation.streamers import BaseStreamer
 
+from amphista.drafter.checkpoint import save_drafter
+from amphista.drafter.medusa import Medusa, MedusaConfig
 from amphista.errors import RequestError
 from amphista.llm import LLM
+from amphista.target.loading import load_target
 from amphista.target.target import Target
 from tests.system.test_cli import amphista
-from tests.tiny import EOS, byte_tokenizer, tiny_model
+from tests.tiny import EOS, byte_tokenizer, shaken, tiny_model
 
 PROMPTS = [[5, 17, 230, 44, 5, 17], [9, 61, 9, 63]]
 
@@ -100,6 +103,19 @@ def test_sampled_tokens_are_those_of_plain_decoding_with_the_same_seed(generate)
     assert generate(row(PROMPTS[0]), do_sample=True).tolist() != one.tolist()
     torch.manual_seed(3)
     assert generate(row(PROMPTS[0]), do_sample=True).tolist() == one.tolist()
+
+
+def test_a_drafter_of_a_folder_knows_the_model_by_its_tokenizer(target_folder, tmp_path):
+    target = load_target(str(target_folder))
+    heads = shaken(Medusa(MedusaConfig(num_heads=2), target.spec, target.shared))
+    save_drafter(heads, tmp_path / "mine", target.fingerprint, card="", training={})
+    exported = amphista("dev", "export", "transformers", tmp_path / "with-mine", "--drafter", tmp_path / "mine")
+    assert exported.returncode == 0, exported.stderr
+    model = AutoModelForCausalLM.from_pretrained(target_folder)
+    settings = {"custom_generate": str(tmp_path / "with-mine"), "trust_remote_code": True, "max_new_tokens": 20}
+    found = model.generate(row(PROMPTS[0]), **settings)
+    assert found.tolist() == model.generate(row(PROMPTS[0]), max_new_tokens=20, do_sample=False).tolist()
+    assert model._amphista[1].drafter.name == "medusa"
 
 
 def test_changed_weights_are_seen(generate, model):

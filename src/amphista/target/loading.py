@@ -71,7 +71,7 @@ def load_target(
     folder = locate(name, progress)
     source = Source(name, folder, hub)
     model = _load_model(source, place, _dtype(dtype, place))  # first: it refuses families by name
-    text = _load_text(source)
+    text = load_text(source)
     target = Target(model, text, name=name)
     if target.dtype is torch.float16 and source.config().dtype is not torch.float16:
         # Rounding through float16 changes the fingerprint's bf16 rows: take it from the weights as they are on disk.
@@ -249,7 +249,8 @@ def describe_target(name: str, **hub: Unpack[Hub]) -> dict[str, Any]:
     return {"name": name, "ready": True, "megabytes": round(sum(weights) / 1e6, 1), **dataclasses.asdict(spec)}
 
 
-def _load_text(source: Source) -> Text:
+def load_text(source: Source) -> Text:
+    """Its tokenizer; raises TargetError."""
     from transformers import AutoTokenizer
 
     return Text(source.read(AutoTokenizer))
