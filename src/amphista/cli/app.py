@@ -19,6 +19,7 @@ from amphista.cli.evaluate import evaluate
 from amphista.cli.generate import generate
 from amphista.cli.info import info
 from amphista.cli.latency import latency
+from amphista.cli.serve import serve
 from amphista.cli.standard import prepare, told
 from amphista.cli.train import train
 from amphista.cli.tune import tune
@@ -38,7 +39,7 @@ app = typer.Typer(
     **SETTINGS,
 )
 dev = typer.Typer(help="For those who make drafters and measure them.", **SETTINGS)
-for command in (generate, chat, train, distill, evaluate, convert, info):
+for command in (generate, chat, serve, train, distill, evaluate, convert, info):
     app.command()(command)
 for command in (calibrate, latency, tune):
     dev.command()(command)
