@@ -27,15 +27,8 @@ class Guard:
     `scope["state"]["tenant"]` says whose request it is: the number of the key.
     """
 
-    def __init__(
-        self,
-        app: ASGIApp,
-        keys: Sequence[str],
-        hosts: frozenset[str] | None = None,
-        body_seconds: float = BODY_SECONDS,
-    ) -> None:
+    def __init__(self, app: ASGIApp, keys: Sequence[str], hosts: frozenset[str] | None = None) -> None:
         self._app, self._keys, self._hosts = app, [key.encode() for key in keys], hosts
-        self._body_seconds = body_seconds
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer for the app where it must not be asked."""
@@ -79,7 +72,7 @@ class Guard:
             raise _too_large()
         body = bytearray()
         try:
-            async with asyncio.timeout(self._body_seconds):
+            async with asyncio.timeout(BODY_SECONDS):
                 while True:
                     message = await receive()
                     if message["type"] == "http.disconnect":
@@ -91,7 +84,7 @@ class Guard:
                         _check_text(body)
                         return bytes(body)
         except TimeoutError:
-            raise ApiError(400, f"the body did not come within {self._body_seconds:.0f} s") from None
+            raise ApiError(400, f"the body did not come within {BODY_SECONDS:.0f} s") from None
 
 
 def _too_large() -> ApiError:
