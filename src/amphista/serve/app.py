@@ -32,9 +32,10 @@ from amphista.serve.shapes import Shape, model, models
 
 PAGE = Path(__file__).parent / "page"
 PAGE_FILES = {
-    "/": ("index.html", "text/html"),
-    "/app.js": ("app.js", "text/javascript"),
-    "/style.css": ("style.css", "text/css"),
+    "index.html": "text/html",
+    "app.js": "text/javascript",
+    "style.css": "text/css",
+    "icon.svg": "image/svg+xml",
 }
 PAGE_HEADERS = {
     "Content-Security-Policy": "default-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
@@ -209,7 +210,8 @@ def _tokens(service: Service, body: TokenizeRequest) -> list[int]:
 
 
 def _add_page(app: FastAPI) -> None:
-    for path, (file, kind) in PAGE_FILES.items():
+    for file, kind in PAGE_FILES.items():
+        path = "/" if file == "index.html" else f"/{file}"
         response = Response((PAGE / file).read_bytes(), media_type=kind, headers=PAGE_HEADERS)
         app.add_route(path, _always(response), include_in_schema=False)
 

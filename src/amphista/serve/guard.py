@@ -17,7 +17,7 @@ from amphista.serve.errors import ApiError, response_to
 MAX_BODY_BYTES = 4 * 2**20
 BODY_SECONDS = 30.0
 SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
-OPEN = frozenset({"/", "/app.js", "/style.css", "/health", "/ready", "/version"})
+OPEN = frozenset({"/", "/app.js", "/style.css", "/icon.svg", "/health", "/ready", "/version"})
 
 
 class Guard:
