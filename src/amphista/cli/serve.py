@@ -60,5 +60,6 @@ def serve(
         kv_gib=kv_gib,
         drain=drain,
     )
+    settings.check_address()
     llm = model.load()
     server_of(llm, settings, lambda address: print(f"amphista: {address}", file=sys.stderr, flush=True)).run()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,6 +43,16 @@ class Settings:
             )
         if not all(key.strip() and key.isascii() for key in self.api_keys):
             raise ConfigError("an API key is empty, or not ASCII")
+
+    def check_address(self) -> None:
+        """raises ConfigError where nobody can listen there: better before a model is loaded."""
+        family = socket.AF_INET6 if ":" in self.host else socket.AF_INET
+        try:
+            with socket.create_server((self.host, self.port), family=family):
+                pass
+        except OSError as error:
+            text = f"cannot listen on {self.host} port {self.port}: {error.strerror or error}"
+            raise ConfigError(f"{text}; choose another --host or --port") from error
 
     @property
     def known_hosts(self) -> frozenset[str] | None:
