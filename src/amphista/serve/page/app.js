@@ -198,7 +198,7 @@ function drawn(kind, attributes, text) {
 
 function shown(text) {
   const plain = text.replaceAll("\n", "⏎").replaceAll(" ", "␣");
-  return plain.length > 10 ? `${plain.slice(0, 9)}…` : plain;
+  return plain.length > 6 ? `${plain.slice(0, 5)}…` : plain;
 }
 
 function showTree(step, label) {
@@ -208,7 +208,7 @@ function showTree(step, label) {
 }
 
 function tree(step) {
-  const { nodes } = step, accepted = new Set(step.path), WIDTH = 104, HEIGHT = 30;
+  const { nodes } = step, accepted = new Set(step.path), WIDTH = 92, HEIGHT = 30;
   const children = nodes.map(() => []);
   nodes.forEach((node, at) => node.parent >= 0 && children[node.parent].push(at));
   const places = [];
