@@ -311,6 +311,18 @@ def test_tools_go_through_the_template_and_calls_are_found(served):
         assert '(weather{"days"' in llm.target.text.decode_exactly(tokens)
 
 
+def test_token_ids_are_told_once(served):
+    asked = {"messages": ASKED, "max_tokens": 9, "seed": 3, "return_token_ids": True}
+    whole = served.chat(**asked)
+    assert whole["prompt_token_ids"] == served.llm.prompt_ids(ASKED)
+    with served.client() as client:
+        text = client.post("/v1/chat/completions", json={**asked, "stream": True}).text
+    chunks = [json.loads(line[6:]) for line in text.splitlines() if line.startswith("data: {")]
+    assert [("prompt_token_ids" in chunk) for chunk in chunks] == [True] + [False] * (len(chunks) - 1)
+    ids = [token for chunk in chunks for token in chunk["choices"][0].get("token_ids", [])]
+    assert ids == whole["choices"][0]["token_ids"]
+
+
 def test_texts(served):
     tokens = served.post("/tokenize", {"prompt": "Grüße"}).json()
     assert tokens["count"] == len(tokens["tokens"]) == 7

@@ -96,10 +96,11 @@ class Service:
         self.worker.start()
         params = SamplingParams(max_new_tokens=4, ignore_eos=True)
         ticket = self.worker.submit([self.llm.engine.new_sequence([0, 0], params)], "", None)
-        while not ticket.has_ended:
-            for update in await ticket.next():
-                if update.error is not None:
-                    raise update.error
+        last = None
+        while last is None or not last.state.has_ended:
+            last = (await ticket.next())[-1]
+        if last.error is not None:
+            raise last.error
         self.worker.on_updates = self.metrics.note
         self.is_ready = True
 

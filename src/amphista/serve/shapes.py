@@ -28,7 +28,7 @@ class Shape:
                 _join(wholes[index], piece)
         kind = "chat.completion" if self._is_chat else "text_completion"
         choices = [self._choice(index, piece) for index, piece in enumerate(wholes)]
-        return {**self._head(kind), "choices": choices, **self._tail()}
+        return {**self._head(kind), **self._prompt_ids(), "choices": choices, **self._tail()}
 
     async def chunks(self) -> AsyncIterator[dict[str, Any] | None]:
         """Chunks as they come, None where there was nothing to tell for a while."""
@@ -37,21 +37,24 @@ class Shape:
         head = self._head("chat.completion.chunk" if self._is_chat else "text_completion")
         if has_usage:
             head["usage"] = None
+        once = self._prompt_ids()
         while (pieces := await self._call.pieces()) is not None:
             if not pieces:
                 yield None
             for index, piece in pieces:
                 for choice in self._deltas(index, piece):
-                    yield {**head, "choices": [choice]}
+                    yield {**head, **once, "choices": [choice]}
+                    once = {}
         if has_usage:
             yield {**head, "choices": [], **self._tail()}
 
     def _head(self, kind: str) -> dict[str, Any]:
         call = self._call
-        head = {"id": call.id, "object": kind, "created": call.created, "model": call.model, "seed": call.seed}
-        if call.body.return_token_ids:
-            head["prompt_token_ids"] = call.sequences[0].prompt_ids
-        return head
+        return {"id": call.id, "object": kind, "created": call.created, "model": call.model, "seed": call.seed}
+
+    def _prompt_ids(self) -> dict[str, Any]:
+        """Where they are asked for: of the first prompt."""
+        return {"prompt_token_ids": self._call.sequences[0].prompt_ids} if self._call.body.return_token_ids else {}
 
     def _tail(self) -> dict[str, Any]:
         sequences = self._call.sequences

@@ -39,11 +39,6 @@ class Ticket:
         self._updates: list[Update] = []
         self._has_come = asyncio.Event()
 
-    @property
-    def has_ended(self) -> bool:
-        """Whether nothing more will come behind what was taken."""
-        return not self._updates and all(request.state.has_ended for request in self.requests)
-
     def put(self, update: Update) -> None:
         """In asyncio's thread."""
         self._updates.append(update)
