@@ -24,18 +24,17 @@ SPACING: Any = {"whitespace_flexible": False, "item_separator": ", ", "key_separ
 
 
 class Matched:
-    """One answer's grammar (`accept.sampling.Grammar`). end_ids: tokens behind which nothing is matched any more."""
+    """One answer's grammar (`accept.sampling.Grammar`). Behind its end only end tokens are allowed: a drafted path may go
+    on there, which nobody will see."""
 
-    def __init__(self, matcher: LLMatcher, vocab_size: int, end_ids: frozenset[int]) -> None:
-        self._matcher, self._vocab_size, self._end_ids = matcher, vocab_size, end_ids
+    def __init__(self, matcher: LLMatcher, vocab_size: int) -> None:
+        self._matcher, self._vocab_size = matcher, vocab_size
         self._tokens: list[int] = []
         self._num_consumed = 0
 
     def allowed(self, index: int) -> NDArray[np.bool_]:
         """Which tokens [V] may be number `index` of the answer."""
         self._forget(index)
-        if self._end_ids.intersection(self._tokens):
-            return np.ones(self._vocab_size, dtype=bool)  # a drafted path goes on behind the end: nobody will see it
         for token in self._tokens[self._num_consumed :]:
             self._matcher.consume_token(token)
             self._num_consumed += 1
@@ -73,8 +72,7 @@ class Grammars:
         matcher = LLMatcher(self._tokenizer, grammar, log_level=0)
         if matcher.is_error():
             raise RequestError(f"response_format: {_first_line(matcher.get_error())}")
-        vocab_size, ends = self._target.spec.vocab_size, frozenset(self._target.eos_ids)
-        return lambda: Matched(matcher.deep_copy(), vocab_size, ends)
+        return lambda: Matched(matcher.deep_copy(), self._target.spec.vocab_size)
 
     @cached_property
     def _tokenizer(self) -> LLTokenizer:
