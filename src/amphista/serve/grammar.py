@@ -24,8 +24,8 @@ SPACING: Any = {"whitespace_flexible": False, "item_separator": ", ", "key_separ
 
 
 class Matched:
-    """One answer's grammar (`accept.sampling.Grammar`). Behind its end only end tokens are allowed: a drafted path may go
-    on there, which nobody will see."""
+    """One answer's grammar (`accept.sampling.Grammar`). Behind its end only end tokens are allowed: a drafted path may
+    go on there, which nobody will see."""
 
     def __init__(self, matcher: LLMatcher, vocab_size: int) -> None:
         self._matcher, self._vocab_size = matcher, vocab_size
