@@ -10,9 +10,12 @@ import openai
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from amphista.drafter.proposer import Proposer
 from amphista.errors import ConfigError
+from amphista.llm import LLM
 from amphista.serve.settings import Settings, read_keys
 from tests.serve.serving import ASKED, KEYS, serving, talkative_llm
+from tests.talkative import talkative_target
 
 CHAT = "/v1/chat/completions"
 PATHS = [CHAT, "/v1/completions", "/v1/models", "/v1/models/tiny", "/tokenize", "/detokenize", "/apply-template"]
@@ -95,7 +98,7 @@ BAD = {
     "top_p": [0, 1.1],
     "n": [0, 9],
     "seed": [2**63, 1.5],
-    "stop": ["", [""], ["x"] * 17, 5],
+    "stop": ["", [""], ["x"] * 17, 5, "x" * 257],
     "logit_bias": [{"a": 1}, {"1": 101}, {"1": "x"}, {"900": 1}],
     "top_logprobs": [21],
     "response_format": [{"type": "xml"}, {"type": "json_schema"}, REGEX],
@@ -132,6 +135,12 @@ def test_what_is_neutral_is_taken(served):
     for bad in ({"best_of": 3}, {"suffix": "x"}, {"echo": True, "logprobs": 1}, {"prompt": []}, {"prompt": ""}):
         checked(served.post("/v1/completions", {**body, **bad}), 400)
     checked(served.post("/v1/completions", {"prompt": ["x"] * 30, "n": 8}), 400)
+
+
+@pytest.mark.parametrize("name", ["chat_template", "tools", "tokenizer_kwargs", "messages", "add_generation_prompt"])
+def test_nobody_brings_a_template_of_their_own(served, name):
+    asked = {"messages": ASKED, "chat_template_kwargs": {name: "{% for i in range(9) %}{% endfor %}"}}
+    assert checked(served.post(CHAT, asked), 400)["param"] == "chat_template_kwargs"
 
 
 def test_images_are_refused_by_name(served):
@@ -209,7 +218,8 @@ def test_a_full_queue_says_when_to_try_again():
 
 
 def test_metrics_add_up():
-    with serving(talkative_llm()) as served:
+    llm = LLM(talkative_target(), Proposer(use_lookup=True))
+    with serving(llm) as served:
         asked = {
             "max_tokens": 30,
             "ignore_eos": True,
@@ -238,4 +248,4 @@ def test_metrics_add_up():
     assert sum(value for name, value in found.items() if "per_pos_total" in name) == accepted
     assert found["spec_decode_num_draft_tokens_total"] == sum(one["timings"]["draft_n"] for one in said)
     for name in ("time_to_first_token_seconds", "e2e_request_latency_seconds", "request_queue_time_seconds"):
-        assert found[f"{name}_count"] == 2 and found[f"{name}_sum"] >= 0
+        assert found["cost_model_ratio"] > 0 and found[f"{name}_count"] == 2 and found[f"{name}_sum"] >= 0

@@ -257,6 +257,23 @@ def test_a_failing_step_fails_its_request_alone(monkeypatch):
         settled(served)
 
 
+def test_who_waits_hears_that_the_line_is_there(monkeypatch):
+    monkeypatch.setattr("amphista.serve.service.PING_SECONDS", 0.05)
+    with serving(talkative_llm(), max_running=1) as served:
+        step = served.llm.engine.step
+        monkeypatch.setattr(served.llm.engine, "step", lambda batch: (time.sleep(0.02), step(batch))[1])
+        first = threading.Thread(target=served.chat, kwargs={"ignore_eos": True, "max_tokens": 60})
+        first.start()
+        while not served.worker._scheduler.running:
+            time.sleep(0.001)
+        with served.client() as client, client.stream("POST", CHAT, json=body(stream=True, max_tokens=2)) as response:
+            lines = [line for line in response.iter_lines() if line]
+        first.join()
+    assert lines.count(": ping") > 3 and lines[-1] == "data: [DONE]"
+    chunks = [json.loads(line[6:]) for line in lines if line.startswith("data: {")]
+    assert chunks[-1]["choices"][0]["finish_reason"]
+
+
 def test_answers_go_on_while_it_drains_and_then_break_off():
     with serving(talkative_llm(), drain=1.0) as served:
         slow = served.llm.engine.step

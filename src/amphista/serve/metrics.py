@@ -20,9 +20,9 @@ MAX_POSITIONS = 16  # deeper ones are counted as this
 
 
 class Metrics:
-    """load: what the scheduler holds now."""
+    """load: what the scheduler holds now. cost_ratio: how far off the measured costs are now, where there are any."""
 
-    def __init__(self, model: str, load: Callable[[], Load]) -> None:
+    def __init__(self, model: str, load: Callable[[], Load], cost_ratio: Callable[[], float] | None = None) -> None:
         self._registry, self._model = CollectorRegistry(), model
         self._last: dict[Request, float] = {}  # when its last tokens came
         for name, text, read in (
@@ -31,6 +31,8 @@ class Metrics:
             ("kv_cache_usage_perc", "Share of the memory for keys and values.", lambda: load().kv_usage),
         ):
             self._gauge(name, text, read)
+        if cost_ratio is not None:
+            self._gauge("cost_model_ratio", "Seconds of a plain step over what was measured once.", cost_ratio)
         self._load, self._num_preempted = load, 0
         self.preemptions = self._counter("num_preemptions", "Requests that gave up their rows for others.")
         self.queries = self._counter("prefix_cache_queries", "Prompt tokens looked for among kept rows.")

@@ -22,7 +22,7 @@ def _whole(value: Any) -> Any:
 Refused = Annotated[None, Field(description="Not supported: must be left out.")]
 Whole = Annotated[int, BeforeValidator(_whole)]  # 5.0 is one in JSON
 TokenId = Annotated[Whole, Field(ge=0, lt=2**31)]
-Stop = Annotated[str, StringConstraints(min_length=1)]
+Stop = Annotated[str, StringConstraints(min_length=1, max_length=256)]  # its length is paid for with every token
 
 
 class Body(BaseModel):

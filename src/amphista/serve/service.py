@@ -24,6 +24,7 @@ from amphista.serve.grammar import Grammars
 from amphista.serve.metrics import Metrics
 from amphista.serve.schema import ChatRequest, CompletionRequest, Message, Sampled
 from amphista.serve.worker import Ticket, Worker
+from amphista.tree.grow import ALONE, AutoGrower
 
 GRAMMAR_SECONDS = 2.0
 PING_SECONDS = 15.0
@@ -80,7 +81,7 @@ class Service:
             raise ConfigError("the server needs a tokenizer, and this target was loaded without one")
         self.llm, self.text, self.name = llm, llm.target.text, name
         self.worker = Worker(llm.engine, limits)
-        self.metrics = Metrics(name, lambda: self.worker.load)
+        self.metrics = Metrics(name, lambda: self.worker.load, _cost_ratio(llm))
         self.is_ready = False
         self._grammars = Grammars(llm.target)
         self._renderer = ThreadPoolExecutor(1, thread_name_prefix="amphista-text")
@@ -140,12 +141,14 @@ class Service:
         """The result of some work on texts, which does not hold up asyncio."""
         return await asyncio.get_running_loop().run_in_executor(self._renderer, work)
 
-    def render(self, messages: Sequence[Message], **settings: Any) -> list[int]:
+    def render(self, messages: Sequence[Message], /, **settings: Any) -> list[int]:
         """Token ids of a conversation."""
         return self.text.render([message.for_template() for message in messages], **settings)
 
     def _prompt(self, body: ChatRequest, tools: list[dict[str, Any]] | None) -> list[int]:
         settings: dict[str, Any] = dict(body.chat_template_kwargs or {})
+        if taken := sorted(settings.keys() & self.text.template_settings):  # a template is a program: nobody sends one
+            raise ApiError(400, f"{taken[0]!r} is no variable of a chat template", param="chat_template_kwargs")
         if tools:
             settings["tools"] = tools
         if body.reasoning_effort is not None:
@@ -209,3 +212,11 @@ class Service:
         except TimeoutError:
             message = f"response_format takes more than {GRAMMAR_SECONDS:.0f} s to compile: make it simpler"
             raise ApiError(400, message, param="response_format") from None
+
+
+def _cost_ratio(llm: LLM) -> Callable[[], float] | None:
+    grower = llm.engine.grower
+    if not isinstance(grower, AutoGrower):
+        return None
+    costs = grower.budget.costs
+    return lambda: costs.seconds(ALONE) / costs.costs.forward(1)

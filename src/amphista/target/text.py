@@ -24,7 +24,9 @@ BYTES |= {chr(256 + n): byte for n, byte in enumerate(byte for byte in range(256
 REPLACEMENT = "\ufffd"  # what a decoder prints for bytes that are not yet a whole character
 MAX_OPEN = 16  # tokens that may wait for a character to end; none has more than 4 bytes
 CHARACTER_BYTES = 4
-NO_VARIABLES = {"conversation", "messages", "tokenize"}  # and what begins with `return_`: arguments, not of a template
+NO_VARIABLES = frozenset(
+    {"conversation", "messages", "tokenize"}
+)  # and what begins with `return_`: arguments, not of a template
 
 
 class Text:
@@ -129,6 +131,11 @@ class Text:
         if name is not None and all(character in BYTES for character in name):
             return bytes(BYTES[character] for character in name)
         return text.encode()
+
+    @cached_property
+    def template_settings(self) -> frozenset[str]:
+        """What stands beside a template's own variables in `transformers`, the template itself among them."""
+        return NO_VARIABLES | inspect.signature(self.tokenizer.apply_chat_template).parameters.keys()
 
     @property
     def takes_tools(self) -> bool:
