@@ -32,6 +32,7 @@ FENCES = {
     "fastapi": ("serve/",),
     "uvicorn": ("serve/server.py",),
     "prometheus_client": ("serve/metrics.py",),
+    "ray": ("serve/ray_app.py",),
     "llguidance": ("serve/grammar.py",),
 }
 NARROW = {("drafter", "target"): "amphista.target.spec", ("accept", "target"): None}  # None: not at all

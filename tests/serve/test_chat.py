@@ -9,8 +9,11 @@ import openai
 import pytest
 from pydantic import BaseModel
 
+from amphista.drafter.proposer import Proposer
 from amphista.engine.params import SamplingParams
+from amphista.llm import LLM
 from tests.serve.serving import ASKED, KEYS, TOOL_TEMPLATE, serving, talkative_llm
+from tests.tiny import tiny_target
 
 SAMPLED = {"temperature": 1.0, "top_p": 0.9, "seed": 11}
 
@@ -309,6 +312,25 @@ def test_tools_go_through_the_template_and_calls_are_found(served):
         assert served.chat(messages=answered, tools=TOOLS)["choices"]
         tokens = served.post("/tokenize", {"messages": answered}).json()["tokens"]
         assert '(weather{"days"' in llm.target.text.decode_exactly(tokens)
+
+
+def test_tokens_that_are_no_characters_are_told_all_the_same():
+    llm = LLM(tiny_target(with_text=True), Proposer(use_lookup=True), tree="4")  # answers in bytes of all kinds
+    asked = {"max_tokens": 60, "seed": 5, "ignore_eos": True, "return_token_ids": True, "logprobs": True}
+    expected = llm.baseline.generate(ASKED, max_new_tokens=60, temperature=1.0, seed=5, ignore_eos=True)
+    special = set(llm.target.text.special_tokens.values())
+    with serving(llm) as served:
+        whole = served.chat(**asked)["choices"][0]
+        with served.client() as client:
+            text = client.post("/v1/chat/completions", json={"messages": ASKED, **asked, "stream": True}).text
+    chunks = [json.loads(line[6:])["choices"][0] for line in text.splitlines() if line.startswith("data: {")]
+    assert whole["token_ids"] == expected.token_ids and whole["message"]["content"] == expected.text
+    assert [token for chunk in chunks for token in chunk.get("token_ids", [])] == expected.token_ids
+    assert "".join(chunk["delta"].get("content", "") for chunk in chunks) == expected.text
+    told = [record["bytes"] for chunk in chunks if chunk["logprobs"] for record in chunk["logprobs"]["content"]]
+    assert told == [record["bytes"] for record in whole["logprobs"]["content"]] and len(told) == 60
+    plain = [one for one, token in zip(told, expected.token_ids, strict=True) if token < 256 and token not in special]
+    assert all(len(one) == 1 for one in plain) and max(map(max, plain)) > 127
 
 
 def test_token_ids_are_told_once(served):

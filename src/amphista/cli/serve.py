@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -39,14 +40,21 @@ def serve(
     max_waiting: Annotated[int, _option("Requests that may wait; more are refused (429).", min=0)] = 64,
     max_stall: Annotated[float, _option("Seconds that reading a prompt may hold up others.", min=0.001)] = 0.1,
     kv_gib: Annotated[float | None, _option("Memory for keys and values. Default a quarter of what is free.")] = None,
+    replicas: Annotated[
+        int, _option("So many engines, each with weights of its own, by Ray ('amphista[ray]').", min=1)
+    ] = 1,
     drain: Annotated[float, _option("Seconds that answers may go on when the server is told to end.", min=0)] = 30.0,
 ) -> None:
     """Answer OpenAI's API, and show a page that tells who guessed each token."""
     try:
         from amphista.serve.server import server_of
         from amphista.serve.settings import Settings, read_keys
+
+        if replicas > 1:
+            from amphista.serve.ray_app import run as run_replicas
     except ModuleNotFoundError as error:
-        raise typer.BadParameter(f"{error.name} is missing: pip install 'amphista[serve]'") from error
+        extra = "ray" if replicas > 1 else "serve"
+        raise typer.BadParameter(f"{error.name} is missing: pip install 'amphista[{extra}]'") from error
     settings = Settings(
         host=host,
         port=port,
@@ -61,5 +69,11 @@ def serve(
         drain=drain,
     )
     settings.check_address()
-    llm = model.load()
-    server_of(llm, settings, lambda address: print(f"amphista: {address}", file=sys.stderr, flush=True)).run()
+    if replicas > 1:
+        run_replicas(asdict(model), settings, replicas, _told)
+    else:
+        server_of(model.load(), settings, _told).run()
+
+
+def _told(address: str) -> None:
+    print(f"amphista: {address}", file=sys.stderr, flush=True)

@@ -47,16 +47,20 @@ class Reader:
         params = sequence.params
         self._reader = IncrementalText(text, params.stop, params.min_tokens, shows_special=parser is not None)
         self._num_calls = 0
+        self._held = Piece()  # tokens that are not yet a whole character
         self.has_ended = False
 
     def read(self, updates: Sequence[Update]) -> Piece:
-        """What these updates add. raises the error of an answer that failed."""
-        piece = Piece()
+        """What these updates add; empty until there is something to show. raises the error of an answer that failed."""
+        piece = self._held
         for update in updates:
             if isinstance(update.result, StepResult):
                 self._take(update.result, piece)
             if update.state.has_ended:
                 self._end(update, piece)
+        if piece.is_empty:
+            return Piece()
+        self._held = Piece()
         return piece
 
     def _take(self, result: StepResult, piece: Piece) -> None:

@@ -60,16 +60,17 @@ class Call:
 
     async def pieces(self) -> list[tuple[int, Piece]] | None:
         """What is new, by choice; an empty list when it is time to ping, None behind the end."""
-        if self._first is None and all(reader.has_ended for reader in self.readers.values()):
-            return None
-        updates, self._first = self._first, None
-        if not updates:
-            updates = await self.ticket.next(PING_SECONDS)
-        found = []
-        for index, (request, reader) in enumerate(self.readers.items()):
-            mine = [update for update in updates if update.request is request]
-            if mine and not (piece := reader.read(mine)).is_empty:
-                found.append((index, piece))
+        found: list[tuple[int, Piece]] = []
+        while not found:
+            if self._first is None and all(reader.has_ended for reader in self.readers.values()):
+                return None
+            updates, self._first = self._first or await self.ticket.next(PING_SECONDS), None
+            if not updates:
+                return []
+            for index, (request, reader) in enumerate(self.readers.items()):
+                mine = [update for update in updates if update.request is request]
+                if mine and not (piece := reader.read(mine)).is_empty:
+                    found.append((index, piece))
         return found
 
 

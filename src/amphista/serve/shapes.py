@@ -68,7 +68,7 @@ class Shape:
             delta = {"role": "assistant", "content": ""}
             choices.append({"index": index, "delta": delta, "logprobs": None, "finish_reason": None})
         self._has_begun[index] = True
-        if not piece.is_empty or piece.token_ids:
+        if not piece.is_empty or piece.token_ids:  # the end token, and what was held back with it
             choices.append(self._choice(index, piece, is_delta=True))
         if reason is not None:
             last = {"index": index, "logprobs": None, "finish_reason": reason}
