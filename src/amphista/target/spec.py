@@ -184,6 +184,11 @@ class SharedWeights:
         return self._transform == LogitTransform()
 
     @property
+    def embedding_weight(self) -> Tensor:
+        """The embedding's table [V, embedding size]."""
+        return self._embedding.get_parameter("weight")
+
+    @property
     def head_weight(self) -> Tensor:
         """The LM head [V, D]."""
         return self._lm_head.weight

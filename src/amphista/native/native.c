@@ -1,0 +1,3 @@
+/* The whole library: one file for the compiler. */
+#include "step.c"
+#include "drafter.c"
