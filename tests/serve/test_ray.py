@@ -44,7 +44,8 @@ def test_two_replicas_one_of_them_killed(target_folder, tmp_path):
         url = f"http://127.0.0.1:{command[command.index('--port') + 1]}"
         try:
             with httpx.Client(base_url=url, headers=KEY, timeout=60) as client:
-                wait_until(lambda: ready(client), 240, log)
+                wait_until(lambda: "amphista: http" in (tmp_path / "log").read_text(), 240, log)
+                assert client.get("/ready").status_code == 200
                 assert httpx.get(f"{url}/metrics").status_code == 401
                 answers = [asked(client).json()["choices"][0]["token_ids"] for _ in range(12)]
                 assert all(answer == answers[0] for answer in answers)
@@ -61,13 +62,6 @@ def test_two_replicas_one_of_them_killed(target_folder, tmp_path):
             process.send_signal(signal.SIGTERM)
             process.wait(120)
     assert process.returncode == 0
-
-
-def ready(client) -> bool:
-    try:
-        return client.get("/ready").status_code == 200
-    except httpx.TransportError:
-        return False
 
 
 def replica_processes() -> list[int]:

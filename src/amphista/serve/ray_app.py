@@ -66,12 +66,12 @@ def application(model: Mapping[str, Any], settings: Settings, num_replicas: int)
 
 def run(model: Mapping[str, Any], settings: Settings, num_replicas: int, told: Callable[[str], None]) -> None:
     """Start Ray where none runs yet, and answer until the process is told to end."""
-    ended = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: ended.set())
     ray.init(include_dashboard=False, ignore_reinit_error=True)
     serve.start(http_options={"host": settings.host, "port": settings.port, "request_timeout_s": None})
     serve.run(application(model, settings, num_replicas), name=APP)
+    ended = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):  # only now: Ray has put handlers of its own there
+        signal.signal(number, lambda *_: ended.set())
     told(f"http://{settings.host}:{settings.port}")
     ended.wait()
     serve.shutdown()
