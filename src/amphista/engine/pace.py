@@ -20,7 +20,8 @@ class PacedEngine:
     def __init__(self, engine: Stepper, clock: Callable[[], float] = time.monotonic) -> None:
         self._engine, self._clock = engine, clock
         self.stepped_at = clock()
-        self._step_seconds, self._token_seconds = 0.0, 0.0
+        self._step_seconds = 0.0
+        self._read_seconds, self._num_read = 0.0, 0.0  # beyond plain steps; older ones weigh less
 
     def step(self, batch: Sequence[Any]) -> Sequence[Any]:
         """One step, timed."""
@@ -30,16 +31,14 @@ class PacedEngine:
         self.stepped_at = self._clock()
         seconds = self.stepped_at - started
         if num_read:
-            beyond = max(0.0, seconds - self._step_seconds) / num_read
-            self._token_seconds = _mixed(self._token_seconds, beyond)
+            self._read_seconds = KEPT * self._read_seconds + max(0.0, seconds - self._step_seconds)
+            self._num_read = KEPT * self._num_read + num_read
         else:
-            self._step_seconds = _mixed(self._step_seconds, seconds)
+            known = self._step_seconds or seconds
+            self._step_seconds = KEPT * known + (1 - KEPT) * seconds
         return results
 
     def iteration_seconds(self, chunk_len: int, num_running: int) -> float:
         """Predicted: reading a chunk of so many tokens, then one step of those that decode."""
-        return self._step_seconds + chunk_len * self._token_seconds + (self._step_seconds if num_running else 0.0)
-
-
-def _mixed(known: float, seen: float) -> float:
-    return KEPT * known + (1 - KEPT) * seen if known else seen
+        token_seconds = self._read_seconds / self._num_read if self._num_read else 0.0
+        return self._step_seconds + chunk_len * token_seconds + (self._step_seconds if num_running else 0.0)
