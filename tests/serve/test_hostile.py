@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
+import os
 import random
 import re
 import socket
 import threading
 import time
+from pathlib import Path
 
 import httpx
 import pytest
@@ -224,6 +227,26 @@ def test_no_word_of_one_is_in_anothers_answer(crowded):
         assert set(re.findall(r"Q\d\dZ", text)) <= {f"Q{number:02d}Z"}
     cached = crowded.chat(**kinds[0])["usage"]["prompt_tokens_details"]["cached_tokens"]
     assert cached >= 32, "nothing was reused: this test shows nothing"
+
+
+@pytest.mark.slow
+def test_a_soak_leaves_nothing_behind():
+    def held() -> tuple[int, int, float]:
+        status = Path("/proc/self/status").read_text()
+        resident = int(re.search(r"VmRSS:\s+(\d+)", status).group(1)) / 1024
+        return threading.active_count(), len(os.listdir("/proc/self/fd")), resident
+
+    with serving(talkative_llm(), kv_gib=0.004, max_waiting=200) as served:
+        marks = []
+        for wave in range(12):
+            kinds = [kind(100 * wave + n, f"Wave {wave}, number {n}", max_tokens=20) for n in range(100)]
+            asyncio.run(streams(served, kinds))
+            settled(served)
+            gc.collect()
+            marks.append(held())
+    (threads, files, before), (later_threads, later_files, after) = marks[3], marks[-1]
+    assert later_threads <= threads and later_files <= files
+    assert after - before < 8, marks
 
 
 def test_a_failing_step_fails_its_request_alone(monkeypatch):

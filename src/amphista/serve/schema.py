@@ -169,6 +169,11 @@ class Sampled(Body):
         return self.n or 1
 
     @property
+    def num_asked(self) -> int | None:
+        """Tokens an answer may have, None: as many as there is room for."""
+        return self.max_tokens
+
+    @property
     def num_top_logprobs(self) -> int | None:
         """How many of the best tokens to tell beside each, None: no log-probabilities at all."""
         raise NotImplementedError
@@ -212,6 +217,10 @@ class ChatRequest(Sampled):
     function_call: Refused = None
     prediction: Refused = None
     web_search_options: Refused = None
+
+    @property
+    def num_asked(self) -> int | None:
+        return self.max_completion_tokens or self.max_tokens
 
     @property
     def num_top_logprobs(self) -> int | None:

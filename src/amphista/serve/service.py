@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import secrets
 import time
 from collections.abc import Callable, Sequence
@@ -103,6 +104,8 @@ class Service:
             last = (await ticket.next())[-1]
         if last.error is not None:
             raise last.error
+        with contextlib.suppress(RequestError):  # of a tokenizer that knows no forms: whoever asks for one hears it
+            await self._compiled({"type": "json_object"})
         self.worker.on_updates = self.metrics.note
         self.is_ready = True
 
@@ -127,7 +130,7 @@ class Service:
             raise ApiError(400, "this model's chat template knows no tools: leave them out", param="tools")
         prompt = await self.rendered(lambda: self._prompt(body, tools))
         parse = (lambda: self.text.response_parser(prompt, tools or [])) if tools else (lambda: None)
-        return await self._call("chatcmpl", body, [prompt], tenant, parse=parse, asked=body.max_completion_tokens)
+        return await self._call("chatcmpl", body, [prompt], tenant, parse)
 
     async def complete(self, body: CompletionRequest, tenant: int) -> Call:
         """Start answers to prompts as they are."""
@@ -170,16 +173,13 @@ class Service:
         body: Sampled,
         prompts: list[list[int]],
         tenant: int,
-        *,
         parse: Callable[[], Any] = lambda: None,
-        asked: int | None = None,
     ) -> Call:
         grammar = await self._grammar(body)
-        asked = body.max_tokens if asked is None else asked
         seed = fresh_seed() if body.seed is None else body.seed % 2**64
         sequences = []
         for prompt in prompts:
-            max_new_tokens = self._num_new_tokens(len(prompt), asked)
+            max_new_tokens = self._num_new_tokens(len(prompt), body.num_asked)
             for index in range(body.num_choices):
                 sequence = self.llm.engine.new_sequence(prompt, body.params((seed + index) % 2**64, max_new_tokens))
                 sequence.chooser.grammar = None if grammar is None else grammar()
@@ -204,15 +204,18 @@ class Service:
         """What makes the answers' matchers, where they must have a form."""
         if body.response_format is None:
             return None
-        asked = body.response_format.model_dump(by_alias=True)
-        work = asyncio.get_running_loop().run_in_executor(self._compiler, self._grammars.compiled, asked)
         try:
+            work = self._compiled(body.response_format.model_dump(by_alias=True))
             return await asyncio.wait_for(work, GRAMMAR_SECONDS)
         except RequestError as error:
             raise ApiError(400, str(error), param="response_format") from error
         except TimeoutError:
             message = f"response_format takes more than {GRAMMAR_SECONDS:.0f} s to compile: make it simpler"
             raise ApiError(400, message, param="response_format") from None
+
+    async def _compiled(self, response_format: dict[str, Any]) -> Any:
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._compiler, self._grammars.compiled, response_format)
 
 
 def _cost_ratio(llm: LLM) -> Callable[[], float] | None:
