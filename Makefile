@@ -2,6 +2,8 @@
 #
 #   make demo     a first answer: same tokens as plain decoding? how much faster?
 #   make test     the whole test suite
+#   make test-browser  the server's page in a browser; skipped with the reason where there is no Chromium
+#   make test-ray the server on two replicas, by Ray
 #   make check    formatting, lint, types, architecture
 #   make bench    the small benchmark, under 15 minutes on 2 cores; DATA=folder with spec_bench.jsonl, else fetched
 #   make bench-speed  where the time goes, under 20 minutes on 2 cores: possible and realised speed, phases, growing
@@ -30,13 +32,21 @@ GPU_TREES := medusa@8,medusa@16,medusa@32,medusa@64,medusa@128,amphista@8,amphis
 MEMORY_DTYPES ?= float32,bfloat16,int8
 ALSO_FAILED := || test $$? -eq 1  # an evaluation with failed answers ends with 1: its report tells them, the rest is measured
 
-.PHONY: demo test check docs docs-check test-package bench bench-speed bench-gpu format clean
+.PHONY: demo test test-browser test-ray check docs docs-check test-package bench bench-speed bench-gpu format clean
 
 demo: $(READY)
 	@$(BIN)/amphista generate --compare --max-new-tokens 96 "Why is the sky blue?"
 
 test: $(READY)
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_WORKERS)
+
+test-browser: $(READY)
+	@$(PIP_INSTALL) -e '.[browser]'
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m browser -rs tests/serve
+
+test-ray: $(READY)
+	@$(PIP_INSTALL) -e '.[ray]'
+	@$(BIN)/python -m pytest -m ray -rs tests/serve
 
 check: $(READY)
 	@$(BIN)/ruff format --check src tests benchmarks examples docs
@@ -94,7 +104,7 @@ $(READY): pyproject.toml constraints.txt
 	@echo "Setting up .venv with $(TORCH) and what it needs: once, about 3 minutes and 1.5 GB of disk ..." >&2
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	@$(PIP_INSTALL) $(TORCH)
-	@$(PIP_INSTALL) -e '.[train,eval,docs,dev]'
+	@$(PIP_INSTALL) -e '.[train,eval,serve,docs,dev]'
 	@touch $(READY)
 	@echo ".venv is ready." >&2
 

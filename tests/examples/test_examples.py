@@ -68,6 +68,12 @@ def test_own_drafter(run, target):
     assert tau(run("own_drafter", target)) > 1
 
 
+def test_serve(run, target):
+    """A server in a process of its own, which ends with the script."""
+    text, told = run("serve", target, "lookup").rsplit("\n", 2)[:2]
+    assert len(text) == 64 and told == "the same text as plain decoding: True"
+
+
 def test_train_tiny(run, target, tmp_path):
     printed = run("train_tiny", tmp_path, target)
     assert "validation at step" in printed and tau(printed) >= 1

@@ -96,6 +96,7 @@ def test_it_runs_where_it_is_installed(python, folder, tmp_path):
     ("packages", "words", "extra"),
     [
         (["accelerate"], ["train", "--data", "answers.jsonl", "--out", "out"], "amphista[train]"),
+        (["fastapi"], ["serve"], "amphista[serve]"),
         (["datasets"], ["distill", "--prompts", "owner/name", "--out", "out"], "amphista[data]"),
     ],
 )

@@ -18,7 +18,7 @@ import secrets
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 import numpy as np
 import torch
@@ -198,13 +198,26 @@ def _top_p(scores: Floats, top_p: float) -> Floats:
     return filtered
 
 
+class Grammar(Protocol):
+    """What an answer must look like: which tokens may stand at each place of it, given those chosen before."""
+
+    def allowed(self, index: int) -> NDArray[np.bool_]:
+        """Which tokens [V] may be number `index` of the answer; those before it were chosen."""
+
+    def chose(self, index: int, token: int) -> None:
+        """Token number `index` was chosen; what was chosen there and behind it before is forgotten."""
+
+
 class Chooser:
     """The target's choice at successive positions of one sequence.
 
     prompt_ids and the output (`extend`) are what penalties look at; end_ids are kept back until `min_tokens` are there.
     Tokens on the path under verification are passed with each choice, because a plain decoding would have had them in
-    its output.
+    its output. A grammar sees what is chosen, in order, and nothing else: so it asks of each token what it would ask in
+    plain decoding.
     """
+
+    grammar: Grammar | None = None
 
     def __init__(self, sampling: Sampling, prompt_ids: Sequence[int], end_ids: Iterable[int] = ()) -> None:
         self.sampling = sampling
@@ -223,15 +236,18 @@ class Chooser:
     @property
     def is_argmax(self) -> bool:
         """Whether the choice is the plain argmax of the logits, whatever came before."""
-        return self.sampling.is_greedy and self.sampling.is_plain
+        return self.sampling.is_greedy and self.sampling.is_plain and self.grammar is None
 
     def choose(self, logits: Tensor, position: int, path: Iterable[int] = ()) -> int:
         """The token for absolute `position`, from the target's logits [V] at the position before."""
-        if not self.sampling.is_greedy:
-            return gumbel_argmax(self._log_probs(logits, position, path), self._seed, position)
-        scores = _quick(self._adjusted(logits, position, path))
-        token = int(scores.argmax())
-        _refuse_broken(float(scores[token]))
+        if self.sampling.is_greedy:
+            scores = _quick(self._adjusted(logits, position, path))
+            token = int(scores.argmax())
+            _refuse_broken(float(scores[token]))
+        else:
+            token = gumbel_argmax(self._log_probs(logits, position, path), self._seed, position)
+        if self.grammar is not None:
+            self.grammar.chose(position - self._first, token)
         return token
 
     def margin(self, logits: Tensor, position: int, path: Iterable[int] = ()) -> float:
@@ -251,9 +267,10 @@ class Chooser:
         return filtered_log_probs(scores, self.sampling)
 
     def _adjusted(self, logits: Tensor, position: int, path: Iterable[int]) -> Tensor:
-        """Bias, then penalties, then bans; in float32 as `transformers` has it, whatever type the logits come in."""
+        """Bias, then penalties, then bans and what the grammar forbids; in float32 as `transformers` has it, whatever
+        type the logits come in."""
         sampling = self.sampling
-        if sampling.is_plain:
+        if sampling.is_plain and self.grammar is None:
             return logits
         scores = logits.to(torch.promote_types(logits.dtype, torch.float32), copy=True)
         if sampling.logit_bias:
@@ -267,6 +284,9 @@ class Chooser:
             counts = scores.new_tensor(list(output.values()))
             scores[list(output)] -= sampling.frequency_penalty * counts + sampling.presence_penalty
         scores[self._ends if position - self._first < sampling.min_tokens else self._banned] = -math.inf
+        if self.grammar is not None:
+            allowed = torch.from_numpy(self.grammar.allowed(position - self._first)).to(scores.device)
+            scores.masked_fill_(~allowed, -math.inf)
         return scores
 
 
@@ -283,4 +303,4 @@ def _refuse_broken(best: float) -> None:
             "penalty goes beyond float32"
         )
     if best == -math.inf:
-        raise RequestError("every token is suppressed: nothing is left to choose from")
+        raise RequestError("every token is suppressed or forbidden: nothing is left to choose from")

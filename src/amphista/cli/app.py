@@ -20,6 +20,7 @@ from amphista.cli.export import export
 from amphista.cli.generate import generate
 from amphista.cli.info import info
 from amphista.cli.latency import latency
+from amphista.cli.serve import serve
 from amphista.cli.standard import logging_to_stderr, prepare
 from amphista.cli.train import train
 from amphista.cli.tune import tune
@@ -39,7 +40,7 @@ app = typer.Typer(
     **SETTINGS,
 )
 dev = typer.Typer(help="For those who make drafters and measure them.", **SETTINGS)
-for command in (generate, chat, train, distill, evaluate, convert, info):
+for command in (generate, chat, serve, train, distill, evaluate, convert, info):
     app.command()(command)
 for command in (calibrate, export, latency, tune):
     dev.command()(command)

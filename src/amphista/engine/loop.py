@@ -90,6 +90,11 @@ class EngineLoop:
         self._thread = threading.Thread(target=self._run, name="amphista-engine", daemon=True)
         self._thread.start()
 
+    @property
+    def is_alive(self) -> bool:
+        """Whether its own thread runs."""
+        return self._thread is not None and self._thread.is_alive()
+
     def submit(self, sequence: Schedulable, *, key: Hashable = "", namespace: Hashable = "") -> Request:
         """Hand in a sequence; a refusal comes as an update, too. raises UnavailableError once the loop is closed.
 

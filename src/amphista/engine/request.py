@@ -77,5 +77,6 @@ class Request:
     submitted_at: float = 0.0
     state: State = State.WAITING
     number: int = -1  # by order of arrival
+    admitted_at: float | None = None  # the first time
     num_reserved: int = 0  # rows
     outbox: SimpleQueue[Any] = field(default_factory=SimpleQueue)

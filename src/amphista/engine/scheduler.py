@@ -82,6 +82,7 @@ class Scheduler:
         self.prefixes = prefixes or PrefixStore(limits.kv_bytes)
         self.running: list[Request] = []
         self.reader: Request | None = None
+        self.num_preempted = 0
         self._queues: dict[Hashable, deque[Request]] = {}  # none empty; the next key's first
         self._numbers = itertools.count()
         self._num_tokens, self._seconds = 0.0, 0.0  # measured, older ones weighing less
@@ -132,6 +133,8 @@ class Scheduler:
     def plan(self, now: float) -> Plan:
         """The next iteration; `now` in seconds. Changes of state are made here; to move rows is the caller's."""
         expired, preempted, match = self._expire(now), self._grow(), self._admit()
+        if self.reader is not None and self.reader.admitted_at is None:
+            self.reader.admitted_at = now
         return Plan(expired, preempted, self.reader, match, self._chunk_len(), list(self.running))
 
     def advance(self, request: Request) -> bool:
@@ -203,6 +206,7 @@ class Scheduler:
         """Put a request back to the front of its queue."""
         self._take_out(request)
         request.state = State.PREEMPTED
+        self.num_preempted += 1
         self._queues.setdefault(request.key, deque()).appendleft(request)
         return request
 

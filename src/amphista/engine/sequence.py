@@ -41,7 +41,8 @@ class Sequence:
     """One request: `token_ids` are its prompt and its answer so far, the end token included.
 
     stops: the text so far, where a stop string may end it; else text is the reader's. watch: where answers that loop
-    are ended and cut. chunk_len: how many tokens of its prompt the next step may read.
+    are ended and cut. chunk_len: how many tokens of its prompt the next step may read. drafts: whether anything is
+    proposed for it; else it is decoded plainly, in whatever batch. is_traced: whether its steps tell their trees.
     """
 
     token_ids: list[int]
@@ -55,6 +56,8 @@ class Sequence:
     stops: IncrementalText | None = None
     watch: LoopWatch | None = None
     chunk_len: int = PREFILL_CHUNK
+    drafts: bool = True
+    is_traced: bool = False
     stats: DecodeStats = field(default_factory=DecodeStats)
     controller: DraftController = field(default_factory=DraftController)
     finish_reason: FinishReason | None = None

@@ -28,6 +28,7 @@ from amphista.engine.params import SamplingParams
 from amphista.engine.rows import Rows
 from amphista.engine.sequence import Ending, Sequence, whole_step
 from amphista.engine.stats import Clock
+from amphista.engine.trace import Source, StepTrace, sources
 from amphista.errors import RequestError
 from amphista.target.captured import NODES
 from amphista.target.output import TargetOutput
@@ -38,17 +39,22 @@ from amphista.tree.budget import DraftRow, Plan
 from amphista.tree.candidates import Candidates
 from amphista.tree.grow import Grower
 from amphista.tree.learned import Forward
+from amphista.tree.offers import Growth
 from amphista.tree.token_tree import TokenTree
 
 
 @dataclass(frozen=True)
 class StepResult:
     """What one step added to a sequence: token ids, accepted draft tokens, log-probabilities where they are asked for;
-    no token while a prompt is read. `text`: what may now be shown, filled in by the reader (`llm.Stream`)."""
+    no token while a prompt is read. `sources`: who guessed each accepted token. `num_nodes`: of the tree it verified,
+    `trace`: that tree, for sequences that ask for it. `text`: what may now be shown, filled in by the reader."""
 
     token_ids: list[int]
     num_accepted: int
     logprobs: list[TokenLogprob] = field(default_factory=list)
+    sources: list[Source] = field(default_factory=list)
+    num_nodes: int = 0
+    trace: StepTrace | None = None
     text: str = ""
 
 
@@ -185,7 +191,7 @@ class Engine:
         clock = Clock([sequence.stats for sequence in batch], device, whole=None if decoding else "prefill")
         started = clock.now()
         chunks = [_chunk(sequence) for sequence in reading]
-        plan = self._plan(decoding, chunks, clock)
+        plan, offered = self._plan(decoding, chunks, clock)
         pairs = zip(decoding, plan.growths, strict=True)
         spans = chunks + [Span(growth.tree, sequence.rows.cache) for sequence, growth in pairs]
         with clock.phase("verify"):
@@ -201,12 +207,18 @@ class Engine:
             if decoding:
                 accepted = [results[id(sequence)].token_ids[:-1] for sequence in decoding]
                 self.grower.observe(plan, accepted, ended - started)
-        _count(reading, decoding, plan, outcomes[len(reading) :], clock.now() - started)
+        seconds = clock.now() - started
+        _count(reading, decoding, plan, outcomes[len(reading) :], seconds)
+        trees, paths = zip(plan.growths, offered, strict=True), [outcome.path for outcome in outcomes[len(reading) :]]
+        for sequence, tree, path in zip(decoding, trees, paths, strict=True):
+            results[id(sequence)] = _told(results[id(sequence)], sequence, tree, path, seconds)
         return [results[id(sequence)] for sequence in batch]
 
-    def _plan(self, decoding: Several[Sequence], chunks: Several[Span], clock: Clock) -> Plan:
+    def _plan(
+        self, decoding: Several[Sequence], chunks: Several[Span], clock: Clock
+    ) -> tuple[Plan, Several[Candidates]]:
         """A tree for each sequence that decodes, grown from what the sequences themselves suggest, and from what the
-        heads say of those for which it pays to ask them."""
+        heads say of those for which it pays to ask them; and what was on offer."""
         past = [sequence.rows.cache.num_committed for sequence in decoding] + [span.num_past for span in chunks]
         plain = Forward(
             num_rows=len(decoding) + sum(span.tree.num_nodes for span in chunks),
@@ -215,16 +227,16 @@ class Engine:
             num_cached_rows=sum(past),
         )
         if not decoding:
-            return Plan([], [], [], plain)
+            return Plan([], [], [], plain), []
         with clock.phase("draft"):
             rows = [self._draft_row(sequence) for sequence in decoding]
             asked = [] if self._heads is None else self.grower.whom_to_ask(rows, plain)
             candidates = self._ask(decoding, rows, asked)
         with clock.phase("tree"):
-            return self.grower.grow_batch(rows, candidates, asked, plain)
+            return self.grower.grow_batch(rows, candidates, asked, plain), candidates
 
     def _draft_row(self, sequence: Sequence) -> DraftRow:
-        depth = min(sequence.max_depth, self.grower.max_depth)
+        depth = min(sequence.max_depth, self.grower.max_depth) if sequence.drafts else 0
         graft = self.proposer.ngrams(sequence.lookup, sequence.token_ids, depth) if depth else None
         return DraftRow(sequence.controller, graft, depth, sequence.pending)
 
@@ -290,7 +302,24 @@ def _advance(sequence: Sequence, outcome: _Outcome, output: TargetOutput) -> Ste
     sequence.logprobs += outcome.logprobs
     if outcome.tokens:
         sequence.take(outcome.tokens, outcome.ending)
-    return StepResult(outcome.tokens, max(0, len(outcome.tokens) - 1), outcome.logprobs)
+    named = [Source.TARGET] * len(outcome.tokens)
+    return StepResult(outcome.tokens, max(0, len(outcome.tokens) - 1), outcome.logprobs, named)
+
+
+def _told(
+    result: StepResult,
+    sequence: Sequence,
+    offered: tuple[Growth, Candidates],
+    path: list[int],
+    seconds: float,
+) -> StepResult:
+    """The result with who guessed its tokens, and the whole tree where it is asked for."""
+    growth, candidates = offered
+    named, trace = sources(growth.tree, candidates, path), None
+    if sequence.is_traced:
+        every = sources(growth.tree, candidates, range(growth.tree.num_nodes))
+        trace = StepTrace(growth.tree, every, growth.scores, path, seconds)
+    return replace(result, sources=[*named[1:], Source.TARGET], num_nodes=growth.tree.num_nodes, trace=trace)
 
 
 def _count(

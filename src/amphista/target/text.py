@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import re
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any
@@ -17,10 +18,15 @@ from amphista.errors import RequestError, TargetError
 from amphista.prompts import is_text, plain_message, texts_in
 
 Message = Mapping[str, Any]
+PRINTABLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]  # bytes that stand for themselves in names
+BYTES = {chr(byte): byte for byte in PRINTABLE}  # of byte-level tokens (GPT-2's), by the characters of their names
+BYTES |= {chr(256 + n): byte for n, byte in enumerate(byte for byte in range(256) if byte not in PRINTABLE)}
 REPLACEMENT = "\ufffd"  # what a decoder prints for bytes that are not yet a whole character
 MAX_OPEN = 16  # tokens that may wait for a character to end; none has more than 4 bytes
 CHARACTER_BYTES = 4
-NO_VARIABLES = {"conversation", "messages", "tokenize"}  # and what begins with `return_`: arguments, not of a template
+NO_VARIABLES = frozenset(
+    {"conversation", "messages", "tokenize"}
+)  # and what begins with `return_`: arguments, not of a template
 
 
 class Text:
@@ -116,6 +122,35 @@ class Text:
                     "transformers that has `sanitize_control_tokens`"
                 )
 
+    def token_bytes(self, token_id: int) -> bytes:
+        """What a token stands for, a part of a character too; special tokens written out."""
+        if token_id in self.byte_tokens:
+            return bytes([self.byte_tokens[token_id]])
+        text = self.decode([token_id], with_special=True)
+        name = self.tokenizer.convert_ids_to_tokens(token_id) if REPLACEMENT in text else None
+        if name is not None and all(character in BYTES for character in name):
+            return bytes(BYTES[character] for character in name)
+        return text.encode()
+
+    @cached_property
+    def template_settings(self) -> frozenset[str]:
+        """What stands beside a template's own variables in `transformers`, the template itself among them."""
+        return NO_VARIABLES | inspect.signature(self.tokenizer.apply_chat_template).parameters.keys()
+
+    @property
+    def takes_tools(self) -> bool:
+        """Whether the chat template knows what tools are."""
+        template = getattr(self.tokenizer, "chat_template", None)
+        texts = template.values() if isinstance(template, Mapping) else [template or ""]
+        return any(re.search(r"\btools\b", text) for text in texts)
+
+    def response_parser(self, prompt_ids: Sequence[int], tools: Sequence[Mapping[str, Any]]) -> Any:
+        """What finds calls of tools in an answer (`transformers`' ResponseParser); None where this tokenizer does not
+        say how they look."""
+        if getattr(self.tokenizer, "response_template", None) is None:
+            return None
+        return self.tokenizer.get_response_parser(prefix=self.decode_exactly(prompt_ids), tools=list(tools))
+
     def encode_part(self, text: str) -> list[int]:
         """Token ids of rendered text, nothing added."""
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
@@ -139,14 +174,17 @@ class IncrementalText:
 
     `push` returns what may be shown now, `finish` the rest. `stopped` is set by the token that completes a stop
     string, from the one behind `min_tokens` on; the text then excludes the stop string. Stop strings may hold special
-    tokens, which are never shown. The work for a token does not grow with the text.
+    tokens, which are shown only where that is asked for. The work for a token does not grow with the text.
     """
 
-    def __init__(self, text: Text, stops: Sequence[str] = (), min_tokens: int = 0) -> None:
+    def __init__(
+        self, text: Text, stops: Sequence[str] = (), min_tokens: int = 0, *, shows_special: bool = False
+    ) -> None:
         self._text, self._stops, self._min_tokens = text, tuple(stops), min_tokens
+        self._shows_special = shows_special
         self._longest = max(map(len, self._stops), default=0)
         special = text.special_tokens
-        self._reads_special = any(token in stop for stop in self._stops for token in special)
+        self._reads_special = shows_special or any(token in stop for stop in self._stops for token in special)
         self._unread = frozenset() if self._reads_special else frozenset(special.values())
         self._num_tokens = 0
         self._context: list[int] = []  # the last tokens before the open ones: decoders treat a first token differently
@@ -266,7 +304,7 @@ class IncrementalText:
         return self._visible(piece)
 
     def _visible(self, piece: str) -> str:
-        for token in self._text.special_tokens if self._reads_special else ():
+        for token in self._text.special_tokens if self._reads_special and not self._shows_special else ():
             piece = piece.replace(token, "")
         return piece
 

@@ -10,6 +10,7 @@ answers of the default target this met the truth within a few hundredths; the hi
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -129,12 +130,13 @@ class GrownNodes:
 
 @dataclass(frozen=True)
 class Growth:
-    """The tree of one step, and how many of its drafted tokens are expected to be accepted."""
+    """The tree of one step, and how many of its drafted tokens are expected to be accepted; the nodes' log-scores."""
 
     tree: TokenTree
     expected: float
+    scores: Sequence[float] = ()
 
     @classmethod
     def of(cls, grown: GrownNodes, num_nodes: int | None = None) -> Growth:
         """The first `num_nodes` nodes; by default all."""
-        return cls(grown.tree(num_nodes), grown.expected(num_nodes))
+        return cls(grown.tree(num_nodes), grown.expected(num_nodes), grown.scores[:num_nodes])

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
+from amphista.accept.sampling import Chooser, Sampling
 from amphista.accept.walk import Acceptance, walk
 from amphista.tree.token_tree import TokenTree
 
@@ -57,3 +59,29 @@ def test_cut_keeps_the_first_tokens():
     assert whole.cut(4) is whole and whole.cut(9) is whole
     for num_tokens in range(1, 5):
         assert whole.cut(num_tokens).tokens == whole.tokens[:num_tokens]
+
+
+class OnlyEven:
+    """A grammar of even tokens, which notes what it is told."""
+
+    def __init__(self):
+        self.chosen = []
+
+    def allowed(self, index):
+        assert index == len(self.chosen)
+        return np.arange(10) % 2 == 0
+
+    def chose(self, index, token):
+        self.chosen[index:] = [token]
+
+
+def test_known_choices_are_not_taken_where_a_grammar_has_a_say():
+    logits = torch.zeros(7, 10)
+    for node, token in enumerate([7, 0, 9, 0, 0, 0, 0]):
+        logits[node, token], logits[node, 8] = 2, 1
+    chooser = Chooser(Sampling(), [1] * 41)
+    chooser.grammar = grammar = OnlyEven()
+    taken = walk(TREE, logits, chooser, root_position=40, argmaxes=[7, 0, 9, 0, 0, 0, 0])
+    assert taken == Acceptance([0, 2], [8], 8) and grammar.chosen == [8, 8]
+    chooser.grammar = None
+    assert walk(TREE, logits, chooser, 40, [7, 0, 9, 0, 0, 0, 0]) == Acceptance([0, 1], [7], 0)

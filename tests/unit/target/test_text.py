@@ -334,3 +334,29 @@ def test_ids_beyond_the_tokenizers_have_no_text():
     padded = [*ids[:3], 9999, *ids[3:], 1000]
     _, pieces, rest = pushed(text, padded)
     assert text.decode(padded) == "".join(pieces) + rest == text.decode(ids) == "flame \U0001f525"
+
+
+def test_bytes_of_tokens_joined_are_those_of_the_text(text):
+    ids = text.encode(CHARACTERS)
+    assert b"".join(map(text.token_bytes, ids)) == CHARACTERS.encode()
+    assert text.token_bytes(EOS) == b"</s>"
+    names = {f"<0x{byte:02X}>": byte for byte in range(256)} | {"▁a": 256}
+    tokenizer = Tokenizer(models.BPE(vocab=names, merges=[], byte_fallback=True))
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    fallback = Text(PreTrainedTokenizerFast(tokenizer_object=tokenizer))
+    assert [fallback.token_bytes(token) for token in (0xC3, 0x41, 256)] == [b"\xc3", b"A", b" a"]
+
+
+def test_control_tokens_are_shown_where_that_is_asked_for(text):
+    ids = [*text.encode("a"), 256, *text.encode("b")]
+    shown, hidden = IncrementalText(text, shows_special=True), IncrementalText(text)
+    assert "".join(map(shown.push, ids)) + shown.finish() == "a<s>b"
+    assert "".join(map(hidden.push, ids)) + hidden.finish() == "ab"
+
+
+def test_whether_a_template_knows_tools():
+    for template, takes in (("{{ messages }}", False), ("{% if tools %}x{% endif %}", True), ("{{ stools }}", False)):
+        tokenizer = byte_tokenizer()
+        tokenizer.chat_template = template
+        assert Text(tokenizer).takes_tools is takes
+    assert Text(byte_tokenizer()).response_parser([1, 2], []) is None

@@ -1,0 +1,290 @@
+"""What may be asked of the server, as OpenAI spells it; pydantic checks it before anything else sees it.
+
+Fields not named here are taken and mean nothing. Those of type `Refused` would change the answer if they were ignored.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, model_validator
+
+from amphista.engine.params import SamplingParams
+
+MAX_CHOICES = 32  # of one request, prompts times n
+
+
+def _whole(value: Any) -> Any:
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+Refused = Annotated[None, Field(description="Not supported: must be left out.")]
+Whole = Annotated[int, BeforeValidator(_whole)]  # 5.0 is one in JSON
+TokenId = Annotated[Whole, Field(ge=0, lt=2**31)]
+Stop = Annotated[str, StringConstraints(min_length=1, max_length=256)]  # its length is paid for with every token
+
+
+class Body(BaseModel):
+    """JSON as it stands: no text becomes a number."""
+
+    model_config = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False)
+
+
+class TextPart(Body):
+    type: Literal["text"]
+    text: str
+
+
+class FunctionCall(Body):
+    name: str
+    arguments: str
+
+
+class ToolCall(Body):
+    id: str | None = None
+    type: Literal["function"] = "function"
+    function: FunctionCall
+
+
+class Message(Body):
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: str | list[TextPart] | None = None
+    name: str | None = None
+    tool_calls: list[ToolCall] | None = None
+    tool_call_id: str | None = None
+    reasoning_content: str | None = None
+
+    @model_validator(mode="after")
+    def _says_something(self) -> Self:
+        if self.content is None and not (self.role == "assistant" and self.tool_calls):
+            raise ValueError("content is missing: expected a text, or a list of text parts")
+        return self
+
+    def for_template(self) -> dict[str, Any]:
+        """As chat templates expect it: arguments of calls as objects, developers as the system."""
+        plain = self.model_dump(exclude_none=True)
+        plain["role"] = "system" if self.role == "developer" else self.role
+        plain.setdefault("content", "")
+        for call in plain.get("tool_calls", []):
+            call["function"]["arguments"] = _object(call["function"]["arguments"])
+        return plain
+
+
+def _object(text: str) -> Any:
+    try:
+        found = json.loads(text)
+    except ValueError:
+        return text
+    return found if isinstance(found, dict) else text
+
+
+class Function(Body):
+    name: Annotated[str, StringConstraints(pattern=r"^[a-zA-Z0-9_.-]{1,64}$")]
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class Tool(Body):
+    type: Literal["function"]
+    function: Function
+
+
+class AnyText(Body):
+    type: Literal["text"]
+
+
+class JsonObject(Body):
+    type: Literal["json_object"]
+
+
+class NamedSchema(Body):
+    name: str | None = None
+    description: str | None = None
+    json_schema: dict[str, Any] | bool | None = Field(None, alias="schema")
+    strict: bool | None = None
+
+
+class JsonSchema(Body):
+    type: Literal["json_schema"]
+    json_schema: NamedSchema
+
+
+class GrammarText(Body):
+    """As in OpenAI's custom tools; Lark as llguidance has it."""
+
+    type: Literal["grammar"]
+    syntax: Literal["lark", "regex"]
+    definition: str
+
+
+ResponseFormat = Annotated[AnyText | JsonObject | JsonSchema | GrammarText, Field(discriminator="type")]
+
+
+class StreamOptions(Body):
+    include_usage: bool | None = None
+
+
+class Own(Body):
+    """drafter "none": decode this request plainly, among whatever others. trace: tell each step's tree."""
+
+    drafter: Literal["none"] | None = None
+    trace: bool = False
+
+
+class Sampled(Body):
+    """What chat and completions share."""
+
+    model: str | None = None
+    max_tokens: Annotated[Whole, Field(ge=1, lt=2**31)] | None = None
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    top_k: Annotated[Whole, Field(ge=-1, lt=2**31)] | None = None
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    n: Annotated[Whole, Field(ge=1, le=8)] | None = None
+    seed: Annotated[Whole, Field(ge=-(2**63), lt=2**63)] | None = None
+    stop: Stop | Annotated[list[Stop], Field(max_length=16)] | None = None
+    stop_token_ids: Annotated[list[TokenId], Field(max_length=64)] | None = None
+    ignore_eos: bool | None = None
+    min_tokens: Annotated[Whole, Field(ge=0, lt=2**31)] | None = None
+    logit_bias: (
+        dict[Annotated[str, StringConstraints(pattern=r"^[0-9]{1,9}$")], Annotated[float, Field(ge=-100, le=100)]]
+        | None
+    ) = None
+    presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    response_format: ResponseFormat | None = None
+    return_token_ids: bool | None = None
+    cache_salt: str | None = None
+    prompt_cache_key: str | None = None
+    amphista: Own | None = None
+
+    @property
+    def num_choices(self) -> int:
+        """Answers to each prompt."""
+        return self.n or 1
+
+    @property
+    def num_asked(self) -> int | None:
+        """Tokens an answer may have, None: as many as there is room for."""
+        return self.max_tokens
+
+    @property
+    def num_top_logprobs(self) -> int | None:
+        """How many of the best tokens to tell beside each, None: no log-probabilities at all."""
+        raise NotImplementedError
+
+    def params(self, seed: int, max_new_tokens: int) -> SamplingParams:
+        """Settings of an answer; OpenAI's temperature is 1 where none is given."""
+        names = ("top_p", "top_k", "min_p", "min_tokens", "logit_bias", "presence_penalty", "frequency_penalty")
+        given = {name: getattr(self, name) for name in (*names, "repetition_penalty", "stop", "stop_token_ids")}
+        top = self.num_top_logprobs
+        return SamplingParams(
+            **{name: value for name, value in given.items() if value is not None},
+            temperature=1.0 if self.temperature is None else self.temperature,
+            ignore_eos=bool(self.ignore_eos),
+            logprobs=top is not None,
+            top_logprobs=top or 0,
+            seed=seed,
+            max_new_tokens=max_new_tokens,
+        )
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        has_form = self.response_format is not None and self.response_format.type != "text"
+        if has_form and (self.ignore_eos or self.min_tokens):
+            raise ValueError("response_format says where an answer ends: leave out ignore_eos and min_tokens")
+        return self
+
+
+class ChatRequest(Sampled):
+    messages: Annotated[list[Message], Field(min_length=1)]
+    max_completion_tokens: Annotated[Whole, Field(ge=1, lt=2**31)] | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[Whole, Field(ge=0, le=20)] | None = None
+    tools: Annotated[list[Tool], Field(max_length=128)] | None = None
+    tool_choice: Literal["none", "auto"] | None = None
+    continue_final_message: bool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    reasoning_effort: str | None = None
+    modalities: list[Literal["text"]] | None = None
+    audio: Refused = None
+    functions: Refused = None
+    function_call: Refused = None
+    prediction: Refused = None
+    web_search_options: Refused = None
+
+    @property
+    def num_asked(self) -> int | None:
+        return self.max_completion_tokens or self.max_tokens
+
+    @property
+    def num_top_logprobs(self) -> int | None:
+        return (self.top_logprobs or 0) if self.logprobs else None
+
+    @property
+    def told_tools(self) -> list[dict[str, Any]] | None:
+        """Tools that the model shall know of."""
+        if not self.tools or self.tool_choice == "none":
+            return None
+        return [tool.model_dump(exclude_none=True) for tool in self.tools]
+
+
+class CompletionRequest(Sampled):
+    prompt: str | Annotated[list[str] | list[TokenId] | list[list[TokenId]], Field(min_length=1, max_length=2**20)]
+    logprobs: Annotated[Whole, Field(ge=0, le=20)] | None = None
+    echo: bool | None = None
+    best_of: Whole | None = None
+    suffix: Refused = None
+
+    @property
+    def num_top_logprobs(self) -> int | None:
+        return self.logprobs
+
+    @property
+    def prompts(self) -> list[str | list[int]]:
+        """One or several."""
+        if isinstance(self.prompt, str):
+            return [self.prompt]
+        return [self.prompt] if isinstance(self.prompt[0], int) else list(self.prompt)
+
+    @model_validator(mode="after")
+    def _is_told_once(self) -> Self:
+        if self.best_of is not None and self.best_of != self.num_choices:
+            raise ValueError(f"best_of is {self.best_of}, expected n ({self.num_choices}): answers are not ranked")
+        if self.echo and self.logprobs is not None:
+            raise ValueError("echo with logprobs is not supported: a prompt's log-probabilities are not worked out")
+        if len(self.prompts) * self.num_choices > MAX_CHOICES:
+            raise ValueError(f"{len(self.prompts)} prompts with n = {self.num_choices}: at most {MAX_CHOICES} answers")
+        return self
+
+
+class TokenizeRequest(Body):
+    """A text, or messages in the chat template."""
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: Annotated[list[Message], Field(min_length=1)] | None = None
+    add_special_tokens: bool = True
+    add_generation_prompt: bool = True
+
+    @model_validator(mode="after")
+    def _is_one(self) -> Self:
+        if (self.prompt is None) == (self.messages is None):
+            raise ValueError("expected either prompt or messages")
+        return self
+
+
+class DetokenizeRequest(Body):
+    model: str | None = None
+    tokens: list[TokenId]
+
+
+class TemplateRequest(Body):
+    model: str | None = None
+    messages: Annotated[list[Message], Field(min_length=1)]
+    add_generation_prompt: bool = True

@@ -1,0 +1,226 @@
+"""Service: requests as they were checked become sequences, and sequences calls that can be waited for or cancelled."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import secrets
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from amphista.accept.sampling import fresh_seed
+from amphista.engine.loop import Update
+from amphista.engine.params import SamplingParams
+from amphista.engine.request import Request
+from amphista.engine.scheduler import Limits
+from amphista.engine.sequence import Sequence as Decoded
+from amphista.errors import ConfigError, RequestError
+from amphista.llm import LLM
+from amphista.serve.answers import Piece, Reader
+from amphista.serve.errors import ApiError
+from amphista.serve.grammar import Grammars
+from amphista.serve.metrics import Metrics
+from amphista.serve.schema import ChatRequest, CompletionRequest, Message, Sampled
+from amphista.serve.worker import Ticket, Worker
+from amphista.tree.grow import ALONE, AutoGrower
+
+GRAMMAR_SECONDS = 2.0
+PING_SECONDS = 15.0
+Result = TypeVar("Result")
+
+
+@dataclass
+class Call:
+    """One request on its way: a reader for each choice, in order."""
+
+    id: str
+    model: str
+    seed: int
+    body: Sampled
+    ticket: Ticket
+    readers: dict[Request, Reader]
+    prompts: list[str] = field(default_factory=list)  # where they are to be echoed
+    created: int = field(default_factory=lambda: int(time.time()))
+    _first: list[Update] | None = None
+
+    @property
+    def sequences(self) -> list[Decoded]:
+        """Of all choices."""
+        return [reader.sequence for reader in self.readers.values()]
+
+    async def begin(self) -> bool:
+        """Wait for a first sign, so that a refusal gets a status; not for ever. raises what it was refused for."""
+        self._first = await self.ticket.next(PING_SECONDS)
+        for update in self._first:
+            if update.error is not None:
+                raise update.error
+        return True
+
+    async def pieces(self) -> list[tuple[int, Piece]] | None:
+        """What is new, by choice; an empty list when it is time to ping, None behind the end."""
+        found: list[tuple[int, Piece]] = []
+        while not found:
+            if self._first is None and all(reader.has_ended for reader in self.readers.values()):
+                return None
+            updates, self._first = self._first or await self.ticket.next(PING_SECONDS), None
+            if not updates:
+                return []
+            for index, (request, reader) in enumerate(self.readers.items()):
+                mine = [update for update in updates if update.request is request]
+                if mine and not (piece := reader.read(mine)).is_empty:
+                    found.append((index, piece))
+        return found
+
+
+class Service:
+    """An LLM that many may ask at once. Texts are rendered in one thread, grammars compiled in another."""
+
+    def __init__(self, llm: LLM, limits: Limits, name: str) -> None:
+        if llm.target.text is None:
+            raise ConfigError("the server needs a tokenizer, and this target was loaded without one")
+        self.llm, self.text, self.name = llm, llm.target.text, name
+        self.worker = Worker(llm.engine, limits)
+        self.metrics = Metrics(name, lambda: self.worker.load, _cost_ratio(llm))
+        self.is_ready = False
+        self._grammars = Grammars(llm.target)
+        self._renderer = ThreadPoolExecutor(1, thread_name_prefix="amphista-text")
+        self._compiler = ThreadPoolExecutor(1, thread_name_prefix="amphista-grammar")
+
+    @property
+    def max_len(self) -> int:
+        """Tokens of the longest prompt and answer together."""
+        return min(self.llm.target.spec.max_positions, self.worker.limits.max_request_len)
+
+    async def start(self) -> None:
+        """Begin to decode; ready once a first short answer has shown that it works."""
+        self.worker.start()
+        params = SamplingParams(max_new_tokens=4, ignore_eos=True)
+        ticket = self.worker.submit([self.llm.engine.new_sequence([0, 0], params)], "", None)
+        last = None
+        while last is None or not last.state.has_ended:
+            last = (await ticket.next())[-1]
+        if last.error is not None:
+            raise last.error
+        with contextlib.suppress(RequestError):  # of a tokenizer that knows no forms: whoever asks for one hears it
+            await self._compiled({"type": "json_object"})
+        self.worker.on_updates = self.metrics.note
+        self.is_ready = True
+
+    async def close(self, drain_seconds: float) -> None:
+        """End, answers first."""
+        self.is_ready = False
+        await self.worker.close(drain_seconds)
+        self._renderer.shutdown(wait=False, cancel_futures=True)
+        self._compiler.shutdown(wait=False, cancel_futures=True)
+
+    def check_model(self, name: str | None) -> None:
+        """raises ApiError for a model that is not here."""
+        if name not in (None, self.name):
+            message = f"the model {name!r} does not exist here: this server has {self.name!r}"
+            raise ApiError(404, message, param="model", code="model_not_found")
+
+    async def chat(self, body: ChatRequest, tenant: int) -> Call:
+        """Start answers to a conversation."""
+        self.check_model(body.model)
+        tools = body.told_tools
+        if tools and not self.text.takes_tools:
+            raise ApiError(400, "this model's chat template knows no tools: leave them out", param="tools")
+        prompt = await self.rendered(lambda: self._prompt(body, tools))
+        parse = (lambda: self.text.response_parser(prompt, tools or [])) if tools else (lambda: None)
+        return await self._call("chatcmpl", body, [prompt], tenant, parse)
+
+    async def complete(self, body: CompletionRequest, tenant: int) -> Call:
+        """Start answers to prompts as they are."""
+        self.check_model(body.model)
+        prompts = await self.rendered(lambda: [self._ids(prompt) for prompt in body.prompts])
+        call = await self._call("cmpl", body, prompts, tenant)
+        if body.echo:
+            call.prompts = [p if isinstance(p, str) else self.text.decode(p) for p in body.prompts]
+        return call
+
+    async def rendered(self, work: Callable[[], Result]) -> Result:
+        """The result of some work on texts, which does not hold up asyncio."""
+        return await asyncio.get_running_loop().run_in_executor(self._renderer, work)
+
+    def render(self, messages: Sequence[Message], /, **settings: Any) -> list[int]:
+        """Token ids of a conversation."""
+        return self.text.render([message.for_template() for message in messages], **settings)
+
+    def _prompt(self, body: ChatRequest, tools: list[dict[str, Any]] | None) -> list[int]:
+        settings: dict[str, Any] = dict(body.chat_template_kwargs or {})
+        if taken := sorted(settings.keys() & self.text.template_settings):  # a template is a program: nobody sends one
+            raise ApiError(400, f"{taken[0]!r} is no variable of a chat template", param="chat_template_kwargs")
+        if tools:
+            settings["tools"] = tools
+        if body.reasoning_effort is not None:
+            settings["reasoning_effort"] = body.reasoning_effort
+        if body.continue_final_message:
+            settings |= {"continue_final_message": True, "add_generation_prompt": False}
+        return self.render(body.messages, **settings)
+
+    def _ids(self, prompt: str | list[int]) -> list[int]:
+        ids = self.text.encode(prompt) if isinstance(prompt, str) else prompt
+        if not ids:
+            raise ApiError(400, "the prompt is empty: give some text", param="prompt")
+        return ids
+
+    async def _call(
+        self,
+        kind: str,
+        body: Sampled,
+        prompts: list[list[int]],
+        tenant: int,
+        parse: Callable[[], Any] = lambda: None,
+    ) -> Call:
+        grammar = await self._grammar(body)
+        seed = fresh_seed() if body.seed is None else body.seed % 2**64
+        sequences = []
+        for prompt in prompts:
+            max_new_tokens = self._num_new_tokens(len(prompt), body.num_asked)
+            for index in range(body.num_choices):
+                sequence = self.llm.engine.new_sequence(prompt, body.params((seed + index) % 2**64, max_new_tokens))
+                sequence.chooser.grammar = None if grammar is None else grammar()
+                sequence.drafts = body.amphista is None or body.amphista.drafter is None
+                sequence.is_traced = body.amphista is not None and body.amphista.trace
+                sequences.append(sequence)
+        readers = [Reader(self.text, sequence, parse()) for sequence in sequences]
+        ticket = self.worker.submit(sequences, tenant, (tenant, body.cache_salt, body.prompt_cache_key))
+        name = f"{kind}-{secrets.token_hex(12)}"
+        return Call(name, self.name, seed, body, ticket, dict(zip(ticket.requests, readers, strict=True)))
+
+    def _num_new_tokens(self, num_prompt: int, asked: int | None) -> int:
+        """What is asked for, or all there is room for. raises ApiError."""
+        room = self.max_len - num_prompt
+        if room < 1 or (asked or 0) > room:
+            text = f"the prompt has {num_prompt} tokens" + ("" if asked is None else f", its answer may have {asked}")
+            message = f"{text}: together they must not be more than {self.max_len - (asked is None)}"
+            raise ApiError(400, message, param="max_tokens", code="context_length_exceeded")
+        return room if asked is None else asked
+
+    async def _grammar(self, body: Sampled) -> Any:
+        """What makes the answers' matchers, where they must have a form."""
+        if body.response_format is None:
+            return None
+        try:
+            work = self._compiled(body.response_format.model_dump(by_alias=True))
+            return await asyncio.wait_for(work, GRAMMAR_SECONDS)
+        except RequestError as error:
+            raise ApiError(400, str(error), param="response_format") from error
+        except TimeoutError:
+            message = f"response_format takes more than {GRAMMAR_SECONDS:.0f} s to compile: make it simpler"
+            raise ApiError(400, message, param="response_format") from None
+
+    async def _compiled(self, response_format: dict[str, Any]) -> Any:
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._compiler, self._grammars.compiled, response_format)
+
+
+def _cost_ratio(llm: LLM) -> Callable[[], float] | None:
+    grower = llm.engine.grower
+    if not isinstance(grower, AutoGrower):
+        return None
+    costs = grower.budget.costs
+    return lambda: costs.seconds(ALONE) / costs.costs.forward(1)

@@ -1,0 +1,127 @@
+"""Worker: between asyncio, which owns the sockets, and the engine's thread, which owns everything else.
+
+Requests go in by the loop's inbox; what an iteration did for all of them comes out by one call into asyncio. A reader
+takes all that has come for it at once: a slow one gets longer pieces and holds nobody up.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+
+from amphista.engine.loop import EngineLoop, Update
+from amphista.engine.pace import PacedEngine
+from amphista.engine.request import Request
+from amphista.engine.scheduler import Limits, Scheduler
+from amphista.engine.sequence import Sequence as Decoded
+from amphista.engine.step import Engine
+
+STUCK_SECONDS = 60.0
+
+
+@dataclass(frozen=True)
+class Load:
+    """What the scheduler held behind an iteration. kv_usage: share of the memory for keys and values."""
+
+    num_running: int = 0
+    num_waiting: int = 0
+    kv_usage: float = 0.0
+    num_preempted: int = 0
+
+
+class Ticket:
+    """The requests of one call, and what has come for them."""
+
+    def __init__(self) -> None:
+        self.requests: list[Request] = []
+        self._updates: list[Update] = []
+        self._has_come = asyncio.Event()
+
+    def put(self, update: Update) -> None:
+        """In asyncio's thread."""
+        self._updates.append(update)
+        self._has_come.set()
+
+    async def next(self, timeout: float | None = None) -> list[Update]:
+        """All that has come; nothing if that takes longer than `timeout` seconds."""
+        try:
+            async with asyncio.timeout(timeout):
+                await self._has_come.wait()
+        except TimeoutError:
+            return []
+        self._has_come.clear()
+        taken, self._updates = self._updates, []
+        return taken
+
+
+class Worker:
+    """Runs an engine in a thread of its own. `on_updates`: called in asyncio's thread with all updates of an
+    iteration and the time it ended."""
+
+    on_updates: Callable[[list[Update], float], None] | None = None
+
+    def __init__(self, engine: Engine, limits: Limits) -> None:
+        self.limits = limits
+        self._paced = PacedEngine(engine)
+        self._scheduler = Scheduler(limits, self._paced.iteration_seconds)
+        self._loop = EngineLoop(self._paced, self._scheduler, publish=self._publish)
+        self._tickets: dict[Request, Ticket] = {}
+        self._asyncio: asyncio.AbstractEventLoop | None = None
+        self.load = Load()
+
+    def start(self) -> None:
+        """From within the event loop that reads."""
+        self._asyncio = asyncio.get_running_loop()
+        self._loop.start()
+
+    @property
+    def is_healthy(self) -> bool:
+        """Whether the engine's thread lives, and steps where there is something to do."""
+        is_stuck = self._tickets and time.monotonic() - self._paced.stepped_at > STUCK_SECONDS
+        return self._loop.is_alive and not is_stuck
+
+    def submit(self, sequences: Sequence[Decoded], key: Hashable, namespace: Hashable) -> Ticket:
+        """Hand in sequences; refusals come as updates. raises UnavailableError once it is closed."""
+        ticket = Ticket()
+        if not self._tickets:
+            self._paced.stepped_at = time.monotonic()  # it had nothing to do until now
+        for sequence in sequences:
+            request = self._loop.submit(sequence, key=key, namespace=namespace)
+            ticket.requests.append(request)
+            self._tickets[request] = ticket
+        return ticket
+
+    def cancel(self, ticket: Ticket) -> None:
+        """End what has not ended."""
+        for request in ticket.requests:
+            if self._tickets.pop(request, None) is not None:
+                self._loop.cancel(request)
+
+    async def close(self, drain_seconds: float) -> None:
+        """Take no more; return once all have ended, those that take longer with an error."""
+        await asyncio.to_thread(self._loop.close, drain_seconds)
+
+    def _publish(self, updates: list[Update]) -> None:
+        """In the engine's thread."""
+        scheduler, limits, holding = self._scheduler, self.limits, self._scheduler.holding
+        load = Load(
+            num_running=len(holding),
+            num_waiting=len(scheduler.waiting),
+            kv_usage=sum(request.num_reserved for request in holding) * limits.row_bytes / limits.kv_bytes,
+            num_preempted=scheduler.num_preempted,
+        )
+        assert self._asyncio is not None, "start comes first"
+        self._asyncio.call_soon_threadsafe(self._deliver, updates, load, time.monotonic())
+
+    def _deliver(self, updates: list[Update], load: Load, now: float) -> None:
+        self.load = load
+        for update in updates:
+            ticket = self._tickets.get(update.request)
+            if ticket is not None:
+                ticket.put(update)
+            if update.state.has_ended:
+                self._tickets.pop(update.request, None)
+        if self.on_updates is not None:
+            self.on_updates(updates, now)
