@@ -8,20 +8,19 @@
  * BFLOAT16   as it lies; widened exactly, rows prepared so that a 32-bit word's two numbers meet theirs
  * INT8       blocks of 32 outputs, [outputs / 32][inputs / 4][32][4], zeros at the ends; one scale an output, and rows
  *            rounded to 8 bits with one step a row. Whole numbers: the order does not matter
- * others     blocks.h: a GGUF file's own blocks, widened tile by tile to exactly the float32 numbers that the file
- *            stands for, then as FLOAT32: the same bits as that target's
+ * F16, Q4_1  and others of blocks.h: a GGUF file's own blocks, widened tile by tile to exactly the float32 numbers that
+ *            they stand for, and summed in FLOAT32's order: the same bits as that weight's
  */
 #ifndef AMPHISTA_PRODUCTS_H
 #define AMPHISTA_PRODUCTS_H
 
-#include "lanes.h"
 #include "blocks.h"
 
-enum { TILE = 4, BLOCK = 32, LEVELS = 127, ZERO = 128 };
+enum { LINE = 64, TILE = 4, BLOCK = 32, LEVELS = 127, ZERO = 128, WIDE_INPUTS = 1 << 14 };
 #if LANES == 16
-enum { FLOAT_ROWS = 6, BF16_ROWS = 4, INT8_ROWS = 8 };
+enum { FLOAT_ROWS = 6, BF16_ROWS = 4, INT8_ROWS = 8, BLOCK_ROWS = 4 };
 #else
-enum { FLOAT_ROWS = 2, BF16_ROWS = 2, INT8_ROWS = 1 };
+enum { FLOAT_ROWS = 2, BF16_ROWS = 2, INT8_ROWS = 1, BLOCK_ROWS = 1 };
 #endif
 #ifdef MUTABLE /* tests build it with a fault to switch on, which the laws must see */
 int amphista_mutant = 0;
@@ -31,8 +30,8 @@ int amphista_mutant = 0;
 #endif
 enum { NO_FAULT, SKIP_ANCESTOR, SEE_SIBLING, LATE_POSITION, DROP_TAIL, DROP_ODD, ROWS_CHANGE_ORDER, WIDE_WINDOW, OTHER_CACHE };
 
-typedef struct {
-    const void *weight;
+typedef struct Product {
+    const void *weight;     /* SIDE_BY_SIDE: products whose outputs follow each other, all of kinds that read FLOAT32's rows */
     const float *scales;    /* INT8: of each output */
     const int32_t *offsets; /* INT8: -ZERO times the sum of each output's weights; padded to whole blocks */
     const float *bias;      /* or NULL */
@@ -259,6 +258,81 @@ static void int8_dots(const Product *p, const Rows *rows, int n, long first, lon
     }
 }
 
+/* -- a GGUF file's blocks ------------------------------------------------------------------------------------------ */
+
+/* float_tile of a weight that is widened on the way; `kind` is a constant. */
+INLINE void block_tile(const int kind, const uint8_t *w, long ldw, int valid, const float *x, long ldx, const int rows,
+                       long len, float *out, long ldo) {
+    vec total[TILE][BLOCK_ROWS];
+    for (int o = 0; o < TILE; o++)
+        for (int r = 0; r < rows; r++) total[o][r] = (vec){0};
+    const char *ahead = (const char *)w + TILE * ldw;
+    for (long i = 0; i < len; w += block_bytes(kind))
+        for (int part = 0; part < block_numbers(kind) / STRETCH; part++, i += STRETCH, ahead += 2 * LINE) {
+            vec numbers[TILE][VECTORS];
+            for (int o = 0; o < TILE; o++) widen(kind, w + (o < valid ? o : 0) * ldw, part, numbers[o]);
+            ask_ahead(ahead, rows), ask_ahead(ahead + LINE, rows);
+            for (int v = 0; v < VECTORS; v++)
+                for (int r = 0; r < rows; r++) {
+                    const vec row = load(x + r * ldx + i + v * LANES);
+                    for (int o = 0; o < TILE; o++) total[o][r] += numbers[o][v] * row;
+                }
+        }
+    for (int r = 0; r < rows; r++)
+        keep_tile(sums(total[0][r], total[1][r], total[2][r], total[3][r]), valid, out + r * ldo);
+}
+
+INLINE void widen_row(const int kind, const uint8_t *from, long len, float *to) {
+    for (long i = 0; i < len; from += block_bytes(kind))
+        for (int part = 0; part < block_numbers(kind) / STRETCH; part++, i += STRETCH) {
+            vec numbers[VECTORS];
+            widen(kind, from, part, numbers);
+            for (int v = 0; v < VECTORS; v++) store(to + i + v * LANES, numbers[v]);
+        }
+}
+
+/* Many rows share what was widened, where it has room. */
+INLINE void block_dots(const int kind, const uint8_t *w, long outputs, const float *x, long ldx, int n, long len,
+                       float *out, long ldo) {
+    const long ldw = len / block_numbers(kind) * block_bytes(kind);
+    for (long o = 0; o < outputs; o += TILE, w += TILE * ldw) {
+        const int valid = outputs - o < TILE ? (int)(outputs - o) : TILE;
+        if (n > BLOCK_ROWS && len <= WIDE_INPUTS) {
+            float wide[TILE * WIDE_INPUTS];
+            for (int k = 0; k < valid; k++) widen_row(kind, w + k * ldw, len, wide + k * len);
+            float_dots(wide, len, valid, x, ldx, n, len, out + o, ldo);
+        } else
+            for (int r = 0; r < n; r += BLOCK_ROWS) {
+                const float *at = x + r * ldx;
+                float *to = out + r * ldo + o;
+                if (n - r == 1 || BLOCK_ROWS == 1) block_tile(kind, w, ldw, valid, at, ldx, 1, len, to, ldo);
+                else if (n - r == 2) block_tile(kind, w, ldw, valid, at, ldx, BLOCK_ROWS < 2 ? 1 : 2, len, to, ldo);
+                else if (n - r == 3) block_tile(kind, w, ldw, valid, at, ldx, BLOCK_ROWS < 3 ? 1 : 3, len, to, ldo);
+                else block_tile(kind, w, ldw, valid, at, ldx, BLOCK_ROWS, len, to, ldo);
+            }
+    }
+}
+
+#define OF_KIND(kind, call)                                                                                            \
+    case kind: call(kind); break
+#define ANY_BLOCKS(call)                                                                                               \
+    OF_KIND(F16, call); OF_KIND(Q4_0, call); OF_KIND(Q4_1, call); OF_KIND(Q5_0, call); OF_KIND(Q5_1, call);            \
+    OF_KIND(Q8_0, call); OF_KIND(Q4_K, call); OF_KIND(Q5_K, call); OF_KIND(Q6_K, call)
+
+static void any_block_dots(const Product *p, const Rows *x, int n, long first, long count, float *out, long ldo) {
+    const long inputs = p->inputs, bytes = inputs / block_numbers(p->kind) * block_bytes(p->kind);
+    const uint8_t *w = (const uint8_t *)p->weight + first * bytes;
+#define DOTS(kind) block_dots(kind, w, count, x->data, x->stride, n, inputs, out, ldo)
+    switch (p->kind) { ANY_BLOCKS(DOTS); }
+}
+
+static void any_widen_row(const Product *p, long row, float *out) {
+    const long inputs = p->inputs, bytes = inputs / block_numbers(p->kind) * block_bytes(p->kind);
+    const uint8_t *w = (const uint8_t *)p->weight + row * bytes;
+#define ROW(kind) widen_row(kind, w, inputs, out)
+    switch (p->kind) { ANY_BLOCKS(ROW); }
+}
+
 /* -- all kinds ---------------------------------------------------------------------------------------------------- */
 
 /* Outputs first .. first + count - 1 of n rows, out[n][ldo]; first is a multiple of BLOCK, count at most BLOCK. */
@@ -271,6 +345,16 @@ static void multiply(const Product *p, const Rows *x, int n, long first, long co
         bf16_dots((const uint16_t *)p->weight + first * inputs, inputs, count, x->data, x->stride, n, inputs, out, ldo);
     } else if (p->kind == INT8) {
         int8_dots(p, x, n, first, count, out, ldo);
+    } else if (p->kind == SIDE_BY_SIDE) {
+        for (const Product *part = p->weight; count > 0; first -= (part++)->outputs) {
+            if (first >= part->outputs) continue;
+            const long own = part->outputs - first < count ? part->outputs - first : count;
+            multiply(part, x, n, first, own, out, ldo);
+            first += own, count -= own, out += own;
+        }
+        return;
+    } else {
+        any_block_dots(p, x, n, first, count, out, ldo);
     }
     if (p->bias)
         for (int r = 0; r < n; r++)
@@ -281,6 +365,7 @@ static void multiply(const Product *p, const Rows *x, int n, long first, long co
 static void weight_row(const Product *p, long row, float *out) {
     const long inputs = p->inputs;
     if (p->kind == FLOAT32) memcpy(out, (const float *)p->weight + row * inputs, (size_t)inputs * sizeof *out);
+    else if (is_blocks(p->kind)) any_widen_row(p, row, out);
     else for (long i = 0; i < inputs; i++) out[i] = from_bf16(((const uint16_t *)p->weight)[row * inputs + i]);
 }
 

@@ -26,7 +26,10 @@ from amphista.native.huge_pages import Arena
 PAD = 64  # step.c reads padded rows of small vectors: norms
 BLOCK, GROUP, LEVELS, ZERO = 32, 4, 127, 128  # of packed 8-bit weights: outputs side by side, inputs side by side
 KINDS = {torch.float32: 0, torch.bfloat16: 1}
-INT8 = 2
+INT8, SIDE_BY_SIDE = 2, 3
+BLOCK_KINDS = {2: 4, 18: 5, 20: 6, 22: 7, 24: 8, 34: 9, 144: 10, 176: 11, 210: 12}  # of a GGUF file, by a block's bytes
+BLOCK_NUMBERS = {2: 1, 144: 256, 176: 256, 210: 256}  # in a block; of all others 32
+HALF_BYTES, HALVES = 2, 32  # float16 is read by so many
 WRONG = {
     1: "its spans do not follow each other",
     2: "a parent does not come before its row in the same span",
@@ -91,7 +94,10 @@ class _Forward(ctypes.Structure):
 
 @dataclass(frozen=True)
 class Weight:
-    """A linear layer's weight [O, I] as the C step reads it, and its bias [O]."""
+    """A linear layer's weight [O, I] as the C step reads it, and its bias [O].
+
+    parts: of weights of several kinds, whose outputs follow each other; `weight` then holds their records.
+    """
 
     num_outputs: int
     num_inputs: int
@@ -100,6 +106,7 @@ class Weight:
     scales: Tensor | None = None
     offsets: Tensor | None = None
     bias: Tensor | None = None
+    parts: tuple[Weight, ...] = ()
 
     @classmethod
     def of(cls, weight: Tensor, bias: Tensor | None = None) -> Weight:
@@ -123,11 +130,53 @@ class Weight:
         bias = None if bias is None else bias.detach().float().clone()
         return cls(outputs, inputs, INT8, blocks, scales, offsets, bias)
 
+    @classmethod
+    def of_blocks(cls, blocks: Tensor, bias: Tensor | None = None, arena: Arena | None = None) -> Weight:
+        """A GGUF file's own blocks, uint8 [O, blocks in a row, bytes of a block], which tell the kind; or float32 [O, I].
+
+        raises NativeError for blocks of an unknown kind.
+        """
+        held = blocks.contiguous() if arena is None else arena.copy(blocks)
+        if blocks.dtype is torch.float32:
+            return cls.of(held, bias)
+        outputs, count, size = blocks.shape
+        inputs = count * BLOCK_NUMBERS.get(size, 32)
+        if blocks.dtype is not torch.uint8 or size not in BLOCK_KINDS or inputs % HALVES:
+            raise NativeError(f"the C step has no weights in blocks of {size} bytes, {inputs} numbers a row")
+        bias = None if bias is None else bias.detach().float().clone()
+        return cls(outputs, inputs, BLOCK_KINDS[size], held, bias=bias)
+
+    @classmethod
+    def side_by_side(cls, parts: Sequence[Weight]) -> Weight:
+        """Weights of the same inputs whose outputs follow each other, of float32 or blocks."""
+        records = (_Product * len(parts))(*(part.record() for part in parts))
+        weight = torch.frombuffer(bytearray(records), dtype=torch.uint8)
+        outputs = sum(part.num_outputs for part in parts)
+        return cls(outputs, parts[0].num_inputs, SIDE_BY_SIDE, weight, parts=tuple(parts))
+
     @property
     def num_bytes(self) -> int:
         """Bytes a product reads."""
+        if self.parts:
+            return sum(part.num_bytes for part in self.parts)
         parts = [t for t in (self.weight, self.scales, self.offsets, self.bias) if t is not None]
         return sum(t.numel() * t.element_size() for t in parts)
+
+    def rows(self, ids: Tensor, flags: tuple[str, ...] | None = None) -> Tensor:
+        """Rows of a weight of float32, bfloat16 or blocks as float32: ids [N] -> [N, I]."""
+        ids, out = ids.to(torch.int64).contiguous(), torch.empty(len(ids), self.num_inputs)
+        if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < self.num_outputs:
+            raise NativeError(f"rows are asked for that are not among the weight's {self.num_outputs}")
+        call = load(flags).amphista_rows
+        call(ctypes.byref(self.record()), _given(ids), ctypes.c_int64(len(ids)), _given(out), torch.get_num_threads())
+        return out
+
+    def multiply(self, rows: Tensor, flags: tuple[str, ...] | None = None) -> Tensor:
+        """The product of rows of float32 [N, I] and a weight of float32 or blocks: [N, O], as in a forward."""
+        rows, out = rows.detach().contiguous(), torch.empty(len(rows), self.num_outputs)
+        call = load(flags).amphista_product
+        call(ctypes.byref(self.record()), _given(rows), ctypes.c_int64(len(rows)), _given(out), torch.get_num_threads())
+        return out
 
     def record(self) -> _Product:
         return _Product(
@@ -345,6 +394,10 @@ def _check_sizes(library: ctypes.CDLL) -> None:
 
 def _up(count: int, multiple: int) -> int:
     return -(-count // multiple) * multiple
+
+
+def _given(tensor: Tensor) -> ctypes.c_void_p:
+    return Address(tensor.data_ptr())
 
 
 def _address(tensor: Tensor | None) -> int | None:
