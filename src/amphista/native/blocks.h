@@ -61,70 +61,84 @@ INLINE ivec whole(const uint8_t *from) {
 #endif
 }
 
-INLINE ivec whole_signed(const uint8_t *from) { return (whole(from) << 24) >> 24; }
-
 INLINE ivec lane_numbers(void) {
     ivec lanes;
     for (int lane = 0; lane < LANES; lane++) lanes[lane] = lane;
     return lanes;
 }
 
-INLINE vec scaled(ivec q, float scale, float min) { return __builtin_convertvector(q, vec) * scale + min; }
+typedef struct {
+    float scale, min;
+} Terms;
 
-/* Numbers of 4 bits, the low half of each byte or, shifted by 4, the high one; `zero` is what stands for 0. */
-INLINE vec nibbles(ivec bytes, const int shift, const int zero, float scale, float min) {
-#if LANES == 16 /* looked up among the 16 that there are */
-    const __m512 table = (__m512)scaled(lane_numbers() - zero, scale, min);
-    return (vec)_mm512_permutexvar_ps((__m512i)(bytes >> shift), table);
+/* Two numbers of 16 bits that follow each other. */
+INLINE Terms halves(const uint8_t *from) {
+#if defined(__F16C__)
+    int32_t both;
+    memcpy(&both, from, sizeof both);
+    const four found = (four)_mm_cvtph_ps(_mm_cvtsi32_si128(both));
+    return (Terms){found[0], found[1]};
 #else
-    return scaled((bytes >> shift & 15) - zero, scale, min);
+    return (Terms){from_half(from), from_half(from + 2)};
 #endif
 }
 
-/* Scales of 6 bits, of 8 stretches and their minima, in 12 bytes. */
-INLINE void k_terms(const uint8_t *block, int part, float *scale, float *min) {
+INLINE vec scaled(ivec q, const Terms *terms) { return __builtin_convertvector(q, vec) * terms->scale + terms->min; }
+
+/* Numbers of 4 bits, the low half of each byte or, shifted by 4, the high one; `zero` is what stands for 0. */
+INLINE vec nibbles(ivec bytes, const int shift, const int zero, const Terms *terms) {
+#if LANES == 16 /* looked up among the 16 that there are */
+    return (vec)_mm512_permutexvar_ps((__m512i)(bytes >> shift), (__m512)scaled(lane_numbers() - zero, terms));
+#else
+    return scaled((bytes >> shift & 15) - zero, terms);
+#endif
+}
+
+/* Scale and minimum of 6 bits each, of one of 8 stretches, in 12 bytes. */
+INLINE Terms k_terms(const uint8_t *block, int part) {
     const uint8_t *packed = block + 4;
-    int of_scale = packed[part & 3], of_min = packed[4 + (part & 3)];
-    if (part < 4) of_scale &= 63, of_min &= 63;
-    else {
-        const int both = packed[4 + part];
-        of_scale = (both & 15) | (of_scale >> 2 & 48), of_min = (both >> 4) | (of_min >> 2 & 48);
-    }
-    *scale = from_half(block) * (float)of_scale;
-    *min = -(from_half(block + 2) * (float)of_min);
+    int scale = packed[part & 3], min = packed[4 + (part & 3)];
+    if (part < 4) scale &= 63, min &= 63;
+    else scale = (packed[4 + part] & 15) | (scale >> 2 & 48), min = packed[4 + part] >> 4 | (min >> 2 & 48);
+    const Terms both = halves(block);
+    return (Terms){both.scale * (float)scale, -(both.min * (float)min)};
+}
+
+/* How numbers 32 * part .. 32 * part + 31 of a block are scaled; of Q6_K each half of them. `kind` is a constant. */
+INLINE Terms terms_of(const int kind, const uint8_t *block, int part) {
+    if (kind == Q4_K || kind == Q5_K) return k_terms(block, part);
+    if (kind == Q4_1 || kind == Q5_1) return halves(block);
+    if (kind != Q6_K) return (Terms){halves(block).scale, -0.0f};
+    const float step = from_half(block + 208);
+    return (Terms){step * (float)(int8_t)block[192 + 2 * part], step * (float)(int8_t)block[193 + 2 * part]};
 }
 
 /* Numbers 32 * part .. 32 * part + 31 of a block; `kind` is a constant. */
-INLINE void widen(const int kind, const uint8_t *block, int part, vec *out) {
-    const float first = from_half(block), second = kind == Q4_1 || kind == Q5_1 ? from_half(block + 2) : -0.0f;
-    const int zero = kind == Q4_0 ? 8 : kind == Q5_0 ? 16 : 0;
+INLINE void widen(const int kind, const uint8_t *block, int part, const Terms *terms, vec *out) {
     const uint8_t *at = block + (kind == Q4_1 || kind == Q5_1 ? 4 : 2);
-    float scale = 0, min = 0;
     uint32_t fifth = 0;
     if (kind == Q5_0 || kind == Q5_1) memcpy(&fifth, at, 4), at += 4;
-    if (kind == Q4_K || kind == Q5_K) k_terms(block, part, &scale, &min);
     for (int v = 0; v < VECTORS; v++) {
         const int from = v * LANES, half = from & 15, shift = from < 16 ? 0 : 4;
         if (kind == F16) {
             out[v] = from_halves(block + 2 * from);
         } else if (kind == Q4_0 || kind == Q4_1) {
-            out[v] = nibbles(whole(at + half), shift, zero, first, second);
+            out[v] = nibbles(whole(at + half), shift, kind == Q4_0 ? 8 : 0, terms);
         } else if (kind == Q5_0 || kind == Q5_1) {
             const ivec high = (((int32_t)fifth >> (lane_numbers() + from)) & 1) << 4;
-            out[v] = scaled(((whole(at + half) >> shift & 15) | high) - zero, first, second);
+            out[v] = scaled(((whole(at + half) >> shift & 15) | high) - (kind == Q5_0 ? 16 : 0), terms);
         } else if (kind == Q8_0) {
-            out[v] = scaled(whole_signed(at + from), first, second);
+            out[v] = scaled((whole(at + from) << 24) >> 24, terms);
         } else if (kind == Q4_K) {
             const ivec bytes = whole(block + 16 + 32 * (part / 2) + from);
-            out[v] = nibbles(part & 1 ? bytes >> 4 : bytes, 0, 0, scale, min);
+            out[v] = nibbles(part & 1 ? bytes >> 4 : bytes, 0, 0, terms);
         } else if (kind == Q5_K) {
             const ivec low = whole(block + 48 + 32 * (part / 2) + from) >> 4 * (part & 1) & 15;
-            out[v] = scaled(low | (whole(block + 16 + from) >> part & 1) << 4, scale, min);
+            out[v] = scaled(low | (whole(block + 16 + from) >> part & 1) << 4, terms);
         } else if (kind == Q6_K) {
             const ivec low = whole(block + 64 * (part / 4) + 32 * (part & 1) + from) >> 4 * (part >> 1 & 1) & 15;
             const ivec high = whole(block + 128 + 32 * (part / 4) + from) >> 2 * (part & 3) & 3;
-            const float step = from_half(block + 208) * (float)(int8_t)block[192 + 2 * part + from / 16];
-            out[v] = scaled((low | high << 4) - 32, step, -0.0f);
+            out[v] = scaled((low | high << 4) - 32, &(Terms){from < 16 ? terms->scale : terms->min, -0.0f});
         }
     }
 }

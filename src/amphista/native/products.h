@@ -18,7 +18,7 @@
 
 enum { LINE = 64, TILE = 4, BLOCK = 32, LEVELS = 127, ZERO = 128, WIDE_INPUTS = 1 << 14 };
 #if LANES == 16
-enum { FLOAT_ROWS = 6, BF16_ROWS = 4, INT8_ROWS = 8, BLOCK_ROWS = 4 };
+enum { FLOAT_ROWS = 6, BF16_ROWS = 4, INT8_ROWS = 8, BLOCK_ROWS = 8 };
 #else
 enum { FLOAT_ROWS = 2, BF16_ROWS = 2, INT8_ROWS = 1, BLOCK_ROWS = 1 };
 #endif
@@ -260,56 +260,90 @@ static void int8_dots(const Product *p, const Rows *rows, int n, long first, lon
 
 /* -- a GGUF file's blocks ------------------------------------------------------------------------------------------ */
 
-/* float_tile of a weight that is widened on the way; `kind` is a constant. */
-INLINE void block_tile(const int kind, const uint8_t *w, long ldw, int valid, const float *x, long ldx, const int rows,
-                       long len, float *out, long ldo) {
-    vec total[TILE][BLOCK_ROWS];
-    for (int o = 0; o < TILE; o++)
-        for (int r = 0; r < rows; r++) total[o][r] = (vec){0};
-    const char *ahead = (const char *)w + TILE * ldw;
+/* Asks for as many bytes as a stretch of a tile takes, one tile ahead. */
+INLINE void ask_for_blocks(const int kind, const int tile, const uint8_t *place, const int rows) {
+    const long bytes = tile * block_bytes(kind) / (block_numbers(kind) / STRETCH);
+    for (long at = 0; at < bytes; at += LINE) ask_ahead((const char *)place + at, rows);
+}
+
+/* Dots of `tile` weight rows (TILE or 2, a constant) with `rows` rows, widened on the way; `kind` is a constant. */
+INLINE void block_tile(const int kind, const uint8_t *w, long ldw, const int tile, int valid, const float *x, long ldx,
+                       const int rows, long len, float *out, long ldo) {
+    const int parts = (int)(block_numbers(kind) / STRETCH);
+    const uint8_t *ahead = w + tile * ldw;
+    vec total[TILE * TILE];
+    for (int k = 0; k < tile * rows; k++) total[k] = (vec){0};
     for (long i = 0; i < len; w += block_bytes(kind))
-        for (int part = 0; part < block_numbers(kind) / STRETCH; part++, i += STRETCH, ahead += 2 * LINE) {
+        for (int part = 0; part < parts; part++, i += STRETCH, ahead += tile * block_bytes(kind) / parts) {
             vec numbers[TILE][VECTORS];
-            for (int o = 0; o < TILE; o++) widen(kind, w + (o < valid ? o : 0) * ldw, part, numbers[o]);
-            ask_ahead(ahead, rows), ask_ahead(ahead + LINE, rows);
+            for (int o = 0; o < tile; o++) {
+                const uint8_t *block = w + (o < valid ? o : 0) * ldw;
+                const Terms terms = terms_of(kind, block, part);
+                widen(kind, block, part, &terms, numbers[o]);
+            }
+            ask_for_blocks(kind, tile, ahead, rows);
             for (int v = 0; v < VECTORS; v++)
                 for (int r = 0; r < rows; r++) {
-                    const vec row = load(x + r * ldx + i + v * LANES);
-                    for (int o = 0; o < TILE; o++) total[o][r] += numbers[o][v] * row;
+                    vec row = load(x + r * ldx + i + v * LANES);
+                    HOLD(row);
+                    for (int o = 0; o < tile; o++) total[r * tile + o] += numbers[o][v] * row;
                 }
         }
-    for (int r = 0; r < rows; r++)
-        keep_tile(sums(total[0][r], total[1][r], total[2][r], total[3][r]), valid, out + r * ldo);
+    for (int k = 0; k < tile * rows; k += 4) {
+        const int last = tile * rows - 1;
+        const four found = sums(total[k], total[k + 1], total[k + 2 < last ? k + 2 : last], total[last < k + 3 ? last : k + 3]);
+        for (int j = 0; j < 4 && k + j <= last; j++)
+            if ((k + j) % tile < valid) out[(k + j) / tile * ldo + (k + j) % tile] = found[j];
+    }
 }
 
 INLINE void widen_row(const int kind, const uint8_t *from, long len, float *to) {
     for (long i = 0; i < len; from += block_bytes(kind))
         for (int part = 0; part < block_numbers(kind) / STRETCH; part++, i += STRETCH) {
             vec numbers[VECTORS];
-            widen(kind, from, part, numbers);
+            const Terms terms = terms_of(kind, from, part);
+            widen(kind, from, part, &terms, numbers);
             for (int v = 0; v < VECTORS; v++) store(to + i + v * LANES, numbers[v]);
         }
 }
 
-/* Many rows share what was widened, where it has room. */
+#define BLOCK_TILE(tile, rows)                                                                                         \
+    case rows:                                                                                                         \
+        for (long o = 0; o < outputs; o += tile) {                                                                     \
+            const int valid = outputs - o < tile ? (int)(outputs - o) : tile;                                          \
+            block_tile(kind, w + o * ldw, ldw, tile, valid, at, ldx, rows, len, to + o, ldo);                          \
+        }                                                                                                              \
+        break
+
+/* A few rows read a tile as it is widened; more share one that was widened into memory, where it has room. */
 INLINE void block_dots(const int kind, const uint8_t *w, long outputs, const float *x, long ldx, int n, long len,
                        float *out, long ldo) {
     const long ldw = len / block_numbers(kind) * block_bytes(kind);
-    for (long o = 0; o < outputs; o += TILE, w += TILE * ldw) {
-        const int valid = outputs - o < TILE ? (int)(outputs - o) : TILE;
-        if (n > BLOCK_ROWS && len <= WIDE_INPUTS) {
+    const int most = kind == Q4_0 || kind == Q4_1 || kind == Q8_0 || kind == Q4_K || kind == Q6_K ? BLOCK_ROWS : 1;
+    if (n > most && len <= WIDE_INPUTS) {
+        for (long o = 0; o < outputs; o += TILE) {
+            const int valid = outputs - o < TILE ? (int)(outputs - o) : TILE;
             float wide[TILE * WIDE_INPUTS];
-            for (int k = 0; k < valid; k++) widen_row(kind, w + k * ldw, len, wide + k * len);
+            for (int k = 0; k < valid; k++) widen_row(kind, w + (o + k) * ldw, len, wide + k * len);
             float_dots(wide, len, valid, x, ldx, n, len, out + o, ldo);
-        } else
-            for (int r = 0; r < n; r += BLOCK_ROWS) {
-                const float *at = x + r * ldx;
-                float *to = out + r * ldo + o;
-                if (n - r == 1 || BLOCK_ROWS == 1) block_tile(kind, w, ldw, valid, at, ldx, 1, len, to, ldo);
-                else if (n - r == 2) block_tile(kind, w, ldw, valid, at, ldx, BLOCK_ROWS < 2 ? 1 : 2, len, to, ldo);
-                else if (n - r == 3) block_tile(kind, w, ldw, valid, at, ldx, BLOCK_ROWS < 3 ? 1 : 3, len, to, ldo);
-                else block_tile(kind, w, ldw, valid, at, ldx, BLOCK_ROWS, len, to, ldo);
-            }
+        }
+        return;
+    }
+    for (int r = 0; r < n; r += most) {
+        const float *at = x + r * ldx;
+        float *to = out + r * ldo;
+        switch (n - r < most ? n - r : most) {
+            BLOCK_TILE(TILE, 1);
+#if LANES == 16 /* registers enough */
+            BLOCK_TILE(TILE, 2);
+            BLOCK_TILE(TILE, 3);
+            BLOCK_TILE(TILE, 4);
+            BLOCK_TILE(2, 5);
+            BLOCK_TILE(2, 6);
+            BLOCK_TILE(2, 7);
+            BLOCK_TILE(2, 8);
+#endif
+        }
     }
 }
 
