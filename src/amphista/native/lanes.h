@@ -67,9 +67,17 @@ INLINE uint16_t to_bf16(float value) {
     return (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
 
+typedef uint16_t half __attribute__((vector_size(2 * LANES)));
+
+/* LANES numbers rounded as to_bf16 does. */
+INLINE void store_bf16(uint16_t *to, vec value) {
+    const uvec bits = (uvec)value, rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+    const half found = __builtin_convertvector((uvec)select_vec((ivec)(value == value), (vec)rounded, (vec)((uvec){0} + 0x7fc0u)), half);
+    memcpy(to, &found, sizeof found);
+}
+
 /* LANES numbers of 16 bits as float32, in their order. */
 INLINE vec load_bf16(const uint16_t *from) {
-    typedef uint16_t half __attribute__((vector_size(2 * LANES)));
     half bits;
     memcpy(&bits, from, sizeof bits);
     return (vec)(__builtin_convertvector(bits, uvec) << 16);
@@ -79,6 +87,13 @@ INLINE vec load_bf16_part(const uint16_t *from, long count) {
     uint16_t part[LANES] = {0};
     memcpy(part, from, (size_t)count * sizeof *from);
     return load_bf16(part);
+}
+
+/* Pairs of numbers of 16 bits, zeros behind the first `count` numbers: nothing beyond is read. */
+INLINE uvec load_pairs(const uint16_t *from, long count) {
+    uvec part = {0};
+    memcpy(&part, from, (size_t)count * sizeof *from);
+    return part;
 }
 
 /* Four vectors' sums at once. Each is summed in the same order, whatever stands beside it. */

@@ -5,7 +5,7 @@
  * result has the same bits whatever rows are beside it.
  *
  * FLOAT32    the weight as it lies, [outputs][inputs]
- * BFLOAT16   as it lies; widened exactly, rows prepared so that a 32-bit word's two numbers meet theirs
+ * BFLOAT16   as it lies, rows rounded to bfloat16, too, as torch does; sums in float32
  * INT8       blocks of 32 outputs, [outputs / 32][inputs / 4][32][4], zeros at the ends; one scale an output, and rows
  *            rounded to 8 bits with one step a row. Whole numbers: the order does not matter
  * F16, Q4_1  and others of blocks.h: a GGUF file's own blocks, widened tile by tile to exactly the float32 numbers that
@@ -17,7 +17,9 @@
 #include "blocks.h"
 
 enum { LINE = 64, TILE = 4, BLOCK = 32, LEVELS = 127, ZERO = 128, WIDE_INPUTS = 1 << 14 };
-#if LANES == 16
+#if LANES == 16 && defined(__AVX512BF16__)
+enum { FLOAT_ROWS = 6, BF16_ROWS = 6, INT8_ROWS = 8, BLOCK_ROWS = 8 };
+#elif LANES == 16
 enum { FLOAT_ROWS = 6, BF16_ROWS = 4, INT8_ROWS = 8, BLOCK_ROWS = 8 };
 #else
 enum { FLOAT_ROWS = 2, BF16_ROWS = 2, INT8_ROWS = 1, BLOCK_ROWS = 1 };
@@ -100,7 +102,17 @@ INLINE void float_tile(const float *w, long ldw, int valid, const float *x, long
     }
 }
 
-INLINE void bf16_tile(const uint16_t *w, long ldw, int valid, const float *x, long ldx, const int rows, long len,
+/* Adds the products of each lane's two numbers. */
+INLINE vec add_pairs(vec total, uvec w, uvec x) {
+#if LANES == 16 && defined(__AVX512BF16__)
+    return (vec)_mm512_dpbf16_ps((__m512)total, (__m512bh)w, (__m512bh)x);
+#else
+    total += (vec)(w << 16) * (vec)(x << 16);
+    return total + (vec)(w & 0xffff0000u) * (vec)(x & 0xffff0000u);
+#endif
+}
+
+INLINE void bf16_tile(const uint16_t *w, long ldw, int valid, const uint16_t *x, long ldx, const int rows, long len,
                       float *out, long ldo) {
     const uint16_t *weight[TILE];
     vec total[TILE][BF16_ROWS];
@@ -109,27 +121,24 @@ INLINE void bf16_tile(const uint16_t *w, long ldw, int valid, const float *x, lo
         for (int r = 0; r < rows; r++) total[o][r] = (vec){0};
     }
     const char *ahead = (const char *)(w + TILE * ldw);
-    for (long i = 0; i < len; i += 2 * LANES, ahead += TILE * sizeof(vec)) {
-        uint16_t rest[TILE][2 * LANES];
-        const int whole = i + 2 * LANES <= len;
-        if (!whole && MUTANT(DROP_ODD)) break;
-        vec even[BF16_ROWS], odd[BF16_ROWS];
-        for (int r = 0; r < rows; r++) {
-            even[r] = load(x + r * ldx + i), odd[r] = load(x + r * ldx + i + LANES);
-            HOLD(even[r]);
-            HOLD(odd[r]);
-        }
+    long i = 0;
+    for (; i + 2 * LANES <= len; i += 2 * LANES, ahead += TILE * sizeof(vec)) {
+        uvec part[TILE];
         for (int o = 0; o < TILE; o++) {
-            const uint16_t *from = weight[o] + i;
-            if (!whole) {
-                memset(rest[o], 0, sizeof rest[o]);
-                from = memcpy(rest[o], from, (size_t)(len - i) * sizeof *from);
-            }
+            part[o] = *(const any_uvec *)(weight[o] + i);
+            HOLD(part[o]);
             ask_ahead(ahead + o * sizeof(vec), rows);
-            uvec both = *(const any_uvec *)from;
-            vec first = (vec)(both << 16), second = (vec)(both & 0xffff0000u);
-            for (int r = 0; r < rows; r++) total[o][r] += first * even[r];
-            for (int r = 0; r < rows; r++) total[o][r] += second * odd[r];
+        }
+        for (int r = 0; r < rows; r++) {
+            uvec row = *(const any_uvec *)(x + r * ldx + i);
+            HOLD(row);
+            for (int o = 0; o < TILE; o++) total[o][r] = add_pairs(total[o][r], part[o], row);
+        }
+    }
+    if (i < len && !MUTANT(DROP_ODD)) {
+        for (int r = 0; r < rows; r++) {
+            uvec row = load_pairs(x + r * ldx + i, len - i);
+            for (int o = 0; o < TILE; o++) total[o][r] = add_pairs(total[o][r], load_pairs(weight[o] + i, len - i), row);
         }
     }
     for (int r = 0; r < rows; r++)
@@ -172,7 +181,7 @@ static void float_dots(const float *w, long ldw, long outputs, const float *x, l
     }
 }
 
-static void bf16_dots(const uint16_t *w, long ldw, long outputs, const float *x, long ldx, int n, long len, float *out,
+static void bf16_dots(const uint16_t *w, long ldw, long outputs, const uint16_t *x, long ldx, int n, long len, float *out,
                       long ldo) {
     const int group = group_of(n, BF16_ROWS);
     for (long o = 0; o < outputs; o += TILE) {
@@ -410,13 +419,10 @@ INLINE long prepared_size(long len) { return padded(len); }
 static Rows prepare(int kind, const float *from, long stride, int n, long len, float *room, float *steps) {
     const long size = padded(len);
     if (kind == BFLOAT16) {
+        uint16_t *numbers = (uint16_t *)room;
         for (int r = 0; r < n; r++)
-            for (long i = 0; i < size; i += 2 * LANES)
-                for (int lane = 0; lane < LANES; lane++) {
-                    room[r * size + i + lane] = from[r * stride + i + 2 * lane];
-                    room[r * size + i + LANES + lane] = from[r * stride + i + 2 * lane + 1];
-                }
-        return (Rows){room, NULL, size};
+            for (long i = 0; i < size; i += LANES) store_bf16(numbers + r * size + i, load(from + r * stride + i));
+        return (Rows){numbers, NULL, size};
     }
     if (kind != INT8) return (Rows){from, NULL, stride};
     typedef uint8_t bytes __attribute__((vector_size(LANES)));

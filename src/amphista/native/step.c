@@ -344,7 +344,9 @@ static void score(const Model *m, const void *keys, int64_t row, long count, con
     const long size = m->head_size;
     if (m->cache_kind == FLOAT32)
         float_dots((const float *)keys + row * size, size, count, queries, queries_size(m), n, size, out, ldo);
-    else bf16_dots((const uint16_t *)keys + row * size, size, count, queries, queries_size(m), n, size, out, ldo);
+    else
+        bf16_dots((const uint16_t *)keys + row * size, size, count, (const uint16_t *)queries, 2 * queries_size(m), n,
+                  size, out, ldo);
 }
 
 /* Scores [count] become their exponentials, the largest 1; their sum. There is room for padding behind them. */

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ from amphista.native.build import load
 from amphista.native.huge_pages import Arena
 from amphista.native.step import NativeLayer, NativeModel, NativeOutput, NativeSpan, Shape, Weight
 from amphista.target.attention import Rule
+from amphista.target.blocks import BlockedEmbedding, BlockLinear
 from amphista.target.lean import LeanLayer, LeanModel
 from amphista.target.spans import Span
 from amphista.tree.token_tree import TokenTree
@@ -49,7 +50,7 @@ class RoundedLinear(Int8Linear):
 
 
 _ARENA = Arena()
-PROMPT_ROWS = 32  # from here on torch's own products of bfloat16 are faster
+PROMPT_ROWS = 128  # beyond it torch's own products of bfloat16 are faster (Zen 4)
 
 
 def windows_of(lean: LeanModel, num_positions: int) -> list[int | None]:
@@ -86,7 +87,7 @@ class NativeForward:
         scale = float(lean._heads_scale[0])
         shape = Shape(lean.num_heads, lean.num_key_value_heads, lean.head_size, norm.eps, scale)
         self.layers = [self._layer(layer, window) for layer, window in zip(lean.layers, windows, strict=True)]
-        (self.head,), embedding = _weights(lean.head, 1), Weight.of(lean._embedding)
+        (self.head,), embedding = _weights(lean.head, 1), _embedding(lean.embed)
         self.model = NativeModel(shape, self.layers, lean._norm.weight, embedding, self.head, flags=flags)
         self._row = torch.empty(1, lean.num_key_value_heads, 0, lean.head_size, dtype=self.model.cache_dtype)
 
@@ -188,9 +189,13 @@ def _said(name: str, error: NativeError) -> str:
     return str(error)
 
 
+def _embedding(module: Any) -> Weight:
+    return module.native if isinstance(module, BlockedEmbedding) else Weight.of(module.weight)
+
+
 def _weights(product: object, parts: int) -> list[Weight]:
     """The weights of a product of so many layers side by side."""
-    if isinstance(product, RoundedLinear):
+    if isinstance(product, RoundedLinear | BlockLinear):
         return product.native
     if not isinstance(product, PackedLinear) or product.is_packed:
         raise NativeError("the C step reads weights as they lie: these are packed")

@@ -17,10 +17,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from amphista.errors import TargetError
 from amphista.kernels.linear import Product
+from amphista.target.blocks import rows_of
 from amphista.target.pages import give_back
 
 NUM_FINGERPRINT_ROWS = 64
@@ -185,7 +185,7 @@ class SharedWeights:
 
     @property
     def head_weight(self) -> Tensor:
-        """The LM head [V, D]."""
+        """The LM head [V, D]; of a target in blocks no more than its size."""
         return self._lm_head.weight
 
     @property
@@ -197,7 +197,7 @@ class SharedWeights:
     def head_rows(self, token_ids: Tensor) -> tuple[Tensor, Tensor | None]:
         """A copy of some LM-head rows: ids [...] -> weight [..., D] and bias [...] or None."""
         bias = getattr(self._lm_head, "bias", None)
-        rows = functional.embedding(token_ids, self.head_weight)  # whole rows at a time, which indexing does not copy
+        rows = rows_of(self._lm_head, token_ids)
         return rows, None if bias is None else bias[token_ids]
 
     def many_head_rows(self, token_ids: Tensor) -> tuple[Tensor, Tensor | None]:

@@ -44,7 +44,7 @@ from amphista.tree.token_tree import TokenTree
 PREFILL_CHUNK = 512
 PROBE_ROWS = 12
 # Of the hidden states' scale, fast against stock (whose norms are of float32 whatever its weights are).
-PROBE_TOLERANCE = {"float64": 1e-4, "float32": 1e-4, "float16": 2e-2, "bfloat16": 1e-1, "int8": 0.3}
+PROBE_TOLERANCE = {"float64": 1e-4, "float32": 1e-4, "float16": 2e-2, "bfloat16": 1e-1, "int8": 0.3, GGUF: 1e-4}
 PROBE_TREE = TokenTree([7, 8, 9], [-1, 0, 0])  # padded in its bucket
 
 
@@ -111,7 +111,7 @@ class Target:
         if self._lean is None:
             return "stock"
         if self._native is not None:
-            return "native-int8" if self.has_int8 else "native"
+            return {"int8": "native-int8", GGUF: "native-gguf"}.get(self.type_name, "native")
         fast = "fast-int8" if self.has_int8 else "fast"
         captured = self._captured
         if captured is None or not captured.lease.is_open():
@@ -142,9 +142,14 @@ class Target:
         return self._lean is not None and isinstance(self._lean.head, Int8Linear)
 
     @property
+    def has_blocks(self) -> bool:
+        """Whether its weights are a GGUF file's blocks: those of the float32 target, and its sums."""
+        return isinstance(self.shared.head, BlockedLinear)
+
+    @property
     def type_name(self) -> str:
-        """`float32`, `bfloat16`, `float16`, or `int8` where the weights are."""
-        return "int8" if self.has_int8 else str(self.dtype).removeprefix("torch.")
+        """`float32`, `bfloat16`, `float16`; `int8` where the weights are; `gguf` for a file's own blocks."""
+        return "int8" if self.has_int8 else GGUF if self.has_blocks else str(self.dtype).removeprefix("torch.")
 
     def speed_up(self, *, release: bool = False, int8: bool = False, native: bool = False) -> bool:
         """Take the fast path where the model qualifies and a forward of both agrees; `why_stock` tells why not.
@@ -162,7 +167,7 @@ class Target:
         if native:
             self.why_not_native = why_not_native(self.name, self.device, self.dtype, is_static=bool(self._wants_static))
             native = self.why_not_native is None
-        product = (RoundedLinear if int8 else PlainLinear) if native else Int8Linear if int8 else PackedLinear
+        product: type[Product] = BlockLinear if self.has_blocks else (RoundedLinear if int8 else PlainLinear) if native else Int8Linear if int8 else PackedLinear
         head = PackedLinear.of(self._model.get_output_embeddings()) if product is PlainLinear else None  # of drafters
         self._lean = LeanModel(self._model, product=product, release=release)
         difference = float((self.hidden_states(ids) - expected).abs().max() / expected.abs().max())
@@ -246,7 +251,7 @@ class Target:
     @property
     def identity(self) -> dict[str, Any]:
         """Which target this is, its type included: what is computed with it depends on no other property of it."""
-        return {**asdict(self.fingerprint), "type": self.type_name}
+        return {**asdict(self.fingerprint), "type": "float32" if self.has_blocks else self.type_name}
 
     @property
     def row_bytes(self) -> int:
