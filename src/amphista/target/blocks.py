@@ -24,6 +24,7 @@ from amphista.errors import NativeError
 from amphista.kernels.linear import Product
 from amphista.native.step import Weight
 
+GGUF = "gguf"  # as a type of weights
 INDEX = "tensors.json"
 ROTATED_IN_PAIRS = "llama"  # the architecture whose queries' and keys' rows a file holds as they are rotated
 MODULES = {

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from amphista.errors import TargetError
 from amphista.kernels.linear import Product
-from amphista.target.blocks import rows_of
+from amphista.target.blocks import BlockedLinear, rows_of
 from amphista.target.pages import give_back
 
 NUM_FINGERPRINT_ROWS = 64
@@ -187,6 +187,11 @@ class SharedWeights:
     def head_weight(self) -> Tensor:
         """The LM head [V, D]; of a target in blocks no more than its size."""
         return self._lm_head.weight
+
+    @property
+    def is_blocked(self) -> bool:
+        """Whether they are a GGUF file's blocks."""
+        return isinstance(self._lm_head, BlockedLinear)
 
     @property
     def has_bias(self) -> bool:

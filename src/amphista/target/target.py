@@ -27,8 +27,9 @@ from amphista.cache.resident import ResidentCache
 from amphista.cache.static import KVCache, sent
 from amphista.errors import CapacityError, CaptureError, TargetError
 from amphista.kernels.int8 import Int8Linear
-from amphista.kernels.linear import PackedLinear
+from amphista.kernels.linear import PackedLinear, Product
 from amphista.target.attention import Layout, laid_out, refuse_attention
+from amphista.target.blocks import GGUF, BlockLinear
 from amphista.target.captured import CapturedForward
 from amphista.target.families import kept_by_layers
 from amphista.target.lean import LeanModel
@@ -144,7 +145,7 @@ class Target:
     @property
     def has_blocks(self) -> bool:
         """Whether its weights are a GGUF file's blocks: those of the float32 target, and its sums."""
-        return isinstance(self.shared.head, BlockedLinear)
+        return self.shared.is_blocked
 
     @property
     def type_name(self) -> str:
@@ -167,7 +168,7 @@ class Target:
         if native:
             self.why_not_native = why_not_native(self.name, self.device, self.dtype, is_static=bool(self._wants_static))
             native = self.why_not_native is None
-        product: type[Product] = BlockLinear if self.has_blocks else (RoundedLinear if int8 else PlainLinear) if native else Int8Linear if int8 else PackedLinear
+        product = self._product(int8, native)
         head = PackedLinear.of(self._model.get_output_embeddings()) if product is PlainLinear else None  # of drafters
         self._lean = LeanModel(self._model, product=product, release=release)
         difference = float((self.hidden_states(ids) - expected).abs().max() / expected.abs().max())
@@ -183,6 +184,8 @@ class Target:
         if int8:
             embedding = self._model.get_input_embeddings().weight
             self.num_weight_bytes = self._lean.num_product_bytes + embedding.numel() * embedding.element_size()
+        elif self.has_blocks:
+            self.num_weight_bytes = self._lean.num_product_bytes  # of the head, too, which mostly is the embedding
         if release:
             if self._lean.head.is_packed:
                 give_back(self._model.get_input_embeddings().weight, self.shared.head_weight)  # read by single rows now
@@ -192,6 +195,12 @@ class Target:
             self._captured = CapturedForward(self._lean, self.spec)
             self._check_captured()
         return True
+
+    def _product(self, int8: bool, native: bool) -> type[Product]:
+        """The kernel of the fast path's products."""
+        if self.has_blocks:
+            return BlockLinear
+        return (RoundedLinear if int8 else PlainLinear) if native else Int8Linear if int8 else PackedLinear
 
     def _check_captured(self) -> None:
         """A recorded forward must equal the same forward as it is; where it cannot be recorded it is done without."""
