@@ -14,10 +14,10 @@ from gguf import GGMLQuantizationType as Kind
 
 from amphista.errors import NativeError
 from amphista.native.step import Weight
+from tests.gguf_file import HALVES, random_blocks
 from tests.laws.test_native import FLAGS, has_compiler, runs_here
 
 KINDS = [Kind.F16, Kind.Q4_0, Kind.Q4_1, Kind.Q5_0, Kind.Q5_1, Kind.Q8_0, Kind.Q4_K, Kind.Q5_K, Kind.Q6_K]
-HALVES = {Kind.Q4_K: (0, 2), Kind.Q5_K: (0, 2), Kind.Q6_K: (208,)}  # where random blocks must hold numbers
 EXTREMES = [0x0000, 0x8000, 0x0001, 0x83FF, 0x0400, 0x7BFF, 0xFBFF]  # of float16: zeros, subnormal, least, largest
 
 pytestmark = pytest.mark.skipif(not has_compiler(), reason="no C compiler")
@@ -32,18 +32,9 @@ def flags(request):
 
 def blocks_of(kind: Kind, outputs: int, inputs: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
     """Random blocks [O, blocks, bytes] and the float32 numbers they stand for."""
-    source = np.random.default_rng(seed)
-    numbers, size = gguf.GGML_QUANT_SIZES[kind]
-    if kind in HALVES:
-        blocks = source.integers(0, 256, (outputs, inputs // numbers, size), dtype=np.uint8)
-        for at in HALVES[kind]:
-            scales = source.normal(0, 0.01, blocks.shape[:2]).astype(np.float16)
-            blocks[..., at : at + 2] = scales[..., None].view(np.uint8)
-        blocks = blocks.reshape(outputs, -1)
-    else:
-        blocks = gguf.quantize(source.normal(0, 0.1, (outputs, inputs)).astype(np.float32), kind).view(np.uint8)
-    plain = gguf.dequantize(blocks.view(np.float16) if kind is Kind.F16 else blocks, kind)
-    return torch.from_numpy(blocks).view(outputs, -1, size), torch.from_numpy(np.array(plain))
+    rows = random_blocks(kind, outputs, inputs, seed)
+    plain, size = gguf.dequantize(rows, kind), gguf.GGML_QUANT_SIZES[kind][1]
+    return torch.from_numpy(rows.view(np.uint8)).view(outputs, -1, size), torch.from_numpy(plain)
 
 
 def same_bits(ours: torch.Tensor, theirs: torch.Tensor) -> bool:
@@ -64,7 +55,7 @@ def test_a_block_stands_for_what_gguf_says(kind, flags):
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind is not Kind.F16])
 def test_the_extremes_of_float16(kind, flags):
     blocks, _ = blocks_of(kind, len(EXTREMES) ** 2, 256)
-    places = HALVES.get(kind, (0, 2) if kind in (Kind.Q4_1, Kind.Q5_1) else (0,))
+    places = HALVES.get(kind, (0, 2) if kind in (Kind.Q4_1, Kind.Q5_1) else (0,))  # of scales and minima
     for row, scales in enumerate((a, b) for a in EXTREMES for b in EXTREMES):
         for at, half in zip(places, scales, strict=False):
             blocks[row, :, at], blocks[row, :, at + 1] = half & 255, half >> 8

@@ -22,11 +22,13 @@ from torch.nn import functional
 
 from amphista.errors import NativeError
 from amphista.kernels.linear import Product
-from amphista.native.step import Weight
+from amphista.native.step import HALVES, Weight
 
 GGUF = "gguf"  # as a type of weights
 INDEX = "tensors.json"
 ROTATED_IN_PAIRS = "llama"  # the architecture whose queries' and keys' rows a file holds as they are rotated
+BLOCKS = {"F16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K"}  # that the C step multiplies
+PLAIN = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 MODULES = {
     "token_embd": "model.embed_tokens",
     "output_norm": "model.norm",
@@ -151,6 +153,7 @@ class MappedTensors:
         heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
         self._heads = heads if record["architecture"] == ROTATED_IN_PAIRS else {}
         self.unread = set(self._found)
+        self._tried: set[str] = set()
 
     def take(self, name: str) -> Tensor:
         """Blocks uint8 [O, blocks in a row, bytes of a block], or float32 numbers [...]."""
@@ -172,13 +175,23 @@ class MappedTensors:
         if end > len(self._pages):
             raise NativeError(f"the file ends at byte {len(self._pages)}, a tensor at {end}")
         held = self._pages[offset:end]
-        if kind == "F32":
-            return held.view(torch.float32).view(shape)
-        if kind == "BF16" or len(shape) == 1 or (kind == "F16" and shape[-1] % 32):
-            if kind not in ("BF16", "F16"):
-                raise NativeError(f"a vector of the file is in {kind}")
-            return held.view(torch.bfloat16 if kind == "BF16" else torch.float16).view(shape).float()
-        return held.view(*shape[:-1], shape[-1] // per_block, size)
+        if kind in PLAIN and (kind != "F16" or len(shape) == 1 or shape[-1] % HALVES):
+            return held.view(PLAIN[kind]).view(shape).float()
+        if kind not in BLOCKS or len(shape) != 2:
+            raise NativeError(f"the C step has no weights in {kind} of shape {shape}")
+        blocks = held.view(shape[0], -1, size)
+        self._try(kind, blocks[:1])
+        return blocks
+
+    def _try(self, kind: str, row: Tensor) -> None:
+        """Compare what the C step and the `gguf` package make of one row of each kind."""
+        from gguf import GGMLQuantizationType, dequantize
+
+        if kind not in self._tried:
+            found = Weight.of_blocks(row).rows(torch.zeros(1, dtype=torch.int64))
+            if not torch.equal(found, torch.from_numpy(dequantize(row.flatten(1).numpy(), GGMLQuantizationType[kind]))):
+                raise NativeError(f"the C step and the gguf package read blocks of {kind} differently")
+            self._tried.add(kind)
 
 
 def _name_of(name: str) -> str:

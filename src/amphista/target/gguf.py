@@ -82,15 +82,13 @@ def gguf_target_folder(gguf_file: Path, progress: Progress) -> Path:
     return convert(gguf_file, cache_folder() / "targets" / f"gguf-file-{digest[:16]}", progress, sha256=digest)
 
 
-def described_folder(gguf_file: Path) -> Path:
-    """Where what a file says beside its weights is or will be, keyed by the file's hash."""
-    return cache_folder() / "targets" / f"gguf-blocks-{_known_sha256(gguf_file)[:16]}"
-
-
 def describe(gguf_file: Path, progress: Progress, *, sha256: str | None = None) -> Path:
-    """That folder, made on first use: configuration, tokenizer, and where the weights lie in the file."""
-    folder = described_folder(gguf_file)
-    return convert(gguf_file, folder, progress, sha256=sha256 or _known_sha256(gguf_file), save=_save_description)
+    """The folder with what a file says beside its weights, made on first use, keyed by the file's hash: configuration,
+    tokenizer, and where in the file the weights lie. sha256: what the hash has to be."""
+    digest = _known_sha256(gguf_file)
+    _refuse_damaged(gguf_file, digest, sha256 or digest)
+    folder = cache_folder() / "targets" / f"gguf-blocks-{digest[:16]}"
+    return convert(gguf_file, folder, progress, sha256=digest, save=_save_description)
 
 
 def packaged_file(target: PackagedTarget, progress: Progress) -> Path:
@@ -231,11 +229,7 @@ def convert(
     broken one is redone."""
     if is_whole(folder):
         return folder
-    found = file_sha256(gguf_file)
-    if found != sha256:
-        raise TargetError(
-            f"{gguf_file} is damaged: its sha256 is {found}, expected {sha256}. Delete it and start again"
-        )
+    _refuse_damaged(gguf_file, file_sha256(gguf_file), sha256)
     progress(f"converting {gguf_file.name} once into {folder} ({'some seconds' if save else 'half a minute'})")
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=".converting-", dir=folder.parent))
@@ -255,6 +249,13 @@ def convert(
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return folder
+
+
+def _refuse_damaged(gguf_file: Path, found: str, expected: str) -> None:
+    if found != expected:
+        raise TargetError(
+            f"{gguf_file} is damaged: its sha256 is {found}, expected {expected}. Delete it and start again"
+        )
 
 
 def _save_as_transformers(gguf_file: Path, folder: Path) -> None:

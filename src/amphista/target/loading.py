@@ -22,7 +22,6 @@ from amphista.target.gguf import (
     PackagedTarget,
     Progress,
     describe,
-    described_folder,
     gguf_target_folder,
     is_whole,
     packaged_file,
@@ -146,7 +145,7 @@ def _load_blocks(name: str, progress: Progress) -> Target:
     give_blocks(model, gguf_file, folder)
     model.generation_config = source.read(GenerationConfig)
     target = Target(model, _load_text(source), name=name)
-    probe(target)
+    # No probe: the stock model, whose trees it would try, is left here, and the C step tries its own.
     if not target.speed_up(release=True, native=True) or target.why_not_native is not None:
         raise NativeError(target.why_stock or target.why_not_native)
     return target
@@ -156,10 +155,15 @@ def _is_gguf(name: str) -> bool:
     return name in NAMED_TARGETS or name.endswith(".gguf")
 
 
+def _path(name: str) -> Path:
+    """Where a GGUF target's file is or will be."""
+    return packaged_path(NAMED_TARGETS[name]) if name in NAMED_TARGETS else Path(os.path.expanduser(name))
+
+
 def _gguf_file(name: str, progress: Progress) -> Path:
     """The file that holds a target; raises NativeError where one is missed that was converted before."""
     if name not in NAMED_TARGETS:
-        return Path(os.path.expanduser(name))
+        return _path(name)
     try:
         return packaged_file(NAMED_TARGETS[name], progress)
     except TargetError as error:
@@ -305,15 +309,19 @@ def import_code(name: str) -> None:
     """Import what loading this target would import, so that its own memory can be told from that of code."""
     from transformers import AutoTokenizer  # noqa: F401
 
-    folder = _described(name) or locate(name)
+    folder = _description(name) or describe(_gguf_file(name, logger.info), logger.info)
     refuse_unsupported(Source(name, str(folder), {}).config())  # it looks at the class
 
 
-def _described(name: str) -> Path | None:
-    """The folder with what is known of a GGUF target beside its weights; None where there is none."""
-    gguf_file = packaged_path(NAMED_TARGETS[name]) if name in NAMED_TARGETS else Path(os.path.expanduser(name))
-    folder = described_folder(gguf_file) if _is_gguf(name) and gguf_file.is_file() else None
-    return folder if folder is not None and is_whole(folder) else None
+def _description(name: str) -> str | None:
+    """Where the configuration and all else beside the weights of a target are; None if its file has to be fetched."""
+    if not _is_gguf(name):
+        return locate(name)
+    gguf_file = _path(name)
+    if name in NAMED_TARGETS and not gguf_file.is_file():
+        folder = packaged_folder(NAMED_TARGETS[name])
+        return str(folder) if is_whole(folder) else None
+    return str(describe(gguf_file, logger.info))
 
 
 def describe_target(name: str, **hub: Unpack[Hub]) -> dict[str, Any]:
@@ -321,16 +329,15 @@ def describe_target(name: str, **hub: Unpack[Hub]) -> dict[str, Any]:
 
     raises TargetError for a name that is no target, or one whose family is refused.
     """
-    folder = _described(name)
-    if name in NAMED_TARGETS and folder is None and not is_whole(packaged_folder(NAMED_TARGETS[name])):
-        return {"name": name, "ready": False}
+    folder = _description(name)
     if folder is None:
-        folder = describe(_gguf_file(name, logger.info), logger.info) if _is_gguf(name) else Path(locate(name))
+        return {"name": name, "ready": False}
     config = Source(name, folder, hub).config()
     refuse_unsupported(config)
     text = config.get_text_config(decoder=True)
     spec = TargetSpec.from_config(config, embedding_size=text.hidden_size, vocab_size=text.vocab_size)
-    weights = [path.stat().st_size for path in Path(folder).glob("*.safetensors")]
+    is_file = _is_gguf(name) and _path(name).is_file()
+    weights = [path.stat().st_size for path in ([_path(name)] if is_file else Path(folder).glob("*.safetensors"))]
     return {"name": name, "ready": True, "megabytes": round(sum(weights) / 1e6, 1), **dataclasses.asdict(spec)}
 
 
