@@ -1,4 +1,4 @@
-"""Tiny random targets as GGUF files, as llama.cpp's converter lays them out; every tensor may be of a kind of its own."""
+"""Tiny random targets as GGUF files, laid out as llama.cpp's converter does; each tensor may be of its own kind."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ import torch
 from gguf import GGMLQuantizationType as Kind
 
 from amphista.errors import NativeError
-from amphista.native.step import Weight
+from amphista.native.weights import Weight
 from tests.gguf_file import HALVES, random_blocks
 from tests.laws.test_native import FLAGS, has_compiler, runs_here
 

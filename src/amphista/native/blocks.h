@@ -114,7 +114,7 @@ INLINE Terms terms_of(const int kind, const uint8_t *block, int part) {
 }
 
 /* Numbers 32 * part .. 32 * part + 31 of a block; `kind` is a constant. */
-INLINE void widen(const int kind, const uint8_t *block, int part, const Terms *terms, vec *out) {
+INLINE void unpack(const int kind, const uint8_t *block, int part, const Terms *terms, vec *out) {
     const uint8_t *at = block + (kind == Q4_1 || kind == Q5_1 ? 4 : 2);
     uint32_t fifth = 0;
     if (kind == Q5_0 || kind == Q5_1) memcpy(&fifth, at, 4), at += 4;

@@ -16,7 +16,7 @@
 
 #include "blocks.h"
 
-enum { LINE = 64, TILE = 4, BLOCK = 32, LEVELS = 127, ZERO = 128, WIDE_INPUTS = 1 << 14 };
+enum { TILE = 4, BLOCK = 32, LEVELS = 127, ZERO = 128, WIDE_INPUTS = 1 << 14 };
 #if LANES == 16 && defined(__AVX512BF16__)
 enum { FLOAT_ROWS = 6, BF16_ROWS = 6, INT8_ROWS = 8, BLOCK_ROWS = 8 };
 #elif LANES == 16
@@ -272,7 +272,7 @@ static void int8_dots(const Product *p, const Rows *rows, int n, long first, lon
 /* Asks for as many bytes as a stretch of a tile takes, one tile ahead. */
 INLINE void ask_for_blocks(const int kind, const int tile, const uint8_t *place, const int rows) {
     const long bytes = tile * block_bytes(kind) / (block_numbers(kind) / STRETCH);
-    for (long at = 0; at < bytes; at += LINE) ask_ahead((const char *)place + at, rows);
+    for (long at = 0; at < bytes; at += 64) ask_ahead((const char *)place + at, rows);
 }
 
 /* Dots of `tile` weight rows (TILE or 2, a constant) with `rows` rows, widened on the way; `kind` is a constant. */
@@ -288,7 +288,7 @@ INLINE void block_tile(const int kind, const uint8_t *w, long ldw, const int til
             for (int o = 0; o < tile; o++) {
                 const uint8_t *block = w + (o < valid ? o : 0) * ldw;
                 const Terms terms = terms_of(kind, block, part);
-                widen(kind, block, part, &terms, numbers[o]);
+                unpack(kind, block, part, &terms, numbers[o]);
             }
             ask_for_blocks(kind, tile, ahead, rows);
             for (int v = 0; v < VECTORS; v++)
@@ -306,12 +306,12 @@ INLINE void block_tile(const int kind, const uint8_t *w, long ldw, const int til
     }
 }
 
-INLINE void widen_row(const int kind, const uint8_t *from, long len, float *to) {
+INLINE void unpack_row(const int kind, const uint8_t *from, long len, float *to) {
     for (long i = 0; i < len; from += block_bytes(kind))
         for (int part = 0; part < block_numbers(kind) / STRETCH; part++, i += STRETCH) {
             vec numbers[VECTORS];
             const Terms terms = terms_of(kind, from, part);
-            widen(kind, from, part, &terms, numbers);
+            unpack(kind, from, part, &terms, numbers);
             for (int v = 0; v < VECTORS; v++) store(to + i + v * LANES, numbers[v]);
         }
 }
@@ -333,7 +333,7 @@ INLINE void block_dots(const int kind, const uint8_t *w, long outputs, const flo
         for (long o = 0; o < outputs; o += TILE) {
             const int valid = outputs - o < TILE ? (int)(outputs - o) : TILE;
             float wide[TILE * WIDE_INPUTS];
-            for (int k = 0; k < valid; k++) widen_row(kind, w + (o + k) * ldw, len, wide + k * len);
+            for (int k = 0; k < valid; k++) unpack_row(kind, w + (o + k) * ldw, len, wide + k * len);
             float_dots(wide, len, valid, x, ldx, n, len, out + o, ldo);
         }
         return;
@@ -369,10 +369,10 @@ static void any_block_dots(const Product *p, const Rows *x, int n, long first, l
     switch (p->kind) { ANY_BLOCKS(DOTS); }
 }
 
-static void any_widen_row(const Product *p, long row, float *out) {
+static void any_row(const Product *p, long row, float *out) {
     const long inputs = p->inputs, bytes = inputs / block_numbers(p->kind) * block_bytes(p->kind);
     const uint8_t *w = (const uint8_t *)p->weight + row * bytes;
-#define ROW(kind) widen_row(kind, w, inputs, out)
+#define ROW(kind) unpack_row(kind, w, inputs, out)
     switch (p->kind) { ANY_BLOCKS(ROW); }
 }
 
@@ -408,7 +408,7 @@ static void multiply(const Product *p, const Rows *x, int n, long first, long co
 static void weight_row(const Product *p, long row, float *out) {
     const long inputs = p->inputs;
     if (p->kind == FLOAT32) memcpy(out, (const float *)p->weight + row * inputs, (size_t)inputs * sizeof *out);
-    else if (is_blocks(p->kind)) any_widen_row(p, row, out);
+    else if (is_blocks(p->kind)) any_row(p, row, out);
     else for (long i = 0; i < inputs; i++) out[i] = from_bf16(((const uint16_t *)p->weight)[row * inputs + i]);
 }
 

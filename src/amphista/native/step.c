@@ -35,7 +35,7 @@
 #include <omp.h>
 #endif
 
-#include "products.h"
+#include "weights.c"
 
 typedef struct {
     const float *attention_norm, *query_norm, *key_norm, *mlp_norm; /* zeros behind; those of heads NULL if none */
@@ -71,7 +71,7 @@ typedef struct {
     int32_t num_rows, num_spans, num_wanted, num_turns, num_threads, unused;
 } Forward;
 
-enum { SPINS = 4000, NEIGHBOURS = 3, ROWS_AT_ONCE = 4 };
+enum { SPINS = 4000, NEIGHBOURS = 3, ROWS_AT_ONCE = 4, LINE = 64 };
 #if LANES == 16
 enum { MIX_VECTORS = 4 };
 #else
@@ -594,22 +594,4 @@ int amphista_forward(const Model *m, const Forward *f) {
 #endif
     choose(f, &work, barrier.team);
     return 0;
-}
-
-/* Rows of a weight, widened: out[n][inputs]. */
-void amphista_rows(const Product *p, const int64_t *rows, int64_t n, float *out, int threads) {
-    (void)threads;
-#pragma omp parallel for num_threads(threads)
-    for (int64_t r = 0; r < n; r++) weight_row(p, rows[r], out + r * p->inputs);
-}
-
-/* The product alone of n rows [n][inputs] of float32 and a weight of a kind that reads them: out[n][outputs]. */
-void amphista_product(const Product *p, const float *rows, int64_t n, float *out, int threads) {
-    const Rows x = {rows, NULL, p->inputs};
-    (void)threads;
-#pragma omp parallel for num_threads(threads) schedule(dynamic, 4)
-    for (int b = 0; b < blocks_of(p->outputs); b++) {
-        const long first = (long)b * BLOCK;
-        multiply(p, &x, (int)n, first, block_size(p->outputs, first), out + first, p->outputs);
-    }
 }

@@ -1,4 +1,4 @@
-"""The C step's weights and forward as Python records: what step.c computes, over spans of any number of sequences.
+"""The C step's forward as Python records: what step.c computes, over spans of any number of sequences.
 
 Tensors are handed over by address and kept alive here; nothing of `transformers` is known. One forward a thread at a
 time shares a model with those of other threads: room to work in is kept for each thread.
@@ -21,15 +21,9 @@ from torch import Tensor
 
 from amphista.errors import NativeError
 from amphista.native.build import load
-from amphista.native.huge_pages import Arena
+from amphista.native.weights import KINDS, Address, Product, Weight, address, rounded_up
 
 PAD = 64  # step.c reads padded rows of small vectors: norms
-BLOCK, GROUP, LEVELS, ZERO = 32, 4, 127, 128  # of packed 8-bit weights: outputs side by side, inputs side by side
-KINDS = {torch.float32: 0, torch.bfloat16: 1}
-INT8, SIDE_BY_SIDE = 2, 3
-BLOCK_KINDS = {2: 4, 18: 5, 20: 6, 22: 7, 24: 8, 34: 9, 144: 10, 176: 11, 210: 12}  # of a GGUF file, by a block's bytes
-BLOCK_NUMBERS = {2: 1, 144: 256, 176: 256, 210: 256}  # in a block; of all others 32
-HALF_BYTES, HALVES = 2, 32  # float16 is read by so many
 WRONG = {
     1: "its spans do not follow each other",
     2: "a parent does not come before its row in the same span",
@@ -39,20 +33,12 @@ WRONG = {
     6: "logits of a row are asked for that is not there",
     7: "the workspace is too small",
 }
-Address = ctypes.c_void_p
-
-
-class _Product(ctypes.Structure):
-    _fields_ = [
-        *((name, Address) for name in ("weight", "scales", "offsets", "bias")),
-        *((name, ctypes.c_int32) for name in ("kind", "outputs", "inputs", "unused")),
-    ]
 
 
 class _Layer(ctypes.Structure):
     _fields_ = [
         *((name, Address) for name in ("attention_norm", "query_norm", "key_norm", "mlp_norm")),
-        *((name, _Product) for name in ("qkv", "output", "gate", "up", "down")),
+        *((name, Product) for name in ("qkv", "output", "gate", "up", "down")),
         *((name, ctypes.c_int32) for name in ("window", "unused")),
     ]
 
@@ -61,7 +47,7 @@ class _Model(ctypes.Structure):
     _fields_ = [
         ("layers", ctypes.POINTER(_Layer)),
         ("norm", Address),
-        *((name, _Product) for name in ("embedding", "head")),
+        *((name, Product) for name in ("embedding", "head")),
         *(
             (name, ctypes.c_int32)
             for name in ("num_layers", "hidden", "heads", "key_heads", "head_size", "inner", "cache_kind")
@@ -90,104 +76,6 @@ class _Forward(ctypes.Structure):
             for name in ("num_rows", "num_spans", "num_wanted", "num_turns", "num_threads", "unused")
         ),
     ]
-
-
-@dataclass(frozen=True)
-class Weight:
-    """A linear layer's weight [O, I] as the C step reads it, and its bias [O].
-
-    parts: of weights of several kinds, whose outputs follow each other; `weight` then holds their records.
-    """
-
-    num_outputs: int
-    num_inputs: int
-    kind: int
-    weight: Tensor
-    scales: Tensor | None = None
-    offsets: Tensor | None = None
-    bias: Tensor | None = None
-    parts: tuple[Weight, ...] = ()
-
-    @classmethod
-    def of(cls, weight: Tensor, bias: Tensor | None = None) -> Weight:
-        """A weight of float32 or bfloat16 as it lies: nothing is copied if it is contiguous."""
-        if weight.dtype not in KINDS:
-            raise NativeError(f"the C step has no weights of {str(weight.dtype).removeprefix('torch.')}")
-        bias = None if bias is None else bias.detach().float().contiguous()
-        return cls(weight.shape[0], weight.shape[1], KINDS[weight.dtype], weight.detach().contiguous(), bias=bias)
-
-    @classmethod
-    def of_8_bits(cls, weight: Tensor, bias: Tensor | None = None, arena: Arena | None = None) -> Weight:
-        """A float32 weight rounded to 8 bits, one scale an output: a packed copy, in the arena if there is one."""
-        outputs, inputs = weight.shape
-        plain = weight.detach()
-        scales = plain.abs().amax(1).clamp_min(torch.finfo(plain.dtype).tiny) / LEVELS
-        numbers = plain.new_zeros(_up(outputs, BLOCK), _up(inputs, GROUP), dtype=torch.int8)
-        numbers[:outputs, :inputs] = (plain / scales[:, None]).round().to(torch.int8)
-        offsets = numbers.sum(1, dtype=torch.int32) * -ZERO
-        blocks = numbers.view(-1, BLOCK, numbers.shape[1] // GROUP, GROUP).transpose(1, 2)
-        blocks = blocks.contiguous() if arena is None else arena.copy(blocks)
-        bias = None if bias is None else bias.detach().float().clone()
-        return cls(outputs, inputs, INT8, blocks, scales, offsets, bias)
-
-    @classmethod
-    def of_blocks(cls, blocks: Tensor, bias: Tensor | None = None, arena: Arena | None = None) -> Weight:
-        """A GGUF file's own blocks, uint8 [O, blocks in a row, bytes of a block], which tell the kind; or float32 [O, I].
-
-        raises NativeError for blocks of an unknown kind.
-        """
-        held = blocks.contiguous() if arena is None else arena.copy(blocks)
-        if blocks.dtype is torch.float32:
-            return cls.of(held, bias)
-        outputs, count, size = blocks.shape
-        inputs = count * BLOCK_NUMBERS.get(size, 32)
-        if blocks.dtype is not torch.uint8 or size not in BLOCK_KINDS or inputs % HALVES:
-            raise NativeError(f"the C step has no weights in blocks of {size} bytes, {inputs} numbers a row")
-        bias = None if bias is None else bias.detach().float().clone()
-        return cls(outputs, inputs, BLOCK_KINDS[size], held, bias=bias)
-
-    @classmethod
-    def side_by_side(cls, parts: Sequence[Weight]) -> Weight:
-        """Weights of the same inputs whose outputs follow each other, of float32 or blocks."""
-        records = (_Product * len(parts))(*(part.record() for part in parts))
-        weight = torch.frombuffer(bytearray(records), dtype=torch.uint8)
-        outputs = sum(part.num_outputs for part in parts)
-        return cls(outputs, parts[0].num_inputs, SIDE_BY_SIDE, weight, parts=tuple(parts))
-
-    @property
-    def num_bytes(self) -> int:
-        """Bytes a product reads."""
-        if self.parts:
-            return sum(part.num_bytes for part in self.parts)
-        parts = [t for t in (self.weight, self.scales, self.offsets, self.bias) if t is not None]
-        return sum(t.numel() * t.element_size() for t in parts)
-
-    def rows(self, ids: Tensor, flags: tuple[str, ...] | None = None) -> Tensor:
-        """Rows of a weight of float32, bfloat16 or blocks as float32: ids [N] -> [N, I]."""
-        ids, out = ids.to(torch.int64).contiguous(), torch.empty(len(ids), self.num_inputs)
-        if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < self.num_outputs:
-            raise NativeError(f"rows are asked for that are not among the weight's {self.num_outputs}")
-        call = load(flags).amphista_rows
-        call(ctypes.byref(self.record()), _given(ids), ctypes.c_int64(len(ids)), _given(out), torch.get_num_threads())
-        return out
-
-    def multiply(self, rows: Tensor, flags: tuple[str, ...] | None = None) -> Tensor:
-        """The product of rows of float32 [N, I] and a weight of float32 or blocks: [N, O], as in a forward."""
-        rows, out = rows.detach().contiguous(), torch.empty(len(rows), self.num_outputs)
-        call = load(flags).amphista_product
-        call(ctypes.byref(self.record()), _given(rows), ctypes.c_int64(len(rows)), _given(out), torch.get_num_threads())
-        return out
-
-    def record(self) -> _Product:
-        return _Product(
-            _address(self.weight),
-            _address(self.scales),
-            _address(self.offsets),
-            _address(self.bias),
-            self.kind,
-            self.num_outputs,
-            self.num_inputs,
-        )
 
 
 @dataclass(frozen=True)
@@ -298,10 +186,10 @@ class NativeModel:
         )
 
     def _padded(self, vector: Tensor) -> int | None:
-        copy = torch.zeros(_up(len(vector), PAD))
+        copy = torch.zeros(rounded_up(len(vector), PAD))
         copy[: len(vector)] = vector.detach()
         self._held.append(copy)
-        return _address(copy)
+        return address(copy)
 
     def forward(self, spans: Sequence[NativeSpan], wanted: Sequence[int], turns: Tensor) -> NativeOutput:
         """One forward over the flat row of all spans' tokens.
@@ -322,7 +210,7 @@ class NativeModel:
             start + 8 * num_rows,
             turns.data_ptr(),
             hidden.data_ptr(),
-            _address(logits),
+            address(logits),
             choices.data_ptr(),
             num_rows=num_rows,
             num_spans=len(spans),
@@ -387,18 +275,6 @@ def _parents(spans: Sequence[NativeSpan]) -> list[int]:
 def _check_sizes(library: ctypes.CDLL) -> None:
     sizes = (ctypes.c_int64 * 6)()
     library.amphista_sizes(sizes)
-    ours = [ctypes.sizeof(record) for record in (_Product, _Layer, _Model, _Span, _Forward)]
+    ours = [ctypes.sizeof(record) for record in (Product, _Layer, _Model, _Span, _Forward)]
     if list(sizes)[:5] != ours:
         raise NativeError(f"the C step has records of {list(sizes)[:5]} bytes: expected {ours}")
-
-
-def _up(count: int, multiple: int) -> int:
-    return -(-count // multiple) * multiple
-
-
-def _given(tensor: Tensor) -> ctypes.c_void_p:
-    return Address(tensor.data_ptr())
-
-
-def _address(tensor: Tensor | None) -> int | None:
-    return None if tensor is None else tensor.data_ptr()

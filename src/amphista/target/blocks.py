@@ -22,7 +22,7 @@ from torch.nn import functional
 
 from amphista.errors import NativeError
 from amphista.kernels.linear import Product
-from amphista.native.step import HALVES, Weight
+from amphista.native.weights import HALVES, Weight
 
 GGUF = "gguf"  # as a type of weights
 INDEX = "tensors.json"
@@ -55,7 +55,7 @@ class BlockedLinear(nn.Linear):
         super().__init__(1, 1, bias=False)
         self.in_features, self.out_features = native.num_inputs, native.num_outputs
         self.native, self.blocks, self.weight = native, blocks, _without_numbers(native)
-        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+        self.register_parameter("bias", None if bias is None else nn.Parameter(bias, requires_grad=False))
 
     def forward(self, input: Tensor) -> Tensor:
         if torch.is_grad_enabled() and input.requires_grad:
@@ -142,7 +142,7 @@ def write_index(reader: Any, folder: Path) -> None:
 
 
 class MappedTensors:
-    """The tensors of a GGUF file as its pages, under `transformers`' names; raises NativeError for what is not there."""
+    """The tensors of a GGUF file as its pages, under `transformers`' names."""
 
     def __init__(self, gguf_file: Path, folder: Path, config: Any) -> None:
         """folder: with the index of the file; config: of the model, for its heads."""
@@ -156,7 +156,7 @@ class MappedTensors:
         self._tried: set[str] = set()
 
     def take(self, name: str) -> Tensor:
-        """Blocks uint8 [O, blocks in a row, bytes of a block], or float32 numbers [...]."""
+        """Blocks uint8 [O, blocks in a row, bytes of a block], or float32 numbers [...]; raises NativeError."""
         if name not in self._found:
             raise NativeError(f"the file has no {name}")
         self.unread.discard(name)
@@ -220,7 +220,7 @@ def give_blocks(model: Any, gguf_file: Path, folder: Path) -> None:
         raise NativeError(f"the file holds {min(tensors.unread)}, which {type(model).__name__} has not")
 
 
-def _filled(module: Any, name: str, tensors: MappedTensors) -> nn.Module:
+def _filled(module: Any, name: str, tensors: MappedTensors) -> Any:
     """A module with the tensors of this name in place of its own, which are only sizes."""
     numbers, size = tensors.take(f"{name}.weight"), module.weight.shape
     if isinstance(module, nn.Linear):

@@ -16,12 +16,13 @@ from torch import Tensor
 from amphista.cache.static import KVCache, LayerRows
 from amphista.errors import NativeError
 from amphista.kernels.int8 import Int8Linear
-from amphista.kernels.linear import PackedLinear
+from amphista.kernels.linear import PackedLinear, Product
 from amphista.native.build import load
 from amphista.native.huge_pages import Arena
-from amphista.native.step import NativeLayer, NativeModel, NativeOutput, NativeSpan, Shape, Weight
+from amphista.native.step import NativeLayer, NativeModel, NativeOutput, NativeSpan, Shape
+from amphista.native.weights import Weight
 from amphista.target.attention import Rule
-from amphista.target.blocks import BlockedEmbedding, BlockLinear
+from amphista.target.blocks import BlockedEmbedding, BlockedLinear, BlockLinear
 from amphista.target.lean import LeanLayer, LeanModel
 from amphista.target.spans import Span
 from amphista.tree.token_tree import TokenTree
@@ -47,6 +48,13 @@ class RoundedLinear(Int8Linear):
         if len(weights) == 2:  # gate and up, which the C step multiplies one by one
             made.native = [Weight.of_8_bits(w, b, _ARENA) for w, b in zip(weights, biases, strict=True)]
         return made
+
+
+def product_of(head: object, *, int8: bool, native: bool) -> type[Product]:
+    """The kernel of a fast form's products, by the stock model's LM head and whether the C step shall read them."""
+    if isinstance(head, BlockedLinear):
+        return BlockLinear
+    return (RoundedLinear if int8 else PlainLinear) if native else Int8Linear if int8 else PackedLinear
 
 
 _ARENA = Arena()

@@ -27,13 +27,13 @@ from amphista.cache.resident import ResidentCache
 from amphista.cache.static import KVCache, sent
 from amphista.errors import CapacityError, CaptureError, TargetError
 from amphista.kernels.int8 import Int8Linear
-from amphista.kernels.linear import PackedLinear, Product
+from amphista.kernels.linear import PackedLinear
 from amphista.target.attention import Layout, laid_out, refuse_attention
-from amphista.target.blocks import GGUF, BlockLinear
+from amphista.target.blocks import GGUF
 from amphista.target.captured import CapturedForward
-from amphista.target.families import kept_by_layers
+from amphista.target.families import decoder_of, kept_by_layers
 from amphista.target.lean import LeanModel
-from amphista.target.native import NativeForward, PlainLinear, RoundedLinear, native_form, why_not_native
+from amphista.target.native import NativeForward, PlainLinear, native_form, product_of, why_not_native
 from amphista.target.output import TargetOutput
 from amphista.target.pages import give_back, trim_allocator
 from amphista.target.qualify import why_not_fast
@@ -168,7 +168,7 @@ class Target:
         if native:
             self.why_not_native = why_not_native(self.name, self.device, self.dtype, is_static=bool(self._wants_static))
             native = self.why_not_native is None
-        product = self._product(int8, native)
+        product = product_of(self._model.get_output_embeddings(), int8=int8, native=native)
         head = PackedLinear.of(self._model.get_output_embeddings()) if product is PlainLinear else None  # of drafters
         self._lean = LeanModel(self._model, product=product, release=release)
         difference = float((self.hidden_states(ids) - expected).abs().max() / expected.abs().max())
@@ -185,7 +185,7 @@ class Target:
             embedding = self._model.get_input_embeddings().weight
             self.num_weight_bytes = self._lean.num_product_bytes + embedding.numel() * embedding.element_size()
         elif self.has_blocks:
-            self.num_weight_bytes = self._lean.num_product_bytes  # of the head, too, which mostly is the embedding
+            self.num_weight_bytes = self._lean.num_product_bytes  # the embedding mostly is the head
         if release:
             if self._lean.head.is_packed:
                 give_back(self._model.get_input_embeddings().weight, self.shared.head_weight)  # read by single rows now
@@ -195,12 +195,6 @@ class Target:
             self._captured = CapturedForward(self._lean, self.spec)
             self._check_captured()
         return True
-
-    def _product(self, int8: bool, native: bool) -> type[Product]:
-        """The kernel of the fast path's products."""
-        if self.has_blocks:
-            return BlockLinear
-        return (RoundedLinear if int8 else PlainLinear) if native else Int8Linear if int8 else PackedLinear
 
     def _check_captured(self) -> None:
         """A recorded forward must equal the same forward as it is; where it cannot be recorded it is done without."""
@@ -399,10 +393,3 @@ class Target:
         self._local.hidden = None
         hidden: Tensor = output.last_hidden_state
         return hidden
-
-
-def decoder_of(model: Any) -> Any:
-    """The part of a causal LM that makes hidden states of ids; some name another part, or themselves, as decoder."""
-    named = (model.get_decoder(), model.base_model, getattr(model, "model", None), getattr(model, "transformer", None))
-    kind = next(base for base in type(model).__mro__ if base.__name__ == "PreTrainedModel")
-    return next((part for part in named if isinstance(part, kind) and part is not model), model)

@@ -104,5 +104,11 @@ def test_a_cache_folder_that_cannot_be_written_says_so(tmp_path):
 
 
 def test_sources_are_in_the_package():
-    assert {path.name for path in SOURCES.glob("*.[ch]")} == {"step.c", "products.h", "lanes.h", "blocks.h"}
+    assert {path.name for path in SOURCES.glob("*.[ch]")} == {
+        "step.c",
+        "weights.c",
+        "products.h",
+        "lanes.h",
+        "blocks.h",
+    }
     assert "-ffp-contract=fast" in BASE_FLAGS and sys.maxsize > 2**32

@@ -12,7 +12,7 @@ from gguf import GGMLQuantizationType as Kind
 from amphista.errors import TargetError
 from amphista.llm import LLM, choose_drafter
 from amphista.native.build import load
-from amphista.native.step import Weight
+from amphista.native.weights import Weight
 from amphista.target import gguf as files
 from amphista.target.loading import describe_target, import_code, load_target
 from amphista.target.spans import Span
