@@ -93,12 +93,15 @@ class AutoGrower(Grower):
         self, rows: Sequence[DraftRow], candidates: Sequence[Candidates], asked: Sequence[int], plain: Forward
     ) -> Plan:
         grown = [GrownNodes.root(row.pending) for row in rows]
+        if not self.max_depth:  # plain decoding weighs nothing, and learns nothing
+            return Plan(rows, [Growth.of(tree) for tree in grown], asked, plain)
         nodes = [next_nodes(*parts) for parts in zip(grown, candidates, (row.max_depth for row in rows), strict=True)]
         sizes = self.budget.share(rows, nodes, len(asked), plain)
         return Plan(rows, [Growth.of(tree, size) for tree, size in zip(grown, sizes, strict=True)], asked, plain)
 
     def observe(self, plan: Plan, accepted: Sequence[Sequence[int]], seconds: float) -> None:
-        self.budget.observe(plan, accepted, seconds)
+        if self.max_depth:
+            self.budget.observe(plan, accepted, seconds)
 
     def grow(self, pending: int, candidates: Candidates, max_depth: int) -> Growth:
         row = DraftRow(DraftController(), candidates.graft, max_depth, pending)
