@@ -174,7 +174,7 @@ def random_drafter(kind: str, target: Target, draft_vocab: int | None = None) ->
     with target.device:
         drafter = make_drafter(kind, config, target.spec, target.shared)
     frozen: ParallelHeads = drafter.to(dtype=target.dtype).eval().requires_grad_(False)
-    return frozen.freeze(as_trained=target.is_static)
+    return frozen.freeze(native=target.is_native)
 
 
 def measure_shape(

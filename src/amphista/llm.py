@@ -56,7 +56,7 @@ class LLM:
     ) -> None:
         self.target, self.drafter = target, Proposer.of(drafter)
         if self.drafter.heads is not None:
-            self.drafter.heads.freeze(as_trained=target.is_static)
+            self.drafter.heads.freeze(native=target.is_native)
         costs = costs_for(target, self.drafter) if str(tree or DEFAULT_TREE) == AUTO else None
         measured = Measured(accuracy=calibrated_accuracy(self.drafter), costs=costs)
         self.engine = Engine(target, self.drafter, parse_tree(tree, measured))

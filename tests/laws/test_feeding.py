@@ -185,11 +185,13 @@ def test_heads_are_divided_by_the_requests_temperature(precise, monkeypatch):
     drafter = drafters["amphista-full"]
     asked = []
     draft = drafter.draft_all
-    monkeypatch.setattr(drafter, "draft_all", lambda *given: asked.append(given[1:]) or draft(*given))
+    monkeypatch.setattr(drafter, "draft_all", lambda *given: asked.append(given) or draft(*given))
     engine = Engine(target, drafter, parse_tree(9))
     sequence = begin(engine, PROMPTS[0], SamplingParams(max_new_tokens=6, temperature=0.6, seed=0))
     step(engine, sequence)
-    assert asked == [(8, [0.6], [4])]  # 8 ranks of the heads that 6 tokens leave room for
+    ((ask,), num_ranks), *others = asked
+    assert not others and num_ranks == 8
+    assert (ask.temperature, ask.max_depth) == (0.6, 4)  # the heads that 6 tokens leave room for
 
 
 def test_the_drafter_rests_where_nothing_may_be_drafted(precise, monkeypatch):

@@ -15,6 +15,7 @@ from amphista.errors import CapacityError
 from amphista.llm import LLM
 from amphista.target.target import Target
 from amphista.target.text import Text
+from tests.laws.test_native import NEEDS_COMPILER
 from tests.tiny import byte_tokenizer, real_drafters, tiny_model
 
 SRC = str(Path(amphista.__file__).parent)
@@ -22,14 +23,15 @@ PARAMS = SamplingParams(
     max_new_tokens=11, temperature=0.9, seed=3, repetition_penalty=1.1, presence_penalty=0.5, stop="never", logprobs=1
 )
 MOST_PLACES = 16
-PATHS = ["stock", "fast", "static"]
+PATHS = ["stock", "fast", "static", pytest.param("native", marks=NEEDS_COMPILER)]
 
 
 @pytest.fixture(scope="module", params=PATHS)
 def llm(request):
-    """With heads and lookup, on one of the three forwards."""
+    """With heads and lookup, on one of the four forwards; heads draft in C where it verifies."""
     target = Target(tiny_model(), Text(byte_tokenizer()), static=request.param == "static")
-    assert request.param == "stock" or target.speed_up(), target.why_stock
+    assert request.param == "stock" or target.speed_up(native=request.param == "native"), target.why_stock
+    assert target.is_native == (request.param == "native")
     return LLM(target, real_drafters(target)["amphista-full+lookup"], tree=6)
 
 

@@ -59,7 +59,7 @@ def has_compiler() -> bool:
     return True
 
 
-pytestmark = pytest.mark.skipif(not has_compiler(), reason="no C compiler")
+pytestmark = NEEDS_COMPILER = pytest.mark.skipif(not has_compiler(), reason="no C compiler")
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -36,7 +36,7 @@ def test_next_turn_equals_fresh_prefill(name, template, tree):
     target.text.tokenizer.chat_template = template
     drafter = real_drafters(target)[name]
     if Proposer.of(drafter).heads is not None:
-        Proposer.of(drafter).heads.freeze(exact=True)  # in bfloat16 other numbers of rows round otherwise
+        Proposer.of(drafter).heads.freeze()
     llm = LLM(target, drafter, tree=7)
     kept = llm.conversation()
     reused = 0

@@ -16,7 +16,7 @@ import torch
 
 from amphista.config import build
 from amphista.drafter.amphista import Amphista, AmphistaConfig
-from amphista.drafter.heads import FrozenHead
+from amphista.drafter.frozen_head import FrozenHead
 from amphista.drafter.medusa import Medusa, MedusaConfig
 from amphista.errors import ConfigError
 from amphista.train import head_loss, losses

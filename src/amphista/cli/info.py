@@ -91,10 +91,18 @@ def _check(target: str, drafter: str | None, **settings: Any) -> dict[str, Any]:
         "why_not_native": llm.target.why_not_native if llm.target.path.startswith("fast") else None,
         "why_not_captured": llm.target.why_not_captured,
         "drafter": llm.drafter.name,
+        "drafter_path": _drafter_path(llm.drafter.heads),
         "tau": ours.stats.tau,
         "identical": compared["identical"],
         "divergence": compared["divergence"],
     }
+
+
+def _drafter_path(heads: Any) -> str | None:
+    """Where heads draft: in C, or in torch and why; None without heads."""
+    if heads is None:
+        return None
+    return "native" if heads.why_not_native is None else f"torch: {heads.why_not_native}"
 
 
 def _target_line(target: dict[str, Any]) -> str:
@@ -132,4 +140,6 @@ def _text(report: dict[str, Any]) -> str:
         why = check["why_stock"] or check["why_not_captured"] or check["why_not_native"]
         reason = f": {why}" if why else ""
         lines.append(f"path        {check['path']}{reason}")
+        if check["drafter_path"]:
+            lines.append(f"drafting    {check['drafter_path']}")
     return "\n".join(lines)

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from amphista.drafter.base import MAX_LAYERS, MAX_SIZE, DrafterConfig, DrafterState, check_range
 from amphista.drafter.heads import ParallelHeads, StateOf
 from amphista.drafter.layers import LayerCache, LayerSizes, ResidualBlock, RMSNorm, RowCache, TransformerLayer
-from amphista.drafter.lean import LeanAmphista
+from amphista.drafter.native import Modules
 from amphista.errors import ConfigError
 from amphista.target.spec import SharedWeights, TargetSpec
 
@@ -144,15 +144,14 @@ class Amphista(ParallelHeads):
     def __init__(self, config: AmphistaConfig, spec: TargetSpec, shared: SharedWeights) -> None:
         super().__init__(config, spec, shared)
         self.split = config.num_heads // 2 if config.stage_split is None else config.stage_split
-        sizes = _sizes(spec, config.intermediate_size)
+        sizes = LayerSizes.of(spec, config.intermediate_size)
         self.embedding_norm = RMSNorm(spec.embedding_size, spec.norm_eps) if config.stages else None
         self.stages = nn.ModuleList(StagedAdaptation(sizes, spec.embedding_size) for _ in range(config.stages))
         self.hidden_norm = RMSNorm(spec.hidden_size, spec.norm_eps) if config.stages == 0 else None
         self.heads = nn.ModuleList(ResidualBlock(spec.hidden_size) for _ in range(config.num_heads))
-        encoder_sizes = _sizes(spec, config.encoder_intermediate_size)
+        encoder_sizes = LayerSizes.of(spec, config.encoder_intermediate_size)
         self.auto_embedding = AutoEmbedding(config, encoder_sizes) if config.auto_embedding else None
         self.output_norm = RMSNorm(spec.hidden_size, spec.norm_eps)
-        self._lean: LeanAmphista | None = None
 
     def match_scale(self, hidden_rms: float) -> None:
         """The LM head expects post-norm states of a certain size: give the output norm the measured rms of h."""
@@ -208,50 +207,44 @@ class Amphista(ParallelHeads):
         normed: Tensor = self.output_norm(states)
         return normed
 
-    def pack(self, dtype: torch.dtype) -> None:
-        self._lean = LeanAmphista(self, _sizes(self.spec, self.config.intermediate_size), dtype)
-        self.embedding_norm = self.hidden_norm = self.auto_embedding = None
-        self.stages, self.heads = nn.ModuleList(), nn.ModuleList()
+    def parts(self) -> Modules:
+        block = self.auto_embedding
+        return Modules(
+            sizes=LayerSizes.of(self.spec, self.config.intermediate_size),
+            blocks=[[head] for head in self.heads],
+            split=self.split if len(self.stages) > 1 else 0,
+            stages=[(stage.state_norm, stage.fuse, stage.layer) for stage in self.stages],
+            encoder=[] if block is None else list(block.layers),
+            is_causal=block is not None and block.is_causal,
+            slot_positions=None if block is None else block.position,
+            embedding_norm=self.embedding_norm,
+            hidden_norm=self.hidden_norm,
+            output_norm=self.output_norm,
+        )
 
     @property
     def row_bytes(self) -> int:
         return 2 * self.config.stages * self.spec.num_key_value_heads * self.spec.head_size * self.dtype.itemsize
 
-    def start(self) -> DrafterState:
+    def start_rows(self) -> DrafterState:
         return DrafterState(caches=[LayerCache() for _ in range(self.config.stages)])
 
-    @torch.inference_mode()
-    def commit(self, state: DrafterState, hidden: Tensor, next_ids: Tensor) -> None:
+    def feed(self, state: DrafterState, hidden: Tensor, next_ids: Tensor) -> None:
         for cache in state.caches:
             cache.trim(state.num_rows)  # what a commit that was broken off has left
         hidden = hidden.to(self.dtype)
-        if self._lean is not None:
-            embedded = self._shared.embed(next_ids).to(hidden.dtype)
-            state.features = self._lean.adapt(hidden, embedded, state.num_rows, state.caches)
-        else:
-            positions = torch.arange(state.num_rows, state.num_rows + len(hidden), device=hidden.device)[None]
-            stages = self.adapt(hidden[None], next_ids[None], positions, state.caches)
-            state.features = [stage[:, -1] for stage in stages]
+        positions = torch.arange(state.num_rows, state.num_rows + len(hidden), device=hidden.device)[None]
+        stages = self.adapt(hidden[None], next_ids[None], positions, state.caches)
+        state.features = [stage[:, -1] for stage in stages]
         state.num_rows += len(hidden)
 
     @torch.inference_mode()
     def draft_states(self, states: Sequence[DrafterState]) -> Tensor:
-        read = [torch.cat(features) for features in zip(*(state.features for state in states), strict=True)]
-        return self._heads(read) if self._lean is None else self._lean.head_states(read)
+        return self._heads(
+            [torch.cat(features) for features in zip(*(state.features for state in states), strict=True)]
+        )
 
     def trim(self, state: DrafterState, num_rows: int) -> None:
         state.num_rows = min(state.num_rows, num_rows)
         for cache in state.caches:
             cache.trim(num_rows)
-
-
-def _sizes(spec: TargetSpec, intermediate_size: int | None) -> LayerSizes:
-    return LayerSizes(
-        hidden_size=spec.hidden_size,
-        num_attention_heads=spec.num_attention_heads,
-        num_key_value_heads=spec.num_key_value_heads,
-        head_size=spec.head_size,
-        intermediate_size=intermediate_size or spec.intermediate_size,
-        rope_theta=spec.rope_theta,
-        norm_eps=spec.norm_eps,
-    )

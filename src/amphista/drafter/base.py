@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
+from amphista.cache.static import sent
 from amphista.errors import ConfigError
 from amphista.tree.candidates import Candidates
 
@@ -48,6 +49,18 @@ class DrafterState:
     def num_bytes(self) -> int:
         """Bytes allocated for keys and values."""
         return sum(cache.num_bytes for cache in self.caches)
+
+
+@dataclass(frozen=True)
+class Ask:
+    """One sequence of which a draft is asked, of so many heads; rows it has not read, hidden [T, D] with the tokens
+    [T] that followed each, are committed first."""
+
+    state: DrafterState
+    max_depth: int
+    temperature: float = 0.0
+    hidden: Tensor | None = None
+    next_ids: Sequence[int] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,8 +139,8 @@ class Drafter(nn.Module):
         """Bytes of what is kept for each row."""
         return 0
 
-    def freeze(self, *, exact: bool = False, as_trained: bool = False) -> Drafter:
-        """Make ready for decoding; most need not."""
+    def freeze(self, *, native: bool = False, exact: bool = False) -> Drafter:
+        """Make ready for decoding, in C where that can be had; most need not."""
         return self
 
     def start(self) -> DrafterState:
@@ -149,12 +162,17 @@ class Drafter(nn.Module):
     ) -> Candidates:
         """The best `num_ranks` tokens of the first `max_depth` heads, for the position after the last committed row."""
 
-    def draft_all(
-        self, states: Sequence[DrafterState], num_ranks: int, temperatures: Sequence[float], max_depths: Sequence[int]
-    ) -> list[Candidates]:
-        """The same for several sequences, each at its own temperature and as deep as it can go."""
-        asked = zip(states, temperatures, max_depths, strict=True)
-        return [self.draft(state, num_ranks, temperature, depth) for state, temperature, depth in asked]
+    def commit_all(self, asks: Sequence[Ask]) -> None:
+        """Append the rows that wait."""
+        for ask in asks:
+            if ask.hidden is not None:
+                self.commit(ask.state, ask.hidden, sent(ask.next_ids, ask.hidden.device))
+
+    def draft_all(self, asks: Sequence[Ask], num_ranks: int) -> list[Candidates]:
+        """Commit the rows that wait and draft for several sequences, each at its own temperature, as deep as it can
+        go. Broken off, it may have committed some of them."""
+        self.commit_all(asks)
+        return [self.draft(ask.state, num_ranks, ask.temperature, ask.max_depth) for ask in asks]
 
     @abstractmethod
     def trim(self, state: DrafterState, num_rows: int) -> None:

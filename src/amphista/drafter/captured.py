@@ -18,12 +18,13 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from amphista.drafter.amphista import Amphista
-from amphista.drafter.base import Drafter, DrafterState
+from amphista.drafter.base import Ask, Drafter, DrafterState
 from amphista.drafter.heads import ParallelHeads
 from amphista.drafter.ranked import Ranked
 from amphista.drafter.stage_rows import StageHome, StageRows
@@ -165,14 +166,13 @@ class CapturedDrafter(Drafter):
                     self._uncapture(error)
             return self._heads.draft(state, num_ranks, temperature, max_depth)
 
-    def draft_all(
-        self, states: Sequence[DrafterState], num_ranks: int, temperatures: Sequence[float], max_depths: Sequence[int]
-    ) -> list[Candidates]:
+    def draft_all(self, asks: Sequence[Ask], num_ranks: int) -> list[Candidates]:
         """Several at once are asked without a recorded function: there is one for a single sequence."""
-        if len(states) == 1:
-            return super().draft_all(states, num_ranks, temperatures, max_depths)
+        if len(asks) == 1:
+            return super().draft_all(asks, num_ranks)
+        self.commit_all(asks)
         with self._turn():
-            return self._heads.draft_all(states, num_ranks, temperatures, max_depths)
+            return self._heads.draft_all([replace(ask, hidden=None, next_ids=()) for ask in asks], num_ranks)
 
     @torch.inference_mode()
     def prepare(self, num_ranks: int, num_rows: int) -> None:
@@ -226,7 +226,7 @@ class CapturedDrafter(Drafter):
             for buffer, feature in zip(self._features, features, strict=True):
                 buffer.copy_(feature)
         if self._divided != (temperature, self._heads.calibration):
-            self._divisors.copy_(self._heads.head_temperatures(temperature)[:, None])
+            self._divisors.copy_(torch.tensor(self._heads.head_temperatures(temperature))[:, None])
             self._divided = temperature, self._heads.calibration
         if state.pending is not None:
             self._pending.copy_(state.pending)

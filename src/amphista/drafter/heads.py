@@ -8,6 +8,7 @@ Shapes: B sequences, T rows, P selected rows, K heads, R ranks, S shortlist, D h
 
 from __future__ import annotations
 
+import logging
 import math
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
@@ -17,44 +18,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from amphista.drafter.base import Drafter, DrafterConfig, DrafterState
+from amphista.drafter.base import Ask, Drafter, DrafterConfig, DrafterState
+from amphista.drafter.frozen_head import FrozenHead
+from amphista.drafter.native import Modules, NativeDrafter, Scores
 from amphista.drafter.path import PathCorrection, conditional, moved
 from amphista.drafter.ranked import Ranked
-from amphista.errors import ConfigError, DrafterError
+from amphista.errors import ConfigError, DrafterError, NativeError
 from amphista.kernels.frozen import pack_linears
-from amphista.kernels.linear import PackedLinear, quick_type
+from amphista.kernels.linear import PackedLinear
 from amphista.target.spec import SharedWeights, TargetSpec
 from amphista.tree.candidates import Candidates
 
-ROWS_IN_CACHE = 64  # whose logits over a draft vocabulary stay near the processor from one pass to the next
+logger = logging.getLogger("amphista")
 StateOf = Callable[[int, Tensor], Tensor]  # head and rows [M] -> the head's states of these rows [M, D]
-
-
-class FrozenHead:
-    """The target's LM head over a draft vocabulary as training multiplies with it: forwards, and back to states."""
-
-    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
-        """weight [N, D], bias [N]; products are in the weight's type."""
-        self.dtype = weight.dtype
-        self._forwards, self._backwards = PackedLinear(weight, bias), PackedLinear(weight.t().contiguous())
-
-    def logits(self, states: Tensor) -> Tensor:
-        """States [M, D] -> logits [M, N]; without gradient."""
-        return self._forwards(states)
-
-    def probabilities(self, states: Tensor) -> Tensor:
-        """States [M, D] -> the target's distributions [M, N] in float32 or wider, some rows at a time."""
-        wide = torch.promote_types(self.dtype, torch.float32)
-        probs = torch.empty(len(states), self._forwards.num_outputs, dtype=wide, device=states.device)
-        for rows, out in zip(states.split(ROWS_IN_CACHE), probs.split(ROWS_IN_CACHE), strict=True):
-            logits = self.logits(rows)
-            torch.sub(logits, logits.amax(-1, keepdim=True), out=out).exp_()
-            out.div_(out.sum(-1, keepdim=True))
-        return probs
-
-    def gradient(self, upstream: Tensor) -> Tensor:
-        """Gradient of the logits [M, N] -> gradient of the states [M, D]."""
-        return self._backwards(upstream)
 
 
 class ParallelHeads(Drafter):
@@ -71,7 +47,8 @@ class ParallelHeads(Drafter):
         self._frozen_head: FrozenHead | None = None
         self._path_table: Tensor | None = None
         self._frozen: tuple[torch.dtype, torch.device, int] | None = None
-        self._product_type: torch.dtype | None = None
+        self._native: NativeDrafter | None = None
+        self.why_not_native: str | None = "it was not asked for"
         size = config.draft_vocab
         if size is not None and size > spec.vocab_size:
             raise ConfigError(f"draft_vocab is {size}, but the target has only {spec.vocab_size} tokens")
@@ -86,29 +63,45 @@ class ParallelHeads(Drafter):
 
     # -- once trained -------------------------------------------------------------------------------------------
 
-    def freeze(self, *, exact: bool = False, as_trained: bool = False) -> ParallelHeads:
+    def freeze(self, *, native: bool = False, exact: bool = False) -> ParallelHeads:
         """Make ready for decoding on this device; training, moving and saving end here. Repeating it changes nothing.
 
-        exact: products in the drafter's own type also where bfloat16 would be faster (`quick_type`). as_trained: keep
-        the form it was trained in, as on a GPU, where graphs of it are recorded (captured.py).
+        native: decode in C where that can be had (`why_not_native`). exact: with weights as they are also there.
         """
         if self._frozen is None:
-            as_trained = as_trained or self.device.type != "cpu"
             self._frozen = (self.dtype, self.device, self.num_weights)
-            self._product_type = self.dtype if exact or as_trained else quick_type(self.dtype, self.device)
             self.eval().requires_grad_(False)
             with torch.inference_mode():
-                if as_trained:
-                    pack_linears(self)
-                else:
-                    self.pack(self._product_type)
-                if self.path is not None:
-                    pack_linears(self.path)
+                if native:
+                    self._go_native(exact=exact)
+                pack_linears(self)
         return self
 
-    def pack(self, dtype: torch.dtype) -> None:
-        """Replace what was trained by what decodes, its products in `dtype`."""
-        pack_linears(self)
+    def _go_native(self, *, exact: bool) -> None:
+        """Decode in C, or say in a line why not."""
+        try:
+            if self.device.type != "cpu" or not self._shared.has_plain_logits:
+                raise NativeError("it is for CPUs, and for LM heads whose logits are taken as they are")
+            path, shortlist = self.path, self.config.path_shortlist
+            self._native = NativeDrafter(self.parts(), self._scores(), path, shortlist, exact=exact)
+        except NativeError as error:
+            self.why_not_native = str(error)
+            logger.warning("%s drafts without the C step, slower: %s", self.name, error)
+            return
+        self.why_not_native = None
+        self._modules = dict.fromkeys(self._modules)  # what was trained is there as it decodes
+        if self.config.lm_head == "own":
+            del self.own_head, self.own_bias
+
+    def _scores(self) -> Scores:
+        own = self.config.lm_head == "own"
+        weights = [self.own_weights(k) for k in range(self.num_heads)] if own else [self._gather_head()]
+        rows = list(self.own_head) if own else []
+        return Scores(shared=self._shared, weights=weights, own_rows=rows, draft_ids=self.draft_ids)
+
+    @abstractmethod
+    def parts(self) -> Modules:
+        """What the heads are made of, for the form that decodes in C."""
 
     def _save_to_state_dict(self, *args: Any) -> None:
         if self._frozen is not None:
@@ -203,10 +196,7 @@ class ParallelHeads(Drafter):
 
     def _packed_head(self, hidden: Tensor) -> Tensor:
         if self._packed_rows is None:
-            weight, bias = self._gather_head()
-            self._packed_rows = PackedLinear(
-                weight.to(self._product_type), None if bias is None else bias.to(self._product_type)
-            )
+            self._packed_rows = PackedLinear(*self._gather_head())
         rows = hidden.reshape(-1, hidden.shape[-1]).to(self._packed_rows.dtype)
         return self._packed_rows(rows).view(*hidden.shape[:-1], -1)
 
@@ -256,19 +246,40 @@ class ParallelHeads(Drafter):
     def match_scale(self, hidden_rms: float) -> None:
         """Scale the start so that every head's first logits are close to the target's own, LM(h_t)."""
 
+    def start(self) -> DrafterState:
+        return self.start_rows() if self._native is None else self._native.start()
+
+    def start_rows(self) -> DrafterState:
+        """`start` in torch."""
+        return DrafterState()
+
+    @torch.inference_mode()
+    def commit(self, state: DrafterState, hidden: Tensor, next_ids: Tensor) -> None:
+        if self._native is not None:
+            self._native.feed(state, hidden, next_ids.tolist())
+        else:
+            self.feed(state, hidden, next_ids)
+
+    @abstractmethod
+    def feed(self, state: DrafterState, hidden: Tensor, next_ids: Tensor) -> None:
+        """`commit` in torch."""
+
     def draft(
         self, state: DrafterState, num_ranks: int, temperature: float = 0.0, max_depth: int | None = None
     ) -> Candidates:
-        return self.draft_all([state], num_ranks, [temperature], [max_depth or self.num_heads])[0]
+        return self.draft_all([Ask(state, max_depth or self.num_heads, temperature)], num_ranks)[0]
 
     @torch.inference_mode()
-    def draft_all(
-        self, states: Sequence[DrafterState], num_ranks: int, temperatures: Sequence[float], max_depths: Sequence[int]
-    ) -> list[Candidates]:
+    def draft_all(self, asks: Sequence[Ask], num_ranks: int) -> list[Candidates]:
+        divisors = [self.head_temperatures(ask.temperature) for ask in asks]
+        if self._native is not None:
+            return self._native.draft(asks, num_ranks, divisors, self._log_coverage)
+        self.commit_all(asks)
+        max_depths = [ask.max_depth for ask in asks]
         deepest = max(max_depths)  # the LM head is the larger part of a draft
-        head_states = self.draft_states(states)[:, :deepest]
-        divisors = torch.stack([self.head_temperatures(temperature)[:deepest, None] for temperature in temperatures])
-        return self.ranked(head_states, divisors.to(head_states.device), num_ranks).candidates(max_depths)
+        head_states = self.draft_states([ask.state for ask in asks])[:, :deepest]
+        table = torch.tensor(divisors, device=head_states.device)[:, :deepest, None]
+        return self.ranked(head_states, table, num_ranks).candidates(max_depths)
 
     def ranked(self, states: Tensor, divisors: Tensor, num_ranks: int) -> Ranked:
         """States [B, k, D] of the first k heads -> the best tokens of each; divisors [B, k, 1] of its logits."""
@@ -296,13 +307,13 @@ class ParallelHeads(Drafter):
         """Places in the draft vocabulary -> token ids."""
         return index if self.draft_ids is None else self.draft_ids[index]
 
-    def head_temperatures(self, temperature: float) -> Tensor:
+    def head_temperatures(self, temperature: float) -> list[float]:
         """What divides each head's logits [K] at this request temperature."""
         if self.calibration is None:
-            return torch.full((self.num_heads,), temperature if temperature > 0 else 1.0)
+            return [temperature if temperature > 0 else 1.0] * self.num_heads
         if temperature > 0:
-            return torch.tensor(self.calibration.sampled) * temperature
-        return torch.tensor(self.calibration.greedy)
+            return [head * temperature for head in self.calibration.sampled]
+        return self.calibration.greedy
 
     # -- paths: what a head says once it knows the token above (path.py) ------------------------------------------
 

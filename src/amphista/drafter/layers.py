@@ -16,6 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from amphista.target.spec import TargetSpec
+
 FEW_ROWS = 16
 MANY_ROWS = 1024
 
@@ -31,6 +33,19 @@ class LayerSizes:
     intermediate_size: int
     rope_theta: float
     norm_eps: float
+
+    @classmethod
+    def of(cls, spec: TargetSpec, intermediate_size: int | None = None) -> LayerSizes:
+        """The target's, but for the inner size of the MLP where that is given."""
+        return cls(
+            hidden_size=spec.hidden_size,
+            num_attention_heads=spec.num_attention_heads,
+            num_key_value_heads=spec.num_key_value_heads,
+            head_size=spec.head_size,
+            intermediate_size=intermediate_size or spec.intermediate_size,
+            rope_theta=spec.rope_theta,
+            norm_eps=spec.norm_eps,
+        )
 
 
 class RMSNorm(nn.Module):

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from amphista.drafter.base import MAX_LAYERS, DrafterConfig, DrafterState, check_range
 from amphista.drafter.heads import ParallelHeads, StateOf
-from amphista.drafter.layers import ResidualBlock
-from amphista.drafter.lean import LeanHeads
+from amphista.drafter.layers import LayerSizes, ResidualBlock
+from amphista.drafter.native import Modules
 from amphista.target.spec import SharedWeights, TargetSpec
 
 
@@ -43,7 +43,6 @@ class Medusa(ParallelHeads):
             nn.Sequential(*(ResidualBlock(spec.hidden_size) for _ in range(config.num_layers)))
             for _ in range(config.num_heads)
         )
-        self._lean: LeanHeads | None = None
 
     def match_scale(self, hidden_rms: float) -> None:
         """Nothing to do: zero-started residual heads already give LM(h_t)."""
@@ -68,13 +67,11 @@ class Medusa(ParallelHeads):
     def _heads(self, hidden: Tensor, pending: Tensor) -> Tensor:
         return self.given_pending(torch.stack([head(hidden) for head in self.heads], dim=-2), pending)
 
-    def pack(self, dtype: torch.dtype) -> None:
-        heads = [[block for block in head.modules() if isinstance(block, ResidualBlock)] for head in self.heads]
-        self._lean = LeanHeads(heads, dtype)
-        self.heads = nn.ModuleList()
+    def parts(self) -> Modules:
+        blocks = [list(head.children()) for head in self.heads]
+        return Modules(sizes=LayerSizes.of(self.spec), blocks=blocks, reads_pending=self.path is not None)
 
-    @torch.inference_mode()
-    def commit(self, state: DrafterState, hidden: Tensor, next_ids: Tensor) -> None:
+    def feed(self, state: DrafterState, hidden: Tensor, next_ids: Tensor) -> None:
         state.features, state.pending = hidden[-1].to(self.dtype), next_ids[-1]
         state.num_rows += hidden.shape[0]
 
@@ -82,7 +79,7 @@ class Medusa(ParallelHeads):
     def draft_states(self, states: Sequence[DrafterState]) -> Tensor:
         hidden = torch.stack([state.features for state in states])
         pending = torch.stack([state.pending for state in states if state.pending is not None])
-        return self._heads(hidden, pending) if self._lean is None else self.given_pending(self._lean(hidden), pending)
+        return self._heads(hidden, pending)
 
     def trim(self, state: DrafterState, num_rows: int) -> None:
         state.num_rows = min(state.num_rows, num_rows)

@@ -6,7 +6,7 @@ Shapes: B sequences, k heads, R ranks.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -25,9 +25,13 @@ class Ranked(NamedTuple):
 
     def candidates(self, max_depths: Sequence[int]) -> list[Candidates]:
         """The same for trees to grow from, of as many heads as each sequence has use for."""
-        parts = [part.tolist() for part in self if part is not None]
-        found = []
-        for depth, (tokens, log_probs, *below) in zip(max_depths, zip(*parts, strict=True), strict=True):
-            paths = ConditionalRanks(*(part[: depth - 1] for part in below)) if below and depth > 1 else None
-            found.append(Candidates(tokens[:depth], log_probs[:depth], below=paths))
-        return found
+        return candidates_of([part.tolist() for part in self if part is not None], max_depths)
+
+
+def candidates_of(parts: Sequence[Any], max_depths: Sequence[int]) -> list[Candidates]:
+    """The same of the parts as lists; those of paths only where heads know them."""
+    found = []
+    for depth, (tokens, log_probs, *below) in zip(max_depths, zip(*parts, strict=True), strict=True):
+        paths = ConditionalRanks(*(part[: depth - 1] for part in below)) if below and depth > 1 else None
+        found.append(Candidates(tokens[:depth], log_probs[:depth], below=paths))
+    return found

@@ -24,8 +24,8 @@ from amphista.tree.tune import NOTHING_PAYS, Costs
 
 logger = logging.getLogger("amphista")
 
-FORMAT = 2
-TIMED_CODE = ("cache", "drafter", "engine", "kernels", "target", "tree")
+FORMAT = 3
+TIMED_CODE = ("cache", "drafter", "engine", "kernels", "native", "target", "tree")
 
 
 @dataclass(frozen=True)
@@ -50,12 +50,13 @@ def tune(target: Target, proposer: Proposer, *, refresh: bool = False) -> Tuned:
     key, heads = target_key(target), proposer.heads
     record = kept({"what": "verify", **key}, lambda: _measure_verify(target), _is_curve, refresh=refresh)
     verify = {int(size): seconds for size, seconds in record["seconds"].items()}
-    draft = 0.0
+    draft = further = 0.0
     if isinstance(heads, ParallelHeads):
         key = {"what": "draft", **key, "drafter": drafter_key(heads)}
-        draft = verify[1] * kept(key, lambda: _measure_draft(target, heads), _is_ratio, refresh=refresh)["ratio"]
+        asked = kept(key, lambda: _measure_draft(target, heads), _is_ratio, refresh=refresh)
+        draft, further = verify[1] * asked["ratio"], verify[1] * asked["further"]
     target.give_back_graphs()
-    costs = replace(Costs.measured(verify, draft, in_steps=target.is_static), drafted=draft)  # heads are fed one by one
+    costs = replace(Costs.measured(verify, draft, in_steps=target.is_static), drafted=further)
     return Tuned(verify, record["spread"], costs)
 
 
@@ -77,7 +78,8 @@ def target_key(target: Target) -> dict[str, Any]:
 
 def drafter_key(drafter: ParallelHeads) -> dict[str, Any]:
     """All that the seconds of drafting depend on beside the target: dimensions, not weights."""
-    return {"name": drafter.name, "config": asdict(drafter.config), "dtype": str(drafter.dtype)}
+    form = "native" if drafter.why_not_native is None else "torch"
+    return {"name": drafter.name, "config": asdict(drafter.config), "dtype": str(drafter.dtype), "form": form}
 
 
 def _measure_verify(target: Target) -> dict[str, Any]:
@@ -88,9 +90,9 @@ def _measure_verify(target: Target) -> dict[str, Any]:
 
 
 def _measure_draft(target: Target, drafter: Drafter) -> dict[str, Any]:
-    ratio, spread = draft_ratio(target, drafter)
+    ratio, further, spread = draft_ratio(target, drafter)
     _say_if_noisy("drafting", spread)
-    return {"ratio": ratio, "spread": spread}
+    return {"ratio": ratio, "further": further, "spread": spread}
 
 
 def _say_if_noisy(what: str, spread: float) -> None:
@@ -109,7 +111,8 @@ def _is_curve(record: dict[str, Any]) -> bool:
 
 
 def _is_ratio(record: dict[str, Any]) -> bool:
-    return _is_positive(record["ratio"]) and _is_quiet(record)
+    further = record["further"]
+    return _is_positive(record["ratio"]) and (further == 0.0 or _is_positive(further)) and _is_quiet(record)
 
 
 def _is_quiet(record: dict[str, Any]) -> bool:
@@ -124,6 +127,6 @@ def _code_sha256() -> str:
     """Of the code that is timed: another version of it measures anew."""
     digest = hashlib.sha256()
     for folder in TIMED_CODE:
-        for file in sorted((Path(__file__).parents[1] / folder).glob("*.py")):
+        for file in sorted((Path(__file__).parents[1] / folder).glob("*.[pch]*")):
             digest.update(file.read_bytes())
     return digest.hexdigest()

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from amphista.cache.static import sent
-from amphista.drafter.base import Drafter, DrafterState
+from amphista.drafter.base import Ask, Drafter, DrafterState
 from amphista.target.target import Target
 
 MAX_UNFED = 512
@@ -56,17 +56,25 @@ class Rows:
             if self._num_unfed > MAX_UNFED:
                 self.feed()
 
-    def feed(self) -> None:
-        """Give the drafter every row it has not read. Row j is made of h_j and x_{j+1}, and never rolled back."""
-        if self._heads is None or not self.unfed:
-            return
+    def ask(self, temperature: float, max_depth: int) -> Ask:
+        """What the drafter is asked, every row it has not read going with it. Row j is made of h_j and x_{j+1}."""
+        if not self.unfed:
+            return Ask(self.draft_state, max_depth, temperature)
         num_fed = self.cache.num_committed - self._num_unfed
-        if self.draft_state.num_rows > num_fed:  # it was fed, and broken off before that was noted
+        if self._heads is not None and self.draft_state.num_rows > num_fed:  # fed, and broken off before that was noted
             self._heads.trim(self.draft_state, num_fed)
         hidden = torch.cat([rows for rows, _ in self.unfed]) if len(self.unfed) > 1 else self.unfed[0][0]
-        ids = sent([token for _, tokens in self.unfed for token in tokens], hidden.device)
-        self._heads.commit(self.draft_state, hidden, ids)
-        self.unfed.clear()  # last: a feeding that is broken off is done again
+        return Ask(self.draft_state, max_depth, temperature, hidden, [token for _, ids in self.unfed for token in ids])
+
+    def feed(self) -> None:
+        """Give the drafter every row it has not read."""
+        if self._heads is not None and self.unfed:
+            self._heads.commit_all([self.ask(0.0, 0)])
+            self.note_fed()
+
+    def note_fed(self) -> None:
+        """Last: a feeding that is broken off is done again."""
+        self.unfed.clear()
 
     def keep(self, num_rows: int) -> None:
         """Keep the first rows alone, at most `num_rows`, of the target and of the drafter."""

@@ -233,17 +233,12 @@ class Engine:
         candidates = [Candidates([], [], graft=row.graft) for row in rows]
         if self._heads is None or not asked:
             return candidates
-        some = [decoding[b] for b in asked]
-        for sequence in some:
-            sequence.rows.feed()
-        drafts = self._heads.draft_all(
-            [sequence.rows.draft_state for sequence in some],
-            self.grower.num_ranks,
-            [sequence.params.temperature for sequence in some],
-            [min(rows[b].max_depth, self._heads.num_heads) for b in asked],
-        )
+        deepest = self._heads.num_heads
+        asks = [decoding[b].rows.ask(decoding[b].params.temperature, min(rows[b].max_depth, deepest)) for b in asked]
+        drafts = self._heads.draft_all(asks, self.grower.num_ranks)
         for b, drafted in zip(asked, drafts, strict=True):
-            candidates[b] = replace(drafted, graft=rows[b].graft)
+            decoding[b].rows.note_fed()
+            candidates[b] = drafted if rows[b].graft is None else replace(drafted, graft=rows[b].graft)
         return candidates
 
 

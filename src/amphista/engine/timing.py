@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 import torch
 
 from amphista.cache.static import KVCache
-from amphista.drafter.base import Drafter
+from amphista.drafter.base import Ask, Drafter
 from amphista.drafter.captured import captured
 from amphista.engine.stats import now
 from amphista.target.captured import NODES
@@ -31,6 +31,7 @@ DEAREST = 5.0  # forwards of one row; a tree that costs more is not looked at
 BUDGET_SECONDS, MIN_ROUNDS, MAX_ROUNDS = 4.0, 3, 15
 NOISY = 1.3  # median over shortest
 FED_ROWS = 2
+ASKED = 4  # sequences of a batch whose heads are asked
 GROWN_NODES = 16
 
 
@@ -86,26 +87,34 @@ def verify_seconds(target: Target) -> tuple[dict[int, float], float]:
     return {size: cell.shortest for size, cell in cells.items()}, max(cell.spread for cell in cells.values())
 
 
-def draft_ratio(target: Target, drafter: Drafter) -> tuple[float, float]:
-    """Seconds of asking the heads, in forwards of one row, and the worst spread; in fixed shapes where the target
-    verifies in them."""
+def draft_ratio(target: Target, drafter: Drafter) -> tuple[float, float, float]:
+    """Seconds of asking the heads of one sequence, and of each further one, in forwards of one row; the worst spread.
+    In fixed shapes where the target verifies in them."""
     drafter = captured(drafter, is_static=target.is_static)
     cache, rows = _filled(target)
     hidden = torch.randn(rows, target.spec.hidden_size, generator=torch.Generator().manual_seed(0))
     hidden = hidden.to(target.device, target.dtype)
     ids = torch.arange(rows, device=target.device) % target.spec.vocab_size
-    state = drafter.start()
-    drafter.commit(state, hidden, ids)
+    states = [drafter.start() for _ in range(ASKED)]
+    for state in states:
+        drafter.commit(state, hidden, ids)
+    fed = hidden[-FED_ROWS:], ids[-FED_ROWS:].tolist()
 
-    def draft() -> None:
-        drafter.commit(state, hidden[-FED_ROWS:], ids[-FED_ROWS:])
-        best_first(0, drafter.draft(state, MAX_RANKS), GROWN_NODES, drafter.num_heads)
+    def cell(number: int) -> Cell:
+        def draft() -> None:
+            asks = [Ask(state, drafter.num_heads, 0.0, *fed) for state in states[:number]]
+            for drafted in drafter.draft_all(asks, MAX_RANKS):
+                best_first(0, drafted, GROWN_NODES, drafter.num_heads)
 
-    cells = [Cell(draft, lambda: drafter.trim(state, rows)), _forward(target, 1, cache, rows)]
-    for cell in cells:
-        cell.time(target.device)
+        return Cell(draft, lambda: [drafter.trim(state, rows) for state in states])
+
+    cells = [cell(1), cell(ASKED), _forward(target, 1, cache, rows)]
+    for timed in cells:
+        timed.time(target.device)
     _time(target, cells)
-    return cells[0].shortest / cells[1].shortest, max(cell.spread for cell in cells)
+    one, several, forward = (timed.shortest for timed in cells)
+    further = max(0.0, several - one) / (ASKED - 1)
+    return one / forward, further / forward, max(timed.spread for timed in cells)
 
 
 def _filled(target: Target) -> tuple[KVCache, int]:

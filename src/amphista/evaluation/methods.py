@@ -250,4 +250,4 @@ def timed_drafters(text: str, target: Target, *, allow_other_target: bool = Fals
         ).heads
         if isinstance(heads, ParallelHeads):
             drafters[name] = heads
-    return {name: drafter.freeze(as_trained=target.is_static) for name, drafter in drafters.items()}
+    return {name: drafter.freeze(native=target.is_native) for name, drafter in drafters.items()}

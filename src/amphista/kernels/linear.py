@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from amphista.kernels.onednn import packed_products, supports
+from amphista.kernels.onednn import packed_products
 
 PROBED_ROWS = 64
 _ONE_ROW_DIFFERS: dict[tuple[int, int], bool] = {}  # by outputs and inputs
@@ -27,13 +27,6 @@ _ONE_ROW_DIFFERS: dict[tuple[int, int], bool] = {}  # by outputs and inputs
 def can_pack(weight: Tensor) -> bool:
     """Whether oneDNN can hold this weight in its own order here."""
     return weight.device.type == "cpu" and packed_products(weight.dtype) is not None
-
-
-def quick_type(dtype: torch.dtype, device: torch.device) -> torch.dtype:
-    """The type to multiply in where accuracy may give way: bfloat16 for float32, where the processor has it."""
-    if dtype is not torch.float32 or device.type != "cpu" or packed_products(torch.bfloat16) is None:
-        return dtype
-    return torch.bfloat16 if supports("_is_avx512_bf16_supported", "_is_amx_tile_supported") else dtype
 
 
 class Product(ABC):

@@ -59,7 +59,7 @@ def build(flags: Sequence[str] = BEST_FLAGS, folder: Path | None = None) -> Path
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".building-", dir=folder) as aside:
             built = Path(aside) / path.name
-            _compile([*compiler, *BASE_FLAGS, *flags, str(SOURCES / "step.c"), "-o", str(built), "-lm"])
+            _compile([*compiler, *BASE_FLAGS, *flags, str(SOURCES / "native.c"), "-o", str(built), "-lm"])
             built.replace(path)
     except OSError as error:
         raise NativeError(f"the C step cannot be built in {folder}: {error.strerror or error}") from error

@@ -1,502 +1,52 @@
-/* The forward of the Llama family (Llama, Mistral, Qwen2, Qwen3) for a flat row of tokens of any number of sequences.
+/* The forward of the Llama family (Llama, Mistral, Qwen2, Qwen3) for a flat row of tokens of any number of sequences:
  *
- * A *span* is one sequence's part of the row: `count` nodes behind `committed` rows of its own cache. A node's parent is
- * an earlier node of its span, or -1: then it follows the last committed row. So a chain is a prompt's chunk, a single
- * node is plain decoding, and a tree is a tree. A node's position is that of the committed rows, plus its depth.
+ *     x = embedding[id];  x = layer(x) for each layer (layer.h);  hidden = norm(x)
+ *     logits = W_head hidden, of the rows asked for; their largest, too
  *
- *     x = embedding[id]
- *     for each layer:
- *         q, k, v  = W_qkv norm(x) + b             (1) all rows
- *         q, k     = rotated(norm of heads(q, k))  (2) k, v are written into the cache, behind the committed rows
- *         m        = sum_s softmax_s(q k_s) v_s    (3) s: what the node sees
- *         x       += W_o m                         (4)
- *         a        = silu(W_gate norm(x)) W_up norm(x)    (5)
- *         x       += W_down a                      (6)
- *     hidden = norm(x);  logits = W_head hidden, of the rows asked for; their largest, too
- *
- * One parallel region a forward. In each numbered stage threads take pieces of work (blocks of outputs, rows, heads)
- * from a common counter, and meet at a barrier behind it. Norms, and what a product needs of its inputs, every thread
- * works out for itself: that costs less than to meet once more. At barriers threads spin for a moment, then yield.
- *
- * Lossless: every number is worked out by operations that do not depend on what else is in the forward. Products keep
- * their order for any number of rows (products.h). A node sees, in the order of their positions, the committed rows
- * and then its own ancestors and itself, wherever these lie among the new rows, a window permitting; what it does not
- * see is skipped, not masked. Scores go to a row of their own, the largest is found, then their exponentials are summed
- * lane by lane, then values are added one after the other: what plain decoding does with the same keys in the same
- * order. So a node's logits are the same bits as plain decoding's, in any tree, batch and type of weights.
- *
- * Rotation: the two numbers rotated together lie side by side, in queries, keys and the cache.
- * Caches: float32 or bfloat16 [key heads][capacity][head size] for each layer.
+ * A node's logits are the same bits as plain decoding's, in any tree, batch and type of weights: layer.h says why.
  */
-#include <math.h>
-#include <sched.h>
-#include <stdatomic.h>
-#ifdef _OPENMP
-#include <omp.h>
-#endif
-
-#include "weights.c"
+#include "layer.h"
 
 typedef struct {
-    const float *attention_norm, *query_norm, *key_norm, *mlp_norm; /* zeros behind; those of heads NULL if none */
-    Product qkv, output, gate, up, down;
-    int32_t window, unused; /* 0: none */
-} Layer;
-
-typedef struct {
-    const Layer *layers;
+    Stack stack;
     const float *norm;
     Product embedding, head;
-    int32_t num_layers, hidden, heads, key_heads, head_size, inner, cache_kind; /* FLOAT32 or BFLOAT16 */
-    float eps, scale;
-    int32_t unused;
 } Model;
 
 typedef struct {
-    void *const *keys, *const *values; /* of each layer */
-    int64_t capacity;
-    int32_t first, count, committed, unused;
-} Span;
-
-typedef struct {
-    const int32_t *ids, *parents; /* of each row; a parent is a row of the same span, or -1 */
-    const Span *spans;
+    Batch batch;
     const int32_t *wanted; /* rows whose logits are asked for */
-    const float *turns;    /* [num_turns][head_size / 2][cosine, sine] */
     float *hidden;         /* [num_rows][hidden] */
     float *logits;         /* [num_wanted][outputs of the head], or NULL where the largest are enough */
     int32_t *choices;      /* [num_wanted] */
     void *workspace;
     int64_t workspace_bytes;
-    int32_t num_rows, num_spans, num_wanted, num_turns, num_threads, unused;
+    int32_t num_wanted, unused;
 } Forward;
-
-enum { SPINS = 4000, NEIGHBOURS = 3, ROWS_AT_ONCE = 4, LINE = 64 };
-#if LANES == 16
-enum { MIX_VECTORS = 4 };
-#else
-enum { MIX_VECTORS = 2 };
-#endif
-enum { BAD_SPAN = 1, BAD_PARENT, BAD_ID, BAD_POSITION, BAD_CAPACITY, BAD_WANTED, BAD_WORKSPACE };
-
-typedef struct {
-    atomic_int arrived, round;
-    int team;
-} Barrier;
-
-/* Rows of one span that read the same committed keys together. */
-typedef struct {
-    int span, row, count;
-} Part;
 
 typedef struct {
     float value;
     int32_t id;
 } Choice;
 
-/* The pieces of one stage that one thread begins with: next to be taken, and the first of the next thread's. */
+/* One forward under way. */
 typedef struct {
-    atomic_int next;
-    int end;
-    char apart[LINE - 8];
-} Share;
+    const Model *m;
+    const Forward *f;
+    Work work;
+    Choice **choices; /* the best that each thread has found, [num_wanted] */
+} Step;
 
-/* All that a forward needs for a while; `own` things are one a thread. */
-typedef struct {
-    float *states, *qkv, *queries, *mixed, *inner; /* [rows][...] of all threads */
-    float **own_rows, **own_prepared, **own_steps, **own_scores, **own_mix, **own_block;
-    Choice **own_choices;
-    int32_t **own_path;
-    int32_t *position, *depth, *span_of;
-    Part *parts;
-    Share *shares; /* [2][threads] */
-    int num_parts, most_path;
-    long most_seen;
-} Work;
-
-static void wait_for_all(Barrier *barrier) {
-    if (barrier->team == 1) return;
-    const int round = atomic_load_explicit(&barrier->round, memory_order_relaxed);
-    if (atomic_fetch_add_explicit(&barrier->arrived, 1, memory_order_acq_rel) == barrier->team - 1) {
-        atomic_store_explicit(&barrier->arrived, 0, memory_order_relaxed);
-        atomic_store_explicit(&barrier->round, round + 1, memory_order_release);
-        return;
-    }
-    for (int spins = 0; atomic_load_explicit(&barrier->round, memory_order_acquire) == round; spins++) {
-        if (spins > SPINS) sched_yield();
-#if defined(__x86_64__)
-        else _mm_pause();
-#endif
-    }
-}
-
-/* One thread's way through the stages. */
-typedef struct {
-    Share *shares;
-    Barrier *barrier;
-    int thread, team, stage, hops;
-} Worker;
-
-/* Meets all others behind a stage; the next one has so many pieces. Its shares are written before, where nobody takes
- * any more: two sets in turn are enough. */
-static void meet(Worker *worker, int pieces) {
-    const int thread = worker->thread, team = worker->team;
-    Share *own = worker->shares + ++worker->stage % 2 * team + thread;
-    own->end = (int)((long)pieces * (thread + 1) / team);
-    atomic_store_explicit(&own->next, (int)((long)pieces * thread / team), memory_order_relaxed);
-    worker->hops = 0;
-    wait_for_all(worker->barrier);
-}
-
-/* The next piece of work, or -1. Each thread takes those of its own stretch, in their order, as memory likes it; then
- * what its neighbours have not come to. */
-INLINE int take(Worker *worker) {
-    Share *shares = worker->shares + worker->stage % 2 * worker->team;
-    for (; worker->hops <= NEIGHBOURS && worker->hops < worker->team; worker->hops++) {
-        Share *share = shares + (worker->thread + worker->hops) % worker->team;
-        if (atomic_load_explicit(&share->next, memory_order_relaxed) >= share->end) continue;
-        const int piece = atomic_fetch_add_explicit(&share->next, 1, memory_order_relaxed);
-        if (piece < share->end) return piece;
-    }
-    return -1;
-}
-
-INLINE int blocks_of(long outputs) { return (int)((outputs + BLOCK - 1) / BLOCK); }
-INLINE long block_size(long outputs, long first) { return outputs - first < BLOCK ? outputs - first : BLOCK; }
-
-/* -- room and checks ---------------------------------------------------------------------------------------------- */
-
-/* The next piece of `bytes` of the workspace; without one (NULL) only its size is counted. */
-static void *room(char *base, size_t *used, size_t bytes) {
-    void *place = base ? base + *used : NULL;
-    *used += (bytes + LINE - 1) / LINE * LINE;
-    return place;
-}
-
-static long queries_size(const Model *m) { return padded(m->head_size); }
-
-/* Lays the work out; the number of bytes it takes. Safe to call with base NULL for the size alone. */
-static size_t lay_out(const Model *m, const Forward *f, int threads, char *base, Work *w) {
-    const long rows = f->num_rows, heads = m->heads, size = m->head_size, attended = padded(heads * size);
-    const long inner = padded(m->inner), hidden = padded(m->hidden);
-    const long widest = inner > hidden ? (inner > attended ? inner : attended) : hidden > attended ? hidden : attended;
-    const long queries = ROWS_AT_ONCE * (heads / m->key_heads);
-    long seen = 0;
-    for (int s = 0; s < f->num_spans; s++) {
-        const long length = f->spans[s].committed + f->spans[s].count;
-        seen = length > seen ? length : seen;
-    }
-    w->most_seen = padded(seen + PAD);
-    size_t used = 0;
-    void **own[] = {(void **)&w->own_rows, (void **)&w->own_prepared, (void **)&w->own_steps, (void **)&w->own_scores,
-                    (void **)&w->own_mix, (void **)&w->own_block, (void **)&w->own_choices, (void **)&w->own_path};
-    const size_t bytes[] = {4 * rows * hidden, 4 * rows * widest, 4 * rows, 4 * queries * w->most_seen,
-                            8 * queries * queries_size(m), 8 * rows * BLOCK, sizeof(Choice) * f->num_wanted, 4 * rows};
-    w->states = room(base, &used, 4 * rows * hidden);
-    w->qkv = room(base, &used, 4 * rows * (heads + 2 * m->key_heads) * size);
-    w->queries = room(base, &used, 4 * rows * heads * queries_size(m));
-    w->mixed = room(base, &used, 4 * rows * attended);
-    w->inner = room(base, &used, 4 * rows * inner);
-    w->position = room(base, &used, 4 * rows);
-    w->depth = room(base, &used, 4 * rows);
-    w->span_of = room(base, &used, 4 * rows);
-    w->parts = room(base, &used, sizeof(Part) * rows);
-    w->shares = room(base, &used, sizeof(Share) * 2 * threads);
-    for (size_t kind = 0; kind < sizeof own / sizeof *own; kind++) {
-        void **pointers = room(base, &used, sizeof(void *) * threads);
-        *own[kind] = (void *)pointers;
-        for (int t = 0; t < threads; t++) {
-            void *place = room(base, &used, bytes[kind]);
-            if (pointers) pointers[t] = place;
-        }
-    }
-    return used;
-}
-
-/* Positions, depths, and parts of rows; 0, or what is wrong with the forward. */
-static int look_through(const Model *m, const Forward *f, Work *w) {
-    int next = 0, parts = 0;
-    for (int s = 0; s < f->num_spans; s++) {
-        const Span *span = f->spans + s;
-        if (span->first != next || span->count < 1 || span->committed < 0) return BAD_SPAN;
-        if (span->committed + (int64_t)span->count > span->capacity) return BAD_CAPACITY;
-        next += span->count;
-        if (next > f->num_rows) return BAD_SPAN;
-        int deepest = 0;
-        for (int row = span->first; row < next; row++) {
-            const int parent = f->parents[row];
-            if (parent != -1 && (parent < span->first || parent >= row)) return BAD_PARENT;
-            if (f->ids[row] < 0 || f->ids[row] >= m->embedding.outputs) return BAD_ID;
-            w->depth[row] = parent < 0 ? 0 : w->depth[parent] + 1;
-            w->position[row] = span->committed + w->depth[row];
-            w->span_of[row] = s;
-            deepest = w->depth[row] > deepest ? w->depth[row] : deepest;
-        }
-        if (span->committed + deepest >= f->num_turns) return BAD_POSITION;
-        int windowed = 0;
-        for (int l = 0; l < m->num_layers; l++)
-            windowed |= m->layers[l].window && m->layers[l].window < span->committed + deepest + 1;
-        const int at_once = windowed ? 1 : ROWS_AT_ONCE;
-        for (int row = span->first; row < next; row += at_once)
-            w->parts[parts++] = (Part){s, row, next - row < at_once ? next - row : at_once};
-    }
-    for (int i = 0; i < f->num_wanted; i++)
-        if (f->wanted[i] < 0 || f->wanted[i] >= f->num_rows) return BAD_WANTED;
-    w->num_parts = parts;
-    return next == f->num_rows ? 0 : BAD_SPAN;
-}
-
-/* -- the parts of a layer ----------------------------------------------------------------------------------------- */
-
-/* Root-mean-square norm (arXiv 1910.07467) of one padded row. */
-static void norm_row(const float *from, const float *weight, long len, float eps, float *to) {
-    vec squares = {0};
-    for (long i = 0; i < padded(len); i += LANES) squares += load(from + i) * load(from + i);
-    const vec factor = all(1.0f / sqrtf(sum(squares) / (float)len + eps));
-    for (long i = 0; i < padded(len); i += LANES) store(to + i, load(from + i) * factor * load(weight + i));
-}
-
-static Rows normed(const Model *m, const Work *w, int n, const float *weight, int kind, int thread) {
-    const long size = padded(m->hidden);
-    float *rows = w->own_rows[thread];
-    for (int r = 0; r < n; r++) norm_row(w->states + r * size, weight, m->hidden, m->eps, rows + r * size);
-    return prepare(kind, rows, size, n, m->hidden, w->own_prepared[thread], w->own_steps[thread]);
-}
-
-/* A product for all rows, block by block, stored (to) or added to the states. */
-static void product_stage(const Product *p, const Rows *x, int n, Worker *worker, float *to, long ldo, int is_added,
-                          float *block) {
-    for (int b = take(worker); b >= 0; b = take(worker)) {
-        const long first = (long)b * BLOCK, count = block_size(p->outputs, first);
-        multiply(p, x, n, first, count, is_added ? block : to + first, is_added ? BLOCK : ldo);
-        if (is_added)
-            for (int r = 0; r < n; r++)
-                for (long o = 0; o < count; o++) to[r * ldo + first + o] += block[r * BLOCK + o];
-    }
-}
-
-static void gated_stage(const Model *m, const Layer *layer, const Rows *x, int n, Worker *worker, float *to,
-                        float *block) {
-    float *gates = block, *ups = block + (long)n * BLOCK;
-    for (int b = take(worker); b >= 0; b = take(worker)) {
-        const long first = (long)b * BLOCK, count = block_size(m->inner, first);
-        multiply(&layer->gate, x, n, first, count, gates, BLOCK);
-        multiply(&layer->up, x, n, first, count, ups, BLOCK);
-        for (int r = 0; r < n; r++)
-            for (long o = 0; o < BLOCK; o += LANES) { /* beyond `count` is padding, or nobody's */
-                vec gate = load(gates + r * BLOCK + o), up = load(ups + r * BLOCK + o);
-                store(gates + r * BLOCK + o, gate / (1.0f + exponential(-gate)) * up);
-            }
-        for (int r = 0; r < n; r++) memcpy(to + r * padded(m->inner) + first, gates + r * BLOCK, 4 * (size_t)count);
-    }
-}
-
-/* One head: normed, if it has a norm, rotated to its position, scaled. from, to: [E]. */
-static void turn_head(const float *from, const float *weight, const float *turn, long size, float eps, float scale,
-                      float *to) {
-    float factor = 1.0f;
-    if (weight) {
-        vec squares = {0};
-        long i = 0;
-        for (; i + LANES <= size; i += LANES) squares += load(from + i) * load(from + i);
-        vec rest = load_part(from + i, size - i);
-        factor = 1.0f / sqrtf(sum(squares + rest * rest) / (float)size + eps);
-    }
-    for (long i = 0; i < size; i += 2) {
-        const float a = weight ? from[i] * factor * weight[i] : from[i];
-        const float b = weight ? from[i + 1] * factor * weight[i + 1] : from[i + 1];
-        to[i] = (a * turn[i] - b * turn[i + 1]) * scale;
-        to[i + 1] = (a * turn[i + 1] + b * turn[i]) * scale;
-    }
-}
-
-INLINE void keep(int kind, void *rows, long at, const float *from, long size) {
-    if (kind == FLOAT32) memcpy((float *)rows + at, from, (size_t)size * sizeof *from);
-    else for (long i = 0; i < size; i++) ((uint16_t *)rows)[at + i] = to_bf16(from[i]);
-}
-
-/* Queries, keys and values of one row: the first ready for their products, the others in the cache. */
-static void place_row(const Model *m, const Layer *layer, int l, const Forward *f, const Work *w, int row, float *one) {
-    const long size = m->head_size, wide = queries_size(m);
-    const Span *span = f->spans + w->span_of[row];
-    const float *from = w->qkv + (long)row * (m->heads + 2 * m->key_heads) * size;
-    const int position = w->position[row] + (MUTANT(LATE_POSITION) && w->depth[row] > 0);
-    const float *turn = f->turns + (position < f->num_turns ? position : 0) * size;
-    memset(one, 0, (size_t)wide * sizeof *one);
-    for (long h = 0; h < m->heads; h++) {
-        float *to = w->queries + (row * m->heads + h) * wide;
-        turn_head(from + h * size, layer->query_norm, turn, size, m->eps, m->scale, one);
-        Rows ready = prepare(m->cache_kind, one, wide, 1, size, to, NULL);
-        if (ready.data != to) memcpy(to, one, (size_t)wide * sizeof *to);
-    }
-    const int64_t at = span->committed + (row - span->first);
-    for (long j = 0; j < m->key_heads; j++) {
-        turn_head(from + (m->heads + j) * size, layer->key_norm, turn, size, m->eps, 1.0f, one);
-        keep(m->cache_kind, span->keys[l], (j * span->capacity + at) * size, one, size);
-        keep(m->cache_kind, span->values[l], (j * span->capacity + at) * size,
-             from + (m->heads + m->key_heads + j) * size, size);
-    }
-}
-
-/* Scores of n queries [n][wide] with the keys of `count` cache rows from `row` on. */
-static void score(const Model *m, const void *keys, int64_t row, long count, const float *queries, int n, float *out,
-                  long ldo) {
-    const long size = m->head_size;
-    if (m->cache_kind == FLOAT32)
-        float_dots((const float *)keys + row * size, size, count, queries, queries_size(m), n, size, out, ldo);
-    else
-        bf16_dots((const uint16_t *)keys + row * size, size, count, (const uint16_t *)queries, 2 * queries_size(m), n,
-                  size, out, ldo);
-}
-
-/* Scores [count] become their exponentials, the largest 1; their sum. There is room for padding behind them. */
-static float exponentials(float *scores, long count) {
-    vec most = all(-INFINITY), total = {0};
-    const long end = (count + LANES - 1) / LANES * LANES;
-    for (long i = count; i < end; i++) scores[i] = -INFINITY;
-    for (long i = 0; i < end; i += LANES) most = larger(load(scores + i), most);
-    const vec top = all(largest(most));
-    for (long i = 0; i < end; i += LANES) {
-        vec weight = exponential(load(scores + i) - top);
-        total += weight;
-        store(scores + i, weight);
-    }
-    return sum(total);
-}
-
-/* Adds `count` rows of values, weighted, to a stretch of n mixes: `vectors` whole ones, or part of one. */
-INLINE void mix_stretch(int kind, const char *values, long size, const int vectors, long part, long count,
-                        const float *weights, long ldw, const int n, float *mix, long wide) {
-    vec total[4][MIX_VECTORS];
-    for (int q = 0; q < n; q++)
-        for (int v = 0; v < vectors; v++) total[q][v] = load(mix + q * wide + v * LANES);
-    for (long s = 0; s < count; s++) {
-        vec value[MIX_VECTORS];
-        for (int v = 0; v < vectors; v++) {
-            if (kind == FLOAT32) {
-                const float *at = (const float *)values + s * size + v * LANES;
-                value[v] = part == LANES ? load(at) : load_part(at, part);
-            } else {
-                const uint16_t *at = (const uint16_t *)values + s * size + v * LANES;
-                value[v] = part == LANES ? load_bf16(at) : load_bf16_part(at, part);
-            }
-            HOLD(value[v]);
-        }
-        for (int q = 0; q < n; q++) {
-            const vec weight = all(weights[q * ldw + s]);
-            for (int v = 0; v < vectors; v++) total[q][v] += value[v] * weight;
-        }
-    }
-    for (int q = 0; q < n; q++)
-        for (int v = 0; v < vectors; v++) store(mix + q * wide + v * LANES, total[q][v]);
-}
-
-#define MIX(kind, vectors, part)                                                                                       \
-    switch (n - q) {                                                                                                   \
-        case 1: mix_stretch(kind, from, size, vectors, part, count, of, ldw, 1, to, wide); break;                      \
-        case 2: mix_stretch(kind, from, size, vectors, part, count, of, ldw, 2, to, wide); break;                      \
-        case 3: mix_stretch(kind, from, size, vectors, part, count, of, ldw, 3, to, wide); break;                      \
-        default: mix_stretch(kind, from, size, vectors, part, count, of, ldw, 4, to, wide);                            \
-    }
-
-/* mix[n][wide] += weights[n][ldw] times `count` cache rows of values from `row` on, one after the other. */
-static void add_values(const Model *m, const char *values, int64_t row, long count, const float *weights, long ldw,
-                       int n, float *mix) {
-    const long size = m->head_size, wide = queries_size(m), bytes = m->cache_kind == FLOAT32 ? 4 : 2;
-    for (int q = 0; q < n; q += 4)
-        for (long i = 0; i < size;) {
-            const long part = size - i < LANES ? size - i : LANES, vectors = size - i >= MIX_VECTORS * LANES ? MIX_VECTORS : 1;
-            const char *from = values + (row * size + i) * bytes;
-            const float *of = weights + q * ldw;
-            float *to = mix + q * wide + i;
-            if (m->cache_kind == FLOAT32 && vectors == MIX_VECTORS) MIX(FLOAT32, MIX_VECTORS, LANES)
-            else if (m->cache_kind == BFLOAT16 && vectors == MIX_VECTORS) MIX(BFLOAT16, MIX_VECTORS, LANES)
-            else MIX(m->cache_kind, 1, part)
-            i += vectors * LANES;
-        }
-}
-
-/* The node's ancestors and itself as rows behind the committed ones, by depth, those below `first` left out. */
-static int path_of(const Forward *f, const Work *w, const Span *span, int row, int first, int32_t *path) {
-    int count = w->depth[row] + 1 - first;
-    for (int node = row, at = count - 1; at >= 0; node = f->parents[node]) path[at--] = node - span->first;
-    if (MUTANT(SKIP_ANCESTOR) && count > 2) memmove(path + 1, path + 2, (size_t)(--count - 1) * sizeof *path);
-    if (MUTANT(SEE_SIBLING) && row - 1 > (count > 1 ? path[count - 2] + span->first : row)) path[count++] = row - 1 - span->first;
-    return count;
-}
-
-/* Consecutive rows from path[at] on. */
-INLINE long run_of(const int32_t *path, int count, int at) {
-    long run = 1;
-    while (at + run < count && path[at + run] == path[at] + run) run++;
-    return run;
-}
-
-/* Attention of `num_heads` query heads from `head` on, all of one key head, of one part's rows. */
-static void attend(const Model *m, const Layer *layer, int l, const Forward *f, const Work *w, const Part *part,
-                   int head, int num_heads, int thread) {
-    const int s = MUTANT(OTHER_CACHE) && f->num_spans > 1 ? (part->span + 1) % f->num_spans : part->span;
-    const Span *span = f->spans + part->span, *cache = f->spans + s;
-    const long size = m->head_size, wide = queries_size(m), ldw = w->most_seen, n = (long)part->count * num_heads;
-    const int64_t base = (int64_t)(head / (m->heads / m->key_heads)) * cache->capacity * size;
-    const int64_t offset = m->cache_kind == FLOAT32 ? base * 4 : base * 2;
-    const char *keys = (const char *)cache->keys[l] + offset, *values = (const char *)cache->values[l] + offset;
-    float *scores = w->own_scores[thread], *mix = w->own_mix[thread], *queries = mix + n * wide;
-    int32_t *path = w->own_path[thread];
-    const int position = w->position[part->row], reach = layer->window + MUTANT(WIDE_WINDOW);
-    const int first = layer->window && position >= reach ? position - reach + 1 : 0; /* parts of windows are one row */
-    const long committed = first < span->committed ? span->committed - first : 0;
-    const int skipped = first > span->committed ? first - span->committed : 0;
-    memset(mix, 0, (size_t)(n * wide) * sizeof *mix);
-    for (int r = 0; r < part->count; r++)
-        memcpy(queries + r * num_heads * wide, w->queries + ((long)(part->row + r) * m->heads + head) * wide,
-               (size_t)(num_heads * wide) * sizeof *queries);
-    if (committed) score(m, keys, first, committed, queries, (int)n, scores, ldw);
-    for (int r = 0; r < part->count; r++) {
-        const int count = path_of(f, w, span, part->row + r, skipped, path);
-        float *own = scores + r * num_heads * ldw;
-        for (int at = 0; at < count; at += (int)run_of(path, count, at))
-            score(m, keys, span->committed + path[at], run_of(path, count, at), queries + r * num_heads * wide,
-                  num_heads, own + committed + at, ldw);
-        for (int h = 0; h < num_heads; h++) /* the sum lies at the end of the line, behind the padding */
-            own[h * ldw + ldw - 1] = exponentials(own + h * ldw, committed + count);
-    }
-    if (committed) add_values(m, values, first, committed, scores, ldw, (int)n, mix);
-    for (int r = 0; r < part->count; r++) {
-        const int count = path_of(f, w, span, part->row + r, skipped, path);
-        float *own = scores + r * num_heads * ldw, *to = mix + r * num_heads * wide;
-        for (int at = 0; at < count; at += (int)run_of(path, count, at))
-            add_values(m, values, span->committed + path[at], run_of(path, count, at), own + committed + at, ldw,
-                       num_heads, to);
-        for (int h = 0; h < num_heads; h++) {
-            const float share = 1.0f / own[h * ldw + ldw - 1];
-            float *out = w->mixed + (part->row + r) * padded((long)m->heads * size) + (head + h) * size;
-            for (long i = 0; i < size; i++) out[i] = to[h * wide + i] * share;
-        }
-    }
-}
-
-/* The heads of a group read their keys together, unless threads would have nothing to do. */
-static int heads_at_once(const Model *m, const Work *w, int team) {
-    return w->num_parts * m->key_heads < team ? 1 : m->heads / m->key_heads;
-}
-
-static void attention_stage(const Model *m, const Layer *layer, int l, const Forward *f, const Work *w,
-                            Worker *worker) {
-    const int num_heads = heads_at_once(m, w, worker->team), pieces = m->heads / num_heads;
-    for (int i = take(worker); i >= 0; i = take(worker))
-        attend(m, layer, l, f, w, w->parts + i / pieces, i % pieces * num_heads, num_heads,
-               worker->thread);
-}
-
-static void head_stage(const Model *m, const Forward *f, const Work *w, const Rows *x, Worker *worker) {
-    Choice *best = w->own_choices[worker->thread];
+static void head_stage(const Step *step, const Rows *x, Worker *worker) {
+    const Model *m = step->m;
+    const Forward *f = step->f;
+    Choice *best = step->choices[worker->thread];
     const int n = f->num_wanted;
     const long outputs = m->head.outputs;
     for (int r = 0; r < n; r++) best[r] = (Choice){-INFINITY, INT32_MAX};
     for (int b = take(worker); b >= 0; b = take(worker)) {
         const long first = (long)b * BLOCK, count = block_size(outputs, first);
-        float *to = f->logits ? f->logits + first : w->own_block[worker->thread];
+        float *to = f->logits ? f->logits + first : step->work.own_block[worker->thread];
         const long ldo = f->logits ? outputs : BLOCK;
         multiply(&m->head, x, n, first, count, to, ldo);
         for (int r = 0; r < n; r++)
@@ -506,66 +56,61 @@ static void head_stage(const Model *m, const Forward *f, const Work *w, const Ro
 }
 
 /* The lowest id of the largest logit of all threads; 0 where there is none (all NaN). */
-static void choose(const Forward *f, const Work *w, int team) {
-    for (int r = 0; r < f->num_wanted; r++) {
-        Choice best = w->own_choices[0][r];
+static void choose(const Step *step, int team) {
+    for (int r = 0; r < step->f->num_wanted; r++) {
+        Choice best = step->choices[0][r];
         for (int t = 1; t < team; t++) {
-            const Choice other = w->own_choices[t][r];
+            const Choice other = step->choices[t][r];
             if (other.value > best.value || (other.value == best.value && other.id < best.id)) best = other;
         }
-        f->choices[r] = best.id == INT32_MAX ? 0 : best.id;
+        step->f->choices[r] = best.id == INT32_MAX ? 0 : best.id;
     }
 }
 
-/* -- the forward -------------------------------------------------------------------------------------------------- */
-
-/* What one thread does of it. */
-static void run(const Model *m, const Forward *f, const Work *w, Worker *worker) {
-    const int n = f->num_rows, thread = worker->thread, team = worker->team;
-    const long hidden = padded(m->hidden), inner = padded(m->inner), attended = padded((long)m->heads * m->head_size);
-    float *block = w->own_block[thread], *prepared = w->own_prepared[thread], *steps = w->own_steps[thread];
+/* What one thread does of a forward. */
+static void run_forward(const void *call, Worker *worker) {
+    const Step *step = call;
+    const Model *m = step->m;
+    const Stack *stack = &m->stack;
+    const Forward *f = step->f;
+    const Batch *batch = &f->batch;
+    const Work *w = &step->work;
+    const int n = batch->num_rows, thread = worker->thread;
+    const long hidden = padded(stack->hidden);
     float *rows = w->own_rows[thread];
-    for (int r = thread; r < n; r += team) {
-        memset(w->states + r * hidden, 0, (size_t)hidden * 4);
-        memset(w->mixed + r * attended, 0, (size_t)attended * 4);
-        memset(w->inner + r * inner, 0, (size_t)inner * 4);
-        weight_row(&m->embedding, f->ids[r], w->states + r * hidden);
-    }
-    for (int l = 0; l < m->num_layers; l++) {
-        const Layer *layer = m->layers + l;
-        meet(worker, blocks_of(layer->qkv.outputs));
-        Rows x = normed(m, w, n, layer->attention_norm, layer->qkv.kind, thread);
-        product_stage(&layer->qkv, &x, n, worker, w->qkv, layer->qkv.outputs, 0, block);
-        meet(worker, n);
-        for (int r = take(worker); r >= 0; r = take(worker)) place_row(m, layer, l, f, w, r, w->own_mix[thread]);
-        meet(worker, w->num_parts * (m->heads / heads_at_once(m, w, team)));
-        attention_stage(m, layer, l, f, w, worker);
-        meet(worker, blocks_of(layer->output.outputs));
-        x = prepare(layer->output.kind, w->mixed, attended, n, (long)m->heads * m->head_size, prepared, steps);
-        product_stage(&layer->output, &x, n, worker, w->states, hidden, 1, block);
-        meet(worker, blocks_of(m->inner));
-        x = normed(m, w, n, layer->mlp_norm, layer->gate.kind, thread);
-        gated_stage(m, layer, &x, n, worker, w->inner, block);
-        meet(worker, blocks_of(layer->down.outputs));
-        x = prepare(layer->down.kind, w->inner, inner, n, m->inner, prepared, steps);
-        product_stage(&layer->down, &x, n, worker, w->states, hidden, 1, block);
+    clear_rows(stack, w, n, worker);
+    for (int r = thread; r < n; r += worker->team) weight_row(&m->embedding, batch->ids[r], w->states + r * hidden);
+    for (int l = 0; l < stack->num_layers; l++) {
+        const Layer *layer = stack->layers + l;
+        project(stack, layer, w, n, worker);
+        place_stage(stack, layer, l, batch, w, n, worker);
+        attention_stage(stack, layer, l, batch, w, worker);
+        widen(stack, layer, w, n, worker);
     }
     meet(worker, blocks_of(m->head.outputs));
-    for (int r = thread; r < n; r += team) {
-        norm_row(w->states + r * hidden, m->norm, m->hidden, m->eps, rows);
-        memcpy(f->hidden + (long)r * m->hidden, rows, (size_t)m->hidden * 4);
+    for (int r = thread; r < n; r += worker->team) {
+        norm_row(w->states + r * hidden, m->norm, stack->hidden, stack->eps, rows);
+        memcpy(f->hidden + (long)r * stack->hidden, rows, (size_t)stack->hidden * 4);
     }
     if (!f->num_wanted) return;
     for (int i = 0; i < f->num_wanted; i++)
-        norm_row(w->states + f->wanted[i] * hidden, m->norm, m->hidden, m->eps, rows + i * hidden);
-    Rows x = prepare(m->head.kind, rows, hidden, f->num_wanted, m->hidden, prepared, steps);
-    head_stage(m, f, w, &x, worker);
+        norm_row(w->states + f->wanted[i] * hidden, m->norm, stack->hidden, stack->eps, rows + i * hidden);
+    float *prepared = w->own_prepared[thread], *steps = w->own_steps[thread];
+    const Rows x = prepare(m->head.kind, rows, hidden, f->num_wanted, stack->hidden, prepared, steps);
+    head_stage(step, &x, worker);
+}
+
+static Step lay_out_step(const Model *m, const Forward *f, Room *room) {
+    Step step = {m, f, lay_out(&m->stack, &f->batch, f->batch.num_rows, 0, room), NULL};
+    step.choices = own_room(room, f->batch.num_threads, sizeof(Choice) * f->num_wanted);
+    return step;
 }
 
 /* Bytes of workspace that a forward takes. */
 int64_t amphista_workspace(const Model *m, const Forward *f) {
-    Work work;
-    return (int64_t)lay_out(m, f, f->num_threads, NULL, &work);
+    Room room = {NULL, 0};
+    lay_out_step(m, f, &room);
+    return (int64_t)room.used;
 }
 
 /* Sizes of the records, so that a caller with another idea of them is refused. */
@@ -576,22 +121,13 @@ void amphista_sizes(int64_t *sizes) {
 
 /* The forward; 0, or what is wrong with it: then nothing was written. */
 int amphista_forward(const Model *m, const Forward *f) {
-    Work work;
-    if ((int64_t)lay_out(m, f, f->num_threads, NULL, &work) > f->workspace_bytes) return BAD_WORKSPACE;
-    lay_out(m, f, f->num_threads, f->workspace, &work);
-    const int wrong = look_through(m, f, &work);
+    Room room = {f->workspace, 0};
+    if (amphista_workspace(m, f) > f->workspace_bytes) return BAD_WORKSPACE;
+    Step step = lay_out_step(m, f, &room);
+    const int wrong = look_through(&m->stack, &f->batch, m->embedding.outputs, &step.work);
     if (wrong) return wrong;
-    Barrier barrier = {.team = 1};
-#ifdef _OPENMP
-#pragma omp parallel num_threads(f->num_threads)
-    {
-#pragma omp single
-        barrier.team = omp_get_num_threads();
-        run(m, f, &work, &(Worker){work.shares, &barrier, omp_get_thread_num(), barrier.team, 0, 0});
-    }
-#else
-    run(m, f, &work, &(Worker){work.shares, &barrier, 0, 1, 0, 0});
-#endif
-    choose(f, &work, barrier.team);
+    for (int i = 0; i < f->num_wanted; i++)
+        if (f->wanted[i] < 0 || f->wanted[i] >= f->batch.num_rows) return BAD_WANTED;
+    choose(&step, together(f->batch.num_threads, step.work.shares, run_forward, &step));
     return 0;
 }

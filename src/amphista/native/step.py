@@ -43,11 +43,9 @@ class _Layer(ctypes.Structure):
     ]
 
 
-class _Model(ctypes.Structure):
+class _Stack(ctypes.Structure):
     _fields_ = [
         ("layers", ctypes.POINTER(_Layer)),
-        ("norm", Address),
-        *((name, Product) for name in ("embedding", "head")),
         *(
             (name, ctypes.c_int32)
             for name in ("num_layers", "hidden", "heads", "key_heads", "head_size", "inner", "cache_kind")
@@ -55,6 +53,10 @@ class _Model(ctypes.Structure):
         *((name, ctypes.c_float) for name in ("eps", "scale")),
         ("unused", ctypes.c_int32),
     ]
+
+
+class _Model(ctypes.Structure):
+    _fields_ = [("stack", _Stack), ("norm", Address), *((name, Product) for name in ("embedding", "head"))]
 
 
 class _Span(ctypes.Structure):
@@ -65,16 +67,21 @@ class _Span(ctypes.Structure):
     ]
 
 
-class _Forward(ctypes.Structure):
+class _Batch(ctypes.Structure):
     _fields_ = [
         *((name, Address) for name in ("ids", "parents")),
         ("spans", ctypes.POINTER(_Span)),
-        *((name, Address) for name in ("wanted", "turns", "hidden", "logits", "choices", "workspace")),
+        ("turns", Address),
+        *((name, ctypes.c_int32) for name in ("num_rows", "num_spans", "num_turns", "num_threads")),
+    ]
+
+
+class _Forward(ctypes.Structure):
+    _fields_ = [
+        ("batch", _Batch),
+        *((name, Address) for name in ("wanted", "hidden", "logits", "choices", "workspace")),
         ("workspace_bytes", ctypes.c_int64),
-        *(
-            (name, ctypes.c_int32)
-            for name in ("num_rows", "num_spans", "num_wanted", "num_turns", "num_threads", "unused")
-        ),
+        *((name, ctypes.c_int32) for name in ("num_wanted", "unused")),
     ]
 
 
@@ -151,45 +158,11 @@ class NativeModel:
         self._library.amphista_workspace.restype = ctypes.c_int64
         self.hidden_size, self.vocab_size = embedding.num_inputs, head.num_outputs
         self.cache_dtype = torch.bfloat16 if embedding.weight.dtype is torch.bfloat16 else torch.float32
-        self._held: list[Any] = [layers, embedding, head]
-        self._layers = (_Layer * len(layers))(*(self._layer_record(layer) for layer in layers))
-        self._model = _Model(
-            self._layers,
-            self._padded(norm),
-            embedding.record(),
-            head.record(),
-            len(layers),
-            self.hidden_size,
-            shape.num_heads,
-            shape.num_key_value_heads,
-            shape.head_size,
-            layers[0].down.num_inputs,
-            KINDS[self.cache_dtype],
-            shape.eps,
-            shape.scale,
-        )
-        self.shape = shape
-        self._local = threading.local()
-
-    @property
-    def num_layers(self) -> int:
-        return len(self._layers)
-
-    def _layer_record(self, layer: NativeLayer) -> _Layer:
-        return _Layer(
-            self._padded(layer.attention_norm),
-            None if layer.query_norm is None else self._padded(layer.query_norm),
-            None if layer.key_norm is None else self._padded(layer.key_norm),
-            self._padded(layer.mlp_norm),
-            *(part.record() for part in (layer.qkv, layer.output, layer.gate, layer.up, layer.down)),
-            layer.window or 0,
-        )
-
-    def _padded(self, vector: Tensor) -> int | None:
-        copy = torch.zeros(rounded_up(len(vector), PAD))
-        copy[: len(vector)] = vector.detach()
-        self._held.append(copy)
-        return address(copy)
+        self._held: list[Any] = [embedding, head]
+        stack = stack_record(shape, layers, self.hidden_size, self.cache_dtype, self._held)
+        self._model = _Model(stack, padded(norm, self._held), embedding.record(), head.record())
+        self.shape, self.num_layers = shape, len(layers)
+        self._workspace = Workspace()
 
     def forward(self, spans: Sequence[NativeSpan], wanted: Sequence[int], turns: Tensor) -> NativeOutput:
         """One forward over the flat row of all spans' tokens.
@@ -203,22 +176,21 @@ class NativeModel:
         hidden = torch.empty(num_rows, self.hidden_size)
         logits = torch.empty(len(wanted), self.vocab_size)
         choices = torch.empty(len(wanted), dtype=torch.int32)
-        forward = _Forward(
+        batch = _Batch(
             start,
             start + 4 * num_rows,
             self._spans(spans, held[1:]),
-            start + 8 * num_rows,
             turns.data_ptr(),
-            hidden.data_ptr(),
-            address(logits),
-            choices.data_ptr(),
-            num_rows=num_rows,
-            num_spans=len(spans),
-            num_wanted=len(wanted),
-            num_turns=len(turns),
-            num_threads=torch.get_num_threads(),
+            num_rows,
+            len(spans),
+            len(turns),
+            torch.get_num_threads(),
         )
-        self._give_room(forward)
+        forward = _Forward(
+            batch, start + 8 * num_rows, hidden.data_ptr(), address(logits), choices.data_ptr(), num_wanted=len(wanted)
+        )
+        needed = self._library.amphista_workspace(ctypes.byref(self._model), ctypes.byref(forward))
+        forward.workspace, forward.workspace_bytes = self._workspace.address(needed), needed
         code = self._library.amphista_forward(ctypes.byref(self._model), ctypes.byref(forward))
         if code:
             raise NativeError(f"the C step refuses a forward: {WRONG.get(code, code)}")
@@ -249,14 +221,60 @@ class NativeModel:
             first += count
         return (_Span * len(records))(*records)
 
-    def _give_room(self, forward: _Forward) -> None:
-        """Room to work in, kept by each thread for its next forward."""
-        needed = self._library.amphista_workspace(ctypes.byref(self._model), ctypes.byref(forward))
+
+class Workspace:
+    """Room to work in, kept by each thread for its next call."""
+
+    def __init__(self) -> None:
+        self._local = threading.local()
+
+    def address(self, num_bytes: int) -> int:
+        """Of so many bytes, at a multiple of PAD."""
         room: Tensor | None = getattr(self._local, "room", None)
-        if room is None or room.numel() < needed + PAD:
-            room = self._local.room = torch.empty(needed * 5 // 4 + PAD, dtype=torch.uint8)
-        forward.workspace = -(-room.data_ptr() // PAD) * PAD
-        forward.workspace_bytes = needed
+        if room is None or room.numel() < num_bytes + PAD:
+            room = self._local.room = torch.empty(num_bytes * 5 // 4 + PAD, dtype=torch.uint8)
+        return -(-room.data_ptr() // PAD) * PAD
+
+
+def stack_record(
+    shape: Shape, layers: Sequence[NativeLayer], hidden_size: int, cache_dtype: torch.dtype, held: list[Any]
+) -> _Stack:
+    """Layers of one shape; what has to live as long as the record is added to `held`."""
+    records = (_Layer * len(layers))(*(_layer_record(layer, held) for layer in layers))
+    held += [layers, records]
+    return _Stack(
+        records,
+        len(layers),
+        hidden_size,
+        shape.num_heads,
+        shape.num_key_value_heads,
+        shape.head_size,
+        layers[0].down.num_inputs if layers else 0,
+        KINDS[cache_dtype],
+        shape.eps,
+        shape.scale,
+    )
+
+
+def _layer_record(layer: NativeLayer, held: list[Any]) -> _Layer:
+    return _Layer(
+        padded(layer.attention_norm, held),
+        padded(layer.query_norm, held),
+        padded(layer.key_norm, held),
+        padded(layer.mlp_norm, held),
+        *(part.record() for part in (layer.qkv, layer.output, layer.gate, layer.up, layer.down)),
+        layer.window or 0,
+    )
+
+
+def padded(vector: Tensor | None, held: list[Any]) -> int | None:
+    """The address of a float32 copy with zeros behind it, added to `held`; None for None."""
+    if vector is None:
+        return None
+    copy = torch.zeros(rounded_up(len(vector), PAD))
+    copy[: len(vector)] = vector.detach()
+    held.append(copy)
+    return address(copy)
 
 
 def _ids(spans: Sequence[NativeSpan]) -> list[int]:

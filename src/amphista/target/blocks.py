@@ -54,7 +54,8 @@ class BlockedLinear(nn.Linear):
         native = Weight.of_blocks(blocks, bias)
         super().__init__(1, 1, bias=False)
         self.in_features, self.out_features = native.num_inputs, native.num_outputs
-        self.native, self.blocks, self.weight = native, blocks, _without_numbers(native)
+        self.native: Weight = native
+        self.blocks, self.weight = blocks, _without_numbers(native)
         self.register_parameter("bias", None if bias is None else nn.Parameter(bias, requires_grad=False))
 
     def forward(self, input: Tensor) -> Tensor:
@@ -74,7 +75,8 @@ class BlockedEmbedding(nn.Embedding):
         native = Weight.of_blocks(blocks)
         super().__init__(1, 1)
         self.num_embeddings, self.embedding_dim = native.num_outputs, native.num_inputs
-        self.native, self.weight = native, _without_numbers(native)
+        self.native: Weight = native
+        self.weight = _without_numbers(native)
 
     def forward(self, input: Tensor) -> Tensor:
         return self.native.rows(input.flatten()).view(*input.shape, -1)
@@ -83,6 +85,13 @@ class BlockedEmbedding(nn.Embedding):
 def _without_numbers(native: Weight) -> nn.Parameter:
     shape = native.num_outputs, native.num_inputs
     return nn.Parameter(torch.tensor(math.nan).expand(shape), requires_grad=False)
+
+
+def native_of(layer: nn.Module) -> Weight:
+    """The weight of a linear layer or an embedding, as the C step reads it; raises NativeError."""
+    if isinstance(layer, BlockedLinear | BlockedEmbedding):
+        return layer.native
+    return Weight.of(layer.get_parameter("weight"))
 
 
 def rows_of(layer: nn.Linear, ids: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from typing import Any, Self
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ from amphista.native.huge_pages import Arena
 from amphista.native.step import NativeLayer, NativeModel, NativeOutput, NativeSpan, Shape
 from amphista.native.weights import Weight
 from amphista.target.attention import Rule
-from amphista.target.blocks import BlockedEmbedding, BlockedLinear, BlockLinear
+from amphista.target.blocks import BlockedLinear, BlockLinear, native_of
 from amphista.target.lean import LeanLayer, LeanModel
 from amphista.target.spans import Span
 from amphista.tree.token_tree import TokenTree
@@ -95,7 +95,7 @@ class NativeForward:
         scale = float(lean._heads_scale[0])
         shape = Shape(lean.num_heads, lean.num_key_value_heads, lean.head_size, norm.eps, scale)
         self.layers = [self._layer(layer, window) for layer, window in zip(lean.layers, windows, strict=True)]
-        (self.head,), embedding = _weights(lean.head, 1), _embedding(lean.embed)
+        (self.head,), embedding = _weights(lean.head, 1), native_of(lean.embed)
         self.model = NativeModel(shape, self.layers, lean._norm.weight, embedding, self.head, flags=flags)
         self._row = torch.empty(1, lean.num_key_value_heads, 0, lean.head_size, dtype=self.model.cache_dtype)
 
@@ -195,10 +195,6 @@ def native_form(
 def _said(name: str, error: NativeError) -> str:
     logging.getLogger("amphista").warning("%s decodes without the C step, slower: %s", name, error)
     return str(error)
-
-
-def _embedding(module: Any) -> Weight:
-    return module.native if isinstance(module, BlockedEmbedding) else Weight.of(module.weight)
 
 
 def _weights(product: object, parts: int) -> list[Weight]:

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 
 from amphista.errors import TargetError
 from amphista.kernels.linear import Product
-from amphista.target.blocks import BlockedLinear, rows_of
+from amphista.native.weights import Weight
+from amphista.target.blocks import BlockedLinear, native_of, rows_of
 from amphista.target.pages import give_back
 
 NUM_FINGERPRINT_ROWS = 64
@@ -182,6 +183,16 @@ class SharedWeights:
     def has_plain_logits(self) -> bool:
         """Whether `transform` leaves logits as they are."""
         return self._transform == LogitTransform()
+
+    @property
+    def native_embedding(self) -> Weight:
+        """The embedding's table [V, embedding size], for the C step. raises NativeError."""
+        return native_of(self._embedding)
+
+    @property
+    def native_head(self) -> Weight:
+        """The LM head [V, D], for the C step. raises NativeError."""
+        return native_of(self._lm_head)
 
     @property
     def head_weight(self) -> Tensor:

@@ -138,6 +138,11 @@ class Target:
         return self._captured is not None
 
     @property
+    def is_native(self) -> bool:
+        """Whether the C step verifies; drafters then draft there too."""
+        return self._native is not None
+
+    @property
     def has_int8(self) -> bool:
         """Whether its weights have 8 bits; what flows between them is of `dtype`."""
         return self._lean is not None and isinstance(self._lean.head, Int8Linear)

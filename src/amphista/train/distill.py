@@ -211,7 +211,7 @@ class Distiller:
         self._mine = list(prompts.conversations.items())[self._share.index :: self._share.count]
         proposer = proposer or Proposer()
         if proposer.heads is not None:
-            proposer.heads.freeze(as_trained=target.is_static)
+            proposer.heads.freeze(native=target.is_native)
         engine = Engine(target, proposer, AutoGrower(costs_for(target, proposer)))
         self._batch: Batch[Dialogue] = Batch(engine, config.batch_size)
 

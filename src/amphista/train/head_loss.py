@@ -28,7 +28,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from amphista.drafter.heads import ROWS_IN_CACHE, FrozenHead, ParallelHeads, StateOf
+from amphista.drafter.frozen_head import ROWS_IN_CACHE, FrozenHead
+from amphista.drafter.heads import ParallelHeads, StateOf
 from amphista.train.losses import LossConfig, depth_weight, head_losses, widened
 
 

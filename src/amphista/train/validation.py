@@ -145,7 +145,7 @@ class RankedHeads:
 def ranked_heads(drafter: ParallelHeads, batch: Batch, num_ranks: int, temperature: float = 0.0) -> RankedHeads:
     """All heads of all answer rows, one head at a time so that Q x K x N never exists at once."""
     states = drafter(batch.hidden, batch.next_ids, batch.answer_rows.rows)
-    divisors = drafter.head_temperatures(temperature)
+    divisors = torch.tensor(drafter.head_temperatures(temperature))
     num_ranks = num_ranks if drafter.path is None else max(num_ranks, drafter.config.path_shortlist)
     tokens, log_probs = [], []
     for k in range(drafter.num_heads):

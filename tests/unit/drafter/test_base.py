@@ -103,7 +103,7 @@ def test_more_draft_tokens_than_the_target_has_are_refused(target):
 
 
 def rank(drafter, logits, num_ranks, temperature=0.0):
-    divisors = drafter.head_temperatures(temperature)[: len(logits), None]
+    divisors = torch.tensor(drafter.head_temperatures(temperature))[: len(logits), None]
     return Ranked(*drafter.top_ranks((logits / divisors)[None], num_ranks)).candidates([len(logits)])[0]
 
 
@@ -126,11 +126,11 @@ def test_rank_never_gives_more_than_there_is(target):
 
 def test_head_temperatures_follow_the_calibration(target):
     drafter = drafted(target)
-    assert drafter.head_temperatures(0.0).tolist() == [1, 1, 1]
-    assert drafter.head_temperatures(0.5).tolist() == [0.5] * 3
+    assert drafter.head_temperatures(0.0) == [1, 1, 1]
+    assert drafter.head_temperatures(0.5) == [0.5] * 3
     drafter.calibration = Calibration(greedy=[1.0, 1.5, 2.0], sampled=[1.0, 2.0, 4.0])
-    assert drafter.head_temperatures(0.0).tolist() == [1.0, 1.5, 2.0]
-    assert drafter.head_temperatures(0.5).tolist() == [0.5, 1.0, 2.0]
+    assert drafter.head_temperatures(0.0) == [1.0, 1.5, 2.0]
+    assert drafter.head_temperatures(0.5) == [0.5, 1.0, 2.0]
 
 
 def test_rank_divides_by_the_temperature_and_discounts_by_the_coverage(target):

@@ -41,7 +41,7 @@ def measured(tmp_path, monkeypatch, spreads):
 
     def draft(target, drafter):
         calls.append("draft")
-        return 0.25, spreads["draft"]
+        return 0.25, 0.05, spreads["draft"]
 
     monkeypatch.setattr(costs, "verify_seconds", verify)
     monkeypatch.setattr(costs, "draft_ratio", draft)
@@ -55,7 +55,7 @@ def medusa(target, *, lookup=False, **settings):
 def test_measured_once(target, measured, tmp_path):
     first = costs_for(target, medusa(target))
     assert first == costs_for(target, medusa(target)) and measured == ["verify", "draft"]
-    assert first.draft == 0.25 and first.verify == [1.0, 1.5, 1.5, 1.5]
+    assert (first.draft, first.drafted) == (0.25, 0.05) and first.verify == [1.0, 1.5, 1.5, 1.5]
     assert len(list((tmp_path / "costs").glob("*.json"))) == len(list((tmp_path / "costs").iterdir())) == 2
 
 

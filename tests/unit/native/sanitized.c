@@ -1,10 +1,10 @@
-/* A small model of odd sizes in memory of exactly its size, and trees of three sequences through all types of weights:
- * run under AddressSanitizer and UndefinedBehaviorSanitizer. Prints "ok" where a forward of one thread and one of three
+/* A small model and small heads of odd sizes in memory of exactly its size, trees and drafts of three sequences through
+ * all types of weights: run under AddressSanitizer and UndefinedBehaviorSanitizer. Prints "ok" where a call of one thread and one of three
  * agree to the bit, too. */
 #include <stdio.h>
 #include <stdlib.h>
 
-#include "step.c"
+#include "native.c"
 
 enum { LAYERS = 2, HIDDEN = 36, INNER = 50, HEADS = 4, KEY_HEADS = 2, SIZE = 10, VOCAB = 77, CAPACITY = 23, ROWS = 9 };
 enum { QKV = (HEADS + 2 * KEY_HEADS) * SIZE };
@@ -53,9 +53,10 @@ static int differs(int kind, int window) {
                             .gate = product(kind, INNER, HIDDEN, 30 + l), .up = product(kind, INNER, HIDDEN, 40 + l),
                             .down = product(kind, HIDDEN, INNER, 50 + l), .window = window};
     const int coarse = kind == BFLOAT16;
-    Model model = {.layers = layers, .norm = vector(HIDDEN), .embedding = product(coarse ? BFLOAT16 : FLOAT32, VOCAB, HIDDEN, 2),
-                   .head = product(kind, VOCAB, HIDDEN, 3), .num_layers = LAYERS, .hidden = HIDDEN, .heads = HEADS,
-                   .key_heads = KEY_HEADS, .head_size = SIZE, .inner = INNER, .cache_kind = coarse, .eps = 1e-5f, .scale = 0.3f};
+    const Stack stack = {.layers = layers, .num_layers = LAYERS, .hidden = HIDDEN, .heads = HEADS, .key_heads = KEY_HEADS,
+                         .head_size = SIZE, .inner = INNER, .cache_kind = coarse, .eps = 1e-5f, .scale = 0.3f};
+    Model model = {.stack = stack, .norm = vector(HIDDEN), .embedding = product(coarse ? BFLOAT16 : FLOAT32, VOCAB, HIDDEN, 2),
+                   .head = product(kind, VOCAB, HIDDEN, 3)};
     const int counts[] = {6, 1, 2}, committed[] = {17, 0, 20};
     void *rows[3][2][LAYERS];
     Span spans[3];
@@ -68,10 +69,10 @@ static int differs(int kind, int window) {
     const int32_t ids[ROWS] = {1, 2, 3, 76, 5, 6, 7, 8, 9}, parents[ROWS] = {-1, 0, 0, 1, -1, 3, -1, -1, 7}, wanted[] = {0, 5, 8};
     float *logits[2];
     for (int run = 0; run < 2; run++) {
-        Forward f = {.ids = ids, .parents = parents, .spans = spans, .wanted = wanted, .turns = keep_it(filled(CAPACITY * SIZE, 4, 9)),
-                     .hidden = keep_it(malloc(4 * ROWS * HIDDEN)), .logits = keep_it(malloc(4 * 3 * VOCAB)),
-                     .choices = keep_it(malloc(4 * 3)), .num_rows = ROWS, .num_spans = 3, .num_wanted = 3, .num_turns = CAPACITY,
-                     .num_threads = run ? 3 : 1};
+        Forward f = {.batch = {.ids = ids, .parents = parents, .spans = spans, .turns = keep_it(filled(CAPACITY * SIZE, 4, 9)),
+                               .num_rows = ROWS, .num_spans = 3, .num_turns = CAPACITY, .num_threads = run ? 3 : 1},
+                     .wanted = wanted, .hidden = keep_it(malloc(4 * ROWS * HIDDEN)), .logits = keep_it(malloc(4 * 3 * VOCAB)),
+                     .choices = keep_it(malloc(4 * 3)), .num_wanted = 3};
         f.workspace_bytes = amphista_workspace(&model, &f);
         f.workspace = keep_it(aligned_alloc(LINE, (size_t)f.workspace_bytes));
         if (amphista_forward(&model, &f)) return 1;
@@ -99,10 +100,80 @@ static int blocks_differ(int kind) {
     return wrong;
 }
 
+static Layer layer_of(int kind, unsigned seed, int inner) {
+    return (Layer){.attention_norm = vector(HIDDEN), .mlp_norm = vector(HIDDEN), .qkv = product(kind, QKV, HIDDEN, seed),
+                   .output = product(kind, HIDDEN, HEADS * SIZE, seed + 2), .gate = product(kind, inner, HIDDEN, seed + 4),
+                   .up = product(kind, inner, HIDDEN, seed + 6), .down = product(kind, HIDDEN, inner, seed + 8)};
+}
+
+enum { SLOTS = 3, BLOCKS = 2, DRAFTED = 41, SHORT = 4, RANK = 5, ASKED = 3 };
+
+/* Three sequences, one of which has nothing to be fed, through staged layers, heads, encoder and paths. */
+static int drafts_differ(int kind, int own, int depth) {
+    const int coarse = kind == BFLOAT16, counts[] = {4, 0, 1}, committed[] = {17, 9, 0};
+    Layer layers[LAYERS], encoder[] = {layer_of(kind, 40, 31)};
+    Stage stages[LAYERS];
+    Product blocks[BLOCKS * SLOTS], scores[SLOTS], rows[SLOTS];
+    for (int l = 0; l < LAYERS; l++) {
+        layers[l] = layer_of(kind, 20 + l, INNER);
+        stages[l] = (Stage){vector(HIDDEN), product(kind, HIDDEN, 2 * HIDDEN, 30)};
+    }
+    for (int b = 0; b < BLOCKS * SLOTS; b++) blocks[b] = product(kind, HIDDEN, HIDDEN, 51 + 2 * b);
+    for (int k = 0; k < SLOTS; k++) {
+        scores[k] = product(kind, DRAFTED, HIDDEN, 70 + k);
+        rows[k] = product(coarse, own ? DRAFTED : VOCAB, HIDDEN, 80);
+    }
+    int32_t *ids = keep_it(malloc(4 * DRAFTED));
+    for (int i = 0; i < DRAFTED; i++) ids[i] = i + 3;
+    const Stack stack = {.layers = layers, .num_layers = LAYERS, .hidden = HIDDEN, .heads = HEADS, .key_heads = KEY_HEADS,
+                         .head_size = SIZE, .inner = INNER, .cache_kind = coarse, .eps = 1e-5f, .scale = 0.3f};
+    Stack slots = stack;
+    slots.layers = encoder, slots.num_layers = 1, slots.inner = 31;
+    const Heads heads = {.stages = stack, .encoder = slots, .fusing = stages, .embedding_norm = vector(HIDDEN),
+                         .slot_positions = keep_it(filled(SLOTS * HIDDEN, 4, 90)), .output_norm = vector(HIDDEN),
+                         .blocks = blocks, .scores = scores, .draft_ids = ids, .embedding = product(coarse, VOCAB, HIDDEN, 2),
+                         .path = {.norm = vector(HIDDEN), .reads = keep_it(filled(DRAFTED * 2 * RANK, 4, 91)), .rows = rows,
+                                  .state = product(FLOAT32, 2 * RANK, HIDDEN, 93), .output = product(FLOAT32, HIDDEN, RANK, 94),
+                                  .rank = RANK},
+                         .num_heads = SLOTS, .num_blocks = BLOCKS, .split = 1, .has_own_scores = own, .is_causal = own};
+    void *kept[ASKED][2][LAYERS];
+    float *features[ASKED], *log_probs[2];
+    Span spans[ASKED];
+    for (int s = 0, first = 0; s < ASKED; first += counts[s++]) {
+        for (int which = 0; which < 2; which++)
+            for (int l = 0; l < LAYERS; l++)
+                kept[s][which][l] = keep_it(filled(KEY_HEADS * CAPACITY * SIZE, coarse ? 2 : 4, 60 + s + l));
+        features[s] = keep_it(filled((size_t)(2 * padded(HIDDEN)), 4, 5));
+        memset(features[s] + HIDDEN, 0, 4 * (size_t)(padded(HIDDEN) - HIDDEN));
+        spans[s] = (Span){kept[s][0], kept[s][1], CAPACITY, first, counts[s], committed[s], 0};
+    }
+    const int32_t fed[] = {1, 76, 3, 4, 5};
+    for (int run = 0; run < 2; run++) {
+        Draft d = {.batch = {.ids = fed, .spans = spans, .turns = keep_it(filled(CAPACITY * SIZE, 4, 9)), .num_rows = 5,
+                             .num_spans = ASKED, .num_turns = CAPACITY, .num_threads = run ? 3 : 1},
+                   .hidden = keep_it(filled(5 * HIDDEN, 4, 12)), .features = features, .depth = depth, .ranks = SHORT + 2,
+                   .parents = depth > 1 ? SHORT : 0, .children = depth > 1 ? 3 : 0,
+                   .pending = own ? keep_it(filled(ASKED * 2 * RANK, 4, 13)) : NULL};
+        float *divisors = keep_it(malloc(4 * ASKED * SLOTS));
+        for (int i = 0; i < ASKED * SLOTS; i++) divisors[i] = 0.7f;
+        d.divisors = divisors;
+        d.tokens = keep_it(malloc(4 * ASKED * SLOTS * (SHORT + 2)));
+        d.log_probs = log_probs[run] = keep_it(calloc(ASKED * SLOTS * (SHORT + 2), 4));
+        d.below = keep_it(malloc(4 * ASKED * (SLOTS - 1) * SHORT * 3));
+        d.log_probs_below = keep_it(malloc(4 * ASKED * (SLOTS - 1) * SHORT * 3));
+        d.workspace_bytes = amphista_draft_workspace(&heads, &d);
+        d.workspace = keep_it(aligned_alloc(LINE, (size_t)d.workspace_bytes));
+        if (amphista_draft(&heads, &d)) return 1;
+    }
+    return memcmp(log_probs[0], log_probs[1], 4 * ASKED * SLOTS * (SHORT + 2)) != 0;
+}
+
 int main(void) {
     int wrong = 0;
     for (int kind = F16; kind <= Q6_K; kind++) wrong += blocks_differ(kind);
     for (int kind = FLOAT32; kind <= INT8; kind++) wrong += differs(kind, 0) + differs(kind, 7);
+    for (int kind = FLOAT32; kind <= INT8; kind++)
+        for (int depth = 0; depth <= SLOTS; depth++) wrong += drafts_differ(kind, depth % 2, depth);
     while (num_held) free((void *)held[--num_held]);
     puts(wrong ? "differs" : "ok");
     return wrong;

@@ -1,0 +1,441 @@
+/* Transformer layers over a flat row of tokens of any number of sequences: what the target's forward (step.c) and the
+ * drafters' staged layers (drafter.c) are made of.
+ *
+ * A *span* is one sequence's part of the row: `count` nodes behind `committed` rows of its own cache. A node's parent is
+ * an earlier node of its span, or -1: then it follows the last committed row. So a chain is a prompt's chunk, a single
+ * node is plain decoding, and a tree is a tree. A node's position is that of the committed rows, plus its depth.
+ *
+ *     q, k, v  = W_qkv norm(x) + b             (1) project: all rows
+ *     q, k     = rotated(norm of heads(q, k))  (2) place: k, v are written into the cache, behind the committed rows
+ *     m        = sum_s softmax_s(q k_s) v_s    (3) attention; s: what the node sees
+ *     x       += W_o m                         (4) widen, to the end
+ *     a        = silu(W_gate norm(x)) W_up norm(x)    (5)
+ *     x       += W_down a                      (6)
+ *
+ * Norms, and what a product needs of its inputs, every thread works out for itself: that costs less than to meet once
+ * more.
+ *
+ * Lossless: every number is worked out by operations that do not depend on what else is in the forward. Products keep
+ * their order for any number of rows (products.h). A node sees, in the order of their positions, the committed rows
+ * and then its own ancestors and itself, wherever these lie among the new rows, a window permitting; what it does not
+ * see is skipped, not masked. Scores go to a row of their own, the largest is found, then their exponentials are summed
+ * lane by lane, then values are added one after the other: what plain decoding does with the same keys in the same
+ * order.
+ *
+ * Rotation: the two numbers rotated together lie side by side, in queries, keys and the cache.
+ * Caches: float32 or bfloat16 [key heads][capacity][head size] for each layer.
+ */
+#ifndef AMPHISTA_LAYER_H
+#define AMPHISTA_LAYER_H
+
+#include <math.h>
+
+#include "products.h"
+#include "team.h"
+
+typedef struct {
+    const float *attention_norm, *query_norm, *key_norm, *mlp_norm; /* zeros behind; those of heads NULL if none */
+    Product qkv, output, gate, up, down;
+    int32_t window, unused; /* 0: none */
+} Layer;
+
+/* Layers of one shape. */
+typedef struct {
+    const Layer *layers;
+    int32_t num_layers, hidden, heads, key_heads, head_size, inner, cache_kind; /* FLOAT32 or BFLOAT16 */
+    float eps, scale;
+    int32_t unused;
+} Stack;
+
+typedef struct {
+    void *const *keys, *const *values; /* of each layer */
+    int64_t capacity;
+    int32_t first, count, committed, unused;
+} Span;
+
+typedef struct {
+    const int32_t *ids, *parents; /* of each row; a parent is a row of the same span, or -1 */
+    const Span *spans;
+    const float *turns; /* [num_turns][head_size / 2][cosine, sine] */
+    int32_t num_rows, num_spans, num_turns, num_threads;
+} Batch;
+
+enum { ROWS_AT_ONCE = 4 };
+#if LANES == 16
+enum { MIX_VECTORS = 4 };
+#else
+enum { MIX_VECTORS = 2 };
+#endif
+enum { BAD_SPAN = 1, BAD_PARENT, BAD_ID, BAD_POSITION, BAD_CAPACITY, BAD_WANTED, BAD_WORKSPACE };
+
+/* Rows of one span that read the same committed keys together; what they mix goes to rows `to` and behind. */
+typedef struct {
+    int span, row, count, to;
+} Part;
+
+/* All that layers need for a while; `own` things are one a thread. */
+typedef struct {
+    float *states, *qkv, *queries, *mixed, *inner; /* [rows][...] of all threads */
+    float **own_rows, **own_prepared, **own_steps, **own_scores, **own_mix, **own_block;
+    int32_t **own_path;
+    int32_t *position, *depth, *span_of;
+    Part *parts;
+    Share *shares; /* [2][threads] */
+    int num_parts;
+    long most_seen;
+} Work;
+
+INLINE int blocks_of(long outputs) { return (int)((outputs + BLOCK - 1) / BLOCK); }
+INLINE long block_size(long outputs, long first) { return outputs - first < BLOCK ? outputs - first : BLOCK; }
+INLINE long most_of(long a, long b) { return a > b ? a : b; }
+
+/* -- room and checks ---------------------------------------------------------------------------------------------- */
+
+static long queries_size(const Stack *m) { return padded(m->head_size); }
+
+/* Lays out what so many rows of layers take; widest: of inputs that are no layer's, padded. */
+static Work lay_out(const Stack *m, const Batch *f, long rows, long widest, Room *room) {
+    const long heads = m->heads, size = m->head_size, attended = padded(heads * size), hidden = padded(m->hidden);
+    const long inner = padded(m->inner), queries = ROWS_AT_ONCE * (heads / m->key_heads);
+    const int threads = f->num_threads;
+    long seen = 0;
+    for (int s = 0; s < f->num_spans; s++) seen = most_of(seen, f->spans[s].committed + f->spans[s].count);
+    Work w = {.most_seen = padded(seen + PAD)};
+    widest = most_of(most_of(widest, hidden), most_of(inner, attended));
+    w.states = take_room(room, 4 * rows * hidden);
+    w.qkv = take_room(room, 4 * rows * (heads + 2 * m->key_heads) * size);
+    w.queries = take_room(room, 4 * rows * heads * queries_size(m));
+    w.mixed = take_room(room, 4 * rows * attended);
+    w.inner = take_room(room, 4 * rows * inner);
+    w.position = take_room(room, 4 * rows);
+    w.depth = take_room(room, 4 * rows);
+    w.span_of = take_room(room, 4 * rows);
+    w.parts = take_room(room, sizeof(Part) * rows);
+    w.shares = take_room(room, sizeof(Share) * 2 * threads);
+    w.own_rows = own_room(room, threads, 4 * rows * widest);
+    w.own_prepared = own_room(room, threads, 4 * rows * widest);
+    w.own_steps = own_room(room, threads, 4 * rows);
+    w.own_scores = own_room(room, threads, 4 * queries * w.most_seen);
+    w.own_mix = own_room(room, threads, 8 * queries * queries_size(m));
+    w.own_block = own_room(room, threads, 8 * rows * BLOCK);
+    w.own_path = own_room(room, threads, 4 * rows);
+    return w;
+}
+
+/* Positions, depths, and parts of rows; 0, or what is wrong with the batch. num_ids: of the vocabulary. */
+static int look_through(const Stack *m, const Batch *f, int num_ids, Work *w) {
+    int next = 0, parts = 0;
+    for (int s = 0; s < f->num_spans; s++) {
+        const Span *span = f->spans + s;
+        if (span->first != next || span->count < 0 || span->committed < 0) return BAD_SPAN;
+        if (span->committed + (int64_t)span->count > span->capacity) return BAD_CAPACITY;
+        next += span->count;
+        if (next > f->num_rows) return BAD_SPAN;
+        int deepest = 0;
+        for (int row = span->first; row < next; row++) {
+            const int parent = f->parents[row];
+            if (parent != -1 && (parent < span->first || parent >= row)) return BAD_PARENT;
+            if (f->ids[row] < 0 || f->ids[row] >= num_ids) return BAD_ID;
+            w->depth[row] = parent < 0 ? 0 : w->depth[parent] + 1;
+            w->position[row] = span->committed + w->depth[row];
+            w->span_of[row] = s;
+            deepest = w->depth[row] > deepest ? w->depth[row] : deepest;
+        }
+        if (span->count && span->committed + deepest >= f->num_turns) return BAD_POSITION;
+        int windowed = 0;
+        for (int l = 0; l < m->num_layers; l++)
+            windowed |= m->layers[l].window && m->layers[l].window < span->committed + deepest + 1;
+        const int at_once = windowed ? 1 : ROWS_AT_ONCE;
+        for (int row = span->first; row < next; row += at_once)
+            w->parts[parts++] = (Part){s, row, next - row < at_once ? next - row : at_once, row};
+    }
+    w->num_parts = parts;
+    return next == f->num_rows ? 0 : BAD_SPAN;
+}
+
+/* -- the parts of a layer ----------------------------------------------------------------------------------------- */
+
+/* Root-mean-square norm (arXiv 1910.07467) of one padded row. */
+static void norm_row(const float *from, const float *weight, long len, float eps, float *to) {
+    vec squares = {0};
+    for (long i = 0; i < padded(len); i += LANES) squares += load(from + i) * load(from + i);
+    const vec factor = all(1.0f / sqrtf(sum(squares) / (float)len + eps));
+    for (long i = 0; i < padded(len); i += LANES) store(to + i, load(from + i) * factor * load(weight + i));
+}
+
+static Rows normed(const Stack *m, const Work *w, int n, const float *weight, int kind, int thread) {
+    const long size = padded(m->hidden);
+    float *rows = w->own_rows[thread];
+    for (int r = 0; r < n; r++) norm_row(w->states + r * size, weight, m->hidden, m->eps, rows + r * size);
+    return prepare(kind, rows, size, n, m->hidden, w->own_prepared[thread], w->own_steps[thread]);
+}
+
+/* A product for all rows, block by block, stored (to) or added to the states. */
+static void product_stage(const Product *p, const Rows *x, int n, Worker *worker, float *to, long ldo, int is_added,
+                          float *block) {
+    for (int b = take(worker); b >= 0; b = take(worker)) {
+        const long first = (long)b * BLOCK, count = block_size(p->outputs, first);
+        multiply(p, x, n, first, count, is_added ? block : to + first, is_added ? BLOCK : ldo);
+        if (is_added)
+            for (int r = 0; r < n; r++)
+                for (long o = 0; o < count; o++) to[r * ldo + first + o] += block[r * BLOCK + o];
+    }
+}
+
+static void gated_stage(const Stack *m, const Layer *layer, const Rows *x, int n, Worker *worker, float *to,
+                        float *block) {
+    float *gates = block, *ups = block + (long)n * BLOCK;
+    for (int b = take(worker); b >= 0; b = take(worker)) {
+        const long first = (long)b * BLOCK, count = block_size(m->inner, first);
+        multiply(&layer->gate, x, n, first, count, gates, BLOCK);
+        multiply(&layer->up, x, n, first, count, ups, BLOCK);
+        for (int r = 0; r < n; r++)
+            for (long o = 0; o < BLOCK; o += LANES) { /* beyond `count` is padding, or nobody's */
+                vec gate = load(gates + r * BLOCK + o), up = load(ups + r * BLOCK + o);
+                store(gates + r * BLOCK + o, gate / (1.0f + exponential(-gate)) * up);
+            }
+        for (int r = 0; r < n; r++) memcpy(to + r * padded(m->inner) + first, gates + r * BLOCK, 4 * (size_t)count);
+    }
+}
+
+/* One head: normed, if it has a norm, rotated to its position, scaled. from, to: [E]. */
+static void turn_head(const float *from, const float *weight, const float *turn, long size, float eps, float scale,
+                      float *to) {
+    float factor = 1.0f;
+    if (weight) {
+        vec squares = {0};
+        long i = 0;
+        for (; i + LANES <= size; i += LANES) squares += load(from + i) * load(from + i);
+        vec rest = load_part(from + i, size - i);
+        factor = 1.0f / sqrtf(sum(squares + rest * rest) / (float)size + eps);
+    }
+    for (long i = 0; i < size; i += 2) {
+        const float a = weight ? from[i] * factor * weight[i] : from[i];
+        const float b = weight ? from[i + 1] * factor * weight[i + 1] : from[i + 1];
+        to[i] = (a * turn[i] - b * turn[i + 1]) * scale;
+        to[i + 1] = (a * turn[i + 1] + b * turn[i]) * scale;
+    }
+}
+
+INLINE void keep(int kind, void *rows, long at, const float *from, long size) {
+    if (kind == FLOAT32) memcpy((float *)rows + at, from, (size_t)size * sizeof *from);
+    else for (long i = 0; i < size; i++) ((uint16_t *)rows)[at + i] = to_bf16(from[i]);
+}
+
+/* Queries, keys and values of one row: the first ready for their products, the others in the cache. */
+static void place_row(const Stack *m, const Layer *layer, int l, const Batch *f, const Work *w, int row, float *one) {
+    const long size = m->head_size, wide = queries_size(m);
+    const Span *span = f->spans + w->span_of[row];
+    const float *from = w->qkv + (long)row * (m->heads + 2 * m->key_heads) * size;
+    const int position = w->position[row] + (MUTANT(LATE_POSITION) && w->depth[row] > 0);
+    const float *turn = f->turns + (position < f->num_turns ? position : 0) * size;
+    memset(one, 0, (size_t)wide * sizeof *one);
+    for (long h = 0; h < m->heads; h++) {
+        float *to = w->queries + (row * m->heads + h) * wide;
+        turn_head(from + h * size, layer->query_norm, turn, size, m->eps, m->scale, one);
+        Rows ready = prepare(m->cache_kind, one, wide, 1, size, to, NULL);
+        if (ready.data != to) memcpy(to, one, (size_t)wide * sizeof *to);
+    }
+    const int64_t at = span->committed + (row - span->first);
+    for (long j = 0; j < m->key_heads; j++) {
+        turn_head(from + (m->heads + j) * size, layer->key_norm, turn, size, m->eps, 1.0f, one);
+        keep(m->cache_kind, span->keys[l], (j * span->capacity + at) * size, one, size);
+        keep(m->cache_kind, span->values[l], (j * span->capacity + at) * size,
+             from + (m->heads + m->key_heads + j) * size, size);
+    }
+}
+
+/* (2) of n rows. */
+static void place_stage(const Stack *m, const Layer *layer, int l, const Batch *f, const Work *w, int n,
+                        Worker *worker) {
+    meet(worker, n);
+    for (int r = take(worker); r >= 0; r = take(worker)) place_row(m, layer, l, f, w, r, w->own_mix[worker->thread]);
+}
+
+/* Scores of n queries [n][wide] with the keys of `count` cache rows from `row` on. */
+static void score(const Stack *m, const void *keys, int64_t row, long count, const float *queries, int n, float *out,
+                  long ldo) {
+    const long size = m->head_size;
+    if (m->cache_kind == FLOAT32)
+        float_dots((const float *)keys + row * size, size, count, queries, queries_size(m), n, size, out, ldo);
+    else
+        bf16_dots((const uint16_t *)keys + row * size, size, count, (const uint16_t *)queries, 2 * queries_size(m), n,
+                  size, out, ldo);
+}
+
+/* Scores [count] become their exponentials, the largest 1; their sum. There is room for padding behind them. */
+static float exponentials(float *scores, long count) {
+    vec most = all(-INFINITY), total = {0};
+    const long end = (count + LANES - 1) / LANES * LANES;
+    for (long i = count; i < end; i++) scores[i] = -INFINITY;
+    for (long i = 0; i < end; i += LANES) most = larger(load(scores + i), most);
+    const vec top = all(largest(most));
+    for (long i = 0; i < end; i += LANES) {
+        vec weight = exponential(load(scores + i) - top);
+        total += weight;
+        store(scores + i, weight);
+    }
+    return sum(total);
+}
+
+/* Adds `count` rows of values, weighted, to a stretch of n mixes: `vectors` whole ones, or part of one. */
+INLINE void mix_stretch(int kind, const char *values, long size, const int vectors, long part, long count,
+                        const float *weights, long ldw, const int n, float *mix, long wide) {
+    vec total[4][MIX_VECTORS];
+    for (int q = 0; q < n; q++)
+        for (int v = 0; v < vectors; v++) total[q][v] = load(mix + q * wide + v * LANES);
+    for (long s = 0; s < count; s++) {
+        vec value[MIX_VECTORS];
+        for (int v = 0; v < vectors; v++) {
+            if (kind == FLOAT32) {
+                const float *at = (const float *)values + s * size + v * LANES;
+                value[v] = part == LANES ? load(at) : load_part(at, part);
+            } else {
+                const uint16_t *at = (const uint16_t *)values + s * size + v * LANES;
+                value[v] = part == LANES ? load_bf16(at) : load_bf16_part(at, part);
+            }
+            HOLD(value[v]);
+        }
+        for (int q = 0; q < n; q++) {
+            const vec weight = all(weights[q * ldw + s]);
+            for (int v = 0; v < vectors; v++) total[q][v] += value[v] * weight;
+        }
+    }
+    for (int q = 0; q < n; q++)
+        for (int v = 0; v < vectors; v++) store(mix + q * wide + v * LANES, total[q][v]);
+}
+
+#define MIX(kind, vectors, part)                                                                                       \
+    switch (n - q) {                                                                                                   \
+        case 1: mix_stretch(kind, from, size, vectors, part, count, of, ldw, 1, to, wide); break;                      \
+        case 2: mix_stretch(kind, from, size, vectors, part, count, of, ldw, 2, to, wide); break;                      \
+        case 3: mix_stretch(kind, from, size, vectors, part, count, of, ldw, 3, to, wide); break;                      \
+        default: mix_stretch(kind, from, size, vectors, part, count, of, ldw, 4, to, wide);                            \
+    }
+
+/* mix[n][wide] += weights[n][ldw] times `count` cache rows of values from `row` on, one after the other. */
+static void add_values(const Stack *m, const char *values, int64_t row, long count, const float *weights, long ldw,
+                       int n, float *mix) {
+    const long size = m->head_size, wide = queries_size(m), bytes = m->cache_kind == FLOAT32 ? 4 : 2;
+    for (int q = 0; q < n; q += 4)
+        for (long i = 0; i < size;) {
+            const long part = size - i < LANES ? size - i : LANES, vectors = size - i >= MIX_VECTORS * LANES ? MIX_VECTORS : 1;
+            const char *from = values + (row * size + i) * bytes;
+            const float *of = weights + q * ldw;
+            float *to = mix + q * wide + i;
+            if (m->cache_kind == FLOAT32 && vectors == MIX_VECTORS) MIX(FLOAT32, MIX_VECTORS, LANES)
+            else if (m->cache_kind == BFLOAT16 && vectors == MIX_VECTORS) MIX(BFLOAT16, MIX_VECTORS, LANES)
+            else MIX(m->cache_kind, 1, part)
+            i += vectors * LANES;
+        }
+}
+
+/* The node's ancestors and itself as rows behind the committed ones, by depth, those below `first` left out. */
+static int path_of(const Batch *f, const Work *w, const Span *span, int row, int first, int32_t *path) {
+    int count = w->depth[row] + 1 - first;
+    for (int node = row, at = count - 1; at >= 0; node = f->parents[node]) path[at--] = node - span->first;
+    if (MUTANT(SKIP_ANCESTOR) && count > 2) memmove(path + 1, path + 2, (size_t)(--count - 1) * sizeof *path);
+    if (MUTANT(SEE_SIBLING) && row - 1 > (count > 1 ? path[count - 2] + span->first : row)) path[count++] = row - 1 - span->first;
+    return count;
+}
+
+/* Consecutive rows from path[at] on. */
+INLINE long run_of(const int32_t *path, int count, int at) {
+    long run = 1;
+    while (at + run < count && path[at + run] == path[at] + run) run++;
+    return run;
+}
+
+/* Attention of `num_heads` query heads from `head` on, all of one key head, of one part's rows. */
+static void attend(const Stack *m, const Layer *layer, int l, const Batch *f, const Work *w, const Part *part,
+                   int head, int num_heads, int thread) {
+    const int s = MUTANT(OTHER_CACHE) && f->num_spans > 1 ? (part->span + 1) % f->num_spans : part->span;
+    const Span *span = f->spans + part->span, *cache = f->spans + s;
+    const long size = m->head_size, wide = queries_size(m), ldw = w->most_seen, n = (long)part->count * num_heads;
+    const int64_t base = (int64_t)(head / (m->heads / m->key_heads)) * cache->capacity * size;
+    const int64_t offset = m->cache_kind == FLOAT32 ? base * 4 : base * 2;
+    const char *keys = (const char *)cache->keys[l] + offset, *values = (const char *)cache->values[l] + offset;
+    float *scores = w->own_scores[thread], *mix = w->own_mix[thread], *queries = mix + n * wide;
+    int32_t *path = w->own_path[thread];
+    const int position = w->position[part->row], reach = layer->window + MUTANT(WIDE_WINDOW);
+    const int first = layer->window && position >= reach ? position - reach + 1 : 0; /* parts of windows are one row */
+    const long committed = first < span->committed ? span->committed - first : 0;
+    const int skipped = first > span->committed ? first - span->committed : 0;
+    memset(mix, 0, (size_t)(n * wide) * sizeof *mix);
+    for (int r = 0; r < part->count; r++)
+        memcpy(queries + r * num_heads * wide, w->queries + ((long)(part->row + r) * m->heads + head) * wide,
+               (size_t)(num_heads * wide) * sizeof *queries);
+    if (committed) score(m, keys, first, committed, queries, (int)n, scores, ldw);
+    for (int r = 0; r < part->count; r++) {
+        const int count = path_of(f, w, span, part->row + r, skipped, path);
+        float *own = scores + r * num_heads * ldw;
+        for (int at = 0; at < count; at += (int)run_of(path, count, at))
+            score(m, keys, span->committed + path[at], run_of(path, count, at), queries + r * num_heads * wide,
+                  num_heads, own + committed + at, ldw);
+        for (int h = 0; h < num_heads; h++) /* the sum lies at the end of the line, behind the padding */
+            own[h * ldw + ldw - 1] = exponentials(own + h * ldw, committed + count);
+    }
+    if (committed) add_values(m, values, first, committed, scores, ldw, (int)n, mix);
+    for (int r = 0; r < part->count; r++) {
+        const int count = path_of(f, w, span, part->row + r, skipped, path);
+        float *own = scores + r * num_heads * ldw, *to = mix + r * num_heads * wide;
+        for (int at = 0; at < count; at += (int)run_of(path, count, at))
+            add_values(m, values, span->committed + path[at], run_of(path, count, at), own + committed + at, ldw,
+                       num_heads, to);
+        for (int h = 0; h < num_heads; h++) {
+            const float share = 1.0f / own[h * ldw + ldw - 1];
+            float *out = w->mixed + (part->to + r) * padded((long)m->heads * size) + (head + h) * size;
+            for (long i = 0; i < size; i++) out[i] = to[h * wide + i] * share;
+        }
+    }
+}
+
+/* The heads of a group read their keys together, unless threads would have nothing to do. */
+static int heads_at_once(const Stack *m, const Work *w, int team) {
+    return w->num_parts * m->key_heads < team ? 1 : m->heads / m->key_heads;
+}
+
+/* (3) of all parts. */
+static void attention_stage(const Stack *m, const Layer *layer, int l, const Batch *f, const Work *w,
+                            Worker *worker) {
+    const int num_heads = heads_at_once(m, w, worker->team), pieces = m->heads / num_heads;
+    meet(worker, w->num_parts * pieces);
+    for (int i = take(worker); i >= 0; i = take(worker))
+        attend(m, layer, l, f, w, w->parts + i / pieces, i % pieces * num_heads, num_heads,
+               worker->thread);
+}
+/* (1) of n rows. */
+static void project(const Stack *m, const Layer *layer, const Work *w, int n, Worker *worker) {
+    const Product *qkv = &layer->qkv;
+    meet(worker, blocks_of(qkv->outputs));
+    const Rows x = normed(m, w, n, layer->attention_norm, qkv->kind, worker->thread);
+    product_stage(qkv, &x, n, worker, w->qkv, qkv->outputs, 0, w->own_block[worker->thread]);
+}
+
+/* (4) to (6) of n rows. */
+static void widen(const Stack *m, const Layer *layer, const Work *w, int n, Worker *worker) {
+    const long hidden = padded(m->hidden), inner = padded(m->inner), attended = (long)m->heads * m->head_size;
+    const int thread = worker->thread;
+    float *block = w->own_block[thread], *prepared = w->own_prepared[thread], *steps = w->own_steps[thread];
+    meet(worker, blocks_of(layer->output.outputs));
+    Rows x = prepare(layer->output.kind, w->mixed, padded(attended), n, attended, prepared, steps);
+    product_stage(&layer->output, &x, n, worker, w->states, hidden, 1, block);
+    meet(worker, blocks_of(m->inner));
+    x = normed(m, w, n, layer->mlp_norm, layer->gate.kind, thread);
+    gated_stage(m, layer, &x, n, worker, w->inner, block);
+    meet(worker, blocks_of(layer->down.outputs));
+    x = prepare(layer->down.kind, w->inner, inner, n, m->inner, prepared, steps);
+    product_stage(&layer->down, &x, n, worker, w->states, hidden, 1, block);
+}
+
+/* Zeros wherever rows are padded, of this thread's share of n rows. */
+static void clear_rows(const Stack *m, const Work *w, int n, const Worker *worker) {
+    const long hidden = padded(m->hidden), inner = padded(m->inner), attended = padded((long)m->heads * m->head_size);
+    for (int r = worker->thread; r < n; r += worker->team) {
+        memset(w->states + r * hidden, 0, (size_t)hidden * 4);
+        memset(w->mixed + r * attended, 0, (size_t)attended * 4);
+        memset(w->inner + r * inner, 0, (size_t)inner * 4);
+    }
+}
+
+#endif
