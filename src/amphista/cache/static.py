@@ -75,8 +75,9 @@ class LayerRows:
         """Copy the rows `source` (indices [M], ascending) to row `to` and those behind it; none moves backwards."""
         if self.keys is None or self.values is None:  # a layer that reads another's keys and values
             return
-        self.keys[:, :, to : to + len(source)] = self.keys.index_select(2, source)
-        self.values[:, :, to : to + len(source)] = self.values.index_select(2, source)
+        end = to + source.shape[0]
+        self.keys[:, :, to:end] = self.keys.index_select(2, source)
+        self.values[:, :, to:end] = self.values.index_select(2, source)
 
 
 class KVCache:
@@ -85,11 +86,13 @@ class KVCache:
     def __init__(self, num_layers: int) -> None:
         self.layers = [LayerRows() for _ in range(num_layers)]
         self.num_committed = 0
+        self._piece: Tensor | None = None
+        self._first: Tensor | None = None  # of its views: another in its place is no view of it
 
     @property
     def num_rows(self) -> int:
         """All rows written, those of an uncommitted tree included."""
-        return max((layer.num_rows for layer in self.layers), default=0)
+        return max([layer.num_rows for layer in self.layers], default=0)  # a list: this is asked several times a step
 
     @property
     def num_bytes(self) -> int:
@@ -115,8 +118,30 @@ class KVCache:
             layer.num_rows = self.num_committed
 
     def _move(self, source: Tensor, to: int) -> None:
+        if self._piece is not None and self.layers[0].keys is self._first:  # all layers at once
+            self._piece[:, :, to : to + source.shape[0]] = self._piece.index_select(2, source)
+            return
         for layer in self.layers:
             layer.move(source, to)
+
+    def in_one_piece(self, num_rows: int, row: Tensor) -> Tensor:
+        """All layers' keys, then their values, side by side: [2 L, H, capacity, E], with room for `num_rows` rows like
+        `row` [1, H, *, E]. The layers' own are views of it until they grow by themselves, which the first does first.
+        """
+        first = self.layers[0]
+        is_whole = self._piece is not None and first.keys is self._first
+        if self._piece is None or not is_whole or first.capacity < num_rows:
+            grown = first.capacity if first.capacity >= num_rows else int(first.capacity * GROWTH)
+            capacity, size = max(FIRST_CAPACITY, num_rows, grown), len(self.layers)
+            piece = row.new_empty(2 * size, row.shape[1], capacity, row.shape[3])
+            for n, layer in enumerate(self.layers):
+                keys, values = piece[n : n + 1], piece[size + n : size + n + 1]
+                if layer.keys is not None and layer.values is not None:
+                    keys[:, :, : layer.num_rows] = layer.keys[:, :, : layer.num_rows]
+                    values[:, :, : layer.num_rows] = layer.values[:, :, : layer.num_rows]
+                layer.keys, layer.values = keys, values
+            self._piece, self._first = piece, first.keys
+        return self._piece
 
     def trim(self, num_rows: int) -> None:
         """Keep the first `num_rows` committed rows; also drops the rows of an uncommitted tree."""

@@ -17,6 +17,7 @@ from typing import Generic, TypeVar
 
 from amphista.engine.loop import EngineLoop, Update
 from amphista.engine.params import SamplingParams
+from amphista.engine.prefixes import PrefixStore
 from amphista.engine.request import Request
 from amphista.engine.scheduler import Limits, Scheduler
 from amphista.engine.sequence import Sequence
@@ -25,6 +26,7 @@ from amphista.errors import CapacityError, ConfigError
 from amphista.target.pages import free_bytes
 
 SHARE_OF_FREE_MEMORY = 0.5  # for keys and values
+SHARE_OF_KEPT = 0.125  # of that, for rows of answers that have ended: a next turn comes at once or never
 Tag = TypeVar("Tag")
 
 
@@ -67,7 +69,8 @@ class Batch(Generic[Tag]):
             max_waiting=None,
             max_wait_seconds=None,
         )
-        self.loop = EngineLoop(engine, Scheduler(self.limits, lambda chunk, running: 0.0), publish=self._note)
+        kept = PrefixStore(int(SHARE_OF_KEPT * self.limits.kv_bytes))
+        self.loop = EngineLoop(engine, Scheduler(self.limits, lambda chunk, running: 0.0, kept), publish=self._note)
         self._ended: list[Update] = []
         self._open: dict[Request, Job[Tag]] = {}
         self._num_tokens = 0

@@ -153,7 +153,8 @@ static void feed(const Drafting *g, Worker *worker) {
 
 /* Prepared rows from the given one on. */
 static Rows rows_from(Rows x, int kind, long row) {
-    return (Rows){(const char *)x.data + row * x.stride * (kind == INT8 ? 1 : kind == BFLOAT16 ? 2 : 4), x.steps ? x.steps + row : NULL, x.stride};
+    const long bytes = kind == INT8 ? 1 : kind == BFLOAT16 ? 2 : 4;
+    return (Rows){(const char *)x.data + row * x.stride * bytes, x.steps ? x.steps + row : NULL, x.stride};
 }
 
 /* One residual block of all heads, from features (NULL) or slots to slots. */

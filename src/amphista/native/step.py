@@ -120,13 +120,12 @@ class NativeSpan:
     """One sequence's part of a forward.
 
     token_ids, parents: of each node; a parent is an earlier node, or -1: then it follows the committed rows.
-    keys, values: of each layer [1, J, capacity, E]; new rows are written behind the `num_committed` ones.
+    rows: all L layers' keys, then their values [2 L, J, capacity, E]; new ones are written behind the `num_committed`.
     """
 
     token_ids: Sequence[int]
     parents: Sequence[int]
-    keys: Sequence[Tensor]
-    values: Sequence[Tensor]
+    rows: Tensor
     num_committed: int
 
 
@@ -198,17 +197,15 @@ class NativeModel:
 
     def _pointers(self, span: NativeSpan) -> Any:
         """Addresses of all layers' keys, then of their values."""
-        tensors = [*span.keys, *span.values]
-        shape = (1, self.shape.num_key_value_heads, tensors[0].shape[2], self.shape.head_size)
-        for tensor in tensors:
-            if tensor.shape != shape or tensor.dtype is not self.cache_dtype or not tensor.is_contiguous():
-                raise NativeError(
-                    f"the C step refuses a cache of {tuple(tensor.shape)}, {tensor.dtype}: expected {shape}, "
-                    f"{self.cache_dtype}, contiguous"
-                )
-        if len(span.keys) != self.num_layers or len(span.values) != self.num_layers:
-            raise NativeError(f"the C step refuses a cache of {len(span.keys)} layers: expected {self.num_layers}")
-        return (Address * len(tensors))(*(tensor.data_ptr() for tensor in tensors))
+        rows, number = span.rows, 2 * self.num_layers
+        shape = (number, self.shape.num_key_value_heads, rows.shape[2], self.shape.head_size)
+        if rows.shape != shape or rows.dtype is not self.cache_dtype or not rows.is_contiguous():
+            raise NativeError(
+                f"the C step refuses a cache of {tuple(rows.shape)}, {rows.dtype}: expected {shape}, "
+                f"{self.cache_dtype}, contiguous"
+            )
+        start, size = rows.data_ptr(), rows.stride(0) * rows.element_size()
+        return (Address * number)(*range(start, start + number * size, size))
 
     def _spans(self, spans: Sequence[NativeSpan], pointers: Sequence[Any]) -> Any:
         records, first = [], 0
@@ -217,7 +214,7 @@ class NativeModel:
             behind = ctypes.addressof(addresses) + self.num_layers * ctypes.sizeof(Address)
             values = ctypes.cast(behind, ctypes.POINTER(Address))
             count = len(span.token_ids)
-            records.append(_Span(keys, values, span.keys[0].shape[2], first, count, span.num_committed))
+            records.append(_Span(keys, values, span.rows.shape[2], first, count, span.num_committed))
             first += count
         return (_Span * len(records))(*records)
 

@@ -13,7 +13,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from amphista.cache.static import KVCache, LayerRows
+from amphista.cache.static import KVCache
 from amphista.errors import NativeError
 from amphista.kernels.int8 import Int8Linear
 from amphista.kernels.linear import PackedLinear, Product
@@ -129,14 +129,14 @@ class NativeForward:
             num_rows += span.tree.num_nodes
             end = span.num_past + span.tree.num_nodes
             furthest = max(furthest, end)
-            rows = [self._with_room(layer, end) for layer in span.cache.layers]
-            keys, values = [keys for keys, _ in rows], [values for _, values in rows]
-            native.append(NativeSpan(span.tree.tokens, span.tree.parents, keys, values, span.num_past))
+            rows = span.cache.in_one_piece(end, self._row)
+            native.append(NativeSpan(span.tree.tokens, span.tree.parents, rows, span.num_past))
         turns = self._lean.rotary.reserve(furthest)
         output = self.model.forward(native, range(num_rows) if wanted is None else wanted, turns)
         for span in spans:
+            end = span.num_past + span.tree.num_nodes
             for layer in span.cache.layers:
-                layer.num_rows = span.num_past + span.tree.num_nodes
+                layer.num_rows = end
         return output
 
     @torch.inference_mode()
@@ -160,11 +160,6 @@ class NativeForward:
         alone = self([Span(path, mine)])
         if not torch.equal(alone.logits[1], found.logits[2]):
             raise NativeError("a row's logits depend on what is beside it")
-
-    def _with_room(self, layer: LayerRows, num_rows: int) -> tuple[Tensor, Tensor]:
-        layer.make_room(num_rows, self._row, self._row)
-        assert layer.keys is not None and layer.values is not None
-        return layer.keys, layer.values
 
 
 def why_not_native(name: str, device: torch.device, dtype: torch.dtype, *, is_static: bool) -> str | None:

@@ -137,3 +137,26 @@ def test_integrity_notices_committed_rows_that_are_not_there():
     cache.num_committed = 3
     with pytest.raises(CapacityError, match="3 committed"):
         cache.check_integrity()
+
+
+def test_one_piece_holds_what_every_layer_held_however_they_grew():
+    """The layers' own growth may be broken off between two of them; paths move the same rows in either form."""
+    whole, plain = KVCache(3), KVCache(3)
+    row, size = torch.zeros(1, 2, 0, 4), FIRST_CAPACITY
+    for turn in range(3):
+        start = plain.num_committed
+        for layer, other in zip(whole.layers, plain.layers, strict=True):
+            keys, values = torch.randn(2, 1, 2, size, 4)
+            layer.append(keys, values)
+            other.append(keys, values)
+        whole.layers[0].make_room(start + 2 * size, row, row)  # only the first has grown
+        piece = whole.in_one_piece(start + size + 1, row)
+        assert piece.shape[0] == 6 and piece is whole.in_one_piece(1, row)
+        path = list(range(turn, size, 2))
+        whole.commit(path)
+        plain.commit(path)
+        for n, (layer, other) in enumerate(zip(whole.layers, plain.layers, strict=True)):
+            end = plain.num_committed
+            for mine, its, at in ((layer.keys, other.keys, n), (layer.values, other.values, 3 + n)):
+                assert torch.equal(mine[:, :, :end], its[:, :, :end])
+                assert mine.data_ptr() == piece[at].data_ptr()
