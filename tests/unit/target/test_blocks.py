@@ -9,6 +9,7 @@ import pytest
 import torch
 from gguf import GGMLQuantizationType as Kind
 
+from amphista.drafter.amphista import Amphista, AmphistaConfig
 from amphista.errors import TargetError
 from amphista.llm import LLM, choose_drafter
 from amphista.native.build import load
@@ -19,7 +20,7 @@ from amphista.target.spans import Span
 from amphista.tree.token_tree import TokenTree
 from tests.gguf_file import HIDDEN, write_gguf
 from tests.laws.test_native import has_compiler
-from tests.tiny import VOCAB, byte_tokenizer, tiny_model
+from tests.tiny import VOCAB, byte_tokenizer, shaken, tiny_model
 
 pytestmark = pytest.mark.skipif(not has_compiler(), reason="no C compiler")
 
@@ -79,6 +80,20 @@ def test_answers_are_those_of_float32(both):
         for target in both
     ]
     assert answers[0].token_ids == answers[1].token_ids
+
+
+@pytest.mark.parametrize(
+    "switches", [{}, {"path_rank": 8, "path_shortlist": 6, "draft_vocab": 100}], ids=["plain", "paths"]
+)
+def test_heads_in_c_read_the_blocks_and_draft_the_same(both, switches):
+    answers = []
+    for target in both:
+        torch.manual_seed(0)
+        drafter = shaken(Amphista(AmphistaConfig(num_heads=3, **switches), target.spec, target.shared))
+        answers.append(LLM(target, drafter, tree=6).generate("what is this", max_new_tokens=24, raw=True))
+        assert drafter.why_not_native is None
+    assert answers[0].token_ids == answers[1].token_ids
+    assert answers[0].stats.accepted == answers[1].stats.accepted
 
 
 def test_what_drafters_share(both):
