@@ -1,9 +1,13 @@
-"""Times a forward of the C step beside the torch form's (lean.py), interleaved, by rows of one tree.
+"""Times a forward of the C step beside the torch form's (lean.py), interleaved, by rows of one tree; or drafting.
 
-    python benchmarks/lab/native_step.py --dtype float32,int8,bfloat16 --rows 1,2,4,8,16 --context 200 --repeats 15
+    python benchmarks/lab/native_step.py --dtype float32,gguf,int8,bfloat16 --rows 1,2,4,8,16 --context 200 --repeats 15
+    python benchmarks/lab/native_step.py --dtype float32,int8,bfloat16 --rows 1,2,4 --drafts 1,2,4,8
+
+With --drafts: so many sequences at once give `--rows` rows each to the default heads, which are then asked, in C,
+with weights of 8 bits and as they are, and in torch; shares are those of a forward of one row, timed in turn.
 
 Prints the medians and least times in ms, their ratio, T(n) / T(1), and the time that reading the weights once takes at
-the memory bandwidth measured in the same run.
+the memory bandwidth measured in the same run. gguf: the file's own blocks, whose torch form multiplies in C, too.
 """
 
 from __future__ import annotations
@@ -18,7 +22,10 @@ from pathlib import Path
 import torch
 
 from amphista.cache.static import KVCache
+from amphista.drafter.base import Ask
+from amphista.drafter.checkpoint import load_proposer
 from amphista.kernels.linear import PackedLinear
+from amphista.target.blocks import GGUF
 from amphista.target.lean import LeanModel
 from amphista.target.loading import load_target
 from amphista.target.native import NativeForward, PlainLinear, RoundedLinear
@@ -56,14 +63,23 @@ def lower_priority() -> None:
         os.sched_setscheduler(int(thread.name), os.SCHED_OTHER, os.sched_param(0))
 
 
-def forwards(dtype: str, context: int) -> tuple[dict[str, Callable[[TokenTree], None]], int]:
-    """Both forms of the default target behind the same context; bytes of weights that the C step reads."""
+def both_forms(dtype: str) -> tuple[LeanModel, NativeForward]:
+    """The torch form of the default target at its best, and the C step."""
+    if dtype == GGUF:
+        target = load_target(dtype=GGUF, progress=lambda line: None)
+        assert target._lean is not None and target._native is not None
+        return target._lean, target._native
     target = load_target(dtype="bfloat16" if dtype == "bfloat16" else "float32", fast=False, progress=lambda line: None)
-    prompt = [(7 * i + 3) % 40000 for i in range(context)]
     plain = LeanModel(target.model, product=RoundedLinear if dtype == "int8" else PlainLinear)
     packed = plain if dtype == "int8" else LeanModel(target.model, product=PackedLinear)
-    native = NativeForward(plain, [None] * target.spec.num_layers)
-    cache = KVCache(target.spec.num_layers)
+    return packed, NativeForward(plain, [None] * target.spec.num_layers)
+
+
+def forwards(dtype: str, context: int) -> tuple[dict[str, Callable[[TokenTree], None]], int]:
+    """Both forms of the default target behind the same context; bytes of weights that the C step reads."""
+    packed, native = both_forms(dtype)
+    prompt = [(7 * i + 3) % 40000 for i in range(context)]
+    cache = KVCache(len(native.layers))
     chain = TokenTree.chain(prompt)
 
     def torch_form(tree: TokenTree) -> None:
@@ -77,6 +93,49 @@ def forwards(dtype: str, context: int) -> tuple[dict[str, Callable[[TokenTree], 
     cache.commit(range(context))
     weights = [w for layer in native.layers for w in (layer.qkv, layer.output, layer.gate, layer.up, layer.down)]
     return {"torch": torch_form, "native": c_step}, sum(w.num_bytes for w in [*weights, native.head])
+
+
+def drafts(
+    dtype: str, context: int, numbers: list[int], rows: list[int], repeats: int, before: Callable[[], None]
+) -> None:
+    """Prints a line for each number of sequences and of rows they are fed."""
+    target = load_target(dtype=dtype, progress=lambda line: None)
+    token_ids = [(7 * i + 3) % 40000 for i in range(context)]
+    cache = target.new_cache()
+    hidden = target.prefill(token_ids, cache).hidden
+    forms = {}
+    for name, settings in {
+        "8 bits": {"native": True},
+        "as it is": {"native": True, "exact": True},
+        "torch": {},
+    }.items():
+        heads = load_proposer("amphista", target.spec, target.shared, target.fingerprint).heads
+        assert heads is not None
+        forms[name] = heads.freeze(**settings)
+    states = {name: [form.start() for _ in range(max(numbers))] for name, form in forms.items()}
+    for name, form in forms.items():
+        for state in states[name]:
+            form.commit(state, hidden, torch.tensor(token_ids))
+    before()
+    for number in numbers:
+        for count in rows:
+            times: dict[str, list[float]] = {name: [] for name in (*forms, "forward")}
+            for _ in range(repeats):
+                for name, form in forms.items():
+                    fed = hidden[:count], token_ids[:count]
+                    asks = [Ask(state, form.num_heads, 0.0, *fed) for state in states[name][:number]]
+                    start = time.perf_counter()
+                    form.draft_all(asks, 8)
+                    times[name].append((time.perf_counter() - start) * 1000)
+                    for state in states[name]:
+                        form.trim(state, context)
+                start = time.perf_counter()
+                target.verify(TokenTree([5], [-1]), cache)
+                times["forward"].append((time.perf_counter() - start) * 1000)
+                cache.trim(context)
+            least = {name: min(found) for name, found in times.items()}
+            shares = [f"{name} {least[name]:.2f} ({least[name] / least['forward']:.3f})" for name in forms]
+            print(f"  {number} sequences fed {count} rows: {', '.join(shares)}; forward {least['forward']:.2f}")
 
 
 def measure(
@@ -97,14 +156,22 @@ def measure(
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--dtype", default="float32,int8,bfloat16")
+    parser.add_argument("--dtype", default="float32,gguf,int8,bfloat16")
     parser.add_argument("--rows", default="1,2,4,8,16")
     parser.add_argument("--context", type=int, default=200)
     parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--drafts", help="numbers of sequences: time drafting")
     parser.add_argument("--realtime", action="store_true", help="real-time priority while timing (root, Linux)")
     options = parser.parse_args()
     rows = [int(part) for part in options.rows.split(",")]
     for dtype in options.dtype.split(","):
+        if options.drafts:
+            print(f"{dtype}, context {options.context}, {torch.get_num_threads()} threads: least ms")
+            numbers = [int(part) for part in options.drafts.split(",")]
+            before = raise_priority if options.realtime else lambda: None
+            drafts(dtype, options.context, numbers, rows, options.repeats, before)
+            lower_priority() if options.realtime else None
+            continue
         forms, num_bytes = forwards(dtype, options.context)
         if options.realtime:
             forms["native"](tree_of(4)), forms["torch"](tree_of(4))
