@@ -94,10 +94,10 @@ class ParallelHeads(Drafter):
             del self.own_head, self.own_bias
 
     def _scores(self) -> Scores:
-        embedding, own = self._shared.embedding_weight, self.config.lm_head == "own"
+        own = self.config.lm_head == "own"
         weights = [self.own_weights(k) for k in range(self.num_heads)] if own else [self._gather_head()]
-        rows = list(self.own_head) if own else [self._shared.head_weight]
-        return Scores(embedding=embedding, weights=weights, rows=rows, draft_ids=self.draft_ids)
+        rows = list(self.own_head) if own else []
+        return Scores(shared=self._shared, weights=weights, own_rows=rows, draft_ids=self.draft_ids)
 
     @abstractmethod
     def parts(self) -> Modules:

@@ -47,7 +47,12 @@ class Product(ABC):
     @classmethod
     def of(cls, *layers: nn.Linear) -> Self:
         """One layer, or several of the same input side by side: their outputs follow each other."""
-        return cls.side_by_side([layer.weight for layer in layers], [layer.bias for layer in layers])
+        return cls.side_by_side([cls.weight_of(layer) for layer in layers], [layer.bias for layer in layers])
+
+    @staticmethod
+    def weight_of(layer: nn.Linear) -> Tensor:
+        """What of a layer is multiplied with."""
+        return layer.weight
 
     @classmethod
     def side_by_side(cls, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> Self:

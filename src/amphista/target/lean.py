@@ -64,9 +64,9 @@ def _projections(attention: Any, product: type[Product]) -> Product:
     """Queries, keys and values of one layer as one product."""
     layers = [attention.q_proj, attention.k_proj, attention.v_proj]
     size = attention.head_dim
-    weights = [paired(layer.weight, size) for layer in layers[:2]]
+    weights = [paired(product.weight_of(layer), size) for layer in layers[:2]]
     biases = [None if layer.bias is None else paired(layer.bias, size) for layer in layers[:2]]
-    return product.side_by_side([*weights, layers[2].weight], [*biases, layers[2].bias])
+    return product.side_by_side([*weights, product.weight_of(layers[2])], [*biases, layers[2].bias])
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,8 @@ class LeanModel:
         attention = decoder.layers[0].self_attn
         self.head_size = attention.head_dim
         self.num_heads, self.num_key_value_heads = config.num_attention_heads, config.num_key_value_heads
-        self._embedding = decoder.embed_tokens.weight.detach()
+        self.embed = decoder.embed_tokens
+        self._embedding = self.embed.weight.detach()
         self.rotary = _rotary_table(decoder.rotary_emb, self._embedding.device)
         self._exact = torch.promote_types(self.dtype, torch.float32)  # what is rotated in
         self.sums_in = _sums_in(self.dtype, self.device, product)
@@ -191,7 +192,7 @@ class LeanModel:
         rows: Sequence[Sequence[Rows]],
     ) -> Tensor:
         """Flat rows [N, D]. attention: by rule, then by span; rows: by layer, then by span."""
-        states = functional.embedding(token_ids, self._embedding)
+        states = self.embed(token_ids)
         for layer, caches in zip(self.layers, rows, strict=False):  # layers may be taken away to time the rest
             states = self._layer(layer, states, turn, attention[layer.rule], caches)
         return self._norm(states)

@@ -16,11 +16,13 @@ from torch import Tensor
 from amphista.cache.static import KVCache
 from amphista.errors import NativeError
 from amphista.kernels.int8 import Int8Linear
-from amphista.kernels.linear import PackedLinear
+from amphista.kernels.linear import PackedLinear, Product
 from amphista.native.build import load
 from amphista.native.huge_pages import Arena
-from amphista.native.step import NativeLayer, NativeModel, NativeOutput, NativeSpan, Shape, Weight
+from amphista.native.step import NativeLayer, NativeModel, NativeOutput, NativeSpan, Shape
+from amphista.native.weights import Weight
 from amphista.target.attention import Rule
+from amphista.target.blocks import BlockedLinear, BlockLinear, native_of
 from amphista.target.lean import LeanLayer, LeanModel
 from amphista.target.spans import Span
 from amphista.tree.token_tree import TokenTree
@@ -46,6 +48,13 @@ class RoundedLinear(Int8Linear):
         if len(weights) == 2:  # gate and up, which the C step multiplies one by one
             made.native = [Weight.of_8_bits(w, b, _ARENA) for w, b in zip(weights, biases, strict=True)]
         return made
+
+
+def product_of(head: object, *, int8: bool, native: bool) -> type[Product]:
+    """The kernel of a fast form's products, by the stock model's LM head and whether the C step shall read them."""
+    if isinstance(head, BlockedLinear):
+        return BlockLinear
+    return (RoundedLinear if int8 else PlainLinear) if native else Int8Linear if int8 else PackedLinear
 
 
 _ARENA = Arena()
@@ -86,7 +95,7 @@ class NativeForward:
         scale = float(lean._heads_scale[0])
         shape = Shape(lean.num_heads, lean.num_key_value_heads, lean.head_size, norm.eps, scale)
         self.layers = [self._layer(layer, window) for layer, window in zip(lean.layers, windows, strict=True)]
-        (self.head,), embedding = _weights(lean.head, 1), Weight.of(lean._embedding)
+        (self.head,), embedding = _weights(lean.head, 1), native_of(lean.embed)
         self.model = NativeModel(shape, self.layers, lean._norm.weight, embedding, self.head, flags=flags)
         self._row = torch.empty(1, lean.num_key_value_heads, 0, lean.head_size, dtype=self.model.cache_dtype)
 
@@ -185,7 +194,7 @@ def _said(name: str, error: NativeError) -> str:
 
 def _weights(product: object, parts: int) -> list[Weight]:
     """The weights of a product of so many layers side by side."""
-    if isinstance(product, RoundedLinear):
+    if isinstance(product, RoundedLinear | BlockLinear):
         return product.native
     if not isinstance(product, PackedLinear) or product.is_packed:
         raise NativeError("the C step reads weights as they lie: these are packed")

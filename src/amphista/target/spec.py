@@ -17,10 +17,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from amphista.errors import TargetError
 from amphista.kernels.linear import Product
+from amphista.native.weights import Weight
+from amphista.target.blocks import BlockedLinear, native_of, rows_of
 from amphista.target.pages import give_back
 
 NUM_FINGERPRINT_ROWS = 64
@@ -184,14 +185,24 @@ class SharedWeights:
         return self._transform == LogitTransform()
 
     @property
-    def embedding_weight(self) -> Tensor:
-        """The embedding's table [V, embedding size]."""
-        return self._embedding.get_parameter("weight")
+    def native_embedding(self) -> Weight:
+        """The embedding's table [V, embedding size], for the C step. raises NativeError."""
+        return native_of(self._embedding)
+
+    @property
+    def native_head(self) -> Weight:
+        """The LM head [V, D], for the C step. raises NativeError."""
+        return native_of(self._lm_head)
 
     @property
     def head_weight(self) -> Tensor:
-        """The LM head [V, D]."""
+        """The LM head [V, D]; of a target in blocks no more than its size."""
         return self._lm_head.weight
+
+    @property
+    def is_blocked(self) -> bool:
+        """Whether they are a GGUF file's blocks."""
+        return isinstance(self._lm_head, BlockedLinear)
 
     @property
     def has_bias(self) -> bool:
@@ -202,7 +213,7 @@ class SharedWeights:
     def head_rows(self, token_ids: Tensor) -> tuple[Tensor, Tensor | None]:
         """A copy of some LM-head rows: ids [...] -> weight [..., D] and bias [...] or None."""
         bias = getattr(self._lm_head, "bias", None)
-        rows = functional.embedding(token_ids, self.head_weight)  # whole rows at a time, which indexing does not copy
+        rows = rows_of(self._lm_head, token_ids)
         return rows, None if bias is None else bias[token_ids]
 
     def many_head_rows(self, token_ids: Tensor) -> tuple[Tensor, Tensor | None]:
