@@ -24,11 +24,12 @@ import torch
 from amphista.cache.static import KVCache
 from amphista.drafter.base import Ask
 from amphista.drafter.checkpoint import load_proposer
-from amphista.kernels.linear import PackedLinear
+from amphista.kernels.linear import TorchLinear
 from amphista.target.blocks import GGUF
 from amphista.target.lean import LeanModel
 from amphista.target.loading import load_target
-from amphista.target.native import NativeForward, PlainLinear, RoundedLinear
+from amphista.target.native import NativeForward
+from amphista.target.products import PlainLinear, RoundedLinear
 from amphista.target.spans import Span
 from amphista.tree.token_tree import TokenTree
 
@@ -71,7 +72,7 @@ def both_forms(dtype: str) -> tuple[LeanModel, NativeForward]:
         return target._lean, target._native
     target = load_target(dtype="bfloat16" if dtype == "bfloat16" else "float32", fast=False, progress=lambda line: None)
     plain = LeanModel(target.model, product=RoundedLinear if dtype == "int8" else PlainLinear)
-    packed = plain if dtype == "int8" else LeanModel(target.model, product=PackedLinear)
+    packed = plain if dtype == "int8" else LeanModel(target.model, product=TorchLinear)
     return packed, NativeForward(plain, [None] * target.spec.num_layers)
 
 
