@@ -57,7 +57,7 @@ def _window(rule: Rule, num_positions: int) -> int | None:
 
 
 class NativeForward:
-    """The forward of a lean model whose weights lie as they are (not packed), in C. raises NativeError."""
+    """The forward of a lean model whose products are made for it, in C. raises NativeError."""
 
     def __init__(self, lean: LeanModel, windows: Sequence[int | None], *, flags: tuple[str, ...] | None = None) -> None:
         """windows: of each layer, positions a row sees, itself included; None: all."""
