@@ -24,11 +24,12 @@ import torch
 from amphista.cache.static import KVCache
 from amphista.drafter.base import Ask
 from amphista.drafter.checkpoint import load_proposer
-from amphista.kernels.linear import PackedLinear
+from amphista.kernels.linear import TorchLinear
 from amphista.target.blocks import GGUF
 from amphista.target.lean import LeanModel
 from amphista.target.loading import load_target
-from amphista.target.native import NativeForward, PlainLinear, RoundedLinear
+from amphista.target.native import NativeForward
+from amphista.target.products import PlainLinear, RoundedLinear
 from amphista.target.spans import Span
 from amphista.tree.token_tree import TokenTree
 
@@ -71,20 +72,20 @@ def both_forms(dtype: str) -> tuple[LeanModel, NativeForward]:
         return target._lean, target._native
     target = load_target(dtype="bfloat16" if dtype == "bfloat16" else "float32", fast=False, progress=lambda line: None)
     plain = LeanModel(target.model, product=RoundedLinear if dtype == "int8" else PlainLinear)
-    packed = plain if dtype == "int8" else LeanModel(target.model, product=PackedLinear)
-    return packed, NativeForward(plain, [None] * target.spec.num_layers)
+    torch_form = plain if dtype == "int8" else LeanModel(target.model, product=TorchLinear)
+    return torch_form, NativeForward(plain, [None] * target.spec.num_layers)
 
 
 def forwards(dtype: str, context: int) -> tuple[dict[str, Callable[[TokenTree], None]], int]:
     """Both forms of the default target behind the same context; bytes of weights that the C step reads."""
-    packed, native = both_forms(dtype)
+    lean, native = both_forms(dtype)
     prompt = [(7 * i + 3) % 40000 for i in range(context)]
     cache = KVCache(len(native.layers))
     chain = TokenTree.chain(prompt)
 
     def torch_form(tree: TokenTree) -> None:
         cache.trim(cache.num_committed)
-        packed.logits(packed.hidden_of([Span(tree, cache)])).argmax(-1)
+        lean.logits(lean.hidden_of([Span(tree, cache)])).argmax(-1)
 
     def c_step(tree: TokenTree) -> None:
         native([Span(tree, cache)])

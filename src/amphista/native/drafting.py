@@ -28,9 +28,9 @@ from amphista.native.step import (
     padded,
     stack_record,
 )
-from amphista.native.weights import Address, Product, Weight, address, rounded_up
+from amphista.native.weights import PAD, Address, Product, Weight, address, rounded_up
 
-MOST_ROWS, PAD = 1 << 30, 64
+MOST_ROWS = 1 << 30
 FIRST_CAPACITY = 128
 
 

@@ -21,9 +21,8 @@ from torch import Tensor
 
 from amphista.errors import NativeError
 from amphista.native.build import load
-from amphista.native.weights import KINDS, Address, Product, Weight, address, rounded_up
+from amphista.native.weights import KINDS, PAD, Address, Product, Weight, address, rounded_up
 
-PAD = 64  # step.c reads padded rows of small vectors: norms
 WRONG = {
     1: "its spans do not follow each other",
     2: "a parent does not come before its row in the same span",

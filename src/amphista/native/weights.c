@@ -8,9 +8,11 @@ void amphista_rows(const Product *p, const int64_t *rows, int64_t n, float *out,
     for (int64_t r = 0; r < n; r++) weight_row(p, rows[r], out + r * p->inputs);
 }
 
-/* The product of n rows [n][inputs] and a weight of FLOAT32 or blocks, as in a forward: out[n][outputs]. */
-void amphista_product(const Product *p, const float *rows, int64_t n, float *out, int threads) {
-    const Rows x = {rows, NULL, p->inputs};
+/* The product of n rows [n][padded(inputs)], zeros at their ends, and a weight, as in a forward: out[n][outputs].
+ * room: [n][padded(inputs) + 1]. */
+void amphista_product(const Product *p, const float *rows, int64_t n, float *out, int threads, float *room) {
+    const long size = padded(p->inputs);
+    const Rows x = prepare(p->kind, rows, size, (int)n, p->inputs, room, room + n * size);
     (void)threads;
 #pragma omp parallel for num_threads(threads) schedule(dynamic, 4)
     for (int32_t first = 0; first < p->outputs; first += BLOCK)

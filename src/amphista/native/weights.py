@@ -23,6 +23,7 @@ INT8, SIDE_BY_SIDE = 2, 3
 BLOCK_KINDS = {2: 4, 18: 5, 20: 6, 22: 7, 24: 8, 34: 9, 144: 10, 176: 11, 210: 12}  # of a GGUF file, by a block's bytes
 BLOCK_NUMBERS = {2: 1, 144: 256, 176: 256, 210: 256}  # in a block; of all others 32
 HALVES = 32  # float16 is read by so many
+PAD = 64  # rows of our own are padded with zeros to a multiple
 Address = ctypes.c_void_p
 
 
@@ -112,13 +113,16 @@ class Weight:
         return self._call(load(flags).amphista_rows, ids, out)
 
     def multiply(self, rows: Tensor, flags: tuple[str, ...] | None = None) -> Tensor:
-        """The product of rows of float32 [N, I] and a weight of float32 or blocks: [N, O], as in a forward."""
-        rows, out = rows.detach().float().contiguous(), torch.empty(len(rows), self.num_outputs)
-        return self._call(load(flags).amphista_product, rows, out)
+        """The product of rows of float32 [N, I] and this weight: [N, O], as in a forward."""
+        padded = torch.zeros(len(rows), rounded_up(self.num_inputs, PAD))
+        padded[:, : self.num_inputs] = rows.detach()
+        out, room = torch.empty(len(rows), self.num_outputs), torch.empty(padded.numel() + len(rows))
+        return self._call(load(flags).amphista_product, padded, out, Address(room.data_ptr()))
 
-    def _call(self, function: Any, given: Tensor, out: Tensor) -> Tensor:
+    def _call(self, function: Any, given: Tensor, out: Tensor, *more: Any) -> Tensor:
         sizes = ctypes.c_int64(len(given)), ctypes.c_int(torch.get_num_threads())
-        function(ctypes.byref(self.record()), Address(given.data_ptr()), sizes[0], Address(out.data_ptr()), sizes[1])
+        record = ctypes.byref(self.record())
+        function(record, Address(given.data_ptr()), sizes[0], Address(out.data_ptr()), sizes[1], *more)
         return out
 
     def record(self) -> Product:

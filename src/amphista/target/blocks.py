@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from amphista.errors import NativeError
-from amphista.kernels.linear import Product
 from amphista.native.weights import HALVES, Weight
+from amphista.target.products import NativeLinear
 
 GGUF = "gguf"  # as a type of weights
 INDEX = "tensors.json"
@@ -101,17 +101,11 @@ def rows_of(layer: nn.Linear, ids: Tensor) -> Tensor:
     return functional.embedding(ids, layer.weight)  # whole rows at a time, which indexing does not copy
 
 
-class BlockLinear(Product):
-    """y = x W^T + b for float32 rows x [N, I], W [O, I] in blocks that are held as they are."""
-
-    is_packed = False
+class BlockLinear(NativeLinear):
+    """Weights in blocks, held as they are."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
         self._take([Weight.of_blocks(weight, bias)])
-
-    def _take(self, native: list[Weight]) -> None:
-        self.native = native
-        self.num_outputs, self.num_inputs = sum(part.num_outputs for part in native), native[0].num_inputs
 
     @staticmethod
     def weight_of(layer: nn.Linear) -> Tensor:
@@ -120,21 +114,10 @@ class BlockLinear(Product):
 
     @classmethod
     def side_by_side(cls, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> Self:
-        """Three become one product of the C step; gate and up stay two, which it multiplies one by one."""
         made = cls.__new__(cls)
         parts = [Weight.of_blocks(weight, bias) for weight, bias in zip(weights, biases, strict=True)]
         made._take([Weight.side_by_side(parts)] if len(parts) > 2 else parts)
         return made
-
-    def __call__(self, rows: Tensor) -> Tensor:
-        return torch.cat([part.multiply(rows) for part in self.native], dim=1)
-
-    def added(self, rows: Tensor, residual: Tensor) -> Tensor:
-        return residual + self(rows)
-
-    @property
-    def num_bytes(self) -> int:
-        return sum(part.num_bytes for part in self.native)
 
 
 # -- a file ------------------------------------------------------------------------------------------------------------

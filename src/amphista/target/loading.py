@@ -12,7 +12,6 @@ from typing import Any, TypedDict, Unpack
 import torch
 
 from amphista.errors import NativeError, TargetError, first_line
-from amphista.kernels.int8 import can_quantise
 from amphista.native.build import load
 from amphista.target import DEFAULT_TARGET
 from amphista.target.blocks import GGUF, give_blocks
@@ -80,7 +79,7 @@ def load_target(
             return target
     int8 = dtype == INT8
     if int8:
-        _refuse_int8(place, fast)
+        _refuse_int8(place, fast=fast, native=native)
     folder = locate(name, progress)
     source = Source(name, folder, hub)
     model = _load_model(source, place, _dtype(dtype, place))  # first: it refuses families by name
@@ -172,12 +171,16 @@ def _gguf_file(name: str, progress: Progress) -> Path:
         raise
 
 
-def _refuse_int8(place: torch.device, fast: bool) -> None:
+def _refuse_int8(place: torch.device, *, fast: bool, native: bool) -> None:
     """Raise TargetError where 8-bit weights cannot be used."""
-    if not fast:
-        raise TargetError("int8 weights need the fast path: leave out --no-fast (fast=False)")
-    if not can_quantise(torch.empty(0, device=place)):
-        raise TargetError("int8 weights need a CPU with 8-bit dot products (VNNI) and a torch built with oneDNN")
+    if not (fast and native):
+        raise TargetError("int8 weights need the C step: leave out --no-fast and --no-native (fast, native = False)")
+    if place.type != "cpu":
+        raise TargetError(f"int8 weights need the C step, which runs on a CPU, not on {place.type}")
+    try:
+        load()
+    except NativeError as error:
+        raise TargetError(f"int8 weights need the C step: {error}") from error
 
 
 def locate(name: str, progress: Progress = logger.info) -> str:

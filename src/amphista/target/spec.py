@@ -19,10 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from amphista.errors import TargetError
-from amphista.kernels.linear import Product
 from amphista.native.weights import Weight
 from amphista.target.blocks import BlockedLinear, native_of, rows_of
-from amphista.target.pages import give_back
 
 NUM_FINGERPRINT_ROWS = 64
 
@@ -153,7 +151,6 @@ class SharedWeights:
 
     def __init__(self, embedding: nn.Module, lm_head: nn.Linear, transform: LogitTransform) -> None:
         self._embedding, self._lm_head, self._transform = embedding, lm_head, transform
-        self._packed: Product | None = None
 
     @torch.no_grad()
     def embed(self, token_ids: Tensor) -> Tensor:
@@ -167,13 +164,7 @@ class SharedWeights:
         Gradients flow to `states`, never to the head.
         """
         states = states.to(self.head_weight.dtype)
-        if self._packed is not None and torch.is_inference_mode_enabled():
-            return self.transform(self._packed(states.reshape(-1, states.shape[-1])).view(*states.shape[:-1], -1))
         return self.transform(self._lm_head(states))
-
-    def use_packed(self, head: Product) -> None:
-        """Decode with a packed copy of the LM head; training, which needs gradients, keeps the plain one."""
-        self._packed = head
 
     def transform(self, logits: Tensor) -> Tensor:
         """The family's own scaling and soft-capping, for logits made with `head_rows`."""
@@ -215,13 +206,6 @@ class SharedWeights:
         bias = getattr(self._lm_head, "bias", None)
         rows = rows_of(self._lm_head, token_ids)
         return rows, None if bias is None else bias[token_ids]
-
-    def many_head_rows(self, token_ids: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The same for a whole draft vocabulary [N], once; what was read for it does not stay in memory."""
-        rows = self.head_rows(token_ids)
-        if self._packed is not None and self._packed.is_packed:
-            give_back(self.head_weight)  # decoding reads the packed copy
-        return rows
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -26,16 +26,15 @@ from amphista.cache.hf import as_transformers_cache
 from amphista.cache.resident import ResidentCache
 from amphista.cache.static import KVCache, sent
 from amphista.errors import CapacityError, CaptureError, TargetError
-from amphista.kernels.int8 import Int8Linear
-from amphista.kernels.linear import PackedLinear
 from amphista.target.attention import Layout, laid_out, refuse_attention
 from amphista.target.blocks import GGUF
 from amphista.target.captured import CapturedForward
 from amphista.target.families import decoder_of, kept_by_layers
 from amphista.target.lean import LeanModel
-from amphista.target.native import NativeForward, PlainLinear, native_form, product_of, why_not_native
+from amphista.target.native import NativeForward, native_form, product_of, why_not_native
 from amphista.target.output import TargetOutput
 from amphista.target.pages import give_back, trim_allocator
+from amphista.target.products import RoundedLinear
 from amphista.target.qualify import why_not_fast
 from amphista.target.spans import Span
 from amphista.target.spec import Fingerprint, LogitTransform, SharedWeights, TargetSpec
@@ -145,7 +144,7 @@ class Target:
     @property
     def has_int8(self) -> bool:
         """Whether its weights have 8 bits; what flows between them is of `dtype`."""
-        return self._lean is not None and isinstance(self._lean.head, Int8Linear)
+        return self._lean is not None and isinstance(self._lean.head, RoundedLinear)
 
     @property
     def has_blocks(self) -> bool:
@@ -161,8 +160,8 @@ class Target:
         """Take the fast path where the model qualifies and a forward of both agrees; `why_stock` tells why not.
 
         release: give up the stock model, so that its weights are not there twice. int8: round the weights to 8 bits,
-        which makes another target of it (kernels/int8.py); only where `can_quantise` says so. native: let the C step
-        take its place where it can be built; `why_not_native` tells why not.
+        which makes another target of it (products.py) and needs the C step. native: let the C step take its place where
+        it can be built; `why_not_native` tells why not.
         """
         if self._lean is not None or self.why_stock is not None:
             return self._lean is not None
@@ -173,8 +172,11 @@ class Target:
         if native:
             self.why_not_native = why_not_native(self.name, self.device, self.dtype, is_static=bool(self._wants_static))
             native = self.why_not_native is None
+        if int8 and not native:
+            raise TargetError(
+                f"weights of 8 bits need the C step: {self.why_not_native or 'native=True (no --no-native)'}"
+            )
         product = product_of(self._model.get_output_embeddings(), int8=int8, native=native)
-        head = PackedLinear.of(self._model.get_output_embeddings()) if product is PlainLinear else None  # of drafters
         self._lean = LeanModel(self._model, product=product, release=release)
         difference = float((self.hidden_states(ids) - expected).abs().max() / expected.abs().max())
         if not difference <= self._probe_tolerance:
@@ -182,7 +184,6 @@ class Target:
                 f"the fast path of {self.name} differs from its stock model by {difference:.2g} of the hidden states' "
                 f"scale (allowed {self._probe_tolerance:.2g}): load it with fast=False (--no-fast) and report it"
             )
-        self.shared.use_packed(head or self._lean.head)
         if native:
             positions = self.spec.max_positions
             self._native, self.why_not_native = native_form(self.name, self._lean, positions, self._probe_tolerance)
@@ -192,7 +193,7 @@ class Target:
         elif self.has_blocks:
             self.num_weight_bytes = self._lean.num_product_bytes  # the embedding mostly is the head
         if release:
-            if self._lean.head.is_packed:
+            if self._lean.head.is_copy:
                 give_back(self._model.get_input_embeddings().weight, self.shared.head_weight)  # read by single rows now
             self._model = self._decoder = None
             trim_allocator()

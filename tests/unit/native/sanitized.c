@@ -92,7 +92,7 @@ static int blocks_differ(int kind) {
         float *rows = keep_it(filled((size_t)n * INPUTS, 4, 8)), *out[2];
         for (int run = 0; run < 2; run++) {
             out[run] = keep_it(malloc(4 * (size_t)n * OUTPUTS));
-            amphista_product(&p, rows, n, out[run], run ? 3 : 1);
+            amphista_product(&p, rows, n, out[run], run ? 3 : 1, keep_it(malloc(4 * (size_t)n * (INPUTS + 1))));
         }
         wrong += memcmp(out[0], out[1], 4 * (size_t)n * OUTPUTS) != 0;
     }
