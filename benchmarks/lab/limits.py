@@ -21,9 +21,9 @@ from dataclasses import dataclass
 import torch
 
 from amphista.engine.timing import Cell, rounds
-from amphista.kernels.int8 import Int8Linear
-from amphista.kernels.linear import PackedLinear, Product
+from amphista.kernels.linear import Product, TorchLinear
 from amphista.target.pages import free_bytes
+from amphista.target.products import RoundedLinear
 from amphista.target.target import Target
 
 READ_BYTES = {"cpu": 256 << 20, "cuda": 2 << 30}  # far beyond any cache; on a GPU also far above a launch
@@ -133,7 +133,7 @@ def computing_ways(target: Target) -> dict[str, Way]:
 def own_product(target: Target, num_outputs: int, num_inputs: int) -> Product:
     """A product of this size by the kernel that the fast path uses for this target."""
     weight = torch.full((num_outputs, num_inputs), 0.5, device=target.device, dtype=target.dtype)
-    return Int8Linear(weight) if target.has_int8 else PackedLinear(weight)
+    return (RoundedLinear if target.has_int8 else TorchLinear)(weight)
 
 
 def _by_device(values: dict[str, int], target: Target) -> int:

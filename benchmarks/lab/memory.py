@@ -24,9 +24,9 @@ from amphista.drafter.base import Drafter
 from amphista.drafter.checkpoint import DRAFTERS, shipped_for
 from amphista.drafter.heads import ParallelHeads
 from amphista.drafter.lookup import LOOKUP
-from amphista.errors import AmphistaError, ConfigError
-from amphista.kernels.int8 import can_quantise
-from amphista.target.loading import INT8, device_of, import_code
+from amphista.errors import AmphistaError, ConfigError, NativeError
+from amphista.native.build import load
+from amphista.target.loading import INT8, import_code
 from amphista.target.target import Target
 
 logger = logging.getLogger("amphista")
@@ -76,9 +76,12 @@ def check_peaks_are_told() -> None:
 def loadable_types(names: Sequence[str]) -> list[str]:
     """The types that a target can have on this machine; says which are left out."""
     types = list(names)
-    if INT8 in types and not can_quantise(torch.empty(0, device=device_of(None))):
-        logger.info("memory in int8 is not measured: it needs a CPU with 8-bit dot products (VNNI)")
-        types.remove(INT8)
+    if INT8 in types:
+        try:
+            load()
+        except NativeError as error:
+            logger.info("memory in int8 is not measured: it needs the C step: %s", error)
+            types.remove(INT8)
     return types
 
 

@@ -1,13 +1,13 @@
 """Times a forward of the C step beside the torch form's (lean.py), interleaved, by rows of one tree; or drafting.
 
-    python benchmarks/lab/native_step.py --dtype float32,int8,bfloat16 --rows 1,2,4,8,16 --context 200 --repeats 15
+    python benchmarks/lab/native_step.py --dtype float32,gguf,int8,bfloat16 --rows 1,2,4,8,16 --context 200 --repeats 15
     python benchmarks/lab/native_step.py --dtype float32,int8,bfloat16 --rows 1,2,4 --drafts 1,2,4,8
 
 With --drafts: so many sequences at once give `--rows` rows each to the default heads, which are then asked, in C,
 with weights of 8 bits and as they are, and in torch; shares are those of a forward of one row, timed in turn.
 
 Prints the medians and least times in ms, their ratio, T(n) / T(1), and the time that reading the weights once takes at
-the memory bandwidth measured in the same run.
+the memory bandwidth measured in the same run. gguf: the file's own blocks, whose torch form multiplies in C, too.
 """
 
 from __future__ import annotations
@@ -24,10 +24,12 @@ import torch
 from amphista.cache.static import KVCache
 from amphista.drafter.base import Ask
 from amphista.drafter.checkpoint import load_proposer
-from amphista.kernels.linear import PackedLinear
+from amphista.kernels.linear import TorchLinear
+from amphista.target.blocks import GGUF
 from amphista.target.lean import LeanModel
 from amphista.target.loading import load_target
-from amphista.target.native import NativeForward, PlainLinear, RoundedLinear
+from amphista.target.native import NativeForward
+from amphista.target.products import PlainLinear, RoundedLinear
 from amphista.target.spans import Span
 from amphista.tree.token_tree import TokenTree
 
@@ -62,19 +64,28 @@ def lower_priority() -> None:
         os.sched_setscheduler(int(thread.name), os.SCHED_OTHER, os.sched_param(0))
 
 
+def both_forms(dtype: str) -> tuple[LeanModel, NativeForward]:
+    """The torch form of the default target at its best, and the C step."""
+    if dtype == GGUF:
+        target = load_target(dtype=GGUF, progress=lambda line: None)
+        assert target._lean is not None and target._native is not None
+        return target._lean, target._native
+    target = load_target(dtype="bfloat16" if dtype == "bfloat16" else "float32", fast=False, progress=lambda line: None)
+    plain = LeanModel(target.model, product=RoundedLinear if dtype == "int8" else PlainLinear)
+    torch_form = plain if dtype == "int8" else LeanModel(target.model, product=TorchLinear)
+    return torch_form, NativeForward(plain, [None] * target.spec.num_layers)
+
+
 def forwards(dtype: str, context: int) -> tuple[dict[str, Callable[[TokenTree], None]], int]:
     """Both forms of the default target behind the same context; bytes of weights that the C step reads."""
-    target = load_target(dtype="bfloat16" if dtype == "bfloat16" else "float32", fast=False, progress=lambda line: None)
+    lean, native = both_forms(dtype)
     prompt = [(7 * i + 3) % 40000 for i in range(context)]
-    plain = LeanModel(target.model, product=RoundedLinear if dtype == "int8" else PlainLinear)
-    packed = plain if dtype == "int8" else LeanModel(target.model, product=PackedLinear)
-    native = NativeForward(plain, [None] * target.spec.num_layers)
-    cache = KVCache(target.spec.num_layers)
+    cache = KVCache(len(native.layers))
     chain = TokenTree.chain(prompt)
 
     def torch_form(tree: TokenTree) -> None:
         cache.trim(cache.num_committed)
-        packed.logits(packed.hidden_of([Span(tree, cache)])).argmax(-1)
+        lean.logits(lean.hidden_of([Span(tree, cache)])).argmax(-1)
 
     def c_step(tree: TokenTree) -> None:
         native([Span(tree, cache)])
@@ -146,7 +157,7 @@ def measure(
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--dtype", default="float32,int8,bfloat16")
+    parser.add_argument("--dtype", default="float32,gguf,int8,bfloat16")
     parser.add_argument("--rows", default="1,2,4,8,16")
     parser.add_argument("--context", type=int, default=200)
     parser.add_argument("--repeats", type=int, default=15)

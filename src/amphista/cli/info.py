@@ -107,7 +107,7 @@ def _drafter_path(heads: Any) -> str | None:
 
 def _target_line(target: dict[str, Any]) -> str:
     if not target["ready"]:
-        return f"{target['name']}: fetched and converted at first use"
+        return f"{target['name']}: fetched at first use"
     return (
         f"{target['name']}: {target['family']}, {target['num_layers']} layers, hidden size {target['hidden_size']}, "
         f"{target['vocab_size']} tokens, context {target['max_positions']}, {target['megabytes']} MB"

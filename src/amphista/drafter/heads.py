@@ -24,8 +24,6 @@ from amphista.drafter.native import Modules, NativeDrafter, Scores
 from amphista.drafter.path import PathCorrection, conditional, moved
 from amphista.drafter.ranked import Ranked
 from amphista.errors import ConfigError, DrafterError, NativeError
-from amphista.kernels.frozen import pack_linears
-from amphista.kernels.linear import PackedLinear
 from amphista.target.spec import SharedWeights, TargetSpec
 from amphista.tree.candidates import Candidates
 
@@ -43,7 +41,6 @@ class ParallelHeads(Drafter):
         self.config, self.spec = config, spec
         self._shared = shared
         self._shared_rows: tuple[Tensor, Tensor | None] | None = None
-        self._packed_rows: PackedLinear | None = None
         self._frozen_head: FrozenHead | None = None
         self._path_table: Tensor | None = None
         self._frozen: tuple[torch.dtype, torch.device, int] | None = None
@@ -74,7 +71,6 @@ class ParallelHeads(Drafter):
             with torch.inference_mode():
                 if native:
                     self._go_native(exact=exact)
-                pack_linears(self)
         return self
 
     def _go_native(self, *, exact: bool) -> None:
@@ -94,10 +90,10 @@ class ParallelHeads(Drafter):
             del self.own_head, self.own_bias
 
     def _scores(self) -> Scores:
-        embedding, own = self._shared.embedding_weight, self.config.lm_head == "own"
+        own = self.config.lm_head == "own"
         weights = [self.own_weights(k) for k in range(self.num_heads)] if own else [self._gather_head()]
-        rows = list(self.own_head) if own else [self._shared.head_weight]
-        return Scores(embedding=embedding, weights=weights, rows=rows, draft_ids=self.draft_ids)
+        rows = list(self.own_head) if own else []
+        return Scores(shared=self._shared, weights=weights, own_rows=rows, draft_ids=self.draft_ids)
 
     @abstractmethod
     def parts(self) -> Modules:
@@ -154,7 +150,7 @@ class ParallelHeads(Drafter):
 
     def forget_gathered_head(self) -> None:
         """Drop the gathered LM-head rows; they are gathered again at the next use (after a load or a move)."""
-        self._shared_rows = self._packed_rows = self._path_table = self._frozen_head = None
+        self._shared_rows = self._path_table = self._frozen_head = None
 
     def _apply(self, *args: Any, **kwargs: Any) -> ParallelHeads:
         self.forget_gathered_head()
@@ -164,14 +160,12 @@ class ParallelHeads(Drafter):
     def _gather_head(self) -> tuple[Tensor, Tensor | None]:
         device = self._shared.head_weight.device
         ids = torch.arange(self.spec.vocab_size) if self.draft_ids is None else self.draft_ids
-        return self._shared.many_head_rows(ids.to(device))
+        return self._shared.head_rows(ids.to(device))
 
     def target_logits(self, hidden: Tensor) -> Tensor:
         """The target's logits [..., N] over the draft vocabulary, for its hidden states [..., D]."""
         if self.draft_ids is None:
             return self._shared.project(hidden)
-        if self._frozen is not None:
-            return self._shared.transform(self._packed_head(hidden))
         if self._shared_rows is None:
             with torch.inference_mode(False):  # who asks first may be a validation, who asks next a training step
                 self._shared_rows = self._gather_head()
@@ -193,12 +187,6 @@ class ParallelHeads(Drafter):
             weight, bias = self._gather_head()
             self._frozen_head = FrozenHead(weight.to(dtype), None if bias is None else bias.to(dtype))
         return self._frozen_head
-
-    def _packed_head(self, hidden: Tensor) -> Tensor:
-        if self._packed_rows is None:
-            self._packed_rows = PackedLinear(*self._gather_head())
-        rows = hidden.reshape(-1, hidden.shape[-1]).to(self._packed_rows.dtype)
-        return self._packed_rows(rows).view(*hidden.shape[:-1], -1)
 
     def own_weights(self, head: int) -> tuple[Tensor, ...]:
         """What one head alone scores with: weight [N, D] and, where there is one, bias [N]; () for the shared head."""

@@ -22,7 +22,9 @@ from amphista.errors import NativeError
 from amphista.kernels.parts import RotaryTable, paired
 from amphista.native.drafting import Fed, NativeHeads, NativeParts, NativePath, Question, StageCache
 from amphista.native.huge_pages import Arena
-from amphista.native.step import NativeLayer, Shape, Weight
+from amphista.native.step import NativeLayer, Shape
+from amphista.native.weights import Weight
+from amphista.target.spec import SharedWeights
 from amphista.tree.candidates import Candidates
 
 _ARENA = Arena()
@@ -49,11 +51,11 @@ class Modules:
 @dataclass(frozen=True, kw_only=True)
 class Scores:
     """What heads score with. weights: over the draft vocabulary with biases, one pair for all heads or one each;
-    rows: what scores single tokens, one by token id, or one each by place; embedding: the target's."""
+    own_rows: what scores single tokens by place, one each; none: the target's head does, by token id."""
 
-    embedding: Tensor
+    shared: SharedWeights
     weights: Sequence[Any]
-    rows: Sequence[Tensor]
+    own_rows: Sequence[Tensor]
     draft_ids: Tensor | None
 
 
@@ -76,7 +78,7 @@ class NativeDrafter:
             raise NativeError(f"it has no weights of {str(dtype).removeprefix('torch.')}")
         weight = _as_it_is if exact else _of_8_bits
         sizes, self._path = modules.sizes, path if modules.reads_pending else None
-        self._embedding = scores.embedding
+        self._embed = scores.shared.embed
         parts = NativeParts(
             shape=Shape(
                 sizes.num_attention_heads,
@@ -86,7 +88,7 @@ class NativeDrafter:
                 sizes.head_size**-0.5,
             ),
             hidden_size=sizes.hidden_size,
-            embedding=Weight.of(scores.embedding),
+            embedding=scores.shared.native_embedding,
             stages=[(norm.weight, weight(fuse.weight)) for norm, fuse, _ in modules.stages],
             layers=[_layer(layer, weight, turned=True) for _, _, layer in modules.stages],
             encoder=[_layer(layer, weight, turned=False) for layer in modules.encoder],
@@ -148,7 +150,9 @@ class NativeDrafter:
             return None
         for ask in asks:
             if ask.next_ids:
-                ask.state.pending = self._path.read(self._embedding[ask.next_ids[-1]]).float()  # alone: the same bits
+                ask.state.pending = self._path.read(
+                    self._embed(torch.tensor(ask.next_ids[-1]))
+                ).float()  # alone: the same bits
         return torch.stack([ask.state.pending for ask in asks if ask.state.pending is not None])
 
 
@@ -185,14 +189,14 @@ def _layer(layer: TransformerLayer, weight: Callable[[Tensor], Weight], *, turne
 
 
 def _path(path: PathCorrection, scores: Scores, shortlist: int) -> NativePath:
-    ids = torch.arange(len(scores.embedding)) if scores.draft_ids is None else scores.draft_ids
+    ids = torch.arange(scores.shared.native_embedding.num_outputs) if scores.draft_ids is None else scores.draft_ids
     state = Weight.of(path.state.weight.float(), path.state.bias)
     return NativePath(
         path.state_norm.weight,
-        path.read(scores.embedding[ids]).float().contiguous(),
+        path.read(scores.shared.embed(ids)).float().contiguous(),
         state,
         Weight.of(path.output.weight.float()),
-        [Weight.of(rows) for rows in scores.rows],
+        [Weight.of(rows) for rows in scores.own_rows] or [scores.shared.native_head],
         state.num_outputs // 2,
         shortlist,
     )

@@ -4,8 +4,8 @@ A place is filled again as soon as its request has ended; prompts are read first
 request is reused for another unless they name the same namespace (the turns of a conversation).
 
 Law: each answer's tokens are those of its prompt decoded alone, whatever the batch and the order of admission;
-exactly so by the choice and its noise. The forward of a row beside others may differ in its last bits where products
-are not packed: in float32 only a tie could turn on that.
+exactly so by the choice and its noise. Without the C step the forward of a row beside others may differ in its last
+bits: in float32 only a tie could turn on that.
 """
 
 from __future__ import annotations

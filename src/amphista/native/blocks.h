@@ -1,8 +1,146 @@
-/* Kinds of weights. */
+/* Blocks of GGUF files, widened to exactly the float32 numbers they stand for: gguf.quants.dequantize's, bit for bit.
+ *
+ * A row of a weight is a row of blocks of 32 or 256 numbers. A number is scale * q + min, in the order of the file: for
+ * all of these kinds the product is exact in float32, or nothing is added to it, so that a fused multiply-add rounds as
+ * the two operations do. Where nothing is to be added it is -0, which leaves even a zero's sign.
+ */
 #ifndef AMPHISTA_BLOCKS_H
 #define AMPHISTA_BLOCKS_H
-enum { FLOAT32 = 0, BFLOAT16 = 1, INT8 = 2 };
-enum { WIDEN_MOST = 1 };
-static inline long block_numbers(int kind) { return kind ? 32 : 1; }
-static inline long block_bytes(int kind) { return kind ? 34 : 4; }
+
+#include "lanes.h"
+
+enum { FLOAT32, BFLOAT16, INT8, SIDE_BY_SIDE, F16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q4_K, Q5_K, Q6_K };
+enum { STRETCH = 32, VECTORS = STRETCH / LANES }; /* what is widened at once */
+
+INLINE int is_blocks(int kind) { return kind >= F16; }
+INLINE long block_numbers(int kind) { return kind >= Q4_K ? 256 : 32; }
+INLINE long block_bytes(int kind) {
+    static const int bytes[] = {[F16] = 64, [Q4_0] = 18, [Q4_1] = 20, [Q5_0] = 22, [Q5_1] = 24, [Q8_0] = 34,
+                                [Q4_K] = 144, [Q5_K] = 176, [Q6_K] = 210};
+    return bytes[kind];
+}
+
+INLINE float from_half(const uint8_t *from) {
+    uint16_t half;
+    memcpy(&half, from, sizeof half);
+#if defined(__F16C__)
+    return _cvtsh_ss(half);
+#else
+    uint32_t bits = (uint32_t)(half & 0x7fff) << 13;
+    const uint32_t sign = (uint32_t)(half & 0x8000) << 16, special = (half & 0x7c00) == 0x7c00 ? 0x7f800000 : 0;
+    float value;
+    memcpy(&value, &bits, sizeof value);
+    value *= 0x1p112f; /* exact, of subnormal numbers too */
+    memcpy(&bits, &value, sizeof bits);
+    bits = (special ? ((bits & 0x7fffff) | special) : bits) | sign;
+    memcpy(&value, &bits, sizeof value);
+    return value;
+#endif
+}
+
+INLINE vec from_halves(const uint8_t *from) {
+#if LANES == 16
+    return (vec)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)from));
+#else
+    vec all = {0};
+    for (int lane = 0; lane < LANES; lane++) all[lane] = from_half(from + 2 * lane);
+    return all;
+#endif
+}
+
+typedef uint8_t lane_bytes __attribute__((vector_size(LANES)));
+
+/* LANES bytes as whole numbers. */
+INLINE ivec whole(const uint8_t *from) {
+    lane_bytes bytes;
+    memcpy(&bytes, from, sizeof bytes);
+#if LANES == 16
+    return (ivec)_mm512_cvtepu8_epi32((__m128i)bytes);
+#else
+    return __builtin_convertvector(bytes, ivec);
+#endif
+}
+
+INLINE ivec lane_numbers(void) {
+    ivec lanes;
+    for (int lane = 0; lane < LANES; lane++) lanes[lane] = lane;
+    return lanes;
+}
+
+typedef struct {
+    float scale, min;
+} Terms;
+
+/* Two numbers of 16 bits that follow each other. */
+INLINE Terms halves(const uint8_t *from) {
+#if defined(__F16C__)
+    int32_t both;
+    memcpy(&both, from, sizeof both);
+    const four found = (four)_mm_cvtph_ps(_mm_cvtsi32_si128(both));
+    return (Terms){found[0], found[1]};
+#else
+    return (Terms){from_half(from), from_half(from + 2)};
+#endif
+}
+
+INLINE vec scaled(ivec q, const Terms *terms) { return __builtin_convertvector(q, vec) * terms->scale + terms->min; }
+
+/* Numbers of 4 bits, the low half of each byte or, shifted by 4, the high one; `zero` is what stands for 0. */
+INLINE vec nibbles(ivec bytes, const int shift, const int zero, const Terms *terms) {
+#if LANES == 16 /* looked up among the 16 that there are */
+    return (vec)_mm512_permutexvar_ps((__m512i)(bytes >> shift), (__m512)scaled(lane_numbers() - zero, terms));
+#else
+    return scaled((bytes >> shift & 15) - zero, terms);
+#endif
+}
+
+/* Scale and minimum of 6 bits each, of one of 8 stretches, in 12 bytes. */
+INLINE Terms k_terms(const uint8_t *block, int part) {
+    const uint8_t *packed = block + 4;
+    int scale = packed[part & 3], min = packed[4 + (part & 3)];
+    if (part < 4) scale &= 63, min &= 63;
+    else scale = (packed[4 + part] & 15) | (scale >> 2 & 48), min = packed[4 + part] >> 4 | (min >> 2 & 48);
+    const Terms both = halves(block);
+    return (Terms){both.scale * (float)scale, -(both.min * (float)min)};
+}
+
+/* How numbers 32 * part .. 32 * part + 31 of a block are scaled; of Q6_K each half of them. `kind` is a constant. */
+INLINE Terms terms_of(const int kind, const uint8_t *block, int part) {
+    if (kind == Q4_K || kind == Q5_K) return k_terms(block, part);
+    if (kind == Q4_1 || kind == Q5_1) return halves(block);
+    if (kind != Q6_K) return (Terms){halves(block).scale, -0.0f};
+    const float step = from_half(block + 208);
+    return (Terms){step * (float)(int8_t)block[192 + 2 * part], step * (float)(int8_t)block[193 + 2 * part]};
+}
+
+/* Numbers 32 * part .. 32 * part + 31 of a block; `kind` is a constant. */
+INLINE void unpack(const int kind, const uint8_t *block, int part, const Terms *terms, vec *out) {
+    const uint8_t *at = block + (kind == Q4_1 || kind == Q5_1 ? 4 : 2);
+    uint32_t fifth = 0;
+    if (kind == Q5_0 || kind == Q5_1) memcpy(&fifth, at, 4), at += 4;
+    for (int v = 0; v < VECTORS; v++) {
+        const int from = v * LANES, half = from & 15, shift = from < 16 ? 0 : 4;
+        if (kind == F16) {
+            out[v] = from_halves(block + 2 * from);
+        } else if (kind == Q4_0 || kind == Q4_1) {
+            out[v] = nibbles(whole(at + half), shift, kind == Q4_0 ? 8 : 0, terms);
+        } else if (kind == Q5_0 || kind == Q5_1) {
+            const ivec high = (((int32_t)fifth >> (lane_numbers() + from)) & 1) << 4;
+            out[v] = scaled(((whole(at + half) >> shift & 15) | high) - (kind == Q5_0 ? 16 : 0), terms);
+        } else if (kind == Q8_0) {
+            out[v] = scaled((whole(at + from) << 24) >> 24, terms);
+        } else if (kind == Q4_K) {
+            const ivec bytes = whole(block + 16 + 32 * (part / 2) + from);
+            out[v] = nibbles(part & 1 ? bytes >> 4 : bytes, 0, 0, terms);
+        } else if (kind == Q5_K) {
+            const ivec low = whole(block + 48 + 32 * (part / 2) + from) >> 4 * (part & 1) & 15;
+            out[v] = scaled(low | (whole(block + 16 + from) >> part & 1) << 4, terms);
+        } else if (kind == Q6_K) {
+            const ivec low = whole(block + 64 * (part / 4) + 32 * (part & 1) + from) >> 4 * (part >> 1 & 1) & 15;
+            const ivec high = whole(block + 128 + 32 * (part / 4) + from) >> 2 * (part & 3) & 3;
+            out[v] = scaled((low | high << 4) - 32, &(Terms){from < 16 ? terms->scale : terms->min, -0.0f});
+        }
+    }
+}
+
 #endif

@@ -19,34 +19,30 @@ from amphista.errors import NativeError
 from amphista.native.build import load
 from amphista.native.step import (
     WRONG,
-    Address,
     NativeLayer,
     Shape,
-    Weight,
     Workspace,
-    _address,
     _Batch,
-    _Product,
     _Span,
     _Stack,
-    _up,
     padded,
     stack_record,
 )
+from amphista.native.weights import PAD, Address, Product, Weight, address, rounded_up
 
-MOST_ROWS, PAD = 1 << 30, 64
+MOST_ROWS = 1 << 30
 FIRST_CAPACITY = 128
 
 
 class _Stage(ctypes.Structure):
-    _fields_ = [("state_norm", Address), ("fuse", _Product)]
+    _fields_ = [("state_norm", Address), ("fuse", Product)]
 
 
 class _Path(ctypes.Structure):
     _fields_ = [
         *((name, Address) for name in ("norm", "reads")),
-        ("rows", ctypes.POINTER(_Product)),
-        *((name, _Product) for name in ("state", "output")),
+        ("rows", ctypes.POINTER(Product)),
+        *((name, Product) for name in ("state", "output")),
         *((name, ctypes.c_int32) for name in ("rank", "unused")),
     ]
 
@@ -56,9 +52,9 @@ class _Heads(ctypes.Structure):
         *((name, _Stack) for name in ("stages", "encoder")),
         ("fusing", ctypes.POINTER(_Stage)),
         *((name, Address) for name in ("embedding_norm", "hidden_norm", "slot_positions", "output_norm")),
-        *((name, ctypes.POINTER(_Product)) for name in ("blocks", "scores")),
+        *((name, ctypes.POINTER(Product)) for name in ("blocks", "scores")),
         ("draft_ids", Address),
-        ("embedding", _Product),
+        ("embedding", Product),
         ("path", _Path),
         *(
             (name, ctypes.c_int32)
@@ -127,7 +123,7 @@ class StageCache:
         """shape: S, J, E."""
         num_stages, key_heads, head_size = shape
         self.rows = torch.empty(num_stages, 2, key_heads, 0, head_size, dtype=dtype)
-        self.features = torch.zeros(2, _up(hidden_size, PAD))
+        self.features = torch.zeros(2, rounded_up(hidden_size, PAD))
         self._pointers: Any = None
 
     @property
@@ -217,11 +213,11 @@ class NativeHeads:
             *stacks,
             stages,
             *(padded(norm, held) for norm in norms),
-            _address(positions),
+            address(positions),
             padded(parts.output_norm, held),
             _products([weight for block in parts.blocks for weight in block], held),
             _products(parts.scores, held),
-            _address(ids),
+            address(ids),
             parts.embedding.record(),
             self._path_record(parts.path),
             len(parts.blocks[0]),
@@ -263,13 +259,13 @@ class NativeHeads:
             flat.ctypes.data,
             None,
             (_Span * len(spans))(*spans),
-            _address(turns),
+            address(turns),
             len(ids),
             len(spans),
             MOST_ROWS if turns is None else len(turns),
             torch.get_num_threads(),
         )
-        draft = _Draft(batch, _address(rows), ctypes.addressof(places := (Address * len(features))(*features)))
+        draft = _Draft(batch, address(rows), ctypes.addressof(places := (Address * len(features))(*features)))
         found = [] if question is None else self._answers(draft, question, len(fed))
         heads, call = ctypes.byref(self._heads), ctypes.byref(draft)
         draft.workspace_bytes = self._library.amphista_draft_workspace(heads, call)
@@ -290,7 +286,7 @@ class NativeHeads:
         children = min(question.num_ranks, parents)
         shapes = [(num_sequences, depth, ranks)] + [(num_sequences, depth - 1, parents, children)] * bool(parents)
         found = [np.empty(shape, kind) for shape in shapes for kind in (np.int32, np.float32)]
-        draft.divisors, draft.pending = question.divisors.ctypes.data, _address(question.pending)
+        draft.divisors, draft.pending = question.divisors.ctypes.data, address(question.pending)
         draft.tokens, draft.log_probs = found[0].ctypes.data, found[1].ctypes.data
         if parents:
             draft.below, draft.log_probs_below = found[2].ctypes.data, found[3].ctypes.data
@@ -300,7 +296,7 @@ class NativeHeads:
 
 
 def _products(weights: Sequence[Weight], held: list[Any]) -> Any:
-    records = (_Product * len(weights))(*(weight.record() for weight in weights))
+    records = (Product * len(weights))(*(weight.record() for weight in weights))
     held += [weights, records]
     return records
 

@@ -1,3 +1,4 @@
 /* The whole library: one file for the compiler. */
+#include "weights.c"
 #include "step.c"
 #include "drafter.c"

@@ -8,22 +8,21 @@
  * BFLOAT16   as it lies, rows rounded to bfloat16, too, as torch does; sums in float32
  * INT8       blocks of 32 outputs, [outputs / 32][inputs / 4][32][4], zeros at the ends; one scale an output, and rows
  *            rounded to 8 bits with one step a row. Whole numbers: the order does not matter
- * others     blocks.h: a GGUF file's own blocks, widened tile by tile to exactly the float32 numbers that the file
- *            stands for, then as FLOAT32: the same bits as that target's
+ * F16, Q4_1  and others of blocks.h: a GGUF file's own blocks, widened tile by tile to exactly the float32 numbers that
+ *            they stand for, and summed in FLOAT32's order: the same bits as that weight's
  */
 #ifndef AMPHISTA_PRODUCTS_H
 #define AMPHISTA_PRODUCTS_H
 
-#include "lanes.h"
 #include "blocks.h"
 
-enum { TILE = 4, BLOCK = 32, LEVELS = 127, ZERO = 128 };
+enum { TILE = 4, BLOCK = 32, LEVELS = 127, ZERO = 128, WIDE_INPUTS = 1 << 14 };
 #if LANES == 16 && defined(__AVX512BF16__)
-enum { FLOAT_ROWS = 6, BF16_ROWS = 6, INT8_ROWS = 8 };
+enum { FLOAT_ROWS = 6, BF16_ROWS = 6, INT8_ROWS = 8, BLOCK_ROWS = 8 };
 #elif LANES == 16
-enum { FLOAT_ROWS = 6, BF16_ROWS = 4, INT8_ROWS = 8 };
+enum { FLOAT_ROWS = 6, BF16_ROWS = 4, INT8_ROWS = 8, BLOCK_ROWS = 8 };
 #else
-enum { FLOAT_ROWS = 2, BF16_ROWS = 2, INT8_ROWS = 1 };
+enum { FLOAT_ROWS = 2, BF16_ROWS = 2, INT8_ROWS = 1, BLOCK_ROWS = 1 };
 #endif
 #ifdef MUTABLE /* tests build it with a fault to switch on, which the laws must see */
 int amphista_mutant = 0;
@@ -33,8 +32,8 @@ int amphista_mutant = 0;
 #endif
 enum { NO_FAULT, SKIP_ANCESTOR, SEE_SIBLING, LATE_POSITION, DROP_TAIL, DROP_ODD, ROWS_CHANGE_ORDER, WIDE_WINDOW, OTHER_CACHE };
 
-typedef struct {
-    const void *weight;
+typedef struct Product {
+    const void *weight;     /* SIDE_BY_SIDE: products whose outputs follow each other, all of kinds that read FLOAT32's rows */
     const float *scales;    /* INT8: of each output */
     const int32_t *offsets; /* INT8: -ZERO times the sum of each output's weights; padded to whole blocks */
     const float *bias;      /* or NULL */
@@ -268,6 +267,115 @@ static void int8_dots(const Product *p, const Rows *rows, int n, long first, lon
     }
 }
 
+/* -- a GGUF file's blocks ------------------------------------------------------------------------------------------ */
+
+/* Asks for as many bytes as a stretch of a tile takes, one tile ahead. */
+INLINE void ask_for_blocks(const int kind, const int tile, const uint8_t *place, const int rows) {
+    const long bytes = tile * block_bytes(kind) / (block_numbers(kind) / STRETCH);
+    for (long at = 0; at < bytes; at += 64) ask_ahead((const char *)place + at, rows);
+}
+
+/* Dots of `tile` weight rows (TILE or 2, a constant) with `rows` rows, widened on the way; `kind` is a constant. */
+INLINE void block_tile(const int kind, const uint8_t *w, long ldw, const int tile, int valid, const float *x, long ldx,
+                       const int rows, long len, float *out, long ldo) {
+    const int parts = (int)(block_numbers(kind) / STRETCH);
+    const uint8_t *ahead = w + tile * ldw;
+    vec total[TILE * TILE];
+    for (int k = 0; k < tile * rows; k++) total[k] = (vec){0};
+    for (long i = 0; i < len; w += block_bytes(kind))
+        for (int part = 0; part < parts; part++, i += STRETCH, ahead += tile * block_bytes(kind) / parts) {
+            vec numbers[TILE][VECTORS];
+            for (int o = 0; o < tile; o++) {
+                const uint8_t *block = w + (o < valid ? o : 0) * ldw;
+                const Terms terms = terms_of(kind, block, part);
+                unpack(kind, block, part, &terms, numbers[o]);
+            }
+            ask_for_blocks(kind, tile, ahead, rows);
+            for (int v = 0; v < VECTORS; v++)
+                for (int r = 0; r < rows; r++) {
+                    vec row = load(x + r * ldx + i + v * LANES);
+                    HOLD(row);
+                    for (int o = 0; o < tile; o++) total[r * tile + o] += numbers[o][v] * row;
+                }
+        }
+    for (int k = 0; k < tile * rows; k += 4) {
+        const int last = tile * rows - 1;
+        const four found = sums(total[k], total[k + 1], total[k + 2 < last ? k + 2 : last], total[last < k + 3 ? last : k + 3]);
+        for (int j = 0; j < 4 && k + j <= last; j++)
+            if ((k + j) % tile < valid) out[(k + j) / tile * ldo + (k + j) % tile] = found[j];
+    }
+}
+
+INLINE void unpack_row(const int kind, const uint8_t *from, long len, float *to) {
+    for (long i = 0; i < len; from += block_bytes(kind))
+        for (int part = 0; part < block_numbers(kind) / STRETCH; part++, i += STRETCH) {
+            vec numbers[VECTORS];
+            const Terms terms = terms_of(kind, from, part);
+            unpack(kind, from, part, &terms, numbers);
+            for (int v = 0; v < VECTORS; v++) store(to + i + v * LANES, numbers[v]);
+        }
+}
+
+#define BLOCK_TILE(tile, rows)                                                                                         \
+    case rows:                                                                                                         \
+        for (long o = 0; o < outputs; o += tile) {                                                                     \
+            const int valid = outputs - o < tile ? (int)(outputs - o) : tile;                                          \
+            block_tile(kind, w + o * ldw, ldw, tile, valid, at, ldx, rows, len, to + o, ldo);                          \
+        }                                                                                                              \
+        break
+
+/* A few rows read a tile as it is widened; more share one that was widened into memory, where it has room. */
+INLINE void block_dots(const int kind, const uint8_t *w, long outputs, const float *x, long ldx, int n, long len,
+                       float *out, long ldo) {
+    const long ldw = len / block_numbers(kind) * block_bytes(kind);
+    const int most = kind == Q4_0 || kind == Q4_1 || kind == Q8_0 || kind == Q4_K || kind == Q6_K ? BLOCK_ROWS : 1;
+    if (n > most && len <= WIDE_INPUTS) {
+        for (long o = 0; o < outputs; o += TILE) {
+            const int valid = outputs - o < TILE ? (int)(outputs - o) : TILE;
+            float wide[TILE * WIDE_INPUTS];
+            for (int k = 0; k < valid; k++) unpack_row(kind, w + (o + k) * ldw, len, wide + k * len);
+            float_dots(wide, len, valid, x, ldx, n, len, out + o, ldo);
+        }
+        return;
+    }
+    for (int r = 0; r < n; r += most) {
+        const float *at = x + r * ldx;
+        float *to = out + r * ldo;
+        switch (n - r < most ? n - r : most) {
+            BLOCK_TILE(TILE, 1);
+#if LANES == 16 /* registers enough */
+            BLOCK_TILE(TILE, 2);
+            BLOCK_TILE(TILE, 3);
+            BLOCK_TILE(TILE, 4);
+            BLOCK_TILE(2, 5);
+            BLOCK_TILE(2, 6);
+            BLOCK_TILE(2, 7);
+            BLOCK_TILE(2, 8);
+#endif
+        }
+    }
+}
+
+#define OF_KIND(kind, call)                                                                                            \
+    case kind: call(kind); break
+#define ANY_BLOCKS(call)                                                                                               \
+    OF_KIND(F16, call); OF_KIND(Q4_0, call); OF_KIND(Q4_1, call); OF_KIND(Q5_0, call); OF_KIND(Q5_1, call);            \
+    OF_KIND(Q8_0, call); OF_KIND(Q4_K, call); OF_KIND(Q5_K, call); OF_KIND(Q6_K, call)
+
+static void any_block_dots(const Product *p, const Rows *x, int n, long first, long count, float *out, long ldo) {
+    const long inputs = p->inputs, bytes = inputs / block_numbers(p->kind) * block_bytes(p->kind);
+    const uint8_t *w = (const uint8_t *)p->weight + first * bytes;
+#define DOTS(kind) block_dots(kind, w, count, x->data, x->stride, n, inputs, out, ldo)
+    switch (p->kind) { ANY_BLOCKS(DOTS); }
+}
+
+static void any_row(const Product *p, long row, float *out) {
+    const long inputs = p->inputs, bytes = inputs / block_numbers(p->kind) * block_bytes(p->kind);
+    const uint8_t *w = (const uint8_t *)p->weight + row * bytes;
+#define ROW(kind) unpack_row(kind, w, inputs, out)
+    switch (p->kind) { ANY_BLOCKS(ROW); }
+}
+
 /* -- all kinds ---------------------------------------------------------------------------------------------------- */
 
 /* Outputs first .. first + count - 1 of n rows, out[n][ldo]; first is a multiple of BLOCK, count at most BLOCK. */
@@ -280,6 +388,16 @@ static void multiply(const Product *p, const Rows *x, int n, long first, long co
         bf16_dots((const uint16_t *)p->weight + first * inputs, inputs, count, x->data, x->stride, n, inputs, out, ldo);
     } else if (p->kind == INT8) {
         int8_dots(p, x, n, first, count, out, ldo);
+    } else if (p->kind == SIDE_BY_SIDE) {
+        for (const Product *part = p->weight; count > 0; first -= (part++)->outputs) {
+            if (first >= part->outputs) continue;
+            const long own = part->outputs - first < count ? part->outputs - first : count;
+            multiply(part, x, n, first, own, out, ldo);
+            first += own, count -= own, out += own;
+        }
+        return;
+    } else {
+        any_block_dots(p, x, n, first, count, out, ldo);
     }
     if (p->bias)
         for (int r = 0; r < n; r++)
@@ -290,6 +408,7 @@ static void multiply(const Product *p, const Rows *x, int n, long first, long co
 static void weight_row(const Product *p, long row, float *out) {
     const long inputs = p->inputs;
     if (p->kind == FLOAT32) memcpy(out, (const float *)p->weight + row * inputs, (size_t)inputs * sizeof *out);
+    else if (is_blocks(p->kind)) any_row(p, row, out);
     else for (long i = 0; i < inputs; i++) out[i] = from_bf16(((const uint16_t *)p->weight)[row * inputs + i]);
 }
 

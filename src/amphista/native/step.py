@@ -1,4 +1,4 @@
-"""The C step's weights and forward as Python records: what step.c computes, over spans of any number of sequences.
+"""The C step's forward as Python records: what step.c computes, over spans of any number of sequences.
 
 Tensors are handed over by address and kept alive here; nothing of `transformers` is known. One forward a thread at a
 time shares a model with those of other threads: room to work in is kept for each thread.
@@ -21,12 +21,8 @@ from torch import Tensor
 
 from amphista.errors import NativeError
 from amphista.native.build import load
-from amphista.native.huge_pages import Arena
+from amphista.native.weights import KINDS, PAD, Address, Product, Weight, address, rounded_up
 
-PAD = 64  # step.c reads padded rows of small vectors: norms
-BLOCK, GROUP, LEVELS, ZERO = 32, 4, 127, 128  # of packed 8-bit weights: outputs side by side, inputs side by side
-KINDS = {torch.float32: 0, torch.bfloat16: 1}
-INT8 = 2
 WRONG = {
     1: "its spans do not follow each other",
     2: "a parent does not come before its row in the same span",
@@ -36,20 +32,12 @@ WRONG = {
     6: "logits of a row are asked for that is not there",
     7: "the workspace is too small",
 }
-Address = ctypes.c_void_p
-
-
-class _Product(ctypes.Structure):
-    _fields_ = [
-        *((name, Address) for name in ("weight", "scales", "offsets", "bias")),
-        *((name, ctypes.c_int32) for name in ("kind", "outputs", "inputs", "unused")),
-    ]
 
 
 class _Layer(ctypes.Structure):
     _fields_ = [
         *((name, Address) for name in ("attention_norm", "query_norm", "key_norm", "mlp_norm")),
-        *((name, _Product) for name in ("qkv", "output", "gate", "up", "down")),
+        *((name, Product) for name in ("qkv", "output", "gate", "up", "down")),
         *((name, ctypes.c_int32) for name in ("window", "unused")),
     ]
 
@@ -67,7 +55,7 @@ class _Stack(ctypes.Structure):
 
 
 class _Model(ctypes.Structure):
-    _fields_ = [("stack", _Stack), ("norm", Address), *((name, _Product) for name in ("embedding", "head"))]
+    _fields_ = [("stack", _Stack), ("norm", Address), *((name, Product) for name in ("embedding", "head"))]
 
 
 class _Span(ctypes.Structure):
@@ -94,58 +82,6 @@ class _Forward(ctypes.Structure):
         ("workspace_bytes", ctypes.c_int64),
         *((name, ctypes.c_int32) for name in ("num_wanted", "unused")),
     ]
-
-
-@dataclass(frozen=True)
-class Weight:
-    """A linear layer's weight [O, I] as the C step reads it, and its bias [O]."""
-
-    num_outputs: int
-    num_inputs: int
-    kind: int
-    weight: Tensor
-    scales: Tensor | None = None
-    offsets: Tensor | None = None
-    bias: Tensor | None = None
-
-    @classmethod
-    def of(cls, weight: Tensor, bias: Tensor | None = None) -> Weight:
-        """A weight of float32 or bfloat16 as it lies: nothing is copied if it is contiguous."""
-        if weight.dtype not in KINDS:
-            raise NativeError(f"the C step has no weights of {str(weight.dtype).removeprefix('torch.')}")
-        bias = None if bias is None else bias.detach().float().contiguous()
-        return cls(weight.shape[0], weight.shape[1], KINDS[weight.dtype], weight.detach().contiguous(), bias=bias)
-
-    @classmethod
-    def of_8_bits(cls, weight: Tensor, bias: Tensor | None = None, arena: Arena | None = None) -> Weight:
-        """A float32 weight rounded to 8 bits, one scale an output: a packed copy, in the arena if there is one."""
-        outputs, inputs = weight.shape
-        plain = weight.detach()
-        scales = plain.abs().amax(1).clamp_min(torch.finfo(plain.dtype).tiny) / LEVELS
-        numbers = plain.new_zeros(_up(outputs, BLOCK), _up(inputs, GROUP), dtype=torch.int8)
-        numbers[:outputs, :inputs] = (plain / scales[:, None]).round().to(torch.int8)
-        offsets = numbers.sum(1, dtype=torch.int32) * -ZERO
-        blocks = numbers.view(-1, BLOCK, numbers.shape[1] // GROUP, GROUP).transpose(1, 2)
-        blocks = blocks.contiguous() if arena is None else arena.copy(blocks)
-        bias = None if bias is None else bias.detach().float().clone()
-        return cls(outputs, inputs, INT8, blocks, scales, offsets, bias)
-
-    @property
-    def num_bytes(self) -> int:
-        """Bytes a product reads."""
-        parts = [t for t in (self.weight, self.scales, self.offsets, self.bias) if t is not None]
-        return sum(t.numel() * t.element_size() for t in parts)
-
-    def record(self) -> _Product:
-        return _Product(
-            _address(self.weight),
-            _address(self.scales),
-            _address(self.offsets),
-            _address(self.bias),
-            self.kind,
-            self.num_outputs,
-            self.num_inputs,
-        )
 
 
 @dataclass(frozen=True)
@@ -249,7 +185,7 @@ class NativeModel:
             torch.get_num_threads(),
         )
         forward = _Forward(
-            batch, start + 8 * num_rows, hidden.data_ptr(), _address(logits), choices.data_ptr(), num_wanted=len(wanted)
+            batch, start + 8 * num_rows, hidden.data_ptr(), address(logits), choices.data_ptr(), num_wanted=len(wanted)
         )
         needed = self._library.amphista_workspace(ctypes.byref(self._model), ctypes.byref(forward))
         forward.workspace, forward.workspace_bytes = self._workspace.address(needed), needed
@@ -331,10 +267,10 @@ def padded(vector: Tensor | None, held: list[Any]) -> int | None:
     """The address of a float32 copy with zeros behind it, added to `held`; None for None."""
     if vector is None:
         return None
-    copy = torch.zeros(_up(len(vector), PAD))
+    copy = torch.zeros(rounded_up(len(vector), PAD))
     copy[: len(vector)] = vector.detach()
     held.append(copy)
-    return _address(copy)
+    return address(copy)
 
 
 def _ids(spans: Sequence[NativeSpan]) -> list[int]:
@@ -353,14 +289,6 @@ def _parents(spans: Sequence[NativeSpan]) -> list[int]:
 def _check_sizes(library: ctypes.CDLL) -> None:
     sizes = (ctypes.c_int64 * 6)()
     library.amphista_sizes(sizes)
-    ours = [ctypes.sizeof(record) for record in (_Product, _Layer, _Model, _Span, _Forward)]
+    ours = [ctypes.sizeof(record) for record in (Product, _Layer, _Model, _Span, _Forward)]
     if list(sizes)[:5] != ours:
         raise NativeError(f"the C step has records of {list(sizes)[:5]} bytes: expected {ours}")
-
-
-def _up(count: int, multiple: int) -> int:
-    return -(-count // multiple) * multiple
-
-
-def _address(tensor: Tensor | None) -> int | None:
-    return None if tensor is None else tensor.data_ptr()

@@ -33,6 +33,13 @@ def auto_class(config: Any) -> Any:
     raise TargetError(f"{config.model_type} is no causal LM of the installed transformers: choose another target")
 
 
+def decoder_of(model: Any) -> Any:
+    """The part of a causal LM that makes hidden states of ids; some name another part, or themselves, as decoder."""
+    named = (model.get_decoder(), model.base_model, getattr(model, "model", None), getattr(model, "transformer", None))
+    kind = next(base for base in type(model).__mro__ if base.__name__ == "PreTrainedModel")
+    return next((part for part in named if isinstance(part, kind) and part is not model), model)
+
+
 def refuse_unsupported(config: Any) -> None:
     """Raise TargetError, naming the family and the reason, for what cannot be verified as a tree."""
     family = config.model_type

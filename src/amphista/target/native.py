@@ -1,54 +1,36 @@
 """The C step (amphista.native) over the lean form's own weights: spans of token ids and parents on `KVCache`s.
 
-On a CPU, in float32, bfloat16 or with weights of 8 bits. The torch form reads the same weights (of 8 bits: the same
-numbers, in its own order) and the same cache.
+On a CPU, in float32, bfloat16, 8 bits or a GGUF file's own blocks. The torch form reads the same weights
+and the same cache.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from typing import Self
 
 import torch
-from torch import Tensor
 
 from amphista.cache.static import KVCache
 from amphista.errors import NativeError
-from amphista.kernels.int8 import Int8Linear
-from amphista.kernels.linear import PackedLinear
+from amphista.kernels.linear import Product, TorchLinear
 from amphista.native.build import load
-from amphista.native.huge_pages import Arena
-from amphista.native.step import NativeLayer, NativeModel, NativeOutput, NativeSpan, Shape, Weight
+from amphista.native.step import NativeLayer, NativeModel, NativeOutput, NativeSpan, Shape
 from amphista.target.attention import Rule
+from amphista.target.blocks import BlockedLinear, BlockLinear, native_of
 from amphista.target.lean import LeanLayer, LeanModel
+from amphista.target.products import NativeLinear, PlainLinear, RoundedLinear
 from amphista.target.spans import Span
 from amphista.tree.token_tree import TokenTree
 
 
-class PlainLinear(PackedLinear):
-    """y = x W^T + b, the weight copied as it lies into huge pages: the torch form and the C step both read it."""
-
-    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
-        super().__init__(_ARENA.copy(weight), bias, pack=False)
-
-
-class RoundedLinear(Int8Linear):
-    """Weights of 8 bits for both forms."""
-
-    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
-        super().__init__(weight, bias)
-        self.native = [Weight.of_8_bits(weight, bias, _ARENA)]
-
-    @classmethod
-    def side_by_side(cls, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> Self:
-        made = super().side_by_side(weights, biases)
-        if len(weights) == 2:  # gate and up, which the C step multiplies one by one
-            made.native = [Weight.of_8_bits(w, b, _ARENA) for w, b in zip(weights, biases, strict=True)]
-        return made
+def product_of(head: object, *, int8: bool, native: bool) -> type[Product]:
+    """The kernel of a fast form's products, by the stock model's LM head and whether the C step shall read them."""
+    if isinstance(head, BlockedLinear):
+        return BlockLinear
+    return (RoundedLinear if int8 else PlainLinear) if native else TorchLinear
 
 
-_ARENA = Arena()
 PROMPT_ROWS = 128  # beyond it torch's own products of bfloat16 are faster (Zen 4)
 
 
@@ -75,7 +57,7 @@ def _window(rule: Rule, num_positions: int) -> int | None:
 
 
 class NativeForward:
-    """The forward of a lean model whose weights lie as they are (not packed), in C. raises NativeError."""
+    """The forward of a lean model whose products are made for it, in C. raises NativeError."""
 
     def __init__(self, lean: LeanModel, windows: Sequence[int | None], *, flags: tuple[str, ...] | None = None) -> None:
         """windows: of each layer, positions a row sees, itself included; None: all."""
@@ -86,7 +68,7 @@ class NativeForward:
         scale = float(lean._heads_scale[0])
         shape = Shape(lean.num_heads, lean.num_key_value_heads, lean.head_size, norm.eps, scale)
         self.layers = [self._layer(layer, window) for layer, window in zip(lean.layers, windows, strict=True)]
-        (self.head,), embedding = _weights(lean.head, 1), Weight.of(lean._embedding)
+        self.head, embedding = _read(lean.head).native, native_of(lean.embed)
         self.model = NativeModel(shape, self.layers, lean._norm.weight, embedding, self.head, flags=flags)
         self._row = torch.empty(1, lean.num_key_value_heads, 0, lean.head_size, dtype=self.model.cache_dtype)
 
@@ -95,8 +77,8 @@ class NativeForward:
         return num_rows <= PROMPT_ROWS or self.model.cache_dtype is torch.float32
 
     def _layer(self, layer: LeanLayer, window: int | None) -> NativeLayer:
-        gate, up = _weights(layer.gate_up, 2)
-        (qkv,), (output,), (down,) = (_weights(part, 1) for part in (layer.qkv, layer.output, layer.down))
+        gate, up = _read(layer.gate_up).halves()
+        qkv, output, down = (_read(part).native for part in (layer.qkv, layer.output, layer.down))
         return NativeLayer(
             layer.attention_norm.weight,
             qkv,
@@ -183,11 +165,7 @@ def _said(name: str, error: NativeError) -> str:
     return str(error)
 
 
-def _weights(product: object, parts: int) -> list[Weight]:
-    """The weights of a product of so many layers side by side."""
-    if isinstance(product, RoundedLinear):
-        return product.native
-    if not isinstance(product, PackedLinear) or product.is_packed:
-        raise NativeError("the C step reads weights as they lie: these are packed")
-    biases = [None] * parts if product.bias is None else product.bias.chunk(parts)
-    return [Weight.of(weight, bias) for weight, bias in zip(product._weight.chunk(parts), biases, strict=True)]
+def _read(product: Product) -> PlainLinear | NativeLinear:
+    """A product whose weights the C step reads."""
+    assert isinstance(product, PlainLinear | NativeLinear)
+    return product

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from amphista.target.blocks import BlockedEmbedding, BlockedLinear
+
 CLASSES = {
     f"transformers.models.{family}.modeling_{family}.{name}ForCausalLM"
     for family, name in (("llama", "Llama"), ("mistral", "Mistral"), ("qwen2", "Qwen2"), ("qwen3", "Qwen3"))
@@ -23,6 +25,7 @@ DTYPES = {  # by device
 LAYER = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
 ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
 MLP = {"gate_proj", "up_proj", "down_proj", "act_fn"}
+LINEAR, EMBEDDING = {nn.Linear, BlockedLinear}, {nn.Embedding, BlockedEmbedding}
 
 
 def why_not_fast(model: Any) -> str | None:
@@ -30,10 +33,15 @@ def why_not_fast(model: Any) -> str | None:
 
     Ask before any hook of ours is on it.
     """
+    return why_not_of_family(model) or _config_reason(model.config) or _tensor_reason(model) or _module_reason(model)
+
+
+def why_not_of_family(model: Any) -> str | None:
+    """The reason for which a model is of another family than the fast forward knows."""
     kind = type(model)
-    if f"{kind.__module__}.{kind.__qualname__}" not in CLASSES:
-        return f"{kind.__name__} is not of the Llama family (Llama, Mistral, Qwen2, Qwen3)"
-    return _config_reason(model.config) or _tensor_reason(model) or _module_reason(model)
+    if f"{kind.__module__}.{kind.__qualname__}" in CLASSES:
+        return None
+    return f"{kind.__name__} is not of the Llama family (Llama, Mistral, Qwen2, Qwen3)"
 
 
 def _config_reason(config: Any) -> str | None:
@@ -79,9 +87,9 @@ def _module_reason(model: Any) -> str | None:
             return "a layer of it has parts that are not the family's"
         linear = [getattr(layer.self_attn, name) for name in ATTENTION]
         linear += [getattr(layer.mlp, name) for name in MLP - {"act_fn"}]
-        if any(type(part) is not nn.Linear for part in linear):
+        if any(type(part) not in LINEAR for part in linear):
             return "a projection of it is not a plain linear layer"
-    if type(model.get_output_embeddings()) is not nn.Linear or type(decoder.embed_tokens) is not nn.Embedding:
+    if type(model.get_output_embeddings()) not in LINEAR or type(decoder.embed_tokens) not in EMBEDDING:
         return "its embedding or LM head is not a plain one"
     if decoder.rotary_emb.inv_freq.shape[-1] * 2 != decoder.layers[0].self_attn.head_dim:
         return "it rotates a part of each head only"

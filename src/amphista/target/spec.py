@@ -17,11 +17,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from amphista.errors import TargetError
-from amphista.kernels.linear import Product
-from amphista.target.pages import give_back
+from amphista.native.weights import Weight
+from amphista.target.blocks import BlockedLinear, native_of, rows_of
 
 NUM_FINGERPRINT_ROWS = 64
 
@@ -152,7 +151,6 @@ class SharedWeights:
 
     def __init__(self, embedding: nn.Module, lm_head: nn.Linear, transform: LogitTransform) -> None:
         self._embedding, self._lm_head, self._transform = embedding, lm_head, transform
-        self._packed: Product | None = None
 
     @torch.no_grad()
     def embed(self, token_ids: Tensor) -> Tensor:
@@ -166,13 +164,7 @@ class SharedWeights:
         Gradients flow to `states`, never to the head.
         """
         states = states.to(self.head_weight.dtype)
-        if self._packed is not None and torch.is_inference_mode_enabled():
-            return self.transform(self._packed(states.reshape(-1, states.shape[-1])).view(*states.shape[:-1], -1))
         return self.transform(self._lm_head(states))
-
-    def use_packed(self, head: Product) -> None:
-        """Decode with a packed copy of the LM head; training, which needs gradients, keeps the plain one."""
-        self._packed = head
 
     def transform(self, logits: Tensor) -> Tensor:
         """The family's own scaling and soft-capping, for logits made with `head_rows`."""
@@ -184,14 +176,24 @@ class SharedWeights:
         return self._transform == LogitTransform()
 
     @property
-    def embedding_weight(self) -> Tensor:
-        """The embedding's table [V, embedding size]."""
-        return self._embedding.get_parameter("weight")
+    def native_embedding(self) -> Weight:
+        """The embedding's table [V, embedding size], for the C step. raises NativeError."""
+        return native_of(self._embedding)
+
+    @property
+    def native_head(self) -> Weight:
+        """The LM head [V, D], for the C step. raises NativeError."""
+        return native_of(self._lm_head)
 
     @property
     def head_weight(self) -> Tensor:
-        """The LM head [V, D]."""
+        """The LM head [V, D]; of a target in blocks no more than its size."""
         return self._lm_head.weight
+
+    @property
+    def is_blocked(self) -> bool:
+        """Whether they are a GGUF file's blocks."""
+        return isinstance(self._lm_head, BlockedLinear)
 
     @property
     def has_bias(self) -> bool:
@@ -202,15 +204,8 @@ class SharedWeights:
     def head_rows(self, token_ids: Tensor) -> tuple[Tensor, Tensor | None]:
         """A copy of some LM-head rows: ids [...] -> weight [..., D] and bias [...] or None."""
         bias = getattr(self._lm_head, "bias", None)
-        rows = functional.embedding(token_ids, self.head_weight)  # whole rows at a time, which indexing does not copy
+        rows = rows_of(self._lm_head, token_ids)
         return rows, None if bias is None else bias[token_ids]
-
-    def many_head_rows(self, token_ids: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The same for a whole draft vocabulary [N], once; what was read for it does not stay in memory."""
-        rows = self.head_rows(token_ids)
-        if self._packed is not None and self._packed.is_packed:
-            give_back(self.head_weight)  # decoding reads the packed copy
-        return rows
 
 
 @dataclass(frozen=True, kw_only=True)

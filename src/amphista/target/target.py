@@ -26,15 +26,15 @@ from amphista.cache.hf import as_transformers_cache
 from amphista.cache.resident import ResidentCache
 from amphista.cache.static import KVCache, sent
 from amphista.errors import CapacityError, CaptureError, TargetError
-from amphista.kernels.int8 import Int8Linear
-from amphista.kernels.linear import PackedLinear
 from amphista.target.attention import Layout, laid_out, refuse_attention
+from amphista.target.blocks import GGUF
 from amphista.target.captured import CapturedForward
-from amphista.target.families import kept_by_layers
+from amphista.target.families import decoder_of, kept_by_layers
 from amphista.target.lean import LeanModel
-from amphista.target.native import NativeForward, PlainLinear, RoundedLinear, native_form, why_not_native
+from amphista.target.native import NativeForward, native_form, product_of, why_not_native
 from amphista.target.output import TargetOutput
 from amphista.target.pages import give_back, trim_allocator
+from amphista.target.products import RoundedLinear
 from amphista.target.qualify import why_not_fast
 from amphista.target.spans import Span
 from amphista.target.spec import Fingerprint, LogitTransform, SharedWeights, TargetSpec
@@ -44,7 +44,7 @@ from amphista.tree.token_tree import TokenTree
 PREFILL_CHUNK = 512
 PROBE_ROWS = 12
 # Of the hidden states' scale, fast against stock (whose norms are of float32 whatever its weights are).
-PROBE_TOLERANCE = {"float64": 1e-4, "float32": 1e-4, "float16": 2e-2, "bfloat16": 1e-1, "int8": 0.3}
+PROBE_TOLERANCE = {"float64": 1e-4, "float32": 1e-4, "float16": 2e-2, "bfloat16": 1e-1, "int8": 0.3, GGUF: 1e-4}
 PROBE_TREE = TokenTree([7, 8, 9], [-1, 0, 0])  # padded in its bucket
 
 
@@ -111,7 +111,7 @@ class Target:
         if self._lean is None:
             return "stock"
         if self._native is not None:
-            return "native-int8" if self.has_int8 else "native"
+            return {"int8": "native-int8", GGUF: "native-gguf"}.get(self.type_name, "native")
         fast = "fast-int8" if self.has_int8 else "fast"
         captured = self._captured
         if captured is None or not captured.lease.is_open():
@@ -144,19 +144,24 @@ class Target:
     @property
     def has_int8(self) -> bool:
         """Whether its weights have 8 bits; what flows between them is of `dtype`."""
-        return self._lean is not None and isinstance(self._lean.head, Int8Linear)
+        return self._lean is not None and isinstance(self._lean.head, RoundedLinear)
+
+    @property
+    def has_blocks(self) -> bool:
+        """Whether its weights are a GGUF file's blocks: those of the float32 target, and its sums."""
+        return self.shared.is_blocked
 
     @property
     def type_name(self) -> str:
-        """`float32`, `bfloat16`, `float16`, or `int8` where the weights are."""
-        return "int8" if self.has_int8 else str(self.dtype).removeprefix("torch.")
+        """`float32`, `bfloat16`, `float16`; `int8` where the weights are; `gguf` for a file's own blocks."""
+        return "int8" if self.has_int8 else GGUF if self.has_blocks else str(self.dtype).removeprefix("torch.")
 
     def speed_up(self, *, release: bool = False, int8: bool = False, native: bool = False) -> bool:
         """Take the fast path where the model qualifies and a forward of both agrees; `why_stock` tells why not.
 
         release: give up the stock model, so that its weights are not there twice. int8: round the weights to 8 bits,
-        which makes another target of it (kernels/int8.py); only where `can_quantise` says so. native: let the C step
-        take its place where it can be built; `why_not_native` tells why not.
+        which makes another target of it (products.py) and needs the C step. native: let the C step take its place where
+        it can be built; `why_not_native` tells why not.
         """
         if self._lean is not None or self.why_stock is not None:
             return self._lean is not None
@@ -167,8 +172,11 @@ class Target:
         if native:
             self.why_not_native = why_not_native(self.name, self.device, self.dtype, is_static=bool(self._wants_static))
             native = self.why_not_native is None
-        product = (RoundedLinear if int8 else PlainLinear) if native else Int8Linear if int8 else PackedLinear
-        head = PackedLinear.of(self._model.get_output_embeddings()) if product is PlainLinear else None  # of drafters
+        if int8 and not native:
+            raise TargetError(
+                f"weights of 8 bits need the C step: {self.why_not_native or 'native=True (no --no-native)'}"
+            )
+        product = product_of(self._model.get_output_embeddings(), int8=int8, native=native)
         self._lean = LeanModel(self._model, product=product, release=release)
         difference = float((self.hidden_states(ids) - expected).abs().max() / expected.abs().max())
         if not difference <= self._probe_tolerance:
@@ -176,15 +184,16 @@ class Target:
                 f"the fast path of {self.name} differs from its stock model by {difference:.2g} of the hidden states' "
                 f"scale (allowed {self._probe_tolerance:.2g}): load it with fast=False (--no-fast) and report it"
             )
-        self.shared.use_packed(head or self._lean.head)
         if native:
             positions = self.spec.max_positions
             self._native, self.why_not_native = native_form(self.name, self._lean, positions, self._probe_tolerance)
         if int8:
             embedding = self._model.get_input_embeddings().weight
             self.num_weight_bytes = self._lean.num_product_bytes + embedding.numel() * embedding.element_size()
+        elif self.has_blocks:
+            self.num_weight_bytes = self._lean.num_product_bytes  # the embedding mostly is the head
         if release:
-            if self._lean.head.is_packed:
+            if self._lean.head.is_copy:
                 give_back(self._model.get_input_embeddings().weight, self.shared.head_weight)  # read by single rows now
             self._model = self._decoder = None
             trim_allocator()
@@ -251,7 +260,7 @@ class Target:
     @property
     def identity(self) -> dict[str, Any]:
         """Which target this is, its type included: what is computed with it depends on no other property of it."""
-        return {**asdict(self.fingerprint), "type": self.type_name}
+        return {**asdict(self.fingerprint), "type": "float32" if self.has_blocks else self.type_name}
 
     @property
     def row_bytes(self) -> int:
@@ -390,10 +399,3 @@ class Target:
         self._local.hidden = None
         hidden: Tensor = output.last_hidden_state
         return hidden
-
-
-def decoder_of(model: Any) -> Any:
-    """The part of a causal LM that makes hidden states of ids; some name another part, or themselves, as decoder."""
-    named = (model.get_decoder(), model.base_model, getattr(model, "model", None), getattr(model, "transformer", None))
-    kind = next(base for base in type(model).__mro__ if base.__name__ == "PreTrainedModel")
-    return next((part for part in named if isinstance(part, kind) and part is not model), model)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 
 import pytest
-import torch
 
 from amphista.drafter.proposer import Proposer
 from amphista.engine.params import SamplingParams
@@ -18,7 +17,6 @@ from amphista.evaluation.report import markdown_tables, write_report
 from amphista.evaluation.run import Evaluation, EvaluationConfig, answer_seed
 from amphista.evaluation.summary import ACCEPTED
 from amphista.kernels.graph import Recorder
-from amphista.kernels.int8 import can_quantise
 from amphista.target.target import Target
 from amphista.target.text import Text
 from tests.tiny import Amphista, AmphistaConfig, byte_tokenizer, shaken, tiny_model
@@ -278,11 +276,10 @@ def test_another_run_is_refused_and_nothing_lost(text_target, asked, tmp_path, c
     assert (tmp_path / "out" / "records.jsonl").read_bytes() == before
 
 
-@pytest.mark.skipif(not can_quantise(torch.empty(0)), reason="this CPU has no 8-bit dot products")
 def test_another_type_of_the_same_target_is_another_run(asked, tmp_path):
     """Path and the type of what flows between weights are the same."""
     targets = [Target(tiny_model(), Text(byte_tokenizer()), name="t") for _ in range(2)]
-    assert targets[0].speed_up() and targets[1].speed_up(int8=True)
+    assert targets[0].speed_up() and targets[1].speed_up(int8=True, native=True)
     evaluate(targets[0], asked, tmp_path / "out", methods="none")
     with pytest.raises(ConfigError, match="dtype is int8, there it is float32"):
         Evaluation(targets[1], asked, config("none"), tmp_path / "out")

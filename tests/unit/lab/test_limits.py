@@ -9,7 +9,6 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from amphista.evaluation.latency import typical_tree
-from amphista.kernels.int8 import can_quantise
 from amphista.target.target import Target
 from benchmarks.lab import limits as limits_module
 from benchmarks.lab.limits import (
@@ -119,9 +118,8 @@ def test_weights_of_8_bits_are_read_at_a_byte_each():
     assert narrow.num_operations(2, 3, 4) == wide.num_operations(2, 3, 4)
 
 
-@pytest.mark.skipif(not can_quantise(torch.empty(0)), reason="this CPU has no 8-bit dot products")
 def test_an_int8_target_is_held_against_its_own_kernel(small):
     target = tiny_target("llama")
-    assert target.speed_up(int8=True) and ForwardWork.of(target).weight_size == 1
+    assert target.speed_up(int8=True, native=True) and ForwardWork.of(target).weight_size == 1
     assert measure_limits(target).operations_per_second > 0
     assert "square product" not in computing_ways(target)

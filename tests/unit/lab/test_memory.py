@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from amphista.errors import AmphistaError, ConfigError
+from amphista.errors import AmphistaError, ConfigError, NativeError
 from amphista.target.target import Target
 from benchmarks.lab import memory
 from benchmarks.lab.memory import MemoryJob, decodable, peak_memory, resident_bytes
@@ -35,9 +35,13 @@ def test_what_fails_there_is_told_here(tmp_path):
         resident_bytes("VmNothing")
 
 
+def without_compiler():
+    raise NativeError("no compiler")
+
+
 def test_what_this_machine_cannot_do_is_told_before_or_left_out(monkeypatch, caplog, tmp_path):
     caplog.set_level("INFO", "amphista")
-    monkeypatch.setattr(memory, "can_quantise", lambda weight: False)
+    monkeypatch.setattr(memory, "load", without_compiler)
     assert memory.loadable_types(["float32", "int8"]) == ["float32"]
     assert "int8 is not measured" in caplog.text
     monkeypatch.setattr(memory, "STATUS", tmp_path / "none")

@@ -81,6 +81,25 @@ static int differs(int kind, int window) {
     return memcmp(logits[0], logits[1], 4 * 3 * VOCAB) != 0;
 }
 
+/* Blocks of a kind in memory of exactly their size: a product by one thread and by three, and the last row. */
+static int blocks_differ(int kind) {
+    enum { OUTPUTS = 35, INPUTS = 512 };
+    const size_t bytes = (size_t)(OUTPUTS * INPUTS / block_numbers(kind) * block_bytes(kind));
+    const Product p = {.weight = keep_it(filled(bytes, 1, 7)), .kind = kind, .outputs = OUTPUTS, .inputs = INPUTS};
+    const int64_t last = OUTPUTS - 1;
+    int wrong = 0;
+    for (int n = 1; n < 10; n++) {
+        float *rows = keep_it(filled((size_t)n * INPUTS, 4, 8)), *out[2];
+        for (int run = 0; run < 2; run++) {
+            out[run] = keep_it(malloc(4 * (size_t)n * OUTPUTS));
+            amphista_product(&p, rows, n, out[run], run ? 3 : 1, keep_it(malloc(4 * (size_t)n * (INPUTS + 1))));
+        }
+        wrong += memcmp(out[0], out[1], 4 * (size_t)n * OUTPUTS) != 0;
+    }
+    amphista_rows(&p, &last, 1, keep_it(malloc(4 * INPUTS)), 1);
+    return wrong;
+}
+
 static Layer layer_of(int kind, unsigned seed, int inner) {
     return (Layer){.attention_norm = vector(HIDDEN), .mlp_norm = vector(HIDDEN), .qkv = product(kind, QKV, HIDDEN, seed),
                    .output = product(kind, HIDDEN, HEADS * SIZE, seed + 2), .gate = product(kind, inner, HIDDEN, seed + 4),
@@ -151,6 +170,7 @@ static int drafts_differ(int kind, int own, int depth) {
 
 int main(void) {
     int wrong = 0;
+    for (int kind = F16; kind <= Q6_K; kind++) wrong += blocks_differ(kind);
     for (int kind = FLOAT32; kind <= INT8; kind++) wrong += differs(kind, 0) + differs(kind, 7);
     for (int kind = FLOAT32; kind <= INT8; kind++)
         for (int depth = 0; depth <= SLOTS; depth++) wrong += drafts_differ(kind, depth % 2, depth);

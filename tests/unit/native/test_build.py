@@ -106,6 +106,7 @@ def test_a_cache_folder_that_cannot_be_written_says_so(tmp_path):
 def test_sources_are_in_the_package():
     assert {path.name for path in SOURCES.glob("*.[ch]")} == {
         "native.c",
+        "weights.c",
         "step.c",
         "drafter.c",
         *(f"{name}.h" for name in ("layer", "team", "products", "lanes", "blocks")),

@@ -9,7 +9,7 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from threading import Thread
 
 import pytest
-from gguf import GGUFWriter
+from gguf import GGUFReader, GGUFWriter
 
 from amphista.errors import TargetError
 from amphista.target import gguf
@@ -214,7 +214,7 @@ def test_every_end_token_of_the_metadata(tmp_path):
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.close()
-    assert gguf.end_tokens(tmp_path / "some.gguf") == [7, 9, 11, 13]
+    assert gguf.end_tokens(GGUFReader(tmp_path / "some.gguf")) == [7, 9, 11, 13]
 
 
 # -- fetching a wheel -------------------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from amphista.errors import DrafterError, TargetError
+from amphista.errors import DrafterError, NativeError, TargetError
 from amphista.llm import load
 from amphista.target import DEFAULT_TARGET
 from amphista.target.loading import describe_target, hub_name, load_target
@@ -33,12 +33,17 @@ def test_a_folder_that_reads_like_a_hub_id_is_a_folder(tmp_path, monkeypatch):
     assert hub_name("owner/name") == "name" and hub_name("owner/other") == "owner/other"
 
 
+def without_compiler():
+    raise NativeError("no compiler")
+
+
 def test_int8_is_refused_where_it_cannot_be(tmp_path, monkeypatch):
     tiny_model("gpt2").save_pretrained(tmp_path)
-    with pytest.raises(TargetError, match="need the fast path"):
-        load_target(str(tmp_path), dtype="int8", fast=False)
-    monkeypatch.setattr("amphista.target.loading.can_quantise", lambda weight: False)
-    with pytest.raises(TargetError, match="8-bit dot products"):
+    for form in ("fast", "native"):
+        with pytest.raises(TargetError, match="need the C step: leave out"):
+            load_target(str(tmp_path), dtype="int8", **{form: False})
+    monkeypatch.setattr("amphista.target.loading.load", without_compiler)
+    with pytest.raises(TargetError, match="need the C step: no compiler"):
         load_target(str(tmp_path), dtype="int8")
 
 

@@ -8,8 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from amphista.kernels import linear
-from amphista.target import lean, spec
+from amphista.target import lean
 from amphista.target import target as targets
 from amphista.target.loading import _converted, _is_only_weights, load_target
 from amphista.target.pages import give_back, trim_allocator
@@ -68,14 +67,12 @@ def test_models_of_which_parts_keep_their_type_are_left_to_transformers():
     assert not _is_only_weights(other)
 
 
-@pytest.mark.parametrize("packs", [True, False])
-def test_pages_that_every_step_reads_are_kept(monkeypatch, packs):
-    """Where nothing can be packed, products read the stock model's own weights."""
+@pytest.mark.parametrize("native", [True, False])
+def test_pages_that_every_step_reads_are_kept(monkeypatch, native):
+    """The C step has copies; the torch form reads the stock model's own weights."""
     given = []
-    for module in (lean, targets, spec):
+    for module in (lean, targets):
         monkeypatch.setattr(module, "give_back", lambda *tensors: given.extend(tensors))
-    monkeypatch.setattr(linear, "can_pack", lambda weight: packs)
     target = Target(tiny_model())
-    assert target.speed_up(release=True)
-    target.shared.many_head_rows(torch.arange(4))
-    assert bool(given) == packs
+    assert target.speed_up(release=True, native=native)
+    assert bool(given) == native

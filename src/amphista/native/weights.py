@@ -1,0 +1,147 @@
+"""Weights of linear layers as the C step reads them: float32, bfloat16, 8 bits, and the blocks of a GGUF file.
+
+Shapes: O outputs, I inputs, N rows.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from amphista.errors import NativeError
+from amphista.native.build import load
+from amphista.native.huge_pages import Arena
+
+BLOCK, GROUP, LEVELS, ZERO = 32, 4, 127, 128  # of packed 8-bit weights: outputs side by side, inputs side by side
+KINDS = {torch.float32: 0, torch.bfloat16: 1}
+INT8, SIDE_BY_SIDE = 2, 3
+BLOCK_KINDS = {2: 4, 18: 5, 20: 6, 22: 7, 24: 8, 34: 9, 144: 10, 176: 11, 210: 12}  # of a GGUF file, by a block's bytes
+BLOCK_NUMBERS = {2: 1, 144: 256, 176: 256, 210: 256}  # in a block; of all others 32
+HALVES = 32  # float16 is read by so many
+PAD = 64  # rows of our own are padded with zeros to a multiple
+Address = ctypes.c_void_p
+
+
+class Product(ctypes.Structure):
+    """A weight as products.h has it."""
+
+    _fields_ = [
+        *((name, Address) for name in ("weight", "scales", "offsets", "bias")),
+        *((name, ctypes.c_int32) for name in ("kind", "outputs", "inputs", "unused")),
+    ]
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A linear layer's weight [O, I] as the C step reads it, and its bias [O].
+
+    parts: of weights of several kinds, whose outputs follow each other; `weight` then holds their records.
+    """
+
+    num_outputs: int
+    num_inputs: int
+    kind: int
+    weight: Tensor
+    scales: Tensor | None = None
+    offsets: Tensor | None = None
+    bias: Tensor | None = None
+    parts: tuple[Weight, ...] = ()
+
+    @classmethod
+    def of(cls, weight: Tensor, bias: Tensor | None = None) -> Weight:
+        """A weight of float32 or bfloat16 as it lies: nothing is copied if it is contiguous."""
+        if weight.dtype not in KINDS:
+            raise NativeError(f"the C step has no weights of {str(weight.dtype).removeprefix('torch.')}")
+        bias = None if bias is None else bias.detach().float().contiguous()
+        return cls(weight.shape[0], weight.shape[1], KINDS[weight.dtype], weight.detach().contiguous(), bias=bias)
+
+    @classmethod
+    def of_8_bits(cls, weight: Tensor, bias: Tensor | None = None, arena: Arena | None = None) -> Weight:
+        """A float32 weight rounded to 8 bits, one scale an output: a packed copy, in the arena if there is one."""
+        outputs, inputs = weight.shape
+        plain = weight.detach()
+        scales = plain.abs().amax(1).clamp_min(torch.finfo(plain.dtype).tiny) / LEVELS
+        numbers = plain.new_zeros(rounded_up(outputs, BLOCK), rounded_up(inputs, GROUP), dtype=torch.int8)
+        numbers[:outputs, :inputs] = (plain / scales[:, None]).round().to(torch.int8)
+        offsets = numbers.sum(1, dtype=torch.int32) * -ZERO
+        blocks = numbers.view(-1, BLOCK, numbers.shape[1] // GROUP, GROUP).transpose(1, 2)
+        blocks = blocks.contiguous() if arena is None else arena.copy(blocks)
+        bias = None if bias is None else bias.detach().float().clone()
+        return cls(outputs, inputs, INT8, blocks, scales, offsets, bias)
+
+    @classmethod
+    def of_blocks(cls, blocks: Tensor, bias: Tensor | None = None) -> Weight:
+        """Blocks of a GGUF file, uint8 [O, blocks in a row, bytes of a block], or float32 [O, I]: as they lie.
+
+        raises NativeError for blocks of a size that no known kind has.
+        """
+        if blocks.dtype is torch.float32:
+            return cls.of(blocks, bias)
+        outputs, count, size = blocks.shape
+        inputs = count * BLOCK_NUMBERS.get(size, 32)
+        if blocks.dtype is not torch.uint8 or size not in BLOCK_KINDS or inputs % HALVES:
+            raise NativeError(f"the C step has no weights in blocks of {size} bytes, {inputs} numbers a row")
+        bias = None if bias is None else bias.detach().float().clone()
+        return cls(outputs, inputs, BLOCK_KINDS[size], blocks.contiguous(), bias=bias)
+
+    @classmethod
+    def side_by_side(cls, parts: Sequence[Weight]) -> Weight:
+        """Weights of the same inputs whose outputs follow each other, of float32 or blocks."""
+        records = (Product * len(parts))(*(part.record() for part in parts))
+        weight = torch.frombuffer(bytearray(records), dtype=torch.uint8)
+        outputs = sum(part.num_outputs for part in parts)
+        return cls(outputs, parts[0].num_inputs, SIDE_BY_SIDE, weight, parts=tuple(parts))
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes a product reads."""
+        if self.parts:
+            return sum(part.num_bytes for part in self.parts)
+        parts = [t for t in (self.weight, self.scales, self.offsets, self.bias) if t is not None]
+        return sum(t.numel() * t.element_size() for t in parts)
+
+    def rows(self, ids: Tensor, flags: tuple[str, ...] | None = None) -> Tensor:
+        """Rows of a weight of float32, bfloat16 or blocks as float32: ids [N] -> [N, I]."""
+        ids, out = ids.to(torch.int64).contiguous(), torch.empty(len(ids), self.num_inputs)
+        if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < self.num_outputs:
+            raise NativeError(f"rows are asked for that are not among the weight's {self.num_outputs}")
+        return self._call(load(flags).amphista_rows, ids, out)
+
+    def multiply(self, rows: Tensor, flags: tuple[str, ...] | None = None) -> Tensor:
+        """The product of rows of float32 [N, I] and this weight: [N, O], as in a forward."""
+        padded = torch.zeros(len(rows), rounded_up(self.num_inputs, PAD))
+        padded[:, : self.num_inputs] = rows.detach()
+        out, room = torch.empty(len(rows), self.num_outputs), torch.empty(padded.numel() + len(rows))
+        return self._call(load(flags).amphista_product, padded, out, Address(room.data_ptr()))
+
+    def _call(self, function: Any, given: Tensor, out: Tensor, *more: Any) -> Tensor:
+        sizes = ctypes.c_int64(len(given)), ctypes.c_int(torch.get_num_threads())
+        record = ctypes.byref(self.record())
+        function(record, Address(given.data_ptr()), sizes[0], Address(out.data_ptr()), sizes[1], *more)
+        return out
+
+    def record(self) -> Product:
+        return Product(
+            address(self.weight),
+            address(self.scales),
+            address(self.offsets),
+            address(self.bias),
+            self.kind,
+            self.num_outputs,
+            self.num_inputs,
+        )
+
+
+def rounded_up(count: int, multiple: int) -> int:
+    """The least multiple that is not below."""
+    return -(-count // multiple) * multiple
+
+
+def address(tensor: Tensor | None) -> int | None:
+    """Where a tensor's numbers are; None for None."""
+    return None if tensor is None else tensor.data_ptr()

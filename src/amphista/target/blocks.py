@@ -1,0 +1,227 @@
+"""A GGUF file's own blocks as a target's weights: mapped, not read, and multiplied as they lie, by the C step.
+
+A model of the Llama family is built without weights; its linear layers and its embedding get the file's blocks. These
+layers compute what stock ones would with the float32 weights that the blocks stand for, in C, so that the stock model,
+the torch form and the C step all run on the file's pages, which processes share. `NativeError` says what cannot be had
+so; such a target is converted to float32 (gguf.py).
+
+Shapes: O outputs, I inputs.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from amphista.errors import NativeError
+from amphista.native.weights import HALVES, Weight
+from amphista.target.products import NativeLinear
+
+GGUF = "gguf"  # as a type of weights
+INDEX = "tensors.json"
+ROTATED_IN_PAIRS = "llama"  # the architecture whose queries' and keys' rows a file holds as they are rotated
+BLOCKS = {"F16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K"}  # that the C step multiplies
+PLAIN = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+MODULES = {
+    "token_embd": "model.embed_tokens",
+    "output_norm": "model.norm",
+    "output": "lm_head",
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+
+
+class BlockedLinear(nn.Linear):
+    """A linear layer whose weight is blocks; what reads `weight` itself, which has only its shape, gets NaN."""
+
+    def __init__(self, blocks: Tensor, bias: Tensor | None = None) -> None:
+        native = Weight.of_blocks(blocks, bias)
+        super().__init__(1, 1, bias=False)
+        self.in_features, self.out_features = native.num_inputs, native.num_outputs
+        self.native: Weight = native
+        self.blocks, self.weight = blocks, _without_numbers(native)
+        self.register_parameter("bias", None if bias is None else nn.Parameter(bias, requires_grad=False))
+
+    def forward(self, input: Tensor) -> Tensor:
+        if torch.is_grad_enabled() and input.requires_grad:
+            return functional.linear(input, self.rows(torch.arange(self.out_features)), self.bias)
+        return self.native.multiply(input.reshape(-1, self.in_features)).view(*input.shape[:-1], -1)
+
+    def rows(self, ids: Tensor) -> Tensor:
+        """Rows of the weight: ids [...] -> [..., I]."""
+        return self.native.rows(ids.flatten()).view(*ids.shape, -1)
+
+
+class BlockedEmbedding(nn.Embedding):
+    """An embedding whose rows are blocks."""
+
+    def __init__(self, blocks: Tensor) -> None:
+        native = Weight.of_blocks(blocks)
+        super().__init__(1, 1)
+        self.num_embeddings, self.embedding_dim = native.num_outputs, native.num_inputs
+        self.native: Weight = native
+        self.weight = _without_numbers(native)
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self.native.rows(input.flatten()).view(*input.shape, -1)
+
+
+def _without_numbers(native: Weight) -> nn.Parameter:
+    shape = native.num_outputs, native.num_inputs
+    return nn.Parameter(torch.tensor(math.nan).expand(shape), requires_grad=False)
+
+
+def native_of(layer: nn.Module) -> Weight:
+    """The weight of a linear layer or an embedding, as the C step reads it; raises NativeError."""
+    if isinstance(layer, BlockedLinear | BlockedEmbedding):
+        return layer.native
+    return Weight.of(layer.get_parameter("weight"))
+
+
+def rows_of(layer: nn.Linear, ids: Tensor) -> Tensor:
+    """A copy of some rows of a linear layer's weight: ids [...] -> [..., I]."""
+    if isinstance(layer, BlockedLinear):
+        return layer.rows(ids)
+    return functional.embedding(ids, layer.weight)  # whole rows at a time, which indexing does not copy
+
+
+class BlockLinear(NativeLinear):
+    """Weights in blocks, held as they are."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
+        self._take([Weight.of_blocks(weight, bias)])
+
+    @staticmethod
+    def weight_of(layer: nn.Linear) -> Tensor:
+        assert isinstance(layer, BlockedLinear)
+        return layer.blocks
+
+    @classmethod
+    def side_by_side(cls, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> Self:
+        made = cls.__new__(cls)
+        parts = [Weight.of_blocks(weight, bias) for weight, bias in zip(weights, biases, strict=True)]
+        made._take([Weight.side_by_side(parts)] if len(parts) > 2 else parts)
+        return made
+
+
+# -- a file ------------------------------------------------------------------------------------------------------------
+
+
+def write_index(reader: Any, folder: Path) -> None:
+    """Note where the tensors of a file lie, from its `GGUFReader`: what is left of its header is slow to read."""
+    tensors = {
+        tensor.name: [tensor.tensor_type.name, [int(size) for size in tensor.shape], int(tensor.data_offset)]
+        for tensor in reader.tensors
+    }
+    record = {"architecture": reader.fields["general.architecture"].contents(), "tensors": tensors}
+    (folder / INDEX).write_text(json.dumps(record))
+
+
+class MappedTensors:
+    """The tensors of a GGUF file as its pages, under `transformers`' names."""
+
+    def __init__(self, gguf_file: Path, folder: Path, config: Any) -> None:
+        """folder: with the index of the file; config: of the model, for its heads."""
+        record = json.loads((folder / INDEX).read_text())
+        num_bytes = gguf_file.stat().st_size
+        self._pages = torch.from_file(str(gguf_file), shared=False, size=num_bytes, dtype=torch.uint8)
+        self._found = {_name_of(name): entry for name, entry in record["tensors"].items()}
+        heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
+        self._heads = heads if record["architecture"] == ROTATED_IN_PAIRS else {}
+        self.unread = set(self._found)
+        self._tried: set[str] = set()
+
+    def take(self, name: str) -> Tensor:
+        """Blocks uint8 [O, blocks in a row, bytes of a block], or float32 numbers [...]; raises NativeError."""
+        if name not in self._found:
+            raise NativeError(f"the file has no {name}")
+        self.unread.discard(name)
+        kind, shape, offset = self._found[name]
+        numbers = self._numbers(kind, shape[::-1], offset)
+        heads = self._heads.get(name.split(".")[-2])
+        if heads is None:
+            return numbers
+        return numbers.view(heads, -1, 2, *numbers.shape[1:]).transpose(1, 2).reshape(numbers.shape)
+
+    def _numbers(self, kind: str, shape: list[int], offset: int) -> Tensor:
+        from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+
+        per_block, size = GGML_QUANT_SIZES[GGMLQuantizationType[kind]]
+        end = offset + math.prod(shape) // per_block * size
+        if end > len(self._pages):
+            raise NativeError(f"the file ends at byte {len(self._pages)}, a tensor at {end}")
+        held = self._pages[offset:end]
+        if kind in PLAIN and (kind != "F16" or len(shape) == 1 or shape[-1] % HALVES):
+            return held.view(PLAIN[kind]).view(shape).float()
+        if kind not in BLOCKS or len(shape) != 2:
+            raise NativeError(f"the C step has no weights in {kind} of shape {shape}")
+        blocks = held.view(shape[0], -1, size)
+        self._try(kind, blocks[:1])
+        return blocks
+
+    def _try(self, kind: str, row: Tensor) -> None:
+        """Compare what the C step and the `gguf` package make of one row of each kind."""
+        from gguf import GGMLQuantizationType, dequantize
+
+        if kind not in self._tried:
+            found = Weight.of_blocks(row).rows(torch.zeros(1, dtype=torch.int64))
+            if not torch.equal(found, torch.from_numpy(dequantize(row.flatten(1).numpy(), GGMLQuantizationType[kind]))):
+                raise NativeError(f"the C step and the gguf package read blocks of {kind} differently")
+            self._tried.add(kind)
+
+
+def _name_of(name: str) -> str:
+    """`transformers`' name of a tensor; its own where there is none."""
+    parts = name.split(".")
+    layer = f"model.layers.{parts[1]}." if parts[0] == "blk" else ""
+    stem, last = (".".join(parts[2:-1]), parts[-1]) if layer else (".".join(parts[:-1]), parts[-1])
+    return f"{layer}{MODULES[stem]}.{last}" if stem in MODULES else name
+
+
+def give_blocks(model: Any, gguf_file: Path, folder: Path) -> None:
+    """Let a model of the Llama family, built on the meta device, run on the mapped blocks of a file.
+
+    raises NativeError where the C step cannot multiply them, or the file does not hold what the model needs.
+    """
+    config, decoder = model.config, model.get_decoder()
+    tensors = MappedTensors(gguf_file, folder, config)
+    decoder.rotary_emb = type(decoder.rotary_emb)(config=config)
+    for name, module in list(model.named_modules()):
+        if not list(module.parameters(recurse=False)):
+            continue
+        is_tied = module is model.get_output_embeddings() and config.tie_word_embeddings
+        made = _filled(module, "model.embed_tokens" if is_tied else name, tensors)
+        model.set_submodule(name, made)
+    if tensors.unread:
+        raise NativeError(f"the file holds {min(tensors.unread)}, which {type(model).__name__} has not")
+
+
+def _filled(module: Any, name: str, tensors: MappedTensors) -> Any:
+    """A module with the tensors of this name in place of its own, which are only sizes."""
+    numbers, size = tensors.take(f"{name}.weight"), module.weight.shape
+    if isinstance(module, nn.Linear):
+        made: Any = BlockedLinear(numbers, None if module.bias is None else tensors.take(f"{name}.bias"))
+    elif isinstance(module, nn.Embedding):
+        made = BlockedEmbedding(numbers)
+    else:
+        made = module
+        made.weight = nn.Parameter(numbers, requires_grad=False)
+    if made.weight.shape != size:
+        raise NativeError(f"{name} of the file has the shape {list(made.weight.shape)}: expected {list(size)}")
+    return made

@@ -1,0 +1,84 @@
+"""Linear layers whose weights the C step reads: as they lie, in huge pages, or rounded to 8 bits.
+
+Weights of 8 bits are a quarter of the bytes to read, and products of whole numbers. Each output's weights share a scale
+(symmetric, largest magnitude 127), and so does each *row* of inputs, taken from that row alone: a row's result is the
+same, bit for bit, whatever rows it is computed with. What it costs is accuracy of the target itself, which is no longer
+the float32 one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from amphista.kernels.linear import Product, TorchLinear
+from amphista.native.huge_pages import Arena
+from amphista.native.weights import Weight
+
+_ARENA = Arena()
+
+
+class PlainLinear(TorchLinear):
+    """y = x W^T + b, the weight copied as it lies into huge pages: the torch form and the C step both read it."""
+
+    is_copy = True
+
+    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
+        super().__init__(_ARENA.copy(weight), bias)
+
+    @property
+    def native(self) -> Weight:
+        """As the C step reads it."""
+        return Weight.of(self.weight, self.bias)
+
+    def halves(self) -> list[Weight]:
+        """Of two layers of one size side by side, each."""
+        biases = [None, None] if self.bias is None else self.bias.chunk(2)
+        return [Weight.of(part, bias) for part, bias in zip(self.weight.chunk(2), biases, strict=True)]
+
+
+class NativeLinear(Product):
+    """y = x W^T + b for float32 rows x [N, I], multiplied in C only; gate and up, which the C step multiplies one by
+    one, stay two weights."""
+
+    parts: list[Weight]
+
+    def _take(self, parts: Sequence[Weight]) -> None:
+        self.parts = list(parts)
+        self.num_outputs, self.num_inputs = sum(part.num_outputs for part in parts), parts[0].num_inputs
+
+    @property
+    def native(self) -> Weight:
+        (weight,) = self.parts
+        return weight
+
+    def halves(self) -> list[Weight]:
+        assert len(self.parts) == 2
+        return self.parts
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        return torch.cat([part.multiply(rows) for part in self.parts], dim=1)
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(part.num_bytes for part in self.parts)
+
+
+class RoundedLinear(NativeLinear):
+    """Weights of 8 bits."""
+
+    is_copy = True
+
+    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
+        self._take([Weight.of_8_bits(weight, bias, _ARENA)])
+
+    @classmethod
+    def side_by_side(cls, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> Self:
+        if len(weights) != 2:
+            return super().side_by_side(weights, biases)
+        made = cls.__new__(cls)
+        made._take([Weight.of_8_bits(w, b, _ARENA) for w, b in zip(weights, biases, strict=True)])
+        return made

@@ -1,0 +1,114 @@
+"""Tiny random targets as GGUF files, laid out as llama.cpp's converter does; each tensor may be of its own kind."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import gguf
+import numpy as np
+from gguf import GGMLQuantizationType as Kind
+
+from tests.tiny import EOS, TEMPLATE, VOCAB, byte_tokenizer
+
+HIDDEN, INNER, LAYERS = 256, 512, 2
+HEADS = {
+    "llama": (4, 2),
+    "qwen2": (4, 2),
+    "qwen3": (2, 1),
+}  # of queries, of keys; transformers takes Qwen3's for 128 wide
+HALVES = {
+    Kind.Q4_K: (0, 2),
+    Kind.Q5_K: (0, 2),
+    Kind.Q6_K: (208,),
+    Kind.IQ4_NL: (0,),
+}  # where blocks that nobody quantises hold float16
+
+
+def random_blocks(kind: Kind, outputs: int, inputs: int, seed: int, scale: float = 0.1) -> np.ndarray:
+    """uint8 [O, bytes of a row]; of F32 and F16 numbers."""
+    source = np.random.default_rng(seed)
+    numbers, size = gguf.GGML_QUANT_SIZES[kind]
+    if kind not in HALVES:
+        return gguf.quantize(source.normal(0, scale, (outputs, inputs)).astype(np.float32), kind)
+    blocks = source.integers(0, 256, (outputs, inputs // numbers, size), dtype=np.uint8)
+    for at in HALVES[kind]:
+        steps = source.normal(0, scale / 500, blocks.shape[:2]).astype(np.float16)
+        blocks[..., at : at + 2] = steps[..., None].view(np.uint8)
+    return blocks.reshape(outputs, -1)
+
+
+def shapes(architecture: str, *, tied: bool) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of all tensors of a file."""
+    heads, key_heads = HEADS[architecture]
+    size = HIDDEN // heads
+    rows = key_heads * size
+    found: dict[str, tuple[int, ...]] = {"token_embd.weight": (VOCAB, HIDDEN), "output_norm.weight": (HIDDEN,)}
+    found |= {} if tied else {"output.weight": (VOCAB, HIDDEN)}
+    for layer in range(LAYERS):
+        own: dict[str, tuple[int, ...]] = {
+            "attn_norm.weight": (HIDDEN,),
+            "attn_q.weight": (HIDDEN, HIDDEN),
+            "attn_k.weight": (rows, HIDDEN),
+            "attn_v.weight": (rows, HIDDEN),
+            "attn_output.weight": (HIDDEN, HIDDEN),
+            "ffn_norm.weight": (HIDDEN,),
+            "ffn_gate.weight": (INNER, HIDDEN),
+            "ffn_up.weight": (INNER, HIDDEN),
+            "ffn_down.weight": (HIDDEN, INNER),
+        }
+        if architecture == "qwen2":
+            own |= {"attn_q.bias": (HIDDEN,), "attn_k.bias": (rows,), "attn_v.bias": (rows,)}
+        if architecture == "qwen3":
+            own |= {"attn_q_norm.weight": (size,), "attn_k_norm.weight": (size,)}
+        found |= {f"blk.{layer}.{name}": shape for name, shape in own.items()}
+    return found
+
+
+def write_gguf(
+    path: Path,
+    kind_of: Callable[[str], Kind],
+    architecture: str = "llama",
+    *,
+    tied: bool = True,
+    more: tuple[str, ...] = (),
+) -> Path:
+    """kind_of: of a matrix, by its name; vectors are float32. more: names of tensors that no such model has."""
+    writer = gguf.GGUFWriter(path, architecture)
+    _write_settings(writer, *HEADS[architecture])
+    for seed, (name, shape) in enumerate({**shapes(architecture, tied=tied), **dict.fromkeys(more, (HIDDEN,))}.items()):
+        if len(shape) == 1:
+            vector = np.random.default_rng(seed).normal(1, 0.2, shape).astype(np.float32)
+            writer.add_tensor(name, vector if name.endswith("weight") else vector - 1)
+        else:
+            kind = kind_of(name)
+            blocks = random_blocks(kind, *shape, seed, 1.0 if name == "token_embd.weight" else 0.1)
+            writer.add_tensor(name, blocks, raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def _write_settings(writer: gguf.GGUFWriter, heads: int, key_heads: int) -> None:
+    writer.add_name("tiny")
+    writer.add_context_length(512)
+    writer.add_embedding_length(HIDDEN)
+    writer.add_block_count(LAYERS)
+    writer.add_feed_forward_length(INNER)
+    writer.add_head_count(heads)
+    writer.add_head_count_kv(key_heads)
+    writer.add_rope_freq_base(10000.0)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_vocab_size(VOCAB)
+    tokens = sorted(byte_tokenizer().get_vocab().items(), key=lambda item: item[1])
+    names = [name for name, _ in tokens] + [f"<unused{number}>" for number in range(VOCAB - len(tokens) - 1)] + ["th"]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("default")
+    writer.add_token_list(names)
+    writer.add_token_types([1] * 256 + [3] * (VOCAB - 257) + [1])
+    writer.add_token_merges(["t h"])
+    writer.add_bos_token_id(256)
+    writer.add_eos_token_id(EOS)
+    writer.add_chat_template(TEMPLATE)

@@ -1,0 +1,95 @@
+"""A GGUF file's own blocks: the weights, and the bits of every product, are those of the float32 weight they stand for.
+
+The oracle of a block's numbers is the `gguf` package's `dequantize`; of a product's bits, the C step's own with float32
+weights.
+"""
+
+from __future__ import annotations
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from gguf import GGMLQuantizationType as Kind
+
+from amphista.errors import NativeError
+from amphista.native.weights import Weight
+from tests.gguf_file import HALVES, random_blocks
+from tests.laws.test_native import FLAGS, has_compiler, runs_here
+
+KINDS = [Kind.F16, Kind.Q4_0, Kind.Q4_1, Kind.Q5_0, Kind.Q5_1, Kind.Q8_0, Kind.Q4_K, Kind.Q5_K, Kind.Q6_K]
+EXTREMES = [0x0000, 0x8000, 0x0001, 0x83FF, 0x0400, 0x7BFF, 0xFBFF]  # of float16: zeros, subnormal, least, largest
+
+pytestmark = pytest.mark.skipif(not has_compiler(), reason="no C compiler")
+
+
+@pytest.fixture(params=FLAGS)
+def flags(request):
+    if not runs_here(request.param):
+        pytest.skip("this processor has no AVX2")
+    return FLAGS[request.param]
+
+
+def blocks_of(kind: Kind, outputs: int, inputs: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Random blocks [O, blocks, bytes] and the float32 numbers they stand for."""
+    rows = random_blocks(kind, outputs, inputs, seed)
+    plain, size = gguf.dequantize(rows, kind), gguf.GGML_QUANT_SIZES[kind][1]
+    return torch.from_numpy(rows.view(np.uint8)).view(outputs, -1, size), torch.from_numpy(plain)
+
+
+def same_bits(ours: torch.Tensor, theirs: torch.Tensor) -> bool:
+    return torch.equal(ours.view(torch.int32), theirs.view(torch.int32))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_block_stands_for_what_gguf_says(kind, flags):
+    blocks, plain = blocks_of(kind, 37, 512)
+    weight, ids = Weight.of_blocks(blocks), torch.tensor([36, 0, 5, 5, 17])
+    assert same_bits(weight.rows(torch.arange(37), flags), plain)
+    assert same_bits(weight.rows(ids, flags), plain[ids])
+    assert weight.num_bytes == blocks.numel() and weight.rows(ids[:0], flags).shape == (0, 512)
+    with pytest.raises(NativeError, match="not among the weight's 37"):
+        weight.rows(torch.tensor([37]), flags)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind is not Kind.F16])
+def test_the_extremes_of_float16(kind, flags):
+    blocks, _ = blocks_of(kind, len(EXTREMES) ** 2, 256)
+    places = HALVES.get(kind, (0, 2) if kind in (Kind.Q4_1, Kind.Q5_1) else (0,))  # of scales and minima
+    for row, scales in enumerate((a, b) for a in EXTREMES for b in EXTREMES):
+        for at, half in zip(places, scales, strict=False):
+            blocks[row, :, at], blocks[row, :, at + 1] = half & 255, half >> 8
+    with np.errstate(all="ignore"):
+        plain = torch.from_numpy(gguf.dequantize(blocks.flatten(1).numpy(), kind))
+    assert same_bits(Weight.of_blocks(blocks).rows(torch.arange(len(blocks)), flags), plain)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_product_has_the_bits_of_float32(kind, flags):
+    numbers = gguf.GGML_QUANT_SIZES[kind][0]
+    for outputs, inputs in ((1, 256), (35, 256 * 3), (67, max(numbers, 32) * 5), (64, 256 * 66)):
+        blocks, plain = blocks_of(kind, outputs, inputs, seed=outputs)
+        bias = torch.randn(outputs, generator=torch.Generator().manual_seed(1)) if outputs > 1 else None
+        ours, theirs = Weight.of_blocks(blocks, bias), Weight.of(plain, bias)
+        rows = torch.randn(9, inputs, generator=torch.Generator().manual_seed(2))
+        alone = theirs.multiply(rows[:1], flags)
+        for num_rows in range(1, 10) if inputs < 10_000 else (2, 5):
+            found = ours.multiply(rows[:num_rows], flags)
+            assert same_bits(found, theirs.multiply(rows[:num_rows], flags)) and same_bits(found[:1], alone)
+
+
+def test_weights_of_several_kinds_side_by_side(flags):
+    kinds, rows = [(Kind.Q4_K, 40), (None, 7), (Kind.Q6_K, 64), (Kind.Q8_0, 33)], torch.randn(5, 512)
+    made = [(blocks_of(kind or Kind.F16, outputs, 512), kind) for kind, outputs in kinds]
+    bias = torch.randn(sum(outputs for _, outputs in kinds)).split([outputs for _, outputs in kinds])
+    parts = [Weight.of_blocks(b if kind else p, c) for ((b, p), kind), c in zip(made, bias, strict=True)]
+    whole = Weight.side_by_side(parts)
+    expected = Weight.of(torch.cat([plain for (_, plain), _ in made]), torch.cat(bias)).multiply(rows, flags)
+    assert same_bits(whole.multiply(rows, flags), expected)
+    assert whole.num_bytes == sum(part.num_bytes for part in parts)
+
+
+@pytest.mark.parametrize("shape", [(4, 2, 19), (4, 3, 2)])
+def test_blocks_that_the_c_step_does_not_know_are_refused(shape):
+    with pytest.raises(NativeError, match="no weights in blocks"):
+        Weight.of_blocks(torch.zeros(shape, dtype=torch.uint8))

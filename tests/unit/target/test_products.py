@@ -1,0 +1,86 @@
+"""Products are those of torch, or of 8 bits the whole-number sums they claim to be; rows do not mix, bit for bit."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from amphista.kernels.linear import TorchLinear
+from amphista.native.weights import LEVELS
+from amphista.target.products import PlainLinear, RoundedLinear
+
+ROWS = [1, 2, 7, 16, 33]
+
+
+def by_hand(weight, rows):
+    """The same rounding, then whole numbers without any kernel."""
+    scales, steps = weight.abs().amax(1) / LEVELS, rows.abs().amax(1, keepdim=True) / LEVELS
+    numbers = (rows / steps + 0.5).floor().long() @ (weight / scales[:, None]).round().long().t()
+    return numbers * scales * steps
+
+
+@pytest.mark.parametrize("product", [TorchLinear, PlainLinear])
+@pytest.mark.parametrize("biases", [(False, False, False), (True, True, True), (True, False, True)])
+@torch.inference_mode()
+def test_layers_side_by_side(product, biases):
+    layers = [nn.Linear(24, outputs, bias=bias) for outputs, bias in zip((8, 4, 12), biases, strict=True)]
+    x, residual = torch.randn(5, 24), torch.randn(5, 24)
+    expected = torch.cat([layer(x) for layer in layers], dim=-1)
+    made = product.of(*layers)
+    torch.testing.assert_close(made(x), expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(made.added(x, residual), residual + expected, atol=1e-5, rtol=1e-5)
+    assert made.num_bytes == 4 * 24 * 24 + (4 * 24 if any(biases) else 0)
+
+
+@torch.inference_mode()
+def test_what_is_held_and_what_is_copied():
+    weight, x = torch.randn(40, 24), torch.randn(3, 24)
+    expected = x @ weight.T
+    held, copied, rounded = TorchLinear(weight), PlainLinear(weight), RoundedLinear(weight)
+    weight.zero_()
+    assert not held(x).any() and not held.is_copy
+    torch.testing.assert_close(copied(x), expected, atol=1e-5, rtol=1e-5)
+    assert (rounded(x) - expected).abs().max() < 0.03 * expected.abs().max() and rounded.is_copy
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("inputs", [24, 61])
+@pytest.mark.parametrize("count", ROWS)
+def test_8_bits_are_sums_of_whole_numbers(count, inputs):
+    weight, rows = torch.randn(40, inputs), torch.randn(count, inputs)
+    found, expected = RoundedLinear(weight)(rows), by_hand(weight, rows)
+    # A value halfway between two numbers may go either way: few do, and by one step.
+    assert ((found - expected).abs() < 1e-4).float().mean() > 0.9
+    assert (found - rows @ weight.t()).abs().max() < 0.03 * (rows @ weight.t()).abs().max()
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("bias", [False, True])
+def test_8_bits_with_bias_and_two_of_one_input(bias):
+    layer = nn.Linear(24, 40, bias=bias)
+    product, rows = RoundedLinear.of(layer), torch.randn(5, 24)
+    plain = RoundedLinear(layer.weight)(rows)
+    torch.testing.assert_close(product(rows), plain + (layer.bias if bias else 0), atol=1e-6, rtol=1e-6)
+    both = RoundedLinear.of(layer, layer)
+    assert torch.equal(both(rows), torch.cat([product(rows)] * 2, dim=1)) and len(both.halves()) == 2
+
+
+@torch.inference_mode()
+def test_of_8_bits_a_row_is_the_same_alone_and_among_others():
+    product, rows = RoundedLinear(torch.randn(48, 64)), torch.randn(300, 64)
+    whole = product(rows)
+    for count in ROWS:
+        assert torch.equal(product(rows[:count]), whole[:count]), f"{count} rows"
+    spoilt = 1e6 * torch.randn(16, 64)
+    spoilt[3] = rows[3]
+    assert torch.equal(product(spoilt)[3], whole[3])
+
+
+@torch.inference_mode()
+def test_of_8_bits_nothing_saturates_and_nothing_divides_by_zero():
+    product = RoundedLinear(torch.ones(8, 576))
+    rows = torch.stack([torch.ones(576), -torch.ones(576), torch.zeros(576)])
+    expected = torch.tensor([576.0, -576.0, 0.0])[:, None].expand(3, 8)
+    torch.testing.assert_close(product(rows), expected, rtol=1e-5, atol=0)
+    assert not RoundedLinear(torch.zeros(8, 576))(rows).any()
