@@ -143,7 +143,7 @@ def _load_blocks(name: str, progress: Progress) -> Target:
         raise NativeError(why_not)
     give_blocks(model, gguf_file, folder)
     model.generation_config = source.read(GenerationConfig)
-    target = Target(model, _load_text(source), name=name)
+    target = Target(model, load_text(source), name=name)
     # No probe: the stock model, whose trees it would try, is left here, and the C step tries its own.
     if not target.speed_up(release=True, native=True) or target.why_not_native is not None:
         raise NativeError(target.why_stock or target.why_not_native)
