@@ -1,8 +1,8 @@
 """Memory that is held but not needed: pages of weights that were copied elsewhere, and what the allocator keeps.
 
 Weights read from a file are its mapped pages, resident once they were touched. Where a copy has taken their place (in
-another type, or in huge pages) they would stay resident beside it until the whole file is closed. Giving them back changes
-nothing: whoever reads them again gets them from the file again. On other systems than Linux nothing is done.
+another type, or in huge pages) they would stay resident beside it until the whole file is closed. Giving them back
+changes nothing: whoever reads them again gets them from the file again. On other systems than Linux nothing is done.
 """
 
 from __future__ import annotations

@@ -160,22 +160,20 @@ class Target:
         """Take the fast path where the model qualifies and a forward of both agrees; `why_stock` tells why not.
 
         release: give up the stock model, so that its weights are not there twice. int8: round the weights to 8 bits,
-        which makes another target of it (products.py) and needs the C step. native: let the C step take its place where
-        it can be built; `why_not_native` tells why not.
+        which makes another target of it (products.py), in the C step alone. native: let the C step decode where it can
+        be built; `why_not_native` tells why not.
         """
         if self._lean is not None or self.why_stock is not None:
             return self._lean is not None
         ids = torch.arange(7, 7 + PROBE_ROWS, device=self.device)[None] % self.spec.vocab_size
         expected = self.hidden_states(ids)
-        if release:
-            self._hook.remove()
         if native:
             self.why_not_native = why_not_native(self.name, self.device, self.dtype, is_static=bool(self._wants_static))
             native = self.why_not_native is None
         if int8 and not native:
-            raise TargetError(
-                f"weights of 8 bits need the C step: {self.why_not_native or 'native=True (no --no-native)'}"
-            )
+            raise TargetError(f"weights of 8 bits need the C step: {self.why_not_native or 'native is False'}")
+        if release:
+            self._hook.remove()
         product = product_of(self._model.get_output_embeddings(), int8=int8, native=native)
         self._lean = LeanModel(self._model, product=product, release=release)
         difference = float((self.hidden_states(ids) - expected).abs().max() / expected.abs().max())
