@@ -53,9 +53,9 @@ def generate(
     """Decode prompts [B, T]; returns them with their answers [B, T + new], padded on the right.
 
     settings: those of a generation configuration, with its defaults, and attention_mask. drafter, tree: as for `load`.
-    fast: decode on a prepared copy of the weights where the model qualifies. seed: of the first prompt's noise, those of
-    the others follow; by default drawn from torch's generator. The model is put in evaluation mode and frozen. raises
-    RequestError for whatever would change an answer and is not supported.
+    fast: decode on a prepared copy of the weights where the model qualifies. seed: of the first prompt's noise, those
+    of the others follow; by default drawn from torch's generator. The model is put in evaluation mode and frozen.
+    raises RequestError for whatever would change an answer and is not supported.
     """
     config = copy.deepcopy(model.generation_config)
     given = {} if generation_config is None else generation_config.to_dict()
