@@ -9,7 +9,8 @@ cache off; a variant is `TYPE` (made from the GGUF by `llama-quantize`, or the f
 turns, spread over all tasks. Everything is greedy and as long as `--max-new-tokens` at most.
 
 Told for each: tokens a second of decoding (without the prompt, by either side's own clock) and whole; in how many
-answers the tokens are those of our first method. The records are kept line by line in OUT/records.jsonl.
+answers the tokens are those of plain decoding of the same weights, and of our first method. The records are kept line
+by line in OUT/records.jsonl.
 """
 
 from __future__ import annotations
@@ -124,20 +125,33 @@ def in_type(build: Path, gguf: Path, kind: str, folder: Path) -> Path:
     return made
 
 
+def plain_of(name: str) -> str:
+    """The method that decodes the same weights plainly."""
+    kind, _, drafter = name.partition("/")
+    return f"{kind}/none" if name.startswith("ours") else kind if drafter else name
+
+
 def summary(rows: list[dict[str, Any]], names: list[str]) -> list[dict[str, Any]]:
-    """Tokens a second of each method over all its answers."""
-    first = {(row["question"], row["round"]): row["ids"] for row in rows if row["method"] == names[0]}
+    """Tokens a second of each method over all its answers, and how many are those of plain decoding and of the first
+    method."""
+    by_method = {name: {(r["question"], r["round"]): r["ids"] for r in rows if r["method"] == name} for name in names}
     found = []
     for name in names:
         mine = [row for row in rows if row["method"] == name]
         decoded, tokens = sum(len(row["ids"]) - 1 for row in mine), sum(len(row["ids"]) for row in mine)
-        same = sum(row["ids"] == first[row["question"], row["round"]] for row in mine)
+
+        def same(other: str, name: str = name) -> str:
+            theirs = by_method.get(other, {})
+            equal = sum(ids == theirs.get(key) for key, ids in by_method[name].items())
+            return f"{equal} of {len(by_method[name])}"
+
         found.append(
             {
                 "method": name,
                 "decode_tokens_per_second": round(decoded / sum(row["decode_seconds"] for row in mine), 1),
                 "tokens_per_second": round(tokens / sum(row["seconds"] for row in mine), 1),
-                "answers_as_first": f"{same}/{len(mine)}",
+                "answers_as_plain": same(plain_of(name)),
+                "answers_as_first": same(names[0]),
             }
         )
     return found

@@ -1,4 +1,4 @@
-"""Write the README's table anew from a summary: python -m benchmarks.lab.readme_table [SUMMARY.json]"""
+"""Write the README's table anew from a record beside llama.cpp: python -m benchmarks.lab.readme_table [RUN.json]"""
 
 from __future__ import annotations
 
@@ -7,27 +7,26 @@ import sys
 from pathlib import Path
 from typing import Any
 
-SUMMARY = Path("benchmarks/zen4-2-cores/spec-bench/summary.json")
+SUMMARY = Path("benchmarks/zen4-2-cores/llama-cpp/run.json")
+BESIDE = "llama.cpp GGUF"
 ROWS = {
-    "hf": "stock `generate` of transformers",
-    "none": "amphista, plain decoding",
-    "amphista": "Amphista heads",
-    "lookup": "lookup in the text itself",
-    "amphista+lookup": "**both, the default**",
+    BESIDE: "llama.cpp, the same GGUF file (Q4_1)",
+    "ours gguf/none": "amphista, plain, the same file",
+    "ours gguf/amphista+lookup": "**amphista, drafted, the default**",
+    "ours int8/none": "amphista, plain, weights of 8 bits",
+    "ours int8/amphista+lookup": "amphista, drafted, weights of 8 bits",
 }
 BEGIN, END = "<!-- table: python -m benchmarks.lab.readme_table -->\n", "<!-- end of table -->"
 
 
 def table(summary: dict[str, Any]) -> str:
     """Five rows of Markdown."""
-    measures = summary["measures"]["all"]
-    lines = ["| | tau | tokens/s | over plain (95 %) | same tokens |", "|---|---|---|---|---|"]
+    found = {row["method"]: row for row in summary["methods"]}
+    beside = found[BESIDE]["decode_tokens_per_second"]
+    lines = ["| | tokens/s | over llama.cpp | tokens of plain decoding |", "|---|---|---|---|"]
     for name, shown in ROWS.items():
-        row = measures[name]
-        low, high = row["speedup_interval"]
-        over = "1.00x" if name == "none" else f"{row['speedup']:.2f}x ({low:.2f} to {high:.2f})"
-        same = "" if name == "none" else f"{round(row['identical'] * row['compared'])} of {row['compared']}"
-        lines.append(f"| {shown} | {row['tau']:.2f} | {row['tokens_per_second']:.1f} | {over} | {same} |")
+        rate = found[name]["decode_tokens_per_second"]
+        lines.append(f"| {shown} | {rate:.1f} | {rate / beside:.2f}x | {found[name]['answers_as_plain']} |")
     return "\n".join(lines) + "\n"
 
 

@@ -88,8 +88,8 @@ def verify_seconds(target: Target) -> tuple[dict[int, float], float]:
 
 
 def draft_ratio(target: Target, drafter: Drafter) -> tuple[float, float, float]:
-    """Seconds of asking the heads of one sequence, and of each further one, in forwards of one row; the worst spread.
-    In fixed shapes where the target verifies in them."""
+    """Seconds of asking the heads of one sequence, and of each further one, in forwards of one row; the worst spread,
+    of a draft that of a forward which is longer by as much. In fixed shapes where the target verifies in them."""
     drafter = captured(drafter, is_static=target.is_static)
     cache, rows = _filled(target)
     hidden = torch.randn(rows, target.spec.hidden_size, generator=torch.Generator().manual_seed(0))
@@ -114,7 +114,8 @@ def draft_ratio(target: Target, drafter: Drafter) -> tuple[float, float, float]:
     _time(target, cells)
     one, several, forward = (timed.shortest for timed in cells)
     further = max(0.0, several - one) / (ASKED - 1)
-    return one / forward, further / forward, max(timed.spread for timed in cells)
+    spreads = [1 + (timed.spread - 1) * timed.shortest / forward for timed in cells]
+    return one / forward, further / forward, max(spreads)
 
 
 def _filled(target: Target) -> tuple[KVCache, int]:
