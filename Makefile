@@ -35,7 +35,7 @@ ALSO_FAILED := || test $$? -eq 1  # an evaluation with failed answers ends with 
 .PHONY: demo test test-browser test-ray check docs docs-check test-package bench bench-speed bench-gpu format clean
 
 demo: $(READY)
-	@$(BIN)/amphista generate --compare --max-new-tokens 96 "Why is the sky blue?"
+	@$(BIN)/amphista generate --compare --dtype int8 --max-new-tokens 96 "Why is the sky blue?"
 
 test: $(READY)
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_WORKERS)
