@@ -80,7 +80,7 @@ print("1. The target learns")
 text = "\n".join(path.read_text(encoding="utf-8") for path in DOCS)
 tokenizer = make_tokenizer(text)
 ids = torch.tensor(tokenizer(text)["input_ids"])
-train_target(ids, max(int(400 * SHARE), 5)).save_pretrained(OUT / "target")
+train_target(ids, max(int(400 * SHARE), 60)).save_pretrained(OUT / "target")
 tokenizer.save_pretrained(OUT / "target")
 
 print("2. It writes what the drafter learns from")
@@ -97,7 +97,7 @@ rows = [
 print(f"  {sum(len(one.token_ids) for one in answers)} tokens, such as: {answers[0].text[:60]!r}")
 
 print("3. The drafter learns to guess it")
-num_steps = max(int(240 * SHARE), 8)
+num_steps = max(int(240 * SHARE), 24)
 config = TrainConfig(
     model={"num_heads": 4, "num_encoder_layers": 1},
     data=DataConfig(files=(str(OUT / "answers.jsonl"),), validation_share=0.15),

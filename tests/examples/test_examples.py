@@ -81,7 +81,7 @@ def test_train_tiny(run, target, tmp_path):
 
 
 def test_tour(run, tmp_path):
-    """A fiftieth of its length: the curve has eight points, and the tokens are those of plain decoding."""
+    """At its shortest: the curve has eight points and rises, and the tokens are those of plain decoding."""
     printed = run("tour", tmp_path, 0.02)
     curve = [float(tau) for tau in re.findall(r": ([\d.]+) tokens per forward #", printed)]
     assert len(curve) == 8 and curve[-1] > curve[0]
