@@ -22,10 +22,11 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from amphista.drafter.base import MAX_LAYERS, MAX_SIZE, DrafterConfig, DrafterState, check_range
-from amphista.drafter.heads import ParallelHeads, StateOf
+from amphista.drafter.base import MAX_LAYERS, MAX_SIZE, DrafterState, check_range
+from amphista.drafter.heads import ParallelConfig, ParallelHeads
 from amphista.drafter.layers import LayerCache, LayerSizes, ResidualBlock, RMSNorm, RowCache, TransformerLayer
 from amphista.drafter.native import Modules
+from amphista.drafter.scoring import StateOf
 from amphista.errors import ConfigError
 from amphista.target.spec import SharedWeights, TargetSpec
 
@@ -33,7 +34,7 @@ POSITION_START_STD = 0.02  # small against the unit rms of the slots: every head
 
 
 @dataclass(frozen=True, kw_only=True)
-class AmphistaConfig(DrafterConfig):
+class AmphistaConfig(ParallelConfig):
     """The paper's model and its ablations.
 
     `stages` 0, 1 or 2 staged adaptation layers (0: heads read the normed h_t, nothing else); heads k <= `stage_split`

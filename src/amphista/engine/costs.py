@@ -15,7 +15,6 @@ from typing import Any
 
 from amphista import provenance
 from amphista.drafter.base import Drafter
-from amphista.drafter.heads import ParallelHeads
 from amphista.drafter.proposer import Proposer
 from amphista.engine.cost_cache import kept
 from amphista.engine.timing import NOISY, draft_ratio, verify_seconds
@@ -51,8 +50,8 @@ def tune(target: Target, proposer: Proposer, *, refresh: bool = False) -> Tuned:
     record = kept({"what": "verify", **key}, lambda: _measure_verify(target), _is_curve, refresh=refresh)
     verify = {int(size): seconds for size, seconds in record["seconds"].items()}
     draft = further = 0.0
-    if isinstance(heads, ParallelHeads):
-        key = {"what": "draft", **key, "drafter": drafter_key(heads)}
+    if heads is not None and heads.cost_key is not None:
+        key = {"what": "draft", **key, "drafter": heads.cost_key}
         asked = kept(key, lambda: _measure_draft(target, heads), _is_ratio, refresh=refresh)
         draft, further = verify[1] * asked["ratio"], verify[1] * asked["further"]
     target.give_back_graphs()
@@ -74,12 +73,6 @@ def target_key(target: Target) -> dict[str, Any]:
         "device": str(target.device),
         "batch": 1,
     }
-
-
-def drafter_key(drafter: ParallelHeads) -> dict[str, Any]:
-    """All that the seconds of drafting depend on beside the target: dimensions, not weights."""
-    form = "native" if drafter.why_not_native is None else "torch"
-    return {"name": drafter.name, "config": asdict(drafter.config), "dtype": str(drafter.dtype), "form": form}
 
 
 def _measure_verify(target: Target) -> dict[str, Any]:

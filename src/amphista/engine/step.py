@@ -20,7 +20,7 @@ from amphista.accept.sampling import Chooser
 from amphista.accept.walk import walk
 from amphista.cache.static import sent
 from amphista.drafter.base import Drafter
-from amphista.drafter.captured import CapturedDrafter, captured
+from amphista.drafter.captured import captured
 from amphista.drafter.lookup import DEEPEST
 from amphista.drafter.proposer import Proposer
 from amphista.engine.loops import LoopWatch
@@ -110,7 +110,7 @@ class Engine:
     def prepare(self, num_rows: int) -> None:
         """Record now what decoding up to so many rows will replay: where time is measured, not in mid-answer."""
         self.target.prepare(self.max_nodes, num_rows)
-        if isinstance(self._heads, CapturedDrafter):
+        if self._heads is not None:
             self._heads.prepare(self.grower.num_ranks, num_rows)
 
     def new_sequence(self, prompt_ids: list[int], params: SamplingParams, *, cut_loops: bool = False) -> Sequence:
