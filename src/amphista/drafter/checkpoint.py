@@ -27,8 +27,10 @@ from safetensors import SafetensorError
 from amphista.config import build
 from amphista.drafter.amphista import Amphista, AmphistaConfig
 from amphista.drafter.base import Calibration, DrafterConfig
+from amphista.drafter.eagle import Eagle, EagleConfig
 from amphista.drafter.foreign import what_it_is
 from amphista.drafter.hub import HubAccess, fetch
+from amphista.drafter.hydra import Hydra, HydraConfig
 from amphista.drafter.lookup import LOOKUP
 from amphista.drafter.medusa import Medusa, MedusaConfig
 from amphista.drafter.proposer import NONE, Proposer
@@ -43,6 +45,8 @@ STAGED_WEIGHTS = ".model.safetensors.new"
 DRAFTERS: dict[str, tuple[type[DrafterConfig], type[ScoringDrafter]]] = {
     "amphista": (AmphistaConfig, Amphista),
     "medusa": (MedusaConfig, Medusa),
+    "hydra": (HydraConfig, Hydra),
+    "eagle": (EagleConfig, Eagle),
 }
 WEIGHTS_ONLY_DIFFER = {"lm_head_sha256"}
 MAX_CONFIG_BYTES = 1 << 24

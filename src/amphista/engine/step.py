@@ -231,7 +231,7 @@ class Engine:
         with clock.phase("draft"):
             rows = [self._draft_row(sequence) for sequence in decoding]
             asked = [] if self._heads is None else self.grower.whom_to_ask(rows, plain)
-            candidates = self._ask(decoding, rows, asked)
+            candidates = self._ask(decoding, rows, asked, plain)
         with clock.phase("tree"):
             return self.grower.grow_batch(rows, candidates, asked, plain), candidates
 
@@ -240,17 +240,27 @@ class Engine:
         graft = self.proposer.ngrams(sequence.lookup, sequence.token_ids, depth) if depth else None
         return DraftRow(sequence.controller, graft, depth, sequence.pending)
 
-    def _ask(self, decoding: Several[Sequence], rows: Several[DraftRow], asked: Several[int]) -> list[Candidates]:
-        """What is on offer for each sequence; the heads of all that are asked draft in one pass."""
+    def _ask(
+        self, decoding: Several[Sequence], rows: Several[DraftRow], asked: Several[int], plain: Forward
+    ) -> list[Candidates]:
+        """What is on offer for each sequence; the heads of all that are asked draft together."""
         candidates = [Candidates([], [], graft=row.graft) for row in rows]
         if self._heads is None or not asked:
             return candidates
         deepest = self._heads.num_heads
         asks = [decoding[b].rows.ask(decoding[b].params.temperature, min(rows[b].max_depth, deepest)) for b in asked]
-        drafts = self._heads.draft_all(asks, self.grower.num_ranks)
-        for b, drafted in zip(asked, drafts, strict=True):
+
+        def note(drafts: Several[Candidates]) -> None:
+            for b, drafted in zip(asked, drafts, strict=True):
+                candidates[b] = drafted if rows[b].graft is None else replace(drafted, graft=rows[b].graft)
+
+        def look(drafts: Several[Candidates]) -> Several[Several[int]]:
+            note(drafts)
+            return self.grower.look_below(rows, candidates, asked, plain)
+
+        note(self._heads.draft_all(asks, self.grower.num_ranks, look))
+        for b in asked:
             decoding[b].rows.note_fed()
-            candidates[b] = drafted if rows[b].graft is None else replace(drafted, graft=rows[b].graft)
         return candidates
 
 

@@ -132,7 +132,10 @@ class RankedHeads:
 
     def candidates(self, row: int) -> Candidates:
         """What the drafter would offer at that row."""
-        below = None if self.below is None else ConditionalRanks(*(values[row].tolist() for values in self.below))
+        below = None
+        if self.below is not None:
+            ranks, log_probs = self.below
+            below = ConditionalRanks(ranks[row].tolist(), log_probs[row].tolist())
         return Candidates(self.tokens[row].tolist(), self.log_probs[row].tolist(), below=below)
 
     def ranked_tokens(self, head: int, index: Tensor, above: Tensor) -> Tensor:
