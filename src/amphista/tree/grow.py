@@ -270,7 +270,7 @@ def parse_tree(text: str | int | None, measured: Measured = NOT_MEASURED) -> Gro
     if name == AUTO:
         if measured.costs is None:
             raise ConfigError("--tree auto needs measured costs: load the target and the drafter together")
-        return AutoGrower(measured.costs, [ranks[0] for ranks in measured.accuracy or () if ranks])
+        return AutoGrower(measured.costs, tuple(ranks[0] for ranks in measured.accuracy or () if ranks))
     if name == "chain":
         return ChainGrower()
     if re.fullmatch(r"[+-]?\d+", name):
