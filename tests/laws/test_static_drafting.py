@@ -277,10 +277,10 @@ def test_hostile_drafters(target, expected, name, tree, sampling):
 
 @pytest.mark.parametrize("sampling", ["greedy", "sampled"])
 @pytest.mark.parametrize("tree", ["chain", "9", *AUTO_TREES])
-@pytest.mark.parametrize("name", REAL_DRAFTERS)
+@pytest.mark.parametrize("name", [name for name in REAL_DRAFTERS if name not in SEQUENTIAL[1:]])
 def test_real_drafters(target, drafters, expected, name, tree, sampling):
     _, engine = check(target, drafters[name], tree, sampling, expected)
-    assert isinstance(engine._heads, CapturedDrafter) == (not name.startswith("none"))
+    assert isinstance(engine._heads, CapturedDrafter) == (not name.startswith(("none", "hydra", "eagle")))
 
 
 @pytest.mark.parametrize("graft", GRAFTS)
