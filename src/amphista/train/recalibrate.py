@@ -23,7 +23,7 @@ from amphista.drafter.checkpoint import (
     make_drafter,
     save_drafter,
 )
-from amphista.drafter.convert import Published
+from amphista.drafter.published import Published
 from amphista.drafter.scoring import ScoringDrafter
 from amphista.errors import ConfigError
 from amphista.target.loading import hub_name
