@@ -62,6 +62,7 @@ def _recorded(part: Validation) -> dict[str, Any]:
         "acceptance": part.acceptance,
         "top": part.top,
         "positions": part.num_positions,
+        "trees": part.trees,
     }
 
 

@@ -16,6 +16,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -39,8 +40,8 @@ ACCEPTANCE_AT = 16
 class Validation:
     """Per-head accuracy at ranks 1..10 (cumulative), the loss, and tau by number of tree nodes.
 
-    `tau_loop_free` counts each answer until it begins to loop; `acceptance[d - 1]` is the share of steps that accept at
-    least d drafted tokens, with a tree of ACCEPTANCE_AT nodes.
+    `trees`: dynamic, or static ones fitted to these rows. `tau_loop_free` counts each answer until it begins to loop;
+    `acceptance[d - 1]` is the share of steps that accept at least d drafted tokens, with a tree of ACCEPTANCE_AT nodes.
     """
 
     loss: float
@@ -50,6 +51,7 @@ class Validation:
     tau_loop_free: dict[int, float]
     acceptance: list[float]
     num_positions: int
+    trees: Literal["dynamic", "static"] = "dynamic"
 
     def line(self) -> str:
         """One line for people."""
@@ -107,6 +109,7 @@ def validate(
         tau_loop_free=loop_free.tau(),
         acceptance=[_share_above(accepted, depth) for depth in range(drafter.num_heads)],
         num_positions=int(counts[0]),
+        trees="static" if drafter.heads_a_round < drafter.num_heads else "dynamic",
     )
 
 
