@@ -187,10 +187,10 @@ def _measured(training: dict[str, Any]) -> list[str]:
     return [
         "## Measured on held-out answers",
         "",
-        f"{data['validation_rows']} answers, {data['validation_answer_tokens']} tokens, replayed against {trees} trees"
-        f"{' fitted to them' if trees == 'static' else ''}. tau = tokens committed per target forward. The same answers "
-        f"set the calibration{chose}, so these "
-        "figures lean a little to the kind side.",
+        f"{data['validation_rows']} answers, {data['validation_answer_tokens']} tokens, replayed against {trees} "
+        f"trees{' fitted to them' if trees == 'static' else ''}. tau = tokens committed per target forward. The same "
+        f"answers set the calibration{chose}, so these figures "
+        "lean a little to the kind side.",
         "",
         *_table(training["validation"]),
         "",
