@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from amphista.cache.hf import as_transformers_cache
-from amphista.cache.resident import ResidentCache
+from amphista.cache.persistent import BufferedCache
 from amphista.cache.static import KVCache, sent
 from amphista.errors import CapacityError, CaptureError, TargetError
 from amphista.target.attention import Layout, laid_out, refuse_attention
@@ -268,12 +268,12 @@ class Target:
 
     def new_cache(self) -> KVCache:
         """An empty cache for one sequence."""
-        return KVCache(self._num_caches) if self._captured is None else ResidentCache(self._num_caches)
+        return KVCache(self._num_caches) if self._captured is None else BufferedCache(self._num_caches)
 
     def copy_rows(self, source: KVCache, to: KVCache, num_rows: int) -> None:
         """Let an empty cache hold the first committed rows of another."""
         if self._captured is not None:
-            self._captured.move_out(source)
+            self._captured.detach(source)
         to.take_copy(source, num_rows)
 
     def prefill(self, token_ids: Sequence[int], cache: KVCache) -> TargetOutput:
@@ -317,7 +317,7 @@ class Target:
             return None
         if len(spans) > 1 or spans[0].only_last:
             for span in spans:
-                captured.move_out(span.cache)
+                captured.detach(span.cache)
             return None
         try:
             return captured.verify(spans[0].tree, spans[0].cache)
