@@ -13,14 +13,14 @@ import pytest
 import torch
 
 from amphista.cache.static import KVCache
-from amphista.drafter import captured as drafting
+from amphista.drafter import captured_drafter as drafting
 from amphista.drafter.base import Drafter
-from amphista.drafter.captured import CapturedDrafter
+from amphista.drafter.captured_drafter import CapturedDrafter
 from amphista.engine.params import SamplingParams
 from amphista.engine.step import Engine
 from amphista.errors import CaptureError
 from amphista.kernels.graph import WARM_UPS, Recorder
-from amphista.target import captured as verifying
+from amphista.target import captured_forward as verifying
 from amphista.target.target import Target
 from amphista.tree.grow import parse_tree
 from amphista.tree.token_tree import TokenTree

@@ -1,4 +1,4 @@
-"""Drafting in fixed shapes (drafter/captured.py) equals the drafter as it is, and decoding through both is lossless.
+"""Drafting in fixed shapes (drafter/captured_drafter.py) equals the drafter as it is; decoding through both is lossless.
 
 Here the functions that CUDA records run as they are, on the same buffers; tests/gpu repeats the checks under capture.
 Mutations (padding that writes among the rows, the features of another row, rows left behind when a state moves) must be
@@ -12,10 +12,10 @@ import threading
 import pytest
 import torch
 
-from amphista.drafter import captured as drafting
+from amphista.drafter import captured_drafter as drafting
 from amphista.drafter.amphista import Amphista, AmphistaConfig
 from amphista.drafter.base import Calibration
-from amphista.drafter.captured import AskRegion, CapturedDrafter, FeedRegion
+from amphista.drafter.captured_drafter import AskRegion, CapturedDrafter, FeedRegion
 from amphista.drafter.medusa import Medusa, MedusaConfig
 from amphista.drafter.proposer import Proposer
 from amphista.drafter.stage_buffer import StageBuffer
@@ -24,7 +24,7 @@ from amphista.engine.step import Engine
 from amphista.errors import CaptureError
 from amphista.kernels.graph import Recorder
 from amphista.llm import LLM
-from amphista.target import captured as verifying
+from amphista.target import captured_forward as verifying
 from amphista.target.spec import LogitTransform, SharedWeights
 from amphista.target.target import Target
 from amphista.tree.grow import parse_tree

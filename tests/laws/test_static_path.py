@@ -1,4 +1,4 @@
-"""Verifying in fixed shapes (target/captured.py) equals the same forward as it is and the stock model, padded or not.
+"""Verifying in fixed shapes (target/captured_forward.py) equals the same forward as it is and the stock model, padded too.
 
 On CUDA these forwards are recorded as graphs; here the very same functions run as they are, on the same buffers
 (`Target(static=True)`), and tests/gpu repeats the checks under capture. Float64, so that equality can be asked for to
@@ -19,8 +19,8 @@ import torch
 from amphista.cache.persistent import BufferedCache, PersistentBuffer
 from amphista.cache.static import KVCache
 from amphista.errors import CapacityError, TargetError
-from amphista.target import captured
-from amphista.target.captured import VerifyRegion
+from amphista.target import captured_forward
+from amphista.target.captured_forward import VerifyRegion
 from amphista.target.spans import Span
 from amphista.target.target import Target
 from amphista.tree.token_tree import TokenTree
@@ -34,7 +34,7 @@ CAPACITY = 16  # the first one here: contexts of these tests cross several
 
 @pytest.fixture(autouse=True)
 def _small_capacities(monkeypatch):
-    monkeypatch.setattr(captured, "FIRST_CAPACITY", CAPACITY)
+    monkeypatch.setattr(captured_forward, "FIRST_CAPACITY", CAPACITY)
 
 
 def static_target(name: str = "llama", dtype: torch.dtype = torch.float64, **kwargs) -> Target:
@@ -110,7 +110,7 @@ def test_padding_changes_nothing(name, monkeypatch):
     """The same trees in buckets of their own size and in one far too large: logits, and every row that is kept."""
     rows, logits = [], []
     for sizes in ((1, 2, 3, 10, 16), (256,)):
-        monkeypatch.setattr(captured, "NODES", sizes)
+        monkeypatch.setattr(captured_forward, "NODES", sizes)
         target = static_target(name)
         cache = target.new_cache()
         logits.append(outputs_of(target, cache, 9))

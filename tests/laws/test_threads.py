@@ -13,7 +13,7 @@ import time
 import pytest
 import torch
 
-from amphista.drafter.captured import CapturedDrafter
+from amphista.drafter.captured_drafter import CapturedDrafter
 from amphista.drafter.proposer import Proposer
 from amphista.engine.params import SamplingParams
 from amphista.engine.step import Engine

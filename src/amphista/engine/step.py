@@ -20,7 +20,7 @@ from amphista.accept.sampling import Chooser
 from amphista.accept.walk import walk
 from amphista.cache.static import sent
 from amphista.drafter.base import Drafter
-from amphista.drafter.captured import CapturedDrafter, captured
+from amphista.drafter.captured_drafter import CapturedDrafter, captured
 from amphista.drafter.lookup import DEEPEST
 from amphista.drafter.proposer import Proposer
 from amphista.engine.loops import LoopWatch
@@ -30,7 +30,7 @@ from amphista.engine.sequence import Ending, Sequence, whole_step
 from amphista.engine.stats import Clock
 from amphista.engine.trace import Source, StepTrace, sources
 from amphista.errors import RequestError
-from amphista.target.captured import NODES
+from amphista.target.captured_forward import NODES
 from amphista.target.output import TargetOutput
 from amphista.target.spans import Span
 from amphista.target.target import Target

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from amphista.drafter.amphista import Amphista, AmphistaConfig
-from amphista.drafter.captured import AskRegion, FeedRegion
+from amphista.drafter.captured_drafter import AskRegion, FeedRegion
 from amphista.drafter.checkpoint import save_drafter
 from amphista.drafter.medusa import Medusa, MedusaConfig
 from amphista.drafter.stage_buffer import StageBuffer
@@ -22,7 +22,7 @@ from amphista.evaluation.latency import (
     write_latency,
 )
 from amphista.evaluation.methods import timed_drafters
-from amphista.target.captured import VerifyRegion
+from amphista.target.captured_forward import VerifyRegion
 from amphista.target.target import Target
 from tests.tiny import VOCAB, tiny_model, tiny_target
 

@@ -9,7 +9,7 @@ import torch
 from amphista.errors import ConfigError
 from amphista.train import setup
 from amphista.train.config import DataConfig, OptimizerConfig, TrainConfig
-from amphista.train.setup import _store_folder, make_accelerator, configure_sharding, warmup_cosine
+from amphista.train.setup import _store_folder, configure_sharding, make_accelerator, warmup_cosine
 
 STORED = TrainConfig(data=DataConfig(store=True))
 

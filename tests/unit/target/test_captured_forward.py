@@ -11,8 +11,8 @@ from amphista.cache.persistent import PersistentBuffer
 from amphista.cache.static import KVCache
 from amphista.errors import CaptureError
 from amphista.kernels.graph import Recorder
-from amphista.target import captured
-from amphista.target.captured import VerifyRegion
+from amphista.target import captured_forward
+from amphista.target.captured_forward import VerifyRegion
 from amphista.target.lean import LeanModel
 from amphista.target.spans import Span
 from amphista.target.target import Target
@@ -93,7 +93,7 @@ def test_the_forward_as_it_is_would_be_refused():
 
 
 def test_buffers_stay(monkeypatch):
-    monkeypatch.setattr(captured, "FIRST_CAPACITY", 16)
+    monkeypatch.setattr(captured_forward, "FIRST_CAPACITY", 16)
     target = static_target()
     cache = target.new_cache()
     target.prefill([5, 6, 7], cache)
@@ -119,7 +119,7 @@ def test_the_rotary_table_a_forward_was_recorded_with_outlives_a_larger_table():
 
 def test_few_buffers_and_forwards_are_kept(monkeypatch):
     """Capacities double; forwards beyond the limit are dropped, those used last stay."""
-    monkeypatch.setattr(captured, "FIRST_CAPACITY", 8)
+    monkeypatch.setattr(captured_forward, "FIRST_CAPACITY", 8)
     target = static_target()
     target._captured._regions._limit = 3
     cache = target.new_cache()
@@ -160,7 +160,7 @@ def test_a_device_that_cannot_record_decodes_on_without(monkeypatch):
 def test_no_memory_for_a_larger_cache(monkeypatch):
     """What is kept for other sizes goes first; if that does not help, decoding goes on without."""
     target = static_target()
-    real, calls = captured.PersistentBuffer, []
+    real, calls = captured_forward.PersistentBuffer, []
 
     def short(*sizes):
         calls.append(sizes)
@@ -170,7 +170,7 @@ def test_no_memory_for_a_larger_cache(monkeypatch):
 
     cache = target.new_cache()
     target.prefill(list(range(3, 100)) * 3, cache)
-    monkeypatch.setattr(captured, "PersistentBuffer", short)
+    monkeypatch.setattr(captured_forward, "PersistentBuffer", short)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     assert target.verify(binary(3), cache).choices is not None and len(calls) == 2
     assert list(target._captured._buffers) == [512]
@@ -178,7 +178,7 @@ def test_no_memory_for_a_larger_cache(monkeypatch):
     def never(*sizes):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(captured, "PersistentBuffer", never)
+    monkeypatch.setattr(captured_forward, "PersistentBuffer", never)
     other = target.new_cache()
     target.prefill([5], other)
     with pytest.warns(RuntimeWarning, match="no memory for a cache of 256 rows"):
