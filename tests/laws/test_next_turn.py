@@ -10,8 +10,8 @@ import torch
 
 from amphista.drafter.proposer import Proposer
 from amphista.engine.params import SamplingParams
-from amphista.engine.rows import Rows
 from amphista.engine.sequence import Sequence
+from amphista.engine.sequence_cache import SequenceCache
 from amphista.engine.step import Engine
 from amphista.errors import CapacityError
 from amphista.llm import LLM
@@ -210,7 +210,7 @@ def test_failed_forward_leaves_usable_caches(path, monkeypatch):
 
 
 def _forgets_rows_that_wait(monkeypatch):
-    monkeypatch.setattr(Rows, "feed", lambda rows: rows.unfed.clear())
+    monkeypatch.setattr(SequenceCache, "feed", lambda rows: rows.unfed.clear())
 
 
 def _keeps_a_row_too_many(monkeypatch):
@@ -221,7 +221,7 @@ def _keeps_a_row_too_many(monkeypatch):
 
 
 def _keeps_the_drafters_rows(monkeypatch):
-    monkeypatch.setattr(Rows, "keep", lambda rows, num_rows: rows.cache.trim(num_rows))
+    monkeypatch.setattr(SequenceCache, "keep", lambda rows, num_rows: rows.cache.trim(num_rows))
 
 
 @pytest.mark.parametrize("mutation", [_forgets_rows_that_wait, _keeps_a_row_too_many, _keeps_the_drafters_rows])

@@ -1,4 +1,4 @@
-"""Drafting in fixed shapes (drafter/captured_drafter.py) equals the drafter as it is; decoding through both is lossless.
+"""Drafting in fixed shapes (drafter/captured_drafter.py) equals the drafter as it is; decoding so is lossless.
 
 Here the functions that CUDA records run as they are, on the same buffers; tests/gpu repeats the checks under capture.
 Mutations (padding that writes among the rows, the features of another row, rows left behind when a state moves) must be

@@ -1,4 +1,4 @@
-"""Verifying in fixed shapes (target/captured_forward.py) equals the same forward as it is and the stock model, padded too.
+"""Verifying in fixed shapes (target/captured_forward.py) equals the forward as it is and the stock model, padded too.
 
 On CUDA these forwards are recorded as graphs; here the very same functions run as they are, on the same buffers
 (`Target(static=True)`), and tests/gpu repeats the checks under capture. Float64, so that equality can be asked for to

@@ -26,7 +26,7 @@ from amphista.train.config import OptimizerConfig, TrainConfig
 from amphista.train.dataset import HiddenStates, coverage, frequent_tokens, split_rows
 from amphista.train.left_out import LeftOut
 from amphista.train.prompts import read_rows
-from amphista.train.rows import TokenRow
+from amphista.train.token_row import TokenRow
 from amphista.train.warm_start import started_from
 
 MAIN_MAY_TAKE = timedelta(hours=2)  # the others wait while one process validates; torch's default is 10 to 30 minutes
