@@ -10,8 +10,8 @@ import torch
 
 from amphista.drafter.proposer import Proposer
 from amphista.engine.params import SamplingParams
-from amphista.engine.rows import Rows
 from amphista.engine.sequence import Sequence
+from amphista.engine.sequence_cache import SequenceCache
 from amphista.engine.step import Engine
 from amphista.errors import CapacityError
 from amphista.llm import LLM
@@ -210,8 +210,8 @@ def test_failed_forward_leaves_usable_caches(path, monkeypatch):
 
 
 def _mixes_up_rows_that_wait(monkeypatch):
-    joined = Rows._joined
-    monkeypatch.setattr(Rows, "_joined", lambda rows: (joined(rows)[0].flip(0), joined(rows)[1]))
+    joined = SequenceCache._joined
+    monkeypatch.setattr(SequenceCache, "_joined", lambda rows: (joined(rows)[0].flip(0), joined(rows)[1]))
 
 
 def _keeps_a_row_too_many(monkeypatch):
@@ -222,7 +222,7 @@ def _keeps_a_row_too_many(monkeypatch):
 
 
 def _keeps_the_drafters_rows(monkeypatch):
-    monkeypatch.setattr(Rows, "keep", lambda rows, num_rows: rows.cache.trim(num_rows))
+    monkeypatch.setattr(SequenceCache, "keep", lambda rows, num_rows: rows.cache.trim(num_rows))
 
 
 @pytest.mark.parametrize("mutation", [_mixes_up_rows_that_wait, _keeps_a_row_too_many, _keeps_the_drafters_rows])

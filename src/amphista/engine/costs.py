@@ -17,7 +17,7 @@ from amphista import provenance
 from amphista.drafter.base import Drafter
 from amphista.drafter.heads import ParallelHeads
 from amphista.drafter.proposer import Proposer
-from amphista.engine.cost_cache import kept
+from amphista.engine.cost_cache import load_or_measure
 from amphista.engine.timing import NOISY, ForwardSeconds, draft_ratio, verify_seconds
 from amphista.target.target import Target
 from amphista.tree.tune import NOTHING_PAYS, Costs
@@ -47,13 +47,13 @@ def costs_for(target: Target, proposer: Proposer) -> Costs:
 def tune(target: Target, proposer: Proposer, *, refresh: bool = False) -> Tuned:
     """The costs with what they were made from; refresh: measured anew, whatever is kept."""
     key, heads = target_key(target), proposer.heads
-    record = kept({"what": "verify", **key}, lambda: _measure_verify(target), _is_curve, refresh=refresh)
+    record = load_or_measure({"what": "verify", **key}, lambda: _measure_verify(target), _is_curve, refresh=refresh)
     by_rows = {int(size): seconds for size, seconds in record["seconds"].items()}
     forward = ForwardSeconds(by_rows, *(record[name] for name in ("context", "sequence", "cached_row", "spread")))
     draft = further = 0.0
     if isinstance(heads, ParallelHeads):
         key = {"what": "draft", **key, "drafter": drafter_key(heads)}
-        asked = kept(key, lambda: _measure_draft(target, heads), _is_ratio, refresh=refresh)
+        asked = load_or_measure(key, lambda: _measure_draft(target, heads), _is_ratio, refresh=refresh)
         draft, further = by_rows[1] * asked["ratio"], by_rows[1] * asked["further"]
     target.give_back_graphs()
     costs = replace(

@@ -20,17 +20,17 @@ from amphista.accept.sampling import Chooser
 from amphista.accept.walk import walk
 from amphista.cache.static import sent
 from amphista.drafter.base import Drafter
-from amphista.drafter.captured import CapturedDrafter, captured
+from amphista.drafter.captured_drafter import CapturedDrafter, captured
 from amphista.drafter.lookup import DEEPEST
 from amphista.drafter.proposer import Proposer
 from amphista.engine.loops import LoopWatch
 from amphista.engine.params import SamplingParams
-from amphista.engine.rows import Rows
 from amphista.engine.sequence import Ending, Sequence, whole_step
+from amphista.engine.sequence_cache import SequenceCache
 from amphista.engine.stats import Clock
 from amphista.engine.trace import Source, StepTrace, sources
 from amphista.errors import RequestError
-from amphista.target.captured import NODES
+from amphista.target.captured_forward import NODES
 from amphista.target.output import TargetOutput
 from amphista.target.spans import Span
 from amphista.target.target import Target
@@ -124,7 +124,7 @@ class Engine:
             chooser=Chooser(params, prompt_ids, ends),
             end_ids=ends,
             max_positions=self.target.spec.max_positions,
-            rows=Rows(self.target, self._heads, token_ids),
+            rows=SequenceCache(self.target, self._heads, token_ids),
             lookup=self.proposer.new_lookup(),
             stops=self.new_text(params) if params.stop else None,
             watch=LoopWatch() if cut_loops else None,

@@ -17,9 +17,9 @@ import torch
 
 from amphista.cache.static import KVCache
 from amphista.drafter.base import Ask, Drafter
-from amphista.drafter.captured import captured
+from amphista.drafter.captured_drafter import captured
 from amphista.engine.stats import now
-from amphista.target.captured import NODES
+from amphista.target.captured_forward import NODES
 from amphista.target.spans import Span
 from amphista.target.target import Target
 from amphista.tree.dynamic import best_first

@@ -10,13 +10,13 @@ import pytest
 import torch
 
 from amphista.drafter.amphista import Amphista, AmphistaConfig
-from amphista.drafter.captured import AskRegion, FeedRegion
+from amphista.drafter.captured_drafter import AskRegion, FeedRegion
 from amphista.drafter.medusa import Medusa, MedusaConfig
 from amphista.drafter.proposer import Proposer
 from amphista.engine import cost_cache, costs, timing
 from amphista.engine.costs import costs_for, target_key, tune
 from amphista.engine.timing import Cell, ForwardSeconds
-from amphista.target.captured import NODES, VerifyRegion
+from amphista.target.captured_forward import NODES, VerifyRegion
 from amphista.target.target import Target
 from amphista.tree.tune import NOTHING_PAYS, Costs
 from tests.tiny import tiny_model, tiny_target

@@ -1,4 +1,4 @@
-"""Rows: what is cached of one sequence, for target and drafter; it outlives a request and may pass to another.
+"""SequenceCache: what is cached of one sequence, for target and drafter; it outlives a request, and may pass on.
 
 Row i of the target is made of tokens 0..i, row i of the drafter of token i + 1, too. The drafter's are made when it is
 first asked, which may be never: until then hidden states wait in `unfed`, and are then given to it in one go.
@@ -16,7 +16,7 @@ from amphista.target.target import Target
 MAX_UNFED, MAX_PIECES = 2048, 32
 
 
-class Rows:
+class SequenceCache:
     """The caches of one sequence, and the tokens they are made of: the sequence's own list, which may be longer."""
 
     def __init__(self, target: Target, heads: Drafter | None, token_ids: list[int]) -> None:
@@ -44,9 +44,9 @@ class Rows:
             number += len(ids)
         return number
 
-    def empty(self, token_ids: list[int]) -> Rows:
+    def empty(self, token_ids: list[int]) -> SequenceCache:
         """None, for a sequence of these tokens."""
-        return Rows(self._target, self._heads, token_ids)
+        return SequenceCache(self._target, self._heads, token_ids)
 
     def defer(self, hidden: Tensor, path: list[int], next_ids: list[int]) -> None:
         """Keep the hidden states of a committed path for the drafter, with the tokens that followed each node; they do
@@ -95,7 +95,7 @@ class Rows:
         if self._heads is not None:
             self._heads.trim(self.draft_state, num_rows)
 
-    def copied(self, num_rows: int, token_ids: list[int]) -> Rows:
+    def copied(self, num_rows: int, token_ids: list[int]) -> SequenceCache:
         """The first rows in storage of their own, for another sequence."""
         self.feed()
         copy = self.empty(token_ids)
