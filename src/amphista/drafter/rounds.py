@@ -119,14 +119,14 @@ class SequentialHeads(ScoringDrafter, Generic[PathsT]):
         divisors = torch.tensor([self.head_temperatures(ask.temperature) for ask in asks], device=self.device)
         paths = self.first([ask.state for ask in asks])
         owners, places = list(range(len(asks))), [0] * len(asks)  # of each path: whose it is, what it has read last
-        for head in range(max(ask.max_depth for ask in asks)):
+        for head in range(min(self.num_heads, max(ask.max_depth for ask in asks))):
             logits = self.head_logits(paths.states, head).float() / divisors[sent(owners, self.device), head, None]
             tokens, log_probs = (part.tolist() for part in self.top_ranks(logits, num_ranks))
             starts = {b: owners.index(b) for b in dict.fromkeys(owners)}
             for b, start in starts.items():
                 rows = slice(start, start + owners.count(b))
                 drafts[b].add(places[rows], tokens[rows], log_probs[rows])
-            able = [b for b in starts if head + 1 < asks[b].max_depth]
+            able = [b for b in starts if head + 1 < min(asks[b].max_depth, self.num_heads)]
             if not able:
                 break
             if look is None:
