@@ -48,7 +48,7 @@ MODELS = {
 TYPES = ["float32", "bfloat16", "int8"]
 CONTEXTS = [0, 1, WINDOW - 2, 2 * WINDOW + 3, 67]
 FAULTS = ["skipped ancestor", "seen sibling", "late position", "dropped tail", "dropped odd", "order by rows",
-          "wide window", "other cache"]  # fmt: skip
+          "wide window", "other cache", "early tap"]  # fmt: skip
 
 
 def has_compiler() -> bool:

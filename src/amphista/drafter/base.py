@@ -6,7 +6,8 @@ per-depth candidates (`draft`). All K heads come from one pass; nothing drafted 
 Index convention (ALGORITHM section 1): row j pairs hidden state h_j with the next token x_{j+1}. After the row of
 position t, head k (1..K) predicts x_{t+1+k}, which is depth k of the draft tree below the pending token x_{t+1}.
 
-Shapes: B sequences, T rows, P selected rows, K heads, R ranks, S shortlist, D hidden size, N draft vocabulary.
+Shapes: B sequences, T rows, P selected rows, K heads, R ranks, S shortlist, D hidden size, W = (1 + taps) D, N draft
+vocabulary.
 """
 
 from __future__ import annotations
@@ -36,6 +37,12 @@ def check_range(name: str, value: int | None, least: int, most: int) -> None:
         raise ConfigError(f"{name} is {str(value)[:40]}: expected {least} to {most}")
 
 
+def check_taps(taps: tuple[int, ...], num_layers: int) -> None:
+    """Raise ConfigError for taps that are not numbers of layers, ascending."""
+    if list(taps) != sorted(set(taps) & set(range(1, num_layers + 1))):
+        raise ConfigError(f"taps are {str(taps)[:40]}: expected numbers of layers, 1 to {num_layers}, ascending")
+
+
 @dataclass
 class DrafterState:
     """What a drafter remembers of one sequence; belongs to one generation, never to the drafter."""
@@ -53,7 +60,7 @@ class DrafterState:
 
 @dataclass(frozen=True)
 class Ask:
-    """One sequence of which a draft is asked, of so many heads; rows it has not read, hidden [T, D] with the tokens
+    """One sequence of which a draft is asked, of so many heads; rows it has not read, hidden [T, W] with the tokens
     [T] that followed each, are committed first."""
 
     state: DrafterState
@@ -118,9 +125,14 @@ class Calibration:
 
 
 class Drafter(nn.Module):
-    """A proposer. Subclasses implement `head_states` (training form), `commit` and `draft_states` (decoding form)."""
+    """A proposer. Subclasses implement `head_states` (training form), `commit` and `draft_states` (decoding form).
+
+    taps: after how many of the target's layers (1..L, ascending) it reads states, too: they stand in a row of hidden
+    states behind h_t, as they are.
+    """
 
     name: str
+    taps: tuple[int, ...] = ()
     config: DrafterConfig
     calibration: Calibration | None = None
 
@@ -154,7 +166,7 @@ class Drafter(nn.Module):
 
     @abstractmethod
     def commit(self, state: DrafterState, hidden: Tensor, next_ids: Tensor) -> None:
-        """Append rows: `hidden` [T, D] with the tokens `next_ids` [T] that followed each. Only the last row drafts."""
+        """Append rows: `hidden` [T, W] with the tokens `next_ids` [T] that followed each. Only the last row drafts."""
 
     @abstractmethod
     def draft(

@@ -87,6 +87,7 @@ class Engine:
         self.target, self.proposer, self.grower = target, Proposer.of(proposer), grower
         heads = self.proposer.heads
         self._heads = None if heads is None else captured(heads, is_static=target.is_static)
+        self._taps = () if heads is None else heads.taps
         self._lock = threading.Lock()
 
     @property
@@ -109,7 +110,7 @@ class Engine:
 
     def prepare(self, num_rows: int) -> None:
         """Record now what decoding up to so many rows will replay: where time is measured, not in mid-answer."""
-        self.target.prepare(self.max_nodes, num_rows)
+        self.target.prepare(self.max_nodes, num_rows, self._taps)
         if isinstance(self._heads, CapturedDrafter):
             self._heads.prepare(self.grower.num_ranks, num_rows)
 
@@ -195,7 +196,7 @@ class Engine:
         pairs = zip(decoding, plan.growths, strict=True)
         spans = chunks + [Span(growth.tree, sequence.rows.cache) for sequence, growth in pairs]
         with clock.phase("verify"):
-            outputs = self.target.forward(spans)
+            outputs = self.target.forward(spans, self._taps)
         ended = clock.now()
         in_order = [*reading, *decoding]
         with clock.phase("accept"):

@@ -92,7 +92,8 @@ def draft_ratio(target: Target, drafter: Drafter) -> tuple[float, float, float]:
     of a draft that of a forward which is longer by as much. In fixed shapes where the target verifies in them."""
     drafter = captured(drafter, is_static=target.is_static)
     cache, rows = _filled(target)
-    hidden = torch.randn(rows, target.spec.hidden_size, generator=torch.Generator().manual_seed(0))
+    width = target.spec.row_width(drafter.taps)
+    hidden = torch.randn(rows, width, generator=torch.Generator().manual_seed(0))
     hidden = hidden.to(target.device, target.dtype)
     ids = torch.arange(rows, device=target.device) % target.spec.vocab_size
     states = [drafter.start() for _ in range(ASKED)]

@@ -136,7 +136,7 @@ def _cells(target: Target, config: LatencyConfig, drafters: Mapping[str, Paralle
     generator = torch.Generator().manual_seed(SEED)
     ids = torch.randint(target.spec.vocab_size, (context,), generator=generator).tolist()
     cache = target.new_cache()
-    output = target.prefill(ids, cache)
+    target.prefill(ids, cache)
     cells: list[Keyed] = []
     for nodes in config.nodes:
         tree = typical_tree(target.spec.vocab_size, nodes)
@@ -148,7 +148,8 @@ def _cells(target: Target, config: LatencyConfig, drafters: Mapping[str, Paralle
         cells.append((key, Cell(verify, lambda: cache.trim(context))))
     for name, drafter in drafters.items():
         around = [captured(drafter, is_static=target.is_static) for _ in range(2)]
-        cells += _drafter_cells(name, around, output.hidden, ids, config.nodes)
+        hidden = target.prefill(ids, target.new_cache(), drafter.taps).hidden
+        cells += _drafter_cells(name, around, hidden, ids, config.nodes)
     return cells
 
 

@@ -66,7 +66,7 @@ enum { MIX_VECTORS = 4 };
 #else
 enum { MIX_VECTORS = 2 };
 #endif
-enum { BAD_SPAN = 1, BAD_PARENT, BAD_ID, BAD_POSITION, BAD_CAPACITY, BAD_WANTED, BAD_WORKSPACE };
+enum { BAD_SPAN = 1, BAD_PARENT, BAD_ID, BAD_POSITION, BAD_CAPACITY, BAD_WANTED, BAD_WORKSPACE, BAD_TAP };
 
 /* Rows of one span that read the same committed keys together; what they mix goes to rows `to` and behind. */
 typedef struct {

@@ -31,6 +31,7 @@ WRONG = {
     5: "a cache has no room for its rows",
     6: "logits of a row are asked for that is not there",
     7: "the workspace is too small",
+    8: "a tap is asked for that is no layer's",
 }
 
 
@@ -78,9 +79,9 @@ class _Batch(ctypes.Structure):
 class _Forward(ctypes.Structure):
     _fields_ = [
         ("batch", _Batch),
-        *((name, Address) for name in ("wanted", "hidden", "logits", "choices", "workspace")),
+        *((name, Address) for name in ("wanted", "taps", "hidden", "logits", "choices", "workspace")),
         ("workspace_bytes", ctypes.c_int64),
-        *((name, ctypes.c_int32) for name in ("num_wanted", "unused")),
+        *((name, ctypes.c_int32) for name in ("num_wanted", "num_taps")),
     ]
 
 
@@ -130,8 +131,8 @@ class NativeSpan:
 
 @dataclass(frozen=True)
 class NativeOutput:
-    """hidden: float32 [N, D] after the final norm. logits: float32 [W, V]. choices: int32 [W], the lowest id of each
-    row's largest logit."""
+    """hidden: float32 [N, (1 + taps) * D] after the final norm, taps behind. logits: float32 [W, V]. choices: int32 [W],
+    the lowest id of each row's largest logit."""
 
     hidden: Tensor
     logits: Tensor
@@ -162,16 +163,18 @@ class NativeModel:
         self.shape, self.num_layers = shape, len(layers)
         self._workspace = Workspace()
 
-    def forward(self, spans: Sequence[NativeSpan], wanted: Sequence[int], turns: Tensor) -> NativeOutput:
+    def forward(
+        self, spans: Sequence[NativeSpan], wanted: Sequence[int], turns: Tensor, taps: Sequence[int] = ()
+    ) -> NativeOutput:
         """One forward over the flat row of all spans' tokens.
 
-        wanted: rows whose logits are asked for. turns: rotary table, complex64
-        [positions, E / 2]. Keys and values of the new rows are written in place.
+        wanted: rows whose logits are asked for. turns: rotary table, complex64 [positions, E / 2]. taps: after how many
+        layers states are asked for, too. Keys and values of the new rows are written in place.
         """
         num_rows = sum(len(span.token_ids) for span in spans)
-        flat = np.array([*_ids(spans), *_parents(spans), *wanted], dtype=np.int32)
+        flat = np.array([*_ids(spans), *_parents(spans), *wanted, *taps], dtype=np.int32)
         start, held = flat.ctypes.data, [flat, *(self._pointers(span) for span in spans)]
-        hidden = torch.empty(num_rows, self.hidden_size)
+        hidden = torch.empty(num_rows, (1 + len(taps)) * self.hidden_size)
         logits = torch.empty(len(wanted), self.vocab_size)
         choices = torch.empty(len(wanted), dtype=torch.int32)
         batch = _Batch(
@@ -185,7 +188,14 @@ class NativeModel:
             torch.get_num_threads(),
         )
         forward = _Forward(
-            batch, start + 8 * num_rows, hidden.data_ptr(), address(logits), choices.data_ptr(), num_wanted=len(wanted)
+            batch,
+            start + 8 * num_rows,
+            start + 8 * num_rows + 4 * len(wanted),
+            hidden.data_ptr(),
+            address(logits),
+            choices.data_ptr(),
+            num_wanted=len(wanted),
+            num_taps=len(taps),
         )
         needed = self._library.amphista_workspace(ctypes.byref(self._model), ctypes.byref(forward))
         forward.workspace, forward.workspace_bytes = self._workspace.address(needed), needed

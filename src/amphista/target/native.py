@@ -18,6 +18,7 @@ from amphista.native.build import load
 from amphista.native.step import NativeLayer, NativeModel, NativeOutput, NativeSpan, Shape
 from amphista.target.attention import Rule
 from amphista.target.blocks import BlockedLinear, BlockLinear, native_of
+from amphista.target.kept import Taps
 from amphista.target.lean import LeanLayer, LeanModel
 from amphista.target.products import NativeLinear, PlainLinear, RoundedLinear
 from amphista.target.spans import Span
@@ -92,7 +93,7 @@ class NativeForward:
             window,
         )
 
-    def __call__(self, spans: Sequence[Span], wanted: Sequence[int] | None = None) -> NativeOutput:
+    def __call__(self, spans: Sequence[Span], wanted: Sequence[int] | None = None, taps: Taps = ()) -> NativeOutput:
         """One forward over the flat row of all spans' nodes, which their caches then hold behind the committed rows.
 
         wanted: rows whose logits are asked for; None: all.
@@ -105,7 +106,7 @@ class NativeForward:
             rows = span.cache.in_one_piece(end, self._row)
             native.append(NativeSpan(span.tree.tokens, span.tree.parents, rows, span.num_past))
         turns = self._lean.rotary.reserve(furthest)
-        output = self.model.forward(native, range(num_rows) if wanted is None else wanted, turns)
+        output = self.model.forward(native, range(num_rows) if wanted is None else wanted, turns, taps)
         for span in spans:
             end = span.num_past + span.tree.num_nodes
             for layer in span.cache.layers:

@@ -71,6 +71,10 @@ class TargetSpec:
             limited_by=limited_by,
         )
 
+    def row_width(self, taps: tuple[int, ...]) -> int:
+        """Numbers in a row of hidden states with these taps behind them."""
+        return self.hidden_size * (1 + len(taps))
+
     @property
     def context(self) -> str:
         """`max_positions` for people, with the reason where there is one."""

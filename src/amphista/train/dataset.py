@@ -1,9 +1,10 @@
 """Token rows -> batches with the target's hidden states, deterministic and resumable.
 
-Hidden states come from the frozen target in process. With a store (`hidden_store.py`) they are computed once, on first
-use, and kept on disk in float16 (2 bytes x hidden size a token: 1.2 kB for the default target).
+Hidden states, with the drafter's taps behind them, come from the frozen target in process. With a store
+(`hidden_store.py`) they are computed once, on first use, and kept on disk in float16 (2 bytes x hidden size a token and
+as many a tap: 1.2 kB for the default target).
 
-Shapes: B rows, T tokens, D hidden size, Q answer rows.
+Shapes: B rows, T tokens, W of a row of hidden states and taps, Q answer rows.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor
 
 from amphista.errors import DataError
+from amphista.target.kept import Taps
 from amphista.target.target import Target
 from amphista.train.head_loss import AnswerRows
 from amphista.train.hidden_store import HiddenStore
@@ -29,7 +31,7 @@ BUCKET_BATCHES = 32  # rows of this many batches are sorted by length together
 
 @dataclass(frozen=True)
 class Batch:
-    """Right-padded rows: hidden [B, T, D], next ids [B, T] (the last column repeats), and the answers' rows."""
+    """Right-padded rows: hidden [B, T, W], next ids [B, T] (the last column repeats), and the answers' rows."""
 
     hidden: Tensor
     next_ids: Tensor
@@ -85,13 +87,13 @@ def coverage(rows: Sequence[TokenRow], token_ids: Tensor | None) -> float:
 class HiddenStates:
     """Hidden states of rows, straight from the target or through a store on disk; never NaN or infinite."""
 
-    def __init__(self, target: Target, rows: Sequence[TokenRow], folder: Path | None) -> None:
+    def __init__(self, target: Target, rows: Sequence[TokenRow], folder: Path | None, taps: Taps = ()) -> None:
         """folder: of the stores, or None; rows: all that will ever be asked for."""
-        self._target = target
-        self.store = None if folder is None else HiddenStore(folder, rows, target.identity)
+        self._target, self._taps = target, taps
+        self.store = None if folder is None else HiddenStore(folder, rows, target.identity, taps)
 
     def get(self, rows: Sequence[TokenRow]) -> list[Tensor]:
-        """Hidden states [T, D] of each row, float32; raises DataError naming a row whose states are not finite."""
+        """Hidden states [T, W] of each row, float32; raises DataError naming a row whose states are not finite."""
         if self.store is None:
             return self._compute(rows)
         missing = [row for row in rows if not self.store.has(row)]
@@ -104,7 +106,7 @@ class HiddenStates:
             return []
         ids = _pad([row.token_ids for row in rows]).to(self._target.device)
         with torch.autocast(ids.device.type, enabled=False):  # the target keeps its own precision, whoever asks
-            hidden = self._target.hidden_states(ids).float().clone()
+            hidden = self._target.hidden_states(ids, self._taps).float().clone()
         states = [hidden[i, : len(row.token_ids)] for i, row in enumerate(rows)]
         for row, state in zip(rows, states, strict=True):
             if not torch.isfinite(state).all():
@@ -152,10 +154,10 @@ def answer_rows(rows: Sequence[TokenRow]) -> AnswerRows:
     return AnswerRows(index, next_ids.flatten()[index], torch.tensor(answers, dtype=torch.long))
 
 
-def idle_batch(hidden_size: int) -> Batch:
+def idle_batch(width: int) -> Batch:
     """For a process that has no row of a batch: an answer of one token, at which no head aims. Its loss is 0."""
     token = torch.zeros(1, dtype=torch.long)
-    return Batch(torch.zeros(1, 1, hidden_size), token[None], AnswerRows(token, token, token + 1))
+    return Batch(torch.zeros(1, 1, width), token[None], AnswerRows(token, token, token + 1))
 
 
 def _next_ids(rows: Sequence[TokenRow]) -> Tensor:
