@@ -50,7 +50,7 @@ def difference(target, drafter, sequence):
     ids, state = sequence.token_ids, sequence.rows.draft_state
     rows = state.num_rows
     assert rows == len(ids) - 1 == sequence.rows.cache.num_committed
-    hidden = target.hidden_states(torch.tensor([ids]))[:, :-1].clone()
+    hidden = target.hidden_states(torch.tensor([ids]), drafter.taps)[:, :-1].clone()
     with torch.inference_mode():
         states = drafter.head_states(hidden, torch.tensor([ids[1:]]), torch.tensor([rows - 1]))
         expected = drafter.head_logits(states)[0]

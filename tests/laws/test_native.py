@@ -104,11 +104,14 @@ def path_to(parents: list[int], node: int) -> list[int]:
     return nodes[::-1]
 
 
+TAPS = (1, 2)
+
+
 def plainly(forward: NativeForward, tokens: list[int], num_layers: int) -> tuple[KVCache, list[torch.Tensor]]:
     """Token after token, each in a forward of its own: the cache, and logits with hidden states of each."""
     kept, found = KVCache(num_layers), []
     for token in tokens:
-        output = forward([span_of([token], [-1], kept)])
+        output = forward([span_of([token], [-1], kept)], taps=TAPS)
         kept.commit([0])
         found.append(torch.cat([output.logits[0], output.hidden[0]]))
     return kept, found
@@ -127,7 +130,7 @@ def differences(forward: NativeForward, num_layers: int, seed: int) -> int:
             whole, found = plainly(forward, prompt + [tokens[node] for node in path], num_layers)
             spans.append(span_of(tokens, parents, kept))
             plain.append((path, whole, found[len(prompt) :]))
-        output = forward(spans)
+        output = forward(spans, taps=TAPS)
         rows, first = torch.cat([output.logits, output.hidden], dim=1), 0
         wrong += int((output.choices.long() != output.logits.argmax(-1)).sum())
         for span, (path, whole, found) in zip(spans, plain, strict=True):
@@ -142,13 +145,14 @@ def differences(forward: NativeForward, num_layers: int, seed: int) -> int:
 
 
 def distance(forward: NativeForward, target: Target) -> float:
-    """Of a chain and of a tree behind it, from the stock model, by the largest logit."""
+    """Of a chain and of a tree behind it, from the stock model, by the largest logit and by the largest state."""
     tokens, found = [(7 * i + 3) % 250 for i in range(3 * WINDOW)], []
     ours, theirs = KVCache(target.spec.num_layers), target.new_cache()
-    chain = forward([span_of(tokens, list(range(-1, len(tokens) - 1)), ours)], [len(tokens) - 1])
-    found.append((chain.logits, target.prefill(tokens, theirs).logits))
+    chain = forward([span_of(tokens, list(range(-1, len(tokens) - 1)), ours)], [len(tokens) - 1], TAPS)
+    found.append((chain, target.prefill(tokens, theirs, TAPS)))
     ours.commit(range(len(tokens)))
-    found.append((forward([span_of(TREE.tokens, TREE.parents, ours)]).logits, target.verify(TREE, theirs).logits))
+    found.append((forward([span_of(TREE.tokens, TREE.parents, ours)], taps=TAPS), target.verify(TREE, theirs, TAPS)))
+    found = [(getattr(a, part), getattr(b, part)) for part in ("logits", "hidden") for a, b in found]
     return max(float((a - b.float()).abs().max() / b.float().abs().max()) for a, b in found)
 
 
@@ -210,6 +214,9 @@ def test_what_cannot_be_is_refused_and_nothing_written(bad):
     assert kept.num_rows == 2
     with pytest.raises(NativeError, match="logits of a row"):
         forward([span_of([1], [-1], kept)], [1])
+    for tap in (0, 3):
+        with pytest.raises(NativeError, match="no layer's"):
+            forward([span_of([1], [-1], kept)], taps=(1, tap))
 
 
 def test_the_number_of_threads_changes_no_bit():
@@ -266,8 +273,8 @@ def _no_compiler(patch):
 def _fails_its_test(patch):
     call = NativeForward.__call__
 
-    def far_off(form, spans, wanted=None):
-        output = call(form, spans, wanted)
+    def far_off(form, spans, wanted=None, taps=()):
+        output = call(form, spans, wanted, taps)
         return dataclasses.replace(output, hidden=output.hidden * 1.01)
 
     patch.setattr(NativeForward, "__call__", far_off)

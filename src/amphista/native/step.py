@@ -131,8 +131,8 @@ class NativeSpan:
 
 @dataclass(frozen=True)
 class NativeOutput:
-    """hidden: float32 [N, (1 + taps) * D] after the final norm, taps behind. logits: float32 [W, V]. choices: int32 [W],
-    the lowest id of each row's largest logit."""
+    """hidden: float32 [N, (1 + taps) * D] after the final norm, taps behind. logits: float32 [W, V]. choices: int32
+    [W], the lowest id of each row's largest logit."""
 
     hidden: Tensor
     logits: Tensor

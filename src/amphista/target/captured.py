@@ -157,7 +157,12 @@ class CapturedForward:
 
     def _region(self, residence: Residence, num_nodes: int, taps: Taps) -> tuple[VerifyRegion, Callable[[], None]]:
         sizes = (num_nodes, self._spec.row_width(taps), self._model.head.num_outputs)
-        key = (num_nodes, residence.capacity, len(self._model.layers), taps)  # layers may be taken away to time the rest
+        key = (
+            num_nodes,
+            residence.capacity,
+            len(self._model.layers),
+            taps,
+        )  # layers may be taken away to time the rest
         return self._regions.get(key, lambda: VerifyRegion(self._model, residence, sizes, taps))
 
     def _home_for(self, cache: ResidentCache, num_rows: int) -> Residence:

@@ -343,9 +343,7 @@ class Target:
         each = iter(choices.tolist())  # of all rows in one copy
         return [TargetOutput(*part, list(islice(each, len(part[0])))) for part in parts]
 
-    def _run(
-        self, spans: Sequence[Span], wanted: list[int] | None, taps: Taps
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
+    def _run(self, spans: Sequence[Span], wanted: list[int] | None, taps: Taps) -> tuple[Tensor, Tensor, Tensor | None]:
         """Logits of the wanted rows, hidden states and taps of all, choices where they cost nothing to tell."""
         if self._native is not None and self._native.is_quick(sum(span.tree.num_nodes for span in spans)):
             output = self._native(spans, wanted, taps)

@@ -4,8 +4,8 @@
     FOLDER/<identity>/hidden.f16   [tokens of all rows, W = (1 + taps) D], by row id
     FOLDER/<identity>/done.u1      one byte a row
 
-<identity> is a hash of store.json: runs of the same rows, target and taps share a store, others have their own, and none
-ever changes the size of a file that another may have open. A row is marked as stored only after its states are
+<identity> is a hash of store.json: runs of the same rows, target and taps share a store, others have their own, and
+none ever changes the size of a file that another may have open. A row is marked as stored only after its states are
 written, so a killed run leaves nothing that is believed. A row that two processes compute at once is written twice,
 with states that differ by no more than rounding.
 """
