@@ -179,10 +179,10 @@ class PlainSum(NodeBudget):
         self, rows: Sequence[DraftRow], shares: list[list[float]], gains: dict[int, float], plain: Forward
     ) -> list[int]:
         forward = replace(plain, num_rows=plain.num_rows + sum(map(len, shares)))
-        tokens, extra, first = float(len(rows) + sum(map(sum, shares))), 0.0, self._first_seconds(plain)
+        tokens, extra = float(len(rows) + sum(map(sum, shares))), 0.0
         order, best, best_rate = sorted(gains, key=lambda b: -gains[b]), 0, tokens / self.costs.seconds(forward)
         for count, b in enumerate(order, start=1):
-            tokens, extra = tokens + gains[b], extra + rows[b].controller.row_seconds(first)
+            tokens, extra = tokens + gains[b], extra + rows[b].controller.row_seconds
             if (rate := tokens / (self.costs.seconds(replace(forward, num_asked=count)) + extra)) > best_rate:
                 best, best_rate = count, rate
         return order[:best]

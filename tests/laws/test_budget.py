@@ -42,14 +42,16 @@ class PlainController:
 
     costs: Costs
     weight: float = 4.0
-    gained: float = 4.0 * 0.8
+    gained: float = 0.0
     spent: float = 0.0  # seconds of rows, times weight
     rested: int = 0
     rest: int = 16
     trial: int = 0
 
     def __post_init__(self):
-        self.spent = self.weight * (self.costs.verify[min(4, self.costs.max_nodes) - 1] - self.costs.verify[0])
+        first = [(gain, self.costs.forward(1 + n)) for n, gain in enumerate([0.45, 0.65, 0.8], start=1)]
+        gain, seconds = max(first, key=lambda tree: (1 + tree[0]) / (self.costs.draft + tree[1]))
+        self.gained, self.spent = 4 * gain, 4 * (seconds - self.costs.verify[0])
 
     @property
     def extra(self):
@@ -340,12 +342,26 @@ def test_a_disturbed_curve_does_not_steer_for_ever(disturbance):
         assert budget.costs.seconds(forward) == pytest.approx(TRUTH.seconds(forward), rel=0.15), rows
 
 
+def worst_shortfalls(disturbance, *, learns=True):
+    """Of nine mixtures of requests; sorted."""
+    worst = []
+    for seed in range(9):
+        requests = [request for size in (1, 4) for request in mixed(size, seed)]
+        budget = NodeBudget(DISTURBED[disturbance])
+        if not learns:
+            budget.costs.observe = lambda forward, seconds: None
+        serve(requests, 4, seed=seed, noise=0.05, budget=budget)
+        worst.append(max(map(shortfall, requests)))
+    return sorted(worst)
+
+
 @pytest.mark.parametrize("disturbance", DISTURBED)
 def test_a_disturbed_curve_costs_a_request_little_more(disturbance):
-    requests = [request for size in (1, 4) for request in mixed(size, 7)]
-    budget = NodeBudget(DISTURBED[disturbance])
-    serve(requests, 4, seed=7, noise=0.05, budget=budget)
-    assert max(map(shortfall, requests)) <= 12
+    assert worst_shortfalls(disturbance)[4] <= 6
+
+
+def test_without_learning_it_would():
+    assert worst_shortfalls("larger trees seem cheap", learns=False)[4] > 12
 
 
 def test_what_a_plain_step_costs_is_never_forgotten():

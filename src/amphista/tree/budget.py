@@ -18,15 +18,13 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from amphista.tree.candidates import NgramDraft
-from amphista.tree.controller import FIRST_NODES, HOPE, DraftController
+from amphista.tree.controller import HOPE, DraftController
 from amphista.tree.learned import Forward, StepCosts
 from amphista.tree.offers import Growth
 from amphista.tree.tune import Costs, chain_scores
 
-FIRST_STREAK, LONGEST_STREAK = (
-    8,
-    128,
-)  # steps, all plain or all drafted, until one of the other kind shows what it costs
+FIRST_STREAK, LONGEST_STREAK = 8, 128  # steps, all plain or all drafted, until one of the other kind is taken
+FIRST_GAINS = (0.45, 0.65, 0.8)  # accepted tokens of a tree of 2, 3, 4 nodes, before anything is known
 
 
 @dataclass(frozen=True)
@@ -119,22 +117,25 @@ class NodeBudget:
 
     def __init__(self, costs: Costs) -> None:
         self.costs = StepCosts(costs)
+        self._lately = DraftController()  # of all sequences
         self._streak, self._streak_is_plain, self._longest = 0, True, FIRST_STREAK
 
     def whom_to_ask(self, rows: Sequence[DraftRow], plain: Forward) -> list[int]:
         """Indices of the rows whose heads are worth asking, or due for a trial; to be called once a step."""
+        for row in rows:
+            if row.controller.is_new:
+                row.controller.expect(*self._expected(plain))
         if self._is_plain(rows):
             return []
         claims = [_claim(row, iter(_chain(row.graft)[1:])) for row in rows]
         shares = self._share(claims, plain)
         missed = [1 - (nodes[0] if nodes else 0.0) for nodes in shares]
-        able = [b for b, row in enumerate(rows) if row.max_depth > 0]
+        gains = {b: missed[b] * row.controller.gain for b, row in enumerate(rows) if row.max_depth > 0}
         if self._is_drafted(rows):
-            return able
-        gains = {b: missed[b] * rows[b].controller.gain for b in able}
+            return sorted(gains, key=lambda b: -gains[b])[:1]
         asked = self._best_prefix(rows, shares, gains, plain)
         if not any(claim.is_wary for claim in claims):
-            asked += [b for b in able if b not in asked and self._tries(rows[b].controller, missed[b], plain)]
+            asked += [b for b in gains if b not in asked and self._tries(rows[b].controller, missed[b], plain)]
         return sorted(asked)
 
     def share(
@@ -167,7 +168,8 @@ class NodeBudget:
         """Count a draft of one sequence's heads: accepted tokens, nodes of its tree, the step and its plain one."""
         seconds = self.costs.by_rows(replace(forward, num_asked=0))
         row_seconds = seconds(forward.num_rows) - seconds(forward.num_rows - num_nodes + 1)
-        controller.record(num_accepted, row_seconds, self._first_seconds(plain))
+        for record in (controller, self._lately):
+            record.record(num_accepted, row_seconds)
         controller.settle(pays=self._pays(controller, plain))
 
     def _note(self, *, is_plain: bool) -> None:
@@ -198,7 +200,7 @@ class NodeBudget:
     ) -> list[int]:
         """Those to ask: in order of what their heads are likely to add, as many as raise the mean most."""
         forward = replace(plain, num_rows=plain.num_rows + sum(map(len, shares)))
-        first, plain_seconds = self._first_seconds(plain), self.costs.seconds(plain)
+        plain_seconds = self.costs.seconds(plain)
         tokens, extra = [1 + sum(nodes) for nodes in shares], 0.0
         product, order = math.prod(tokens), sorted(gains, key=lambda b: -gains[b])
         best, best_rate = 0, product ** (1 / len(rows)) / self.costs.seconds(forward)
@@ -207,7 +209,7 @@ class NodeBudget:
             product /= tokens[b]
             tokens[b] += gains[b]
             product *= tokens[b]
-            extra += rows[b].controller.row_seconds(first)
+            extra += rows[b].controller.row_seconds
             took = self.costs.seconds(replace(forward, num_asked=count)) + extra
             rate = product ** (1 / len(rows)) / took
             if rate > best_rate and all(tokens[w] * plain_seconds >= took for w in wary):
@@ -216,11 +218,11 @@ class NodeBudget:
 
     def _tries(self, controller: DraftController, missed: float, plain: Forward) -> bool:
         """Whether a trial is on: never where heads pay but for their n-gram draft, nor where they hardly could."""
-        of_use = not self._pays(controller, plain) and self._would_pay(HOPE, self._first_seconds(plain), plain)
+        of_use = not self._pays(controller, plain) and self._would_pay(HOPE, self._first(plain)[1], plain)
         return of_use and controller.try_again(missed)
 
     def _pays(self, controller: DraftController, plain: Forward) -> bool:
-        return self._would_pay(controller.gain, controller.row_seconds(self._first_seconds(plain)), plain)
+        return self._would_pay(controller.gain, controller.row_seconds, plain)
 
     def _would_pay(self, gain: float, row_seconds: float, plain: Forward) -> bool:
         """Whether asking beats plain decoding, were all sequences alike: tokens gained, seconds of rows, by each."""
@@ -228,11 +230,18 @@ class NodeBudget:
         drafting = self.costs.seconds(replace(plain, num_asked=plain.num_decoding)) - plain_seconds
         return gain * plain_seconds > drafting + plain.num_decoding * row_seconds
 
-    def _first_seconds(self, plain: Forward) -> float:
-        """What the rows of a first draft cost, before a sequence knows better."""
-        seconds, num_rows = self.costs.by_rows(plain), plain.num_rows
-        drafts = max(0, min(FIRST_NODES - 1, self.costs.costs.max_nodes - plain.num_decoding))
-        return seconds(num_rows + drafts) - seconds(num_rows)
+    def _expected(self, plain: Forward) -> tuple[float, float]:
+        """Of a new sequence: what heads brought others lately, and the seconds of their rows."""
+        if self._lately.is_new:
+            self._lately.expect(*self._first(plain))
+        return self._lately.gain, self._lately.row_seconds
+
+    def _first(self, plain: Forward) -> tuple[float, float]:
+        """The same before anything is known: of the small tree that would pay best here."""
+        seconds, num_rows = self.costs.by_rows(replace(plain, num_asked=1)), plain.num_rows
+        trees = [(gain, seconds(num_rows + drafts)) for drafts, gain in enumerate(FIRST_GAINS, start=1)]
+        gain, took = max(trees, key=lambda tree: (1 + tree[0]) / tree[1])
+        return gain, took - seconds(num_rows)
 
 
 def _claim(row: DraftRow, scores: Iterator[float]) -> Claim:

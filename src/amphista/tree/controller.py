@@ -8,7 +8,7 @@ from __future__ import annotations
 from amphista.tree.account import Account
 
 MEMORY = 0.94  # what a past draft still counts after each further one: about the last 16 decide
-FIRST_GAIN, FIRST_NODES, FIRST_WEIGHT = 0.8, 4, 4.0  # before anything is known: drafting is worth a try
+FIRST_WEIGHT = 4.0  # what is expected of a new sequence counts like so many drafts
 FIRST_REST, LONGEST_REST = 16, 128  # plain steps before the heads are tried again; twice as many after each failure
 PROBE = 4  # drafts of one trial
 FADING = 0.3  # what is left of the old evidence then
@@ -24,18 +24,27 @@ class DraftController:
 
     def __init__(self) -> None:
         self.account = Account()
-        self._weight, self._gain = FIRST_WEIGHT, FIRST_WEIGHT * FIRST_GAIN
-        self._rows: float | None = None  # seconds of their rows, times weight; the first are the caller's guess
+        self._weight = self._gain = self._rows = 0.0  # sums over drafts, older ones weigh less
         self._rested, self._rest, self._trial = 0, FIRST_REST, 0
+
+    @property
+    def is_new(self) -> bool:
+        """Whether nothing is known or expected yet."""
+        return not self._weight
 
     @property
     def gain(self) -> float:
         """Accepted tokens a draft."""
         return self._gain / self._weight
 
-    def row_seconds(self, first: float) -> float:
-        """What the rows of a draft cost in the forward; `first` before anything is known."""
-        return first if self._rows is None else self._rows / self._weight
+    @property
+    def row_seconds(self) -> float:
+        """What the rows of a draft cost in the forward."""
+        return self._rows / self._weight
+
+    def expect(self, gain: float, row_seconds: float) -> None:
+        """Before anything is known."""
+        self._weight, self._gain, self._rows = FIRST_WEIGHT, FIRST_WEIGHT * gain, FIRST_WEIGHT * row_seconds
 
     def try_again(self, missed: float) -> bool:
         """Whether heads that do not pay are tried this time; once for each step in which they are not asked.
@@ -51,9 +60,8 @@ class DraftController:
         self._fade(FADING)
         return False
 
-    def record(self, num_accepted: int, row_seconds: float, first: float) -> None:
-        """Count a step in which the heads were asked and no n-gram draft was right; `first` as above."""
-        self._rows = self.row_seconds(first) * self._weight
+    def record(self, num_accepted: int, row_seconds: float) -> None:
+        """Count a step in which the heads were asked and no n-gram draft was right."""
         self._fade(MEMORY)
         self._weight += 1
         self._gain += num_accepted
@@ -69,5 +77,4 @@ class DraftController:
     def _fade(self, share: float) -> None:
         self._weight *= share
         self._gain *= share
-        if self._rows is not None:
-            self._rows *= share
+        self._rows *= share

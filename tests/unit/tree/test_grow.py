@@ -123,6 +123,7 @@ def test_auto_learns_from_the_heads_own_steps_only():
     cases = [(drafted, [], True), (grafted, [11], True), (grafted, [10], False), (Candidates([], []), [], False)]
     for candidates, accepted, counts in cases:
         row = DraftRow(DraftController(), candidates.graft, max_depth=3, pending=9)
+        grower.whom_to_ask([row], Forward(num_rows=1))
         before = row.controller.gain
         asked = [0] if candidates.num_heads else []
         plan = grower.grow_batch([row], [candidates], asked, Forward(num_rows=1))
