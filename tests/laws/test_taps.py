@@ -58,7 +58,7 @@ def worst(ours: Target, theirs: Target, taps) -> float:
 def test_taps_are_what_the_stock_model_shows(family):
     target, ids = tiny_target(family), torch.tensor([prompt_of(12)])
     target.prefill(prompt_of(12), target.new_cache())
-    assert list(target._kept._hooks) == [0], "no layer is hooked before its tap is asked for"
+    assert list(target._stock_forward._kept._hooks) == [0], "no layer is hooked before its tap is asked for"
     rows = target.hidden_states(ids, (1, 2))
     with torch.inference_mode():
         embedded, first, last = target.model(input_ids=ids, output_hidden_states=True).hidden_states
@@ -88,8 +88,8 @@ def test_a_tap_of_another_layer_is_seen(form, monkeypatch):
     stock = Target(shaken_model("llama", num_hidden_layers=LAYERS))
     target = Target(shaken_model("llama", num_hidden_layers=LAYERS)) if form == "stock" else form_of(form, "llama")
     if form == "stock":
-        keep, other = target._kept._keep, {2: 3, 3: 2}
-        monkeypatch.setattr(target._kept, "_keep", lambda which: keep(other.get(which, which)))
+        keep, other = target._stock_forward._kept._keep, {2: 3, 3: 2}
+        monkeypatch.setattr(target._stock_forward._kept, "_keep", lambda which: keep(other.get(which, which)))
     else:
         target._lean.layers = [dataclasses.replace(layer, number=layer.number + 1) for layer in target._lean.layers]
         assert isinstance(target._captured, CapturedForward) == (form == "static")

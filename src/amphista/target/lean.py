@@ -27,6 +27,7 @@ from amphista.kernels.parts import Norm, RotaryTable, paired
 from amphista.target.attention import Layout, layer_rules
 from amphista.target.kept import Taps
 from amphista.target.pages import give_back
+from amphista.target.probe_rows import embedded, layers_of
 from amphista.target.spans import Span
 
 # From so many scores a sequence on, torch's own attention is faster than two products and a softmax.
@@ -160,18 +161,21 @@ class LeanModel:
         self.rotary.reserve(max(positions) + 1)
         turn = self._rotation(sent(positions, self.device))
         each = zip(*(self._attention(span) for span in spans), strict=True)  # by rule, what each span attends with
-        rows = list(zip(*(span.cache.layers for span in spans), strict=True))
-        token_ids = sent([token for span in spans for token in span.tree.tokens], self.device)
-        return self._states(token_ids, turn, list(each), rows, taps)
+        rows = list(zip(*(layers_of(span, in_pairs=True) for span in spans), strict=True))
+        return self._states(embedded(self.embed, spans, self.device), turn, list(each), rows, taps)
 
     @torch.inference_mode()
     def states(self, token_ids: Tensor, layout: Layout, rows: Sequence[Sequence[Rows]], taps: Taps = ()) -> Tensor:
         """The same [B, N, W] of ids [B, N] at positions there are turns for, with one cache for all; asks the device
         nothing, so that it can be recorded."""
-        batch, length = token_ids.shape
-        turn = self._rotation(layout.positions.expand(batch, -1).flatten())
-        attention = [[_Attention.of(self, (batch, length), layout.mask(rule))] for rule in self.rules]
-        return self._states(token_ids.flatten(), turn, attention, rows, taps).view(*token_ids.shape, -1)
+        return self.read(self.embed(token_ids), layout, rows, taps)
+
+    def read(self, inputs: Tensor, layout: Layout, rows: Sequence[Sequence[Rows]], taps: Taps = ()) -> Tensor:
+        """The same of embeddings [B, N, embedding size]; outside inference mode a gradient passes."""
+        shape = (inputs.shape[0], inputs.shape[1])
+        turn = self._rotation(layout.positions.expand(shape[0], -1).flatten())
+        attention = [[_Attention.of(self, shape, layout.mask(rule))] for rule in self.rules]
+        return self._states(inputs.flatten(0, 1), turn, attention, rows, taps).view(*shape, -1)
 
     def _attention(self, span: Span) -> list[_Attention]:
         """By rule; a mask that hides nothing from a single row is left out."""
@@ -186,14 +190,14 @@ class LeanModel:
 
     def _states(
         self,
-        token_ids: Tensor,
+        states: Tensor,
         turn: Tensor,
         attention: Sequence[Sequence[_Attention]],
         rows: Sequence[Sequence[Rows]],
         taps: Taps,
     ) -> Tensor:
-        """Flat rows [N, W]. attention: by rule, then by span; rows: by layer, then by span."""
-        states, tapped = self.embed(token_ids), []
+        """Flat rows [N, W] of embeddings. attention: by rule, then by span; rows: by layer, then by span."""
+        tapped = []
         for layer, caches in zip(self.layers, rows, strict=False):  # layers may be taken away to time the rest
             states = self._layer(layer, states, turn, attention[layer.rule], caches)
             if layer.number in taps:

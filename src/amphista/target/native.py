@@ -73,8 +73,13 @@ class NativeForward:
         self.model = NativeModel(shape, self.layers, lean._norm.weight, embedding, self.head, flags=flags)
         self._row = torch.empty(1, lean.num_key_value_heads, 0, lean.head_size, dtype=self.model.cache_dtype)
 
-    def is_quick(self, num_rows: int) -> bool:
-        """Whether so many rows of a prompt are read here sooner than by torch."""
+    def reads(self, spans: Sequence[Span]) -> bool:
+        """Whether these are read here: no probes, nor so many rows of a prompt that torch reads them sooner."""
+        num_rows = 0
+        for span in spans:
+            num_rows += span.tree.num_nodes
+            if span.probes is not None:
+                return False
         return num_rows <= PROMPT_ROWS or self.model.cache_dtype is torch.float32
 
     def _layer(self, layer: LeanLayer, window: int | None) -> NativeLayer:
