@@ -23,6 +23,7 @@ from amphista.cli.app import main
 from amphista.engine import costs
 from amphista.engine import step as engine_step
 from amphista.engine.step import Engine
+from amphista.engine.timing import Asking
 from tests.tiny import byte_tokenizer, tiny_model
 
 FIELDS = {
@@ -481,7 +482,7 @@ def test_tune_shows_the_curve_and_refreshes_it(target_folder, trained, tmp_path,
     monkeypatch.setenv("AMPHISTA_CACHE", str(tmp_path))
     first = itertools.count(1)
     monkeypatch.setattr(costs, "verify_seconds", lambda target: ({1: 0.01 * next(first), 2: 0.02, 4: 0.04}, 1.1))
-    monkeypatch.setattr(costs, "draft_ratio", lambda target, drafter: (0.5, 0.1, 1.1))
+    monkeypatch.setattr(costs, "draft_ratio", lambda target, drafter: Asking(0.5, 0.1, 0.0, 1.1))
     arguments = ("dev", "tune", "--target", target_folder, "--drafter", f"{trained / 'medusa' / 'best'}+lookup")
     result = amphista(*arguments, "--json")
     record = json.loads(result.stdout)

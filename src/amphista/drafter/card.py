@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from amphista.drafter.heads import ParallelHeads
+from amphista.drafter.scoring import ScoringDrafter
 from amphista.errors import DrafterError
 
 OPEN_NOTE = {
@@ -52,7 +52,7 @@ class CardConfig:
 
 
 def write_card(
-    drafter: ParallelHeads,
+    drafter: ScoringDrafter,
     base_model: str,
     training: dict[str, Any],
     config: CardConfig | None = None,
