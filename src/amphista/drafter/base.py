@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from amphista.cache.static import sent
 from amphista.errors import ConfigError
+from amphista.target.spec import Probes
 from amphista.tree.candidates import Candidates
 
 # Beyond any drafter that pays; what stands in a stranger's config.json must not steer loops or sizes.
@@ -63,13 +64,17 @@ class DrafterState:
 @dataclass(frozen=True)
 class Ask:
     """One sequence of which a draft is asked, of so many heads; rows it has not read, hidden [T, W] with the tokens
-    [T] that followed each, are committed first."""
+    [T] that followed each, are committed first.
+
+    probed: what the target gave for the drafter's probes below the last of these rows [M, D].
+    """
 
     state: DrafterState
     max_depth: int
     temperature: float = 0.0
     hidden: Tensor | None = None
     next_ids: Sequence[int] = ()
+    probed: Tensor | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,6 +139,11 @@ class Drafter(nn.Module):
     def num_heads(self) -> int:
         """Number of heads K, which is the depth of the deepest tree."""
         return self.config.num_heads
+
+    @property
+    def probes(self) -> Probes | None:
+        """Rows that it lets ride on the target's forward; most have none."""
+        return None
 
     @property
     def heads_a_round(self) -> int:

@@ -23,7 +23,7 @@ class Rows:
         self._target, self._heads, self.token_ids = target, heads, token_ids
         self.cache = target.new_cache()
         self.draft_state = DrafterState() if heads is None else heads.start()
-        self.unfed: list[tuple[Tensor, list[int]]] = []
+        self.unfed: list[tuple[Tensor, list[int], Tensor | None]] = []  # with what probes below the last row gave
 
     @property
     def num_rows(self) -> int:
@@ -34,13 +34,13 @@ class Rows:
     @property
     def num_bytes(self) -> int:
         """Bytes allocated."""
-        waiting = sum(hidden.numel() * hidden.element_size() for hidden, _ in self.unfed)
+        waiting = sum(hidden.numel() * hidden.element_size() for hidden, *_ in self.unfed)
         return self.cache.num_bytes + self.draft_state.num_bytes + waiting
 
     @property
     def _num_unfed(self) -> int:
         number = 0
-        for _, ids in self.unfed:  # a loop: this is asked several times a step
+        for _, ids, _ in self.unfed:  # a loop: this is asked several times a step
             number += len(ids)
         return number
 
@@ -48,11 +48,16 @@ class Rows:
         """None, for a sequence of these tokens."""
         return Rows(self._target, self._heads, token_ids)
 
-    def defer(self, hidden: Tensor, path: list[int], next_ids: list[int]) -> None:
+    @property
+    def is_probed(self) -> bool:
+        """Of a drafter with probes: whether they were read below the last row."""
+        return (self.unfed[-1][2] if self.unfed else self.draft_state.features) is not None
+
+    def defer(self, hidden: Tensor, path: list[int], next_ids: list[int], probed: Tensor | None = None) -> None:
         """Keep the hidden states of a committed path for the drafter, with the tokens that followed each node; they do
-        not pile up without end."""
+        not pile up without end. probed: what probes below its last node gave."""
         if self._heads is not None:
-            self.unfed.append((hidden[sent(path, hidden.device)], next_ids))
+            self.unfed.append((hidden[sent(path, hidden.device)], next_ids, probed))
             if self._num_unfed > MAX_UNFED:
                 self.feed()
 
@@ -63,8 +68,9 @@ class Rows:
         num_fed = self.cache.num_committed - self._num_unfed
         if self._heads is not None and self.draft_state.num_rows > num_fed:  # fed, and broken off before that was noted
             self._heads.trim(self.draft_state, num_fed)
-        hidden = torch.cat([rows for rows, _ in self.unfed]) if len(self.unfed) > 1 else self.unfed[0][0]
-        return Ask(self.draft_state, max_depth, temperature, hidden, [token for _, ids in self.unfed for token in ids])
+        hidden = torch.cat([rows for rows, *_ in self.unfed]) if len(self.unfed) > 1 else self.unfed[0][0]
+        next_ids = [token for _, ids, _ in self.unfed for token in ids]
+        return Ask(self.draft_state, max_depth, temperature, hidden, next_ids, self.unfed[-1][2])
 
     def feed(self) -> None:
         """Give the drafter every row it has not read."""

@@ -111,7 +111,8 @@ def draft_ratio(target: Target, drafter: Drafter) -> Asking:
     states = [drafter.start() for _ in range(ASKED)]
     for state in states:
         drafter.commit(state, hidden, ids)
-    fed = hidden[-FED_ROWS:], ids[-FED_ROWS:].tolist()
+    probed = None if drafter.probes is None else hidden[: drafter.probes.num_rows, : target.spec.hidden_size]
+    fed = hidden[-FED_ROWS:], ids[-FED_ROWS:].tolist(), probed
 
     def cell(number: int, depth: int = drafter.heads_a_round) -> Cell:
         def draft() -> None:

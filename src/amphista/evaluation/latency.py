@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from amphista import provenance
-from amphista.drafter.base import Drafter
+from amphista.drafter.base import Ask, Drafter
 from amphista.drafter.captured import captured
 from amphista.drafter.scoring import ScoringDrafter
 from amphista.engine.timing import Cell, rounds
@@ -175,7 +175,8 @@ def _drafter_cells(
     next_ids = torch.tensor([*ids[1:], 0], device=hidden.device)
     key = {"drafter": name, "context": context}
     ready, fed = drafter.start(), feeder.start()  # feeding is undone by a trim, after which no draft may follow
-    drafter.commit(ready, hidden, next_ids)
+    probed = None if drafter.probes is None else hidden[-1:].expand(drafter.probes.num_rows, -1)
+    drafter.commit_all([Ask(ready, 0, 0.0, hidden, next_ids.tolist(), probed)])
     feeder.commit(fed, hidden, next_ids)
     cells: list[Keyed] = []
     for nodes in sizes:

@@ -19,8 +19,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from amphista.drafter.base import Drafter
 from amphista.errors import DataError
-from amphista.target.kept import Taps
+from amphista.target.spec import Probes
 from amphista.target.target import Target
 from amphista.train.head_loss import AnswerRows
 from amphista.train.hidden_store import HiddenStore
@@ -87,19 +88,36 @@ def coverage(rows: Sequence[TokenRow], token_ids: Tensor | None) -> float:
 class HiddenStates:
     """Hidden states of rows, straight from the target or through a store on disk; never NaN or infinite."""
 
-    def __init__(self, target: Target, rows: Sequence[TokenRow], folder: Path | None, taps: Taps = ()) -> None:
-        """folder: of the stores, or None; rows: all that will ever be asked for."""
-        self._target, self._taps = target, taps
-        self.store = None if folder is None else HiddenStore(folder, rows, target.identity, taps)
+    def __init__(
+        self, target: Target, rows: Sequence[TokenRow], folder: Path | None, drafter: Drafter | None = None
+    ) -> None:
+        """folder: of the stores, or None; rows: all that will ever be asked for; drafter: whose taps and probes are
+        read, too."""
+        self._target, self._drafter = target, drafter
+        self._taps = () if drafter is None else drafter.taps
+        self.store = None if folder is None else HiddenStore(folder, rows, target.identity, self._taps)
 
     def get(self, rows: Sequence[TokenRow]) -> list[Tensor]:
-        """Hidden states [T, W] of each row, float32; raises DataError naming a row whose states are not finite."""
-        if self.store is None:
-            return self._compute(rows)
-        missing = [row for row in rows if not self.store.has(row)]
+        """Hidden states [T, W] of each row, float32; raises DataError naming a row whose states are not finite.
+
+        Of a drafter with probes, what the target gives for those below each row of an answer stands behind them, with
+        a gradient where it is enabled.
+        """
+        found = self._compute(rows) if self.store is None else self._stored(self.store, rows)
+        probes = None if self._drafter is None else self._drafter.probes
+        return found if probes is None else [self._probed(*parts, probes) for parts in zip(rows, found, strict=True)]
+
+    def _stored(self, store: HiddenStore, rows: Sequence[TokenRow]) -> list[Tensor]:
+        missing = [row for row in rows if not store.has(row)]
         for row, hidden in zip(missing, self._compute(missing), strict=True):
-            self.store.put(row, hidden)
-        return [self.store.get(row) for row in rows]
+            store.put(row, hidden)
+        return [store.get(row) for row in rows]
+
+    def _probed(self, row: TokenRow, hidden: Tensor, probes: Probes) -> Tensor:
+        positions = torch.tensor([at - 1 for at, mark in enumerate(row.answers) if mark and at])
+        states = self._target.probe_rows(row.token_ids, positions, probes).flatten(1).to(hidden)
+        every = hidden.new_zeros(len(hidden), states.shape[1])
+        return torch.cat([hidden, every.index_copy(0, positions.to(hidden.device), states)], dim=1)
 
     def _compute(self, rows: Sequence[TokenRow]) -> list[Tensor]:
         if not rows:

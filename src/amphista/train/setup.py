@@ -140,9 +140,10 @@ def assemble(target: Target, config: TrainConfig, out: Path) -> Parts:
     every_row = [*data.rows, *data.validation_rows]
     drafter, before = _first_drafter(target, config, data.rows)
     with accelerator.main_process_first():  # which makes the store that the others then open
-        hidden = HiddenStates(target, every_row, _store_folder(accelerator, config, out), drafter.taps)
+        hidden = HiddenStates(target, every_row, _store_folder(accelerator, config, out), drafter)
     if before is None:
-        sample = torch.cat(hidden.get(data.rows[:8]))[:, : target.spec.hidden_size]
+        with torch.no_grad():
+            sample = torch.cat(hidden.get(data.rows[:8]))[:, : target.spec.hidden_size]
         drafter.match_scale(float(sample.pow(2).mean().sqrt()))
     if config.freeze == "heads":
         corrected = with_paths(drafter)

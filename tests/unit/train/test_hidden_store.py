@@ -71,7 +71,10 @@ def test_another_run_with_other_rows_leaves_an_open_store_alone(target, tmp_path
 
 def test_taps_have_a_store_of_their_own(target, tmp_path):
     """Beside that of the hidden states alone, which an earlier run may have filled; in the order they are read in."""
-    plain, tapped = HiddenStates(target, ROWS, tmp_path), HiddenStates(target, ROWS, tmp_path, (1, 2))
+    plain, tapped = (
+        HiddenStates(target, ROWS, tmp_path),
+        HiddenStates(target, ROWS, tmp_path, SimpleNamespace(taps=(1, 2), probes=None)),
+    )
     assert plain.store.folder != tapped.store.folder
     alone, rows = plain.get(ROWS), tapped.get(ROWS)
     size = target.spec.hidden_size
