@@ -241,8 +241,9 @@ def losses_of(run):
     return [record["loss"] for record in records if "loss" in record]
 
 
-@pytest.mark.parametrize("kind", ["amphista", "medusa"])
-@pytest.mark.parametrize("store", [False, True])
+@pytest.mark.parametrize(
+    ("kind", "store"), [("amphista", False), ("amphista", True), ("medusa", False), ("medusa", True), ("bita", True)]
+)
 def test_resumed_run_equals_uninterrupted_run(target, data_file, tmp_path, kind, store):
     config = config_for(
         data_file, drafter=kind, data=DataConfig(files=(str(data_file),), validation_share=0.2, store=store)
@@ -278,16 +279,25 @@ def test_a_run_killed_after_its_last_step_takes_no_other(target, data_file, tmp_
         assert torch.equal(tensor, weights_of(tmp_path / "run" / "last")[name]), name
 
 
-@pytest.mark.parametrize("model", [{}, {"taps": [1, 2]}], ids=str)
-def test_training_lowers_the_loss_and_ships_a_working_drafter(target, data_file, tmp_path, model):
+@pytest.mark.parametrize(
+    ("kind", "model", "rate", "share"),
+    [
+        ("amphista", {}, 3e-3, 0.8),
+        ("amphista", {"taps": [1, 2]}, 3e-3, 0.8),
+        ("bita", {"prefix_len": 4}, 2e-2, 0.97),
+    ],
+    ids=["amphista", "taps", "bita"],
+)
+def test_training_lowers_the_loss_and_ships_a_working_drafter(target, data_file, tmp_path, kind, model, rate, share):
     config = config_for(
         data_file,
+        drafter=kind,
         model={"num_heads": 3, "draft_vocab": 150, **model},
-        optimizer=OptimizerConfig(learning_rate=3e-3, batch_size=4, epochs=12, warmup_steps=2),
+        optimizer=OptimizerConfig(learning_rate=rate, batch_size=4, epochs=12, warmup_steps=2),
     )
     folder = Trainer(target, config, tmp_path / "run", lambda line: None).run()
     losses = losses_of(tmp_path / "run")
-    assert sum(losses[-5:]) < 0.8 * sum(losses[:5])
+    assert sum(losses[-5:]) < share * sum(losses[:5])
     for where in (folder, tmp_path / "run" / "best"):
         drafter = load_drafter(str(where), target.spec, target.shared, target.fingerprint)
         assert drafter.taps == tuple(model.get("taps", ()))
