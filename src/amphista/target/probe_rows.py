@@ -103,7 +103,7 @@ class Groups:
             tails = _tails(prefix, len(text), in_pairs=self.in_pairs)
             rows = [[_ReadRows(*parts, size)] for parts in zip(text, tails, strict=True)]
             layout = self._layout(some, size)
-            hidden = read(inputs.repeat(len(some), 1)[None], layout, rows)
+            hidden = read(inputs.repeat(len(some), 1)[None].to(text[0][0].dtype), layout, rows)
             return hidden.view(len(some), -1, hidden.shape[-1])
 
         given, parts = (self.probes.inputs, self.probes.prefix), self.positions.split(GROUPS_AT_ONCE)

@@ -374,7 +374,10 @@ class Target:
         """Hidden states [Q, M, D] of a group of probes behind each of the rows `positions` [Q] of a text, for training:
         with a gradient for the probes where it is enabled."""
         if isinstance(getattr(self._lean, "head", None), NativeLinear) and torch.is_grad_enabled():
-            raise TargetError(f"no gradient passes through the {self.type_name} weights of {self.name}: use float32")
+            raise TargetError(
+                f"no gradient passes through the {self.type_name} weights of {self.name}, which a drafter with probes "
+                "is trained with: load it in bfloat16 or float32 (--dtype)"
+            )
         cache = KVCache(self._num_caches)
         self.prefill(token_ids, cache)
         if self._lean is not None:
