@@ -16,7 +16,9 @@ import torch
 
 from amphista.config import build
 from amphista.drafter.amphista import Amphista, AmphistaConfig
+from amphista.drafter.eagle import Eagle, EagleConfig
 from amphista.drafter.frozen_head import FrozenHead
+from amphista.drafter.hydra import Hydra, HydraConfig
 from amphista.drafter.medusa import Medusa, MedusaConfig
 from amphista.errors import ConfigError
 from amphista.train import head_loss, losses
@@ -185,6 +187,12 @@ DRAFTERS = {
     "own-paths": lambda target: Medusa(
         MedusaConfig(num_heads=NUM_HEADS, lm_head="own", path_rank=4, path_shortlist=9), target.spec, target.shared
     ),
+    "hydra": lambda target: Hydra(
+        HydraConfig(num_heads=NUM_HEADS, base="prefix", lm_head="own", draft_vocab=120, head_bias=True),
+        target.spec,
+        target.shared,
+    ),
+    "eagle": lambda target: Eagle(EagleConfig(num_heads=NUM_HEADS, draft_vocab=120), target.spec, target.shared),
 }
 
 
@@ -372,7 +380,17 @@ def test_heads_asked_one_by_one_are_heads_asked_at_once(precise, monkeypatch, sw
         AmphistaConfig(num_heads=NUM_HEADS, draft_vocab=120, **switches), target.spec, target.shared
     )
     monkeypatch.setitem(DRAFTERS, "switched", form)
-    drafter, batch, rows = case(precise, "switched")
+    check_one_by_one(precise, "switched", until_fail)
+
+
+@pytest.mark.parametrize("kind", ["hydra", "eagle"])
+@pytest.mark.parametrize("until_fail", [False, True])
+def test_heads_that_go_on_from_each_other_are_asked_for_fewer_and_fewer_rows(precise, kind, until_fail):
+    check_one_by_one(precise, kind, until_fail)
+
+
+def check_one_by_one(precise, kind, until_fail):
+    drafter, batch, rows = case(precise, kind)
     config = LossConfig(accept_until_fail=until_fail, chunk_rows=5)
     found = {}
     for one_by_one in (True, False):

@@ -8,6 +8,7 @@ That training and decoding say the same, and that the target's tokens stay, is s
 
 from __future__ import annotations
 
+import copy
 import math
 
 import pytest
@@ -18,8 +19,10 @@ from amphista.drafter import eagle, hydra
 from amphista.drafter.base import Ask
 from amphista.drafter.eagle import Eagle
 from amphista.drafter.hydra import Hydra
+from amphista.drafter.proposer import Proposer
 from amphista.engine.params import SamplingParams
 from amphista.engine.step import Engine
+from amphista.errors import NativeError
 from amphista.tree.budget import DraftRow
 from amphista.tree.controller import DraftController
 from amphista.tree.dynamic import best_first
@@ -358,3 +361,39 @@ def test_a_draft_that_is_broken_off_is_as_if_it_had_never_begun(target, drafters
     while not sequence.is_finished:
         step(engine, sequence)
     assert sequence.output_ids == expected.output_ids and sequence.stats.accepted == expected.stats.accepted
+
+
+# -- products in C ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", SEQUENTIAL)
+def test_products_in_c_give_what_torch_gives(target, drafters, name):
+    drafter = drafters[name]
+    exact = copy.deepcopy(drafter).freeze(native=True, exact=True)
+    rounded = copy.deepcopy(drafter).to(torch.bfloat16).freeze(native=True)
+    assert exact.why_not_native is rounded.why_not_native is None and rounded.num_weights == drafter.num_weights
+    assert exact.cost_key["form"] == "native" and rounded.row_bytes == drafter.row_bytes
+    states = [fed(target, one) for one in (drafter, exact, rounded)]
+    with torch.inference_mode():
+        expected, found, near = (
+            torch.stack([one.head_logits(row, k) for k, row in enumerate(heads_along(one, state, PATH))])
+            for one, state in zip((drafter, exact, rounded), states, strict=True)
+        )
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-5)
+    assert 0 < float((near - expected).norm() / expected.norm()) < 0.1
+    assert exact.draft(states[1], 7).tokens == drafter.draft(states[0], 7).tokens
+    assert not any(isinstance(module, torch.nn.Linear) for module in rounded.modules())
+    params = SamplingParams(max_new_tokens=16)
+    plain = decode(Engine(target, Proposer(), parse_tree(1)), IDS[:5], params).output_ids
+    assert decode(Engine(target, rounded, parse_tree(9)), IDS[:5], params).output_ids == plain
+
+
+def test_without_a_compiler_torch_multiplies(target, drafters, monkeypatch, caplog):
+    def none(*_):
+        raise NativeError("there is no compiler")
+
+    monkeypatch.setattr("amphista.native.weights.load", none)
+    drafter = copy.deepcopy(drafters["hydra-prefix"]).freeze(native=True)
+    assert drafter.why_not_native == "there is no compiler" and "slower" in caplog.text
+    state = fed(target, drafter)
+    assert drafter.draft(state, 5) == drafters["hydra-prefix"].draft(fed(target, drafters["hydra-prefix"]), 5)

@@ -13,7 +13,7 @@ import torch
 
 from amphista.drafter.amphista import Amphista, AmphistaConfig
 from amphista.errors import ConfigError, TargetError
-from amphista.target.captured import CapturedForward
+from amphista.target.captured_forward import CapturedForward
 from amphista.target.spans import Span
 from amphista.target.target import Target
 from amphista.tree.token_tree import TokenTree

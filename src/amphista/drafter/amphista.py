@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from amphista.drafter.base import MAX_LAYERS, MAX_SIZE, DrafterState, check_range, check_taps
 from amphista.drafter.heads import ParallelConfig, ParallelHeads
 from amphista.drafter.layers import LayerCache, LayerSizes, ResidualBlock, RMSNorm, RowCache, TransformerLayer
-from amphista.drafter.native import Modules
+from amphista.drafter.native_drafter import Modules
 from amphista.drafter.scoring import StateOf
 from amphista.drafter.staged import StagedAdaptation
 from amphista.errors import ConfigError

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from amphista.drafter.base import MAX_SHORTLIST, MAX_SIZE, Ask, DrafterConfig, DrafterState, Look, check_range
-from amphista.drafter.native import Modules, NativeDrafter, Scores
+from amphista.drafter.native_drafter import Modules, NativeDrafter, Scores
 from amphista.drafter.path import PathCorrection, conditional, moved
 from amphista.drafter.ranked import Ranked
 from amphista.drafter.scoring import ScoringDrafter, StateOf

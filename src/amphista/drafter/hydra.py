@@ -102,7 +102,7 @@ class Hydra(SequentialHeads[HydraPaths]):
 
     def __init__(self, config: HydraConfig, spec: TargetSpec, shared: SharedWeights) -> None:
         super().__init__(config, spec, shared)
-        if config.head_bias and self.own_bias is None:
+        if config.lm_head == "own" and config.head_bias and self.own_bias is None:
             self.own_bias = nn.Parameter(torch.zeros(config.num_heads, self.draft_vocab))
         size, sizes = spec.hidden_size, LayerSizes.of(spec, config.intermediate_size)
         self.prefix = PrefixLayer(sizes) if config.base == "prefix" else None

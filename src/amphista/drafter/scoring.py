@@ -71,9 +71,9 @@ class ScoringDrafter(Drafter):
                     self._go_native(exact=exact)
         return self
 
+    @abstractmethod
     def _go_native(self, *, exact: bool) -> None:
-        """Decode in C, where there is a form for that."""
-        self.why_not_native = f"there is no form in C of a {self.name} drafter"
+        """Decode in C, or say in a line why not."""
 
     @property
     def cost_key(self) -> dict[str, Any]:

@@ -16,23 +16,22 @@ from typing import Any
 from amphista import provenance
 from amphista.drafter.base import Drafter
 from amphista.drafter.proposer import Proposer
-from amphista.engine.cost_cache import kept
-from amphista.engine.timing import NOISY, draft_ratio, verify_seconds
+from amphista.engine.cost_cache import load_or_measure
+from amphista.engine.timing import NOISY, ForwardSeconds, draft_ratio, verify_seconds
 from amphista.target.target import Target
 from amphista.tree.tune import NOTHING_PAYS, Costs
 
 logger = logging.getLogger("amphista")
 
-FORMAT = 3
+FORMAT = 4
 TIMED_CODE = ("cache", "drafter", "engine", "kernels", "native", "target", "tree")
 
 
 @dataclass(frozen=True)
 class Tuned:
-    """Measured seconds by tree size, their worst spread (median over shortest), and the costs made from them."""
+    """What was measured, and the costs made from it."""
 
-    verify: dict[int, float]
-    spread: float
+    forward: ForwardSeconds
     costs: Costs
 
 
@@ -47,18 +46,23 @@ def costs_for(target: Target, proposer: Proposer) -> Costs:
 def tune(target: Target, proposer: Proposer, *, refresh: bool = False) -> Tuned:
     """The costs with what they were made from; refresh: measured anew, whatever is kept."""
     key, heads = target_key(target), proposer.heads
-    record = kept({"what": "verify", **key}, lambda: _measure_verify(target), _is_curve, refresh=refresh)
-    verify = {int(size): seconds for size, seconds in record["seconds"].items()}
+    record = load_or_measure({"what": "verify", **key}, lambda: _measure_verify(target), _is_curve, refresh=refresh)
+    by_rows = {int(size): seconds for size, seconds in record["seconds"].items()}
+    forward = ForwardSeconds(by_rows, *(record[name] for name in ("context", "sequence", "cached_row", "spread")))
     asked = {"ratio": 0.0, "further": 0.0, "further_round": 0.0}
     if heads is not None and heads.cost_key is not None:
         key = {"what": "draft", **key, "drafter": heads.cost_key}
-        asked = kept(key, lambda: _measure_draft(target, heads), _is_ratio, refresh=refresh)
+        asked = load_or_measure(key, lambda: _measure_draft(target, heads), _is_ratio, refresh=refresh)
     target.give_back_graphs()
-    draft, *further = (verify[1] * asked[name] for name in ("ratio", "further", "further_round"))
     costs = replace(
-        Costs.measured(verify, draft, in_steps=target.is_static), drafted=further[0], further_round=further[1]
+        Costs.measured(by_rows, by_rows[1] * asked["ratio"], in_steps=target.is_static),
+        drafted=by_rows[1] * asked["further"],
+        further_round=by_rows[1] * asked["further_round"],
+        sequence=forward.sequence,
+        cached_row=forward.cached_row,
+        context=forward.context,
     )
-    return Tuned(verify, record["spread"], costs)
+    return Tuned(forward, costs)
 
 
 def target_key(target: Target) -> dict[str, Any]:
@@ -79,9 +83,9 @@ def target_key(target: Target) -> dict[str, Any]:
 
 def _measure_verify(target: Target) -> dict[str, Any]:
     logger.info("measuring what a forward costs here (some seconds, once; `amphista dev tune` shows it)")
-    seconds, spread = verify_seconds(target)
-    _say_if_noisy("forwards", spread)
-    return {"seconds": {str(size): value for size, value in seconds.items()}, "spread": spread}
+    record = asdict(verify_seconds(target))
+    _say_if_noisy("forwards", record["spread"])
+    return {"seconds": {str(size): value for size, value in record.pop("by_rows").items()}, **record}
 
 
 def _measure_draft(target: Target, drafter: Drafter) -> dict[str, Any]:
@@ -100,18 +104,14 @@ def _say_if_noisy(what: str, spread: float) -> None:
 def _is_curve(record: dict[str, Any]) -> bool:
     seconds = record["seconds"]
     sizes = [int(size) for size in seconds]
-    return (
-        sizes[:1] == [1] and sizes == sorted(sizes) and all(map(_is_positive, seconds.values())) and _is_quiet(record)
-    )
+    is_curve = sizes[:1] == [1] and sizes == sorted(sizes) and all(map(_is_positive, seconds.values()))
+    has_rates = type(record["context"]) is int and _is_cost(record["sequence"]) and _is_cost(record["cached_row"])
+    return is_curve and has_rates and _is_quiet(record)
 
 
 def _is_ratio(record: dict[str, Any]) -> bool:
     further = [record["further"], record["further_round"]]
-    return (
-        _is_positive(record["ratio"])
-        and all(more == 0.0 or _is_positive(more) for more in further)
-        and _is_quiet(record)
-    )
+    return _is_positive(record["ratio"]) and all(map(_is_cost, further)) and _is_quiet(record)
 
 
 def _is_quiet(record: dict[str, Any]) -> bool:
@@ -120,6 +120,10 @@ def _is_quiet(record: dict[str, Any]) -> bool:
 
 def _is_positive(value: Any) -> bool:
     return type(value) is float and 0 < value < float("inf")
+
+
+def _is_cost(value: Any) -> bool:
+    return value == 0.0 or _is_positive(value)
 
 
 def _code_sha256() -> str:

@@ -24,7 +24,7 @@ from queue import SimpleQueue
 from typing import Any, Protocol
 
 from amphista.engine.request import Request, Schedulable, State
-from amphista.engine.scheduler import Plan, Scheduler
+from amphista.engine.scheduler import Schedule, Scheduler
 from amphista.errors import AmphistaError, UnavailableError
 
 CLOSED = "the engine was closed before the answer ended"
@@ -169,7 +169,7 @@ class EngineLoop:
         while not self._inbox.empty():  # only one thread takes out
             self._inbox.get()()
 
-    def _read_chunk(self, plan: Plan) -> int:
+    def _read_chunk(self, plan: Schedule) -> int:
         """Read one chunk of a prompt; returns the tokens added to its answer."""
         if plan.reader is None:
             return 0

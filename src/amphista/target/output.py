@@ -13,7 +13,7 @@ class TargetOutput:
     that were asked for [N, (1 + taps) * D].
 
     choices: the argmax of each row of logits, where the forward has brought them along. The tensors of a recorded
-    forward (captured.py) are valid until the next forward of the same target.
+    forward (captured_forward.py) are valid until the next forward of the same target.
     """
 
     logits: Tensor

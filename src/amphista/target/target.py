@@ -1,5 +1,5 @@
 """The frozen target: one forward over spans, on the unmodified `transformers` model or, for the families of lean.py, on
-its weights without its overhead: in torch, in C (native.py), or as captured graphs (captured.py).
+its weights without its overhead: in torch, in C (native_forward.py), or as captured graphs (captured_forward.py).
 
 Hidden states are what the LM head reads (after the final norm); behind each, in its row, stand the taps that are asked
 for: states after so many layers (kept.py).
@@ -19,16 +19,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from amphista.cache.resident import ResidentCache
+from amphista.cache.persistent import BufferedCache
 from amphista.cache.static import KVCache, sent
 from amphista.errors import CapacityError, CaptureError, TargetError
 from amphista.target.attention import refuse_attention
 from amphista.target.blocks import GGUF
-from amphista.target.captured import CapturedForward
+from amphista.target.captured_forward import CapturedForward
 from amphista.target.families import kept_by_layers
 from amphista.target.kept import Taps
 from amphista.target.lean import LeanModel
-from amphista.target.native import NativeForward, native_form, product_of, why_not_native
+from amphista.target.native_forward import NativeForward, native_form, product_of, why_not_native
 from amphista.target.output import TargetOutput
 from amphista.target.pages import give_back, trim_allocator
 from amphista.target.probe_rows import Groups
@@ -51,7 +51,7 @@ class Target:
     """A frozen causal LM that reads chains and trees of tokens.
 
     model: a `transformers` causal LM. text: its tokenizer side, None for tests on bare token ids. static: whether the
-    fast path verifies in fixed shapes (captured.py); by default where that is worth it, on CUDA.
+    fast path verifies in fixed shapes (captured_forward.py); by default where that is worth it, on CUDA.
     """
 
     def __init__(
@@ -100,8 +100,8 @@ class Target:
 
     @property
     def path(self) -> str:
-        """Which forward verifies: `native`, `captured` (captured.py; off CUDA `fast-static`), `fast` (lean.py), `-int8`
-        behind it, or `stock`. While another thread has the captured graphs it is `fast` in this one."""
+        """Which forward verifies: `native`, `captured` (captured_forward.py; off CUDA `fast-static`), `fast` (lean.py),
+        `-int8` behind it, or `stock`. While another thread has the captured graphs it is `fast` in this one."""
         if self._lean is None:
             return "stock"
         if self._native is not None:
@@ -263,12 +263,12 @@ class Target:
 
     def new_cache(self) -> KVCache:
         """An empty cache for one sequence."""
-        return KVCache(self._num_caches) if self._captured is None else ResidentCache(self._num_caches)
+        return KVCache(self._num_caches) if self._captured is None else BufferedCache(self._num_caches)
 
     def copy_rows(self, source: KVCache, to: KVCache, num_rows: int) -> None:
         """Let an empty cache hold the first committed rows of another."""
         if self._captured is not None:
-            self._captured.move_out(source)
+            self._captured.detach(source)
         to.take_copy(source, num_rows)
 
     def prefill(self, token_ids: Sequence[int], cache: KVCache, taps: Taps = ()) -> TargetOutput:
@@ -312,7 +312,7 @@ class Target:
             return None
         if len(spans) > 1 or spans[0].only_last or spans[0].probes is not None:
             for span in spans:
-                captured.move_out(span.cache)
+                captured.detach(span.cache)
             return None
         try:
             return captured.verify(spans[0].tree, spans[0].cache, taps)

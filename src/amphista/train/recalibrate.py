@@ -23,7 +23,7 @@ from amphista.drafter.checkpoint import (
     make_drafter,
     save_drafter,
 )
-from amphista.drafter.convert import Published
+from amphista.drafter.published import Published
 from amphista.drafter.scoring import ScoringDrafter
 from amphista.errors import ConfigError
 from amphista.target.loading import hub_name
@@ -32,7 +32,7 @@ from amphista.train.calibrate import calibrate
 from amphista.train.dataset import HiddenStates, coverage, frequent_tokens, split_rows
 from amphista.train.losses import LossConfig
 from amphista.train.prompts import read_rows
-from amphista.train.rows import TokenRow
+from amphista.train.token_row import TokenRow
 from amphista.tree.build import build_template, expected_tau
 
 MAX_LEN = 2048

@@ -12,7 +12,7 @@ from functools import cached_property
 from itertools import pairwise
 
 from amphista.engine.loops import loop_free_length
-from amphista.train.dataset import Batch
+from amphista.train.dataset import PaddedBatch
 from amphista.tree.build import ranked
 from amphista.tree.candidates import Candidates
 from amphista.tree.dynamic import best_first
@@ -70,7 +70,7 @@ class AnswerReplay:
         return accepted
 
 
-def answers_in(batch: Batch) -> Iterator[tuple[int, list[int]]]:
+def answers_in(batch: PaddedBatch) -> Iterator[tuple[int, list[int]]]:
     """The answers of a batch: the place of the first of its rows among all answer rows, and their next tokens."""
     answers = batch.answer_rows.answers.cpu()
     next_ids = batch.answer_rows.next_ids.tolist()

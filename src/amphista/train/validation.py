@@ -16,17 +16,18 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from amphista.drafter.heads import ParallelHeads, with_paths
 from amphista.drafter.scoring import ScoringDrafter
-from amphista.train.dataset import Batch, HiddenStates, batches_of
+from amphista.train.dataset import HiddenStates, PaddedBatch, batches_of
 from amphista.train.head_loss import HeadLoss
 from amphista.train.losses import LossConfig
 from amphista.train.replay import AnswerReplay, NestedTemplates, Walks, answers_in, sizes_of_best_tree
-from amphista.train.rows import TokenRow
+from amphista.train.token_row import TokenRow
 from amphista.tree.candidates import Candidates, ConditionalRanks
 
 NUM_RANKS = 10
@@ -39,8 +40,8 @@ ACCEPTANCE_AT = 16
 class Validation:
     """Per-head accuracy at ranks 1..10 (cumulative), the loss, and tau by number of tree nodes.
 
-    `tau_loop_free` counts each answer until it begins to loop; `acceptance[d - 1]` is the share of steps that accept at
-    least d drafted tokens, with a tree of ACCEPTANCE_AT nodes.
+    `trees`: dynamic, or static ones fitted to these rows. `tau_loop_free` counts each answer until it begins to loop;
+    `acceptance[d - 1]` is the share of steps that accept at least d drafted tokens, with a tree of ACCEPTANCE_AT nodes.
     """
 
     loss: float
@@ -50,6 +51,7 @@ class Validation:
     tau_loop_free: dict[int, float]
     acceptance: list[float]
     num_positions: int
+    trees: Literal["dynamic", "static"] = "dynamic"
 
     def line(self) -> str:
         """One line for people."""
@@ -107,6 +109,7 @@ def validate(
         tau_loop_free=loop_free.tau(),
         acceptance=[_share_above(accepted, depth) for depth in range(drafter.num_heads)],
         num_positions=int(counts[0]),
+        trees="static" if drafter.heads_a_round < drafter.num_heads else "dynamic",
     )
 
 
@@ -151,7 +154,7 @@ class RankedHeads:
         given[:, : best.shape[-1]] = self.tokens[index, head].gather(-1, best)
         return torch.where(is_parent.any(-1, keepdim=True), given, plain)
 
-    def text_ranks(self, batch: Batch) -> list[list[int]]:
+    def text_ranks(self, batch: PaddedBatch) -> list[list[int]]:
         """The rank [Q, K] of the text's token at each depth, -1 where it has none or the answer has ended."""
         next_ids = batch.answer_rows.next_ids.cpu()
         ranks = torch.full(self.tokens.shape[:2], -1)
@@ -162,7 +165,7 @@ class RankedHeads:
         return ranks.tolist()
 
 
-def ranked_heads(drafter: ScoringDrafter, batch: Batch, num_ranks: int, temperature: float = 0.0) -> RankedHeads:
+def ranked_heads(drafter: ScoringDrafter, batch: PaddedBatch, num_ranks: int, temperature: float = 0.0) -> RankedHeads:
     """All heads of all answer rows, one head at a time so that Q x K x N never exists at once."""
     states = drafter(batch.hidden, batch.next_ids, batch.answer_rows.rows)
     divisors = torch.tensor(drafter.head_temperatures(temperature))
@@ -228,7 +231,7 @@ class Replays:
         """Ranks they want from each head."""
         return NUM_RANKS if self._in_rounds else max(NUM_RANKS, self._num_nodes - 1)
 
-    def of(self, ranked: RankedHeads, batch: Batch) -> Iterator[AnswerReplay]:
+    def of(self, ranked: RankedHeads, batch: PaddedBatch) -> Iterator[AnswerReplay]:
         """Those of a batch that can be replayed now."""
         if self._in_rounds:
             ranks = ranked.text_ranks(batch)
@@ -250,7 +253,7 @@ class Replays:
             yield AnswerReplay(next_ids, lambda row, ranks=ranks: trees.sizes(ranks[row]))  # type: ignore[misc]
 
 
-def count_hits(ranked: RankedHeads, batch: Batch, hits: Tensor, counts: Tensor) -> None:
+def count_hits(ranked: RankedHeads, batch: PaddedBatch, hits: Tensor, counts: Tensor) -> None:
     """Add, per head and rank, how often that rank held the text's token."""
     next_ids = batch.answer_rows.next_ids.cpu()
     for k in range(ranked.tokens.shape[1]):
