@@ -195,8 +195,8 @@ def _prefix_counted(patch):
 
 
 def _prefix_not_in_pairs(patch):
-    tails = probe_rows._tails
-    patch.setattr(probe_rows, "_tails", lambda prefix, num, in_pairs: tails(prefix, num, in_pairs=False))
+    tails = probe_rows.tails
+    patch.setattr(probe_rows, "tails", lambda prefix, num, in_pairs: tails(prefix, num, in_pairs=False))
 
 
 def _groups_see_each_other(patch):

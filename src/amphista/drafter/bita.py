@@ -77,7 +77,7 @@ class Bita(ParallelHeads):
         return self.spec.row_width(self.taps) + self.num_heads * self.spec.hidden_size
 
     def _go_native(self, *, exact: bool) -> None:
-        self.why_not_native = "its heads are rows of the target's forward, which its probes keep in torch"
+        self.why_not_native = "its heads are rows of the target's forward, which are scored in torch"
 
     def check_weights(self) -> None:
         for name, weight in (("mask embedding", self.masks), ("prefix", self.prefix)):

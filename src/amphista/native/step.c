@@ -89,7 +89,11 @@ static void run_forward(const void *call, Worker *worker) {
     const long hidden = padded(stack->hidden);
     float *rows = w->own_rows[thread];
     clear_rows(stack, w, n, worker);
-    for (int r = thread; r < n; r += worker->team) weight_row(&m->embedding, batch->ids[r], w->states + r * hidden);
+    for (int r = thread; r < n; r += worker->team) {
+        const long id = batch->ids[r];
+        if (id < 0) memcpy(w->states + r * hidden, batch->inputs + (-1 - id) * stack->hidden, (size_t)stack->hidden * 4);
+        else weight_row(&m->embedding, (int)id, w->states + r * hidden);
+    }
     for (int l = 0; l < stack->num_layers; l++) {
         const Layer *layer = stack->layers + l;
         project(stack, layer, w, n, worker);

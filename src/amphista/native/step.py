@@ -73,6 +73,9 @@ class _Batch(ctypes.Structure):
         ("spans", ctypes.POINTER(_Span)),
         ("turns", Address),
         *((name, ctypes.c_int32) for name in ("num_rows", "num_spans", "num_turns", "num_threads")),
+        ("inputs", Address),
+        *((name, ctypes.POINTER(Address)) for name in ("prefix_keys", "prefix_values")),
+        *((name, ctypes.c_int32) for name in ("num_inputs", "prefix_rows")),
     ]
 
 
@@ -129,6 +132,22 @@ class NativeSpan:
     num_committed: int
 
 
+class NativeProbes:
+    """What rows of token -1 - j are in a forward: inputs [M, D] in place of embeddings, and a prefix of P rows that
+    they see in every layer, all layers' keys, then their values [2 L, J, P, E], of the caches' type."""
+
+    def __init__(self, inputs: Tensor, prefix: Tensor) -> None:
+        self._inputs, self._prefix, number = inputs.float().contiguous(), prefix.contiguous(), len(prefix) // 2
+        addresses = [layer.data_ptr() for layer in self._prefix]
+        self._pointers = [(Address * number)(*half) for half in (addresses[:number], addresses[number:])]
+
+    def lend(self, batch: _Batch) -> None:
+        """Let a batch read them."""
+        keys, values = (ctypes.cast(part, ctypes.POINTER(Address)) for part in self._pointers)
+        batch.inputs, batch.prefix_keys, batch.prefix_values = self._inputs.data_ptr(), keys, values
+        batch.num_inputs, batch.prefix_rows = len(self._inputs), self._prefix.shape[2]
+
+
 @dataclass(frozen=True)
 class NativeOutput:
     """hidden: float32 [N, (1 + taps) * D] after the final norm, taps behind. logits: float32 [W, V]. choices: int32
@@ -164,12 +183,18 @@ class NativeModel:
         self._workspace = Workspace()
 
     def forward(
-        self, spans: Sequence[NativeSpan], wanted: Sequence[int], turns: Tensor, taps: Sequence[int] = ()
+        self,
+        spans: Sequence[NativeSpan],
+        wanted: Sequence[int],
+        turns: Tensor,
+        taps: Sequence[int] = (),
+        probes: NativeProbes | None = None,
     ) -> NativeOutput:
         """One forward over the flat row of all spans' tokens.
 
         wanted: rows whose logits are asked for. turns: rotary table, complex64 [positions, E / 2]. taps: after how many
-        layers states are asked for, too. Keys and values of the new rows are written in place.
+        layers states are asked for, too. probes: what token ids below 0 are. Keys and values of the new rows are
+        written in place.
         """
         num_rows = sum(len(span.token_ids) for span in spans)
         flat = np.array([*_ids(spans), *_parents(spans), *wanted, *taps], dtype=np.int32)
@@ -187,6 +212,8 @@ class NativeModel:
             len(turns),
             torch.get_num_threads(),
         )
+        if probes is not None:
+            probes.lend(batch)
         forward = _Forward(
             batch,
             start + 8 * num_rows,

@@ -1,4 +1,4 @@
-"""Probe rows: what a drafter lets the target read beside tokens (`Probes`), in all forms of its forward but C.
+"""Probe rows: what a drafter lets the target read beside tokens (`Probes`), in every form of its forward.
 
 Decoding: probes are the last nodes of a span's tree, and their prefix stands behind its rows in every layer. Training:
 below each of many rows of a text stands a group of its own; the text is read first, without a gradient, which is
@@ -45,11 +45,11 @@ def layers_of(span: Span, *, in_pairs: bool = False) -> Sequence[Rows]:
     layers = span.cache.layers
     if span.probes is None or not span.probes.prefix.shape[3]:
         return layers
-    tails = _tails(span.probes.prefix, len(layers), in_pairs=in_pairs)
-    return [RowsWithTail(rows, *tail) for rows, tail in zip(layers, tails, strict=True)]
+    behind = tails(span.probes.prefix, len(layers), in_pairs=in_pairs)
+    return [RowsWithTail(rows, *tail) for rows, tail in zip(layers, behind, strict=True)]
 
 
-def _tails(prefix: Tensor, num_layers: int, *, in_pairs: bool) -> list[tuple[Tensor, Tensor]]:
+def tails(prefix: Tensor, num_layers: int, *, in_pairs: bool) -> list[tuple[Tensor, Tensor]]:
     """The prefix as each layer's keys and values [J, P, E]."""
     if len(prefix) != num_layers:
         raise TargetError(f"probes bring a prefix for {len(prefix)} layers: {num_layers} keep keys and values")
@@ -100,8 +100,8 @@ class Groups:
         text = [_read(rows, size) for rows in cache.layers]
 
         def states(inputs: Tensor, prefix: Tensor, some: Tensor) -> Tensor:
-            tails = _tails(prefix, len(text), in_pairs=self.in_pairs)
-            rows = [[_ReadRows(*parts, size)] for parts in zip(text, tails, strict=True)]
+            behind = tails(prefix, len(text), in_pairs=self.in_pairs)
+            rows = [[_ReadRows(*parts, size)] for parts in zip(text, behind, strict=True)]
             layout = self._layout(some, size)
             hidden = read(inputs.repeat(len(some), 1)[None].to(text[0][0].dtype), layout, rows)
             return hidden.view(len(some), -1, hidden.shape[-1])
