@@ -338,6 +338,25 @@ def test_every_parameters_gradient_is_that_of_the_plain_graph(precise, kind, nam
         torch.testing.assert_close(parameter.grad, 3 * gradient, atol=1e-10, rtol=1e-8, msg=where)
 
 
+@pytest.mark.parametrize("kind", ["draft-vocabulary", "eagle"])
+def test_states_are_drawn_to_the_targets_own(precise, kind):
+    """Smooth L1 by hand: head k's state of row q and the target's of row q + k + 1, of the rows that count."""
+    drafter, batch, rows = case(precise, kind)
+    plain, drawn_to = LossConfig(depth_decay=0.8), LossConfig(depth_decay=0.8, feature_weight=0.5)
+    before, after = (HeadLoss(drafter, config)(batch.hidden, batch.next_ids, rows) for config in (plain, drawn_to))
+    with torch.no_grad():
+        states = drafter(batch.hidden, batch.next_ids, rows.rows)
+        logits = drafter.head_logits(states)
+    own, sums = batch.hidden.flatten(0, 1)[rows.rows], [0.0] * NUM_HEADS
+    for q, k in counted(drafter, logits, rows, plain):
+        gaps = (states[q, k] - own[q + k + 1]).abs().tolist()
+        sums[k] += 0.5 * sum(gap**2 / 2 if gap < 1 else gap - 0.5 for gap in gaps) / len(gaps)
+    assert min(sums) > 0
+    assert (after.losses - before.losses).tolist() == pytest.approx(sums, rel=1e-6)
+    after.loss(drawn_to).backward()
+    assert all(p.grad is not None for p in drafter.parameters())
+
+
 def test_both_cross_entropies_at_once_are_their_sum():
     logits, aims, labels = drawn()
     logits.requires_grad_(True)

@@ -272,6 +272,11 @@ def looks_of(grower, max_depth, looked=None):
     return look
 
 
+def test_no_depth_beyond_the_heads_is_asked_for(target, drafters):
+    drafter = drafters["hydra-hidden"]
+    assert drafter.draft(fed(target, drafter), 2, 0.0, 99).num_heads == 3
+
+
 def test_growers_look_below_what_may_have_children(target, drafters):
     drafter = drafters["eagle-full"]
     state = fed(target, drafter)

@@ -201,7 +201,7 @@ class Drafter(nn.Module):
         """Commit the rows that wait and draft for several sequences, each at its own temperature, as deep as it can
         go. Broken off, it may have committed some of them.
 
-        look: asked after each round, of those that draft in rounds; by default the best tree of 1 + `num_ranks` nodes.
+        look: asked after each round, of those that draft in rounds; by default the `num_ranks` likeliest of each depth.
         """
         self.commit_all(asks)
         return [self.draft(ask.state, num_ranks, ask.temperature, ask.max_depth) for ask in asks]

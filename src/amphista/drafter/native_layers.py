@@ -1,7 +1,7 @@
 """Linear layers of a drafter multiplied in C, for drafters whose whole draft has no form there.
 
-Weights are rounded to 8 bits, whatever the target's, as in `native_drafter.py`: a draft decides nothing, and a quarter of the
-bytes is read. What stands between the products stays as it was trained, in float32.
+Weights are rounded to 8 bits, whatever the target's, as in `native_drafter.py`: a draft decides nothing, and a quarter
+of the bytes is read. What stands between the products stays as it was trained, in float32.
 
 Shapes: O outputs, I inputs.
 """

@@ -28,9 +28,8 @@ from amphista.drafter.native_layers import NativeLayer, put_in
 from amphista.drafter.scoring import ScoringDrafter, StateOf
 from amphista.errors import NativeError
 from amphista.target.spec import SharedWeights, TargetSpec
-from amphista.tree.asking import Offered, named_at
+from amphista.tree.asking import Offered
 from amphista.tree.candidates import Candidates
-from amphista.tree.dynamic import best_first
 
 logger = logging.getLogger("amphista")
 
@@ -116,19 +115,24 @@ class SequentialHeads(ScoringDrafter, Generic[PathsT]):
     @torch.inference_mode()
     def draft_all(self, asks: Sequence[Ask], num_ranks: int, look: Look | None = None) -> list[Candidates]:
         self.commit_all(asks)
-        look, drafts = look or _best_trees(num_ranks), [Offered() for _ in asks]
+        drafts = [Offered() for _ in asks]
         divisors = torch.tensor([self.head_temperatures(ask.temperature) for ask in asks], device=self.device)
         paths = self.first([ask.state for ask in asks])
         owners, places = list(range(len(asks))), [0] * len(asks)  # of each path: whose it is, what it has read last
-        for head in range(max(ask.max_depth for ask in asks)):
+        for head in range(min(self.num_heads, max(ask.max_depth for ask in asks))):
             logits = self.head_logits(paths.states, head).float() / divisors[sent(owners, self.device), head, None]
             tokens, log_probs = (part.tolist() for part in self.top_ranks(logits, num_ranks))
             starts = {b: owners.index(b) for b in dict.fromkeys(owners)}
             for b, start in starts.items():
                 rows = slice(start, start + owners.count(b))
                 drafts[b].add(places[rows], tokens[rows], log_probs[rows])
-            able = [b for b in starts if head + 1 < asks[b].max_depth]
-            named = look([draft.candidates for draft in drafts]) if able else []
+            able = [b for b in starts if head + 1 < min(asks[b].max_depth, self.num_heads)]
+            if not able:
+                break
+            if look is None:
+                named: Sequence[Sequence[int]] = [draft.likeliest(num_ranks) for draft in drafts]
+            else:
+                named = look([draft.candidates for draft in drafts])
             chosen = [(b, place) for b in able for place in named[b]]
             if not chosen:
                 break
@@ -162,16 +166,3 @@ def _tokens_ahead(next_ids: Tensor, select: Tensor, number: int) -> Tensor:
     length = next_ids.shape[1]
     columns = select[:, None] % length + torch.arange(1, number + 1, device=select.device)
     return next_ids.flatten()[(select - select % length)[:, None] + columns.clamp_max(length - 1)]
-
-
-def _best_trees(num_ranks: int) -> Look:
-    """Looks below all that stands in the best trees of so many drafted nodes."""
-
-    def look(drafts: Sequence[Candidates]) -> list[list[int]]:
-        grown = [best_first(0, draft, num_ranks + 1, draft.num_heads) for draft in drafts]
-        return [
-            [tree.ranks[node] for node in named_at(tree, draft.num_heads)]
-            for tree, draft in zip(grown, drafts, strict=True)
-        ]
-
-    return look

@@ -31,7 +31,7 @@ from torch.autograd.function import once_differentiable
 from amphista.drafter.frozen_head import ROWS_IN_CACHE, FrozenHead
 from amphista.drafter.heads import ParallelHeads, with_paths
 from amphista.drafter.scoring import ScoringDrafter, StateOf
-from amphista.train.losses import LossConfig, depth_weight, head_losses, widened
+from amphista.train.losses import LossConfig, depth_weight, head_losses, state_distance, widened
 
 
 @dataclass(frozen=True)
@@ -154,6 +154,9 @@ class HeadLoss(nn.Module):
             if k and corrected is not None:
                 above = (corrected.correction(states, answer_rows.next_ids[index + k]),)
             loss, right = part.scored(k, index, states, *above, *own)
+            if self.config.feature_weight:
+                distance = state_distance(states, part.aimed_at.index_select(0, index + k + 1))
+                loss = loss + self.config.feature_weight * distance.sum()
             if self.config.accept_until_fail:
                 counts = until_first_fail(counts, index, right)
             losses.append(loss)

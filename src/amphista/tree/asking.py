@@ -20,6 +20,7 @@ class Offered:
 
     def __init__(self) -> None:
         self._tokens: list[list[int]] = []
+        self._scores: list[float] = []  # of the deepest: sums of log-probabilities along their paths
         self._log_probs: list[list[float]] = []
         self._places: list[list[list[int]]] = []  # of the children of each place of each depth
         self._given: list[list[list[float]]] = []
@@ -27,6 +28,9 @@ class Offered:
     def add(self, parents: Sequence[int], tokens: Sequence[list[int]], log_probs: Sequence[list[float]]) -> None:
         """A round: the children of some places of the deepest depth, best first; in the first round of the root alone,
         whatever `parents` says."""
+        scores = self._scores or [0.0]
+        above = parents if self._tokens else [0]
+        self._scores = [scores[p] + v for p, values in zip(above, log_probs, strict=True) for v in values]
         if self._tokens:
             places: list[list[int]] = [[] for _ in self._tokens[-1]]
             given: list[list[float]] = [[] for _ in self._tokens[-1]]
@@ -44,6 +48,10 @@ class Offered:
     def deepest(self) -> list[int]:
         """The tokens of the last round, by their places."""
         return self._tokens[-1]
+
+    def likeliest(self, number: int) -> list[int]:
+        """The places of the likeliest tokens of the last round, as EAGLE-2 (arXiv 2406.16858) chooses them."""
+        return sorted(sorted(range(len(self._scores)), key=lambda place: -self._scores[place])[:number])
 
     @property
     def candidates(self) -> Candidates:

@@ -41,8 +41,8 @@ class Costs:
 
     def drafting(self, num_asked: int, num_rounds: float) -> float:
         """Seconds of asking the heads of some sequences; a further one takes the same share more of every round."""
-        share = 1 + (num_asked - 1) * self.drafted / self.draft if self.draft else 1
-        return share * (self.draft + (num_rounds - 1) * self.further_round)
+        first = self.draft + (num_asked - 1) * self.drafted
+        return first * (1 + (num_rounds - 1) * self.further_round / self.draft) if self.draft else first
 
     def forward(self, num_rows: int) -> float:
         """Seconds of a forward over so many rows; beyond what was measured on a straight line, at the mean slope."""
