@@ -195,7 +195,10 @@ class Engine:
         started = clock.now()
         chunks = [_chunk(sequence) for sequence in reading]
         plan, offered, asked_at = self._plan(decoding, chunks, clock)
-        spans = chunks + self._spans(decoding, plan)
+        pairs = zip(decoding, plan.growths, strict=True)
+        spans = chunks + [Span(growth.tree, sequence.rows.cache) for sequence, growth in pairs]
+        if plan.probed:
+            spans[len(chunks) :] = self._with_probes(spans[len(chunks) :], plan)
         with clock.phase("verify"):
             outputs = self.target.forward(spans, self._taps)
         ended = clock.now()
@@ -257,12 +260,11 @@ class Engine:
             probed[b] += self.grower.where_to_probe(plan, b, able)
         return plan
 
-    def _spans(self, decoding: Several[Sequence], plan: Plan) -> list[Span]:
-        trees = [growth.tree for growth in plan.growths]
-        if self._probes is None:
-            return [Span(tree, sequence.rows.cache) for sequence, tree in zip(decoding, trees, strict=True)]
-        each = zip(trees, (sequence.rows.cache for sequence in decoding), plan.probed, strict=True)
-        return [Span.probed(*parts, self._probes) for parts in each]
+    def _with_probes(self, spans: Several[Span], plan: Plan) -> list[Span]:
+        """The same with probes below the nodes that the plan names."""
+        assert self._probes is not None
+        pairs = zip(spans, plan.probed, strict=True)
+        return [Span.probed(span.tree, span.cache, nodes, self._probes) for span, nodes in pairs]
 
     def _draft_row(self, sequence: Sequence) -> DraftRow:
         depth = min(sequence.max_depth, self.grower.max_depth) if sequence.drafts else 0

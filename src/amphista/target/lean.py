@@ -161,8 +161,15 @@ class LeanModel:
         self.rotary.reserve(max(positions) + 1)
         turn = self._rotation(sent(positions, self.device))
         each = zip(*(self._attention(span) for span in spans), strict=True)  # by rule, what each span attends with
-        rows = list(zip(*(layers_of(span, in_pairs=True) for span in spans), strict=True))
-        return self._states(embedded(self.embed, spans, self.device), turn, list(each), rows, taps)
+        probes = None
+        for span in spans:
+            probes = probes or span.probes
+        if probes is not None:
+            rows = list(zip(*(layers_of(span, in_pairs=True) for span in spans), strict=True))
+            return self._states(embedded(self.embed, spans, self.device), turn, list(each), rows, taps)
+        rows = list(zip(*(span.cache.layers for span in spans), strict=True))
+        token_ids = sent([token for span in spans for token in span.tree.tokens], self.device)
+        return self._states(self.embed(token_ids), turn, list(each), rows, taps)
 
     @torch.inference_mode()
     def states(self, token_ids: Tensor, layout: Layout, rows: Sequence[Sequence[LayerKV]], taps: Taps = ()) -> Tensor:

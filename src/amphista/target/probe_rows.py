@@ -28,11 +28,9 @@ Read = Callable[[Tensor, Layout, Sequence[Sequence[Rows]]], Tensor]
 
 
 def embedded(embed: Callable[[Tensor], Tensor], spans: Sequence[Span], device: torch.device) -> Tensor:
-    """Embeddings of all spans' rows [N, embedding size], the probes' inputs in their places."""
+    """Embeddings of all spans' rows [N, embedding size], the probes' inputs in their places; some span has probes."""
     token_ids = [token for span in spans for token in span.tree.tokens]
-    probes = next((span.probes for span in spans if span.probes is not None), None)
-    if probes is None:
-        return embed(sent(token_ids, device))
+    probes = next(span.probes for span in spans if span.probes is not None)
     rows = embed(sent([max(token, 0) for token in token_ids], device))
     places = [row for row, token in enumerate(token_ids) if token < 0]
     inputs = probes.inputs[sent([-1 - token_ids[row] for row in places], device)]

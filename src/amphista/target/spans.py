@@ -51,5 +51,6 @@ class Span:
 
     @property
     def num_logits(self) -> int:
-        nodes = self.tree.num_nodes if self.probes is None else self.tree.num_nodes - self.num_probes
-        return 1 if self.only_last else nodes
+        if self.only_last:
+            return 1
+        return self.tree.num_nodes if self.probes is None else self.tree.num_nodes - self.num_probes

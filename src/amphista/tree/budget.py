@@ -51,14 +51,12 @@ class Plan:
     probed: Sequence[Sequence[int]] = ()
     num_probes: int = 0
 
-    def num_drafted(self, b: int) -> int:
-        """Rows of a sequence beside its root's."""
-        return self.growths[b].tree.num_nodes - 1 + (self.num_probes * len(self.probed[b]) if self.probed else 0)
-
     @property
     def forward(self) -> Forward:
         """The step as it will be."""
-        num_drafted = sum(self.num_drafted(b) for b in range(len(self.growths)))
+        num_drafted = sum(growth.tree.num_nodes - 1 for growth in self.growths)
+        if self.probed:
+            num_drafted += self.num_probes * sum(map(len, self.probed))
         return replace(self.plain, num_rows=self.plain.num_rows + num_drafted, num_asked=len(self.asked))
 
 
@@ -168,7 +166,9 @@ class NodeBudget:
         for b in plan.asked:
             graft = plan.rows[b].graft
             if graft is None or list(accepted[b][:1]) != graft.tokens[:1]:
-                num_nodes = 1 + plan.num_drafted(b)
+                num_nodes = plan.growths[b].tree.num_nodes
+                if plan.probed:
+                    num_nodes += plan.num_probes * len(plan.probed[b])
                 self.record(plan.rows[b].controller, len(accepted[b]), num_nodes, forward, plain)
 
     def record(
