@@ -17,6 +17,9 @@ from amphista.engine.step import Engine
 from amphista.engine.timing import draft_ratio
 from amphista.errors import DrafterError
 from amphista.target.target import Target
+from amphista.train.dataset import idle_batch
+from amphista.train.head_loss import HeadLoss
+from amphista.train.losses import LossConfig
 from amphista.tree.grow import AutoGrower, parse_tree
 from amphista.tree.tune import Costs
 from tests.decoding import begin, decode, step
@@ -124,6 +127,13 @@ def test_the_training_form_reads_what_the_target_gave(target, drafters):
         torch.testing.assert_close(drafting, states[4], atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(one_by_one(1, torch.tensor([2, 3])), states[[4, 5], 1], atol=1e-5, rtol=1e-5)
         assert (name == "paths") == (not torch.equal(states, probed))
+
+
+def test_a_process_without_rows_has_a_gradient_of_nothing(target):
+    drafter, batch = drafter_for(target).train(), idle_batch(drafter_for(target).row_width)
+    sums = HeadLoss(drafter, LossConfig())(batch.hidden, batch.next_ids, batch.answer_rows)
+    sums.loss(LossConfig()).backward()
+    assert all(p.grad is not None and not p.grad.any() for p in drafter.parameters())
 
 
 def test_what_was_not_probed_drafts_nothing(target, drafters):

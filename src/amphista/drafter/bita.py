@@ -91,6 +91,8 @@ class Bita(ParallelHeads):
 
     def features(self, hidden: Tensor, next_ids: Tensor, select: Tensor) -> list[Tensor]:
         probed = hidden.flatten(0, 1).index_select(0, select)[:, self.spec.row_width(self.taps) :]
+        if torch.is_grad_enabled():  # a gradient of 0 where nothing was probed: distributed wrappers wait for one
+            probed = probed + 0 * (self.masks.sum() + self.prefix.sum())
         return [probed.unflatten(-1, (self.num_heads, -1)), next_ids.flatten().index_select(0, select)]
 
     def head_states(self, hidden: Tensor, next_ids: Tensor, select: Tensor) -> Tensor:

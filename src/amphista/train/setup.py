@@ -139,6 +139,10 @@ def assemble(target: Target, config: TrainConfig, out: Path) -> Parts:
     data = _read_data(target, config)
     every_row = [*data.rows, *data.validation_rows]
     drafter, before = _first_drafter(target, config, data.rows)
+    if drafter.probes is not None and is_sharded(accelerator):
+        raise ConfigError(
+            f"{drafter.name} lends its weights to the target, which cannot read them sharded: leave FSDP out"
+        )
     with accelerator.main_process_first():  # which makes the store that the others then open
         hidden = HiddenStates(target, every_row, _store_folder(accelerator, config, out), drafter)
     if before is None:
