@@ -300,6 +300,7 @@ AMPHISTA_SWITCHES = {
     "split-first": {"stage_split": 0},
     "paths": {"path_rank": 8, "path_shortlist": 6},
     "own-paths": {"path_rank": 4, "path_shortlist": 20, "lm_head": "own", "draft_vocab": 100},
+    "taps": {"taps": (1, 2), "num_heads": 3},
 }
 MEDUSA_SWITCHES = {
     "shared": {},

@@ -138,6 +138,10 @@ class ChainProposer:
         name = self._config.tokenizer
         text = load_text(ModelSource(name, name, {}))
         heads = load_drafter(self.drafter, spec, shared, Fingerprint.of(spec, shared, text.vocabulary))
+        if heads.taps or heads.probes is not None:
+            raise ConfigError(
+                f"{self.drafter} reads more of the target than vLLM shows: name a drafter without taps or probes"
+            )
         if self._num_tokens > heads.num_heads:
             raise ConfigError(f"num_speculative_tokens is {self._num_tokens}: this drafter has {heads.num_heads} heads")
         heads.freeze(native=heads.device.type == "cpu")

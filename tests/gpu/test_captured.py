@@ -177,7 +177,8 @@ def test_real_drafters(target, drafters, expected, name, tree, sampling):
 def test_the_same_candidates(target, drafters, name):
     around, drafter = CapturedDrafter(drafters[name]), drafters[name]
     ours, theirs = drafter.start(), drafter.start()
-    hidden = torch.randn(60, target.spec.hidden_size, dtype=target.dtype, device=target.device)
+    width = target.spec.row_width(drafter.taps)
+    hidden = torch.randn(60, width, dtype=target.dtype, device=target.device)
     ids = torch.arange(60, device=target.device)
     at = 0
     for size, keep in ((1, 99), (5, 99), (3, 7), (2, 99), (33, 20), (1, 99), (4, 3), (9, 99)):

@@ -52,7 +52,7 @@ def difference(target, drafter, sequence):
     rows = state.num_rows
     assert rows == len(ids) - 1 == sequence.rows.cache.num_committed
     ahead = [7] * (drafter.num_heads - 1)  # what heads read that read drafted tokens
-    hidden = target.hidden_states(torch.tensor([ids + ahead]))[:, : len(ids + ahead) - 1].clone()
+    hidden = target.hidden_states(torch.tensor([ids + ahead]), drafter.taps)[:, : len(ids + ahead) - 1].clone()
     states = heads_along(drafter, state, ahead)
     with torch.inference_mode():
         expected = drafter.head_states(hidden, torch.tensor([ids[1:] + ahead]), torch.tensor([rows - 1]))[0]
@@ -192,7 +192,7 @@ def test_heads_are_divided_by_the_requests_temperature(precise, monkeypatch):
     engine = Engine(target, drafter, parse_tree(9))
     sequence = begin(engine, PROMPTS[0], SamplingParams(max_new_tokens=6, temperature=0.6, seed=0))
     step(engine, sequence)
-    ((ask,), num_ranks), *others = asked
+    ((ask,), num_ranks, _), *others = asked
     assert not others and num_ranks == 8
     assert (ask.temperature, ask.max_depth) == (0.6, 4)  # the heads that 6 tokens leave room for
 

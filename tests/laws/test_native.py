@@ -25,6 +25,7 @@ from amphista.target.lean import LeanModel
 from amphista.target.native_forward import NativeForward, windows_of
 from amphista.target.products import PlainLinear, RoundedLinear
 from amphista.target.spans import Span
+from amphista.target.spec import Probes
 from amphista.target.target import Target
 from amphista.tree.grow import parse_tree
 from amphista.tree.token_tree import TokenTree
@@ -48,7 +49,7 @@ MODELS = {
 TYPES = ["float32", "bfloat16", "int8"]
 CONTEXTS = [0, 1, WINDOW - 2, 2 * WINDOW + 3, 67]
 FAULTS = ["skipped ancestor", "seen sibling", "late position", "dropped tail", "dropped odd", "order by rows",
-          "wide window", "other cache"]  # fmt: skip
+          "wide window", "other cache", "early tap", "seen prefix"]  # fmt: skip
 
 
 def has_compiler() -> bool:
@@ -85,9 +86,21 @@ def forward_of(name: str, type_name: str, flags: tuple[str, ...]) -> tuple[Nativ
     return NativeForward(lean, windows_of(lean, target.spec.max_positions), flags=flags), target
 
 
-def span_of(token_ids: list[int], parents: list[int], cache: KVCache) -> Span:
-    """Also of what is no `TokenTree`: several roots, parents that cannot be."""
-    return Span(SimpleNamespace(tokens=token_ids, parents=parents, num_nodes=len(token_ids)), cache)
+def span_of(token_ids: list[int], parents: list[int], cache: KVCache, probes: Probes | None = None) -> Span:
+    """Also of what is no `TokenTree`: several roots, parents that cannot be. probes: two groups at its end."""
+    if probes is not None:
+        size, end = probes.num_rows, len(token_ids)
+        token_ids = token_ids + [-1 - j for j in range(size)] * 2
+        for node in (0, end - 1):
+            parents = [*parents, node, *range(len(parents), len(parents) + size - 1)]
+    return Span(SimpleNamespace(tokens=token_ids, parents=parents, num_nodes=len(token_ids)), cache, probes=probes)
+
+
+@cache
+def probes_of(forward: NativeForward) -> Probes:
+    shape, generator = forward.model.shape, torch.Generator().manual_seed(3)
+    rows = (forward.model.num_layers, 2, shape.num_key_value_heads, 5, shape.head_size)
+    return Probes(*(torch.randn(size, generator=generator) for size in ((3, forward.model.hidden_size), rows)))
 
 
 def random_tree(source: random.Random, num_nodes: int) -> tuple[list[int], list[int]]:
@@ -104,11 +117,14 @@ def path_to(parents: list[int], node: int) -> list[int]:
     return nodes[::-1]
 
 
+TAPS = (1, 2)
+
+
 def plainly(forward: NativeForward, tokens: list[int], num_layers: int) -> tuple[KVCache, list[torch.Tensor]]:
     """Token after token, each in a forward of its own: the cache, and logits with hidden states of each."""
     kept, found = KVCache(num_layers), []
     for token in tokens:
-        output = forward([span_of([token], [-1], kept)])
+        output = forward([span_of([token], [-1], kept)], taps=TAPS)
         kept.commit([0])
         found.append(torch.cat([output.logits[0], output.hidden[0]]))
     return kept, found
@@ -125,9 +141,9 @@ def differences(forward: NativeForward, num_layers: int, seed: int) -> int:
             path = path_to(parents, len(tokens) - 1)
             kept = plainly(forward, prompt, num_layers)[0]
             whole, found = plainly(forward, prompt + [tokens[node] for node in path], num_layers)
-            spans.append(span_of(tokens, parents, kept))
+            spans.append(span_of(tokens, parents, kept, probes_of(forward)))
             plain.append((path, whole, found[len(prompt) :]))
-        output = forward(spans)
+        output = forward(spans, taps=TAPS)
         rows, first = torch.cat([output.logits, output.hidden], dim=1), 0
         wrong += int((output.choices.long() != output.logits.argmax(-1)).sum())
         for span, (path, whole, found) in zip(spans, plain, strict=True):
@@ -142,13 +158,17 @@ def differences(forward: NativeForward, num_layers: int, seed: int) -> int:
 
 
 def distance(forward: NativeForward, target: Target) -> float:
-    """Of a chain and of a tree behind it, from the stock model, by the largest logit."""
+    """Of a chain and of a tree behind it, from the stock model, by the largest logit and by the largest state."""
     tokens, found = [(7 * i + 3) % 250 for i in range(3 * WINDOW)], []
     ours, theirs = KVCache(target.spec.num_layers), target.new_cache()
-    chain = forward([span_of(tokens, list(range(-1, len(tokens) - 1)), ours)], [len(tokens) - 1])
-    found.append((chain.logits, target.prefill(tokens, theirs).logits))
+    chain = forward([span_of(tokens, list(range(-1, len(tokens) - 1)), ours)], [len(tokens) - 1], TAPS)
+    found.append((chain, target.prefill(tokens, theirs, TAPS)))
     ours.commit(range(len(tokens)))
-    found.append((forward([span_of(TREE.tokens, TREE.parents, ours)]).logits, target.verify(TREE, theirs).logits))
+    found.append((forward([span_of(TREE.tokens, TREE.parents, ours)], taps=TAPS), target.verify(TREE, theirs, TAPS)))
+    ours.trim(len(tokens)), theirs.trim(len(tokens))
+    probed = [Span.probed(TREE, cache, [0, 3], probes_of(forward)) for cache in (ours, theirs)]
+    found.append((forward([probed[0]], range(TREE.num_nodes), TAPS), target.forward([probed[1]], TAPS)[0]))
+    found = [(getattr(a, part), getattr(b, part)) for part in ("logits", "hidden") for a, b in found]
     return max(float((a - b.float()).abs().max() / b.float().abs().max()) for a, b in found)
 
 
@@ -210,6 +230,9 @@ def test_what_cannot_be_is_refused_and_nothing_written(bad):
     assert kept.num_rows == 2
     with pytest.raises(NativeError, match="logits of a row"):
         forward([span_of([1], [-1], kept)], [1])
+    for tap in (0, 3):
+        with pytest.raises(NativeError, match="no layer's"):
+            forward([span_of([1], [-1], kept)], taps=(1, tap))
 
 
 def test_the_number_of_threads_changes_no_bit():
@@ -266,8 +289,8 @@ def _no_compiler(patch):
 def _fails_its_test(patch):
     call = NativeForward.__call__
 
-    def far_off(form, spans, wanted=None):
-        output = call(form, spans, wanted)
+    def far_off(form, spans, wanted=None, taps=()):
+        output = call(form, spans, wanted, taps)
         return dataclasses.replace(output, hidden=output.hidden * 1.01)
 
     patch.setattr(NativeForward, "__call__", far_off)

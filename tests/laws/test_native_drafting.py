@@ -66,7 +66,7 @@ def in_c(name: str, type_name: str = "float32", *, exact: bool = True, flags=Non
 
 def history(drafter: ParallelHeads, seed: int = 0) -> tuple[torch.Tensor, list[int]]:
     generator = torch.Generator().manual_seed(seed)
-    hidden = torch.randn(NUM_ROWS, drafter.spec.hidden_size, generator=generator)
+    hidden = torch.randn(NUM_ROWS, drafter.spec.row_width(drafter.taps), generator=generator)
     return hidden.to(drafter.dtype), torch.randint(300, (NUM_ROWS,), generator=generator).tolist()
 
 

@@ -25,7 +25,7 @@ def drafters(target):
 
 
 def training_logits(target, drafter):
-    hidden = target.hidden_states(torch.tensor([IDS + [1]]))[:, :-1].clone()
+    hidden = target.hidden_states(torch.tensor([IDS + [1]]), drafter.taps)[:, :-1].clone()
     next_ids = torch.tensor([IDS[1:] + [1]])
     with torch.no_grad():
         states = drafter.head_states(hidden, next_ids, torch.arange(len(IDS)))

@@ -91,15 +91,15 @@ def expected(target):
 # -- the same candidates ----------------------------------------------------------------------------------------------
 
 
-def history(target, num_rows=60):
+def history(target, num_rows=60, taps=()):
     generator = torch.Generator().manual_seed(4)
-    hidden = torch.randn(num_rows, target.spec.hidden_size, generator=generator, dtype=target.dtype)
+    hidden = torch.randn(num_rows, target.spec.row_width(taps), generator=generator, dtype=target.dtype)
     return hidden, torch.randint(target.spec.vocab_size, (num_rows,), generator=generator)
 
 
 def worst_offer(drafter, target, num_ranks=6) -> float:
     """Feeding in pieces of many sizes, asking between them, trims, and rows left by a feeding that broke off."""
-    hidden, ids = history(target)
+    hidden, ids = history(target, taps=drafter.taps)
     pair = [CapturedDrafter(drafter), drafter]
     states = [drafter.start() for _ in pair]
     worst, at = 0.0, 0
@@ -134,7 +134,7 @@ def test_with_a_calibration(exact):
     drafter.calibration = Calibration(greedy=[1.1, 1.2, 1.3, 1.4, 1.5], sampled=[0.9, 1.0, 1.1, 1.2, 1.3], coverage=0.8)
     assert worst_offer(drafter, exact) < 1e-5
     around = CapturedDrafter(drafter)
-    state, (hidden, ids) = drafter.start(), history(exact)
+    state, (hidden, ids) = drafter.start(), history(exact, taps=drafter.taps)
     around.commit(state, hidden[:3], ids[:3])
     before = around.draft(state, 4)
     drafter.calibration = Calibration(greedy=[2.0] * 5, sampled=[1.0] * 5, coverage=0.5)
@@ -194,7 +194,7 @@ def test_another_thread_goes_on_with_a_state(exact):
 
 @pytest.mark.parametrize("name", PARALLEL)
 def test_drafting_asks_the_host_for_nothing_and_its_buffers_stay(target, drafters, name):
-    around, (hidden, ids) = CapturedDrafter(drafters[name]), history(target)
+    around, (hidden, ids) = CapturedDrafter(drafters[name]), history(target, taps=drafters[name].taps)
     state = around.start()
     addresses = {}
     for size in (1, 3, 1, 6, 4, 8, 3):

@@ -259,7 +259,7 @@ def losses_of(run):
 
 
 @pytest.mark.parametrize(
-    ("kind", "store"), [("amphista", False), ("amphista", True), ("medusa", True), ("eagle", False)]
+    ("kind", "store"), [("amphista", False), ("amphista", True), ("medusa", True), ("eagle", False), ("bita", True)]
 )
 def test_resumed_run_equals_uninterrupted_run(target, data_file, tmp_path, kind, store):
     config = config_for(
@@ -296,15 +296,28 @@ def test_a_run_killed_after_its_last_step_takes_no_other(target, data_file, tmp_
         assert torch.equal(tensor, weights_of(tmp_path / "run" / "last")[name]), name
 
 
-def test_training_lowers_the_loss_and_ships_a_working_drafter(target, data_file, tmp_path):
+@pytest.mark.parametrize(
+    ("kind", "model", "rate", "share"),
+    [
+        ("amphista", {}, 3e-3, 0.8),
+        ("amphista", {"taps": [1, 2]}, 3e-3, 0.8),
+        ("bita", {"prefix_len": 4}, 2e-2, 0.97),
+    ],
+    ids=["amphista", "taps", "bita"],
+)
+def test_training_lowers_the_loss_and_ships_a_working_drafter(target, data_file, tmp_path, kind, model, rate, share):
     config = config_for(
-        data_file, optimizer=OptimizerConfig(learning_rate=3e-3, batch_size=4, epochs=12, warmup_steps=2)
+        data_file,
+        drafter=kind,
+        model={"num_heads": 3, "draft_vocab": 150, **model},
+        optimizer=OptimizerConfig(learning_rate=rate, batch_size=4, epochs=12, warmup_steps=2),
     )
     folder = Trainer(target, config, tmp_path / "run", lambda line: None).run()
     losses = losses_of(tmp_path / "run")
-    assert sum(losses[-5:]) < 0.8 * sum(losses[:5])
+    assert sum(losses[-5:]) < share * sum(losses[:5])
     for where in (folder, tmp_path / "run" / "best"):
         drafter = load_drafter(str(where), target.spec, target.shared, target.fingerprint)
+        assert drafter.taps == tuple(model.get("taps", ()))
         prompt = [31, 32, 33, 34]
         params = SamplingParams(max_new_tokens=12)
         expected = decode(Engine(target, _none(), parse_tree(1)), prompt, params).output_ids
@@ -390,8 +403,8 @@ def poisoned_model(target, token, value):
     """The target, with a state of `value` wherever it reads `token`."""
     compute = target.hidden_states
 
-    def hidden_states(ids):
-        states = compute(ids).clone()
+    def hidden_states(ids, taps=()):
+        states = compute(ids, taps).clone()
         states[ids == token] = value
         return states
 

@@ -7,13 +7,20 @@ its meaning between the two (rows kept, rows removed), so nothing here or elsewh
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from amphista.cache.static import KVCache, LayerRows
+
+class Rows(Protocol):
+    """What new keys and values of a layer are written to, of one sequence."""
+
+    @property
+    def num_rows(self) -> int: ...
+
+    def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]: ...
 
 
 class HFLayer(CacheLayerMixin):
@@ -23,7 +30,7 @@ class HFLayer(CacheLayerMixin):
 
     is_sliding = False
 
-    def __init__(self, rows: Sequence[LayerRows], sizes: Sequence[int]) -> None:
+    def __init__(self, rows: Sequence[Rows], sizes: Sequence[int]) -> None:
         super().__init__()
         self._rows, self._sizes = rows, list(sizes)
         self.is_initialized = True
@@ -52,7 +59,6 @@ class HFLayer(CacheLayerMixin):
         return -1
 
 
-def as_transformers_cache(caches: Sequence[KVCache], sizes: Sequence[int]) -> Cache:
-    """A `transformers` cache that writes so many new rows into each of ours."""
-    layers = zip(*(cache.layers for cache in caches), strict=True)
-    return Cache(layers=[HFLayer(rows, sizes) for rows in layers])
+def as_transformers_cache(caches: Sequence[Sequence[Rows]], sizes: Sequence[int]) -> Cache:
+    """A `transformers` cache that writes so many new rows into each of ours, given by their layers."""
+    return Cache(layers=[HFLayer(rows, sizes) for rows in zip(*caches, strict=True)])

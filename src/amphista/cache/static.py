@@ -80,6 +80,27 @@ class LayerRows:
         self.values[:, :, to:end] = self.values.index_select(2, source)
 
 
+class RowsWithTail:
+    """A layer's rows, behind which others [H, P, E] stand in all views: they are not counted, so never committed."""
+
+    def __init__(self, rows: LayerRows, keys: Tensor, values: Tensor) -> None:
+        self._rows, self._keys, self._values = rows, keys, values
+
+    @property
+    def num_rows(self) -> int:
+        return self._rows.num_rows
+
+    def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """As that of the rows; the views end with the tail, which the next rows are written over."""
+        rows, size = self._rows, self._keys.shape[1]
+        rows.make_room(rows.num_rows + keys.shape[2] + size, keys, values)
+        rows.append(keys, values)
+        assert rows.keys is not None and rows.values is not None
+        rows.keys[0].narrow(1, rows.num_rows, size).copy_(self._keys)
+        rows.values[0].narrow(1, rows.num_rows, size).copy_(self._values)
+        return rows.keys.narrow(2, 0, rows.num_rows + size), rows.values.narrow(2, 0, rows.num_rows + size)
+
+
 class KVCache:
     """The target's cache for one sequence: committed rows, then the rows of the tree under verification."""
 

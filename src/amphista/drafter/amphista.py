@@ -1,6 +1,7 @@
 """Amphista (arXiv 2406.13170): staged adaptation layers, drafting heads, bi-directional auto-embedding block.
 
     stage 1   a1_t = SA_1(W1 [n_h(h_t) ; n_E(E(x_{t+1}))])     causal layer, own cache over the context
+                     with taps also n_i(tap_i(t)), each with a norm of its own
     stage 2   a2_t = SA_2(W2 [n_1(a1_t) ; n_E(E(x_{t+1}))])
     heads     e_k  = MLP_k(a1_t) for k <= stage_split, MLP_k(a2_t) above
     block     o    = Encoder([e_1 .. e_K] + PE)                 no causal mask: every head sees every head
@@ -8,9 +9,10 @@
 
 No code was ever published. Certain are the bi-directional block and the staged adaptation; two causal layers, the stage
 split and the shared LM head are likely; the norms and K = 5 are ours. Every ablation of the paper is a switch of
-`AmphistaConfig`, on this one code path.
+`AmphistaConfig`, on this one code path. Not in the paper: taps, the target's states after earlier layers, which EAGLE-3
+(arXiv 2503.01840) fuses so; their part of W1 starts at 0, where they change nothing.
 
-Shapes: B sequences, T rows, P selected rows, K heads, D hidden size.
+Shapes: B sequences, T rows, P selected rows, K heads, D hidden size, W = (1 + taps) D.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from amphista.drafter.base import MAX_LAYERS, MAX_SIZE, DrafterState, check_range
+from amphista.drafter.base import MAX_LAYERS, MAX_SIZE, DrafterState, check_range, check_taps
 from amphista.drafter.heads import ParallelConfig, ParallelHeads
 from amphista.drafter.layers import LayerCache, LayerSizes, ResidualBlock, RMSNorm, RowCache, TransformerLayer
 from amphista.drafter.native_drafter import Modules
@@ -39,7 +41,7 @@ class AmphistaConfig(ParallelConfig):
     """The paper's model and its ablations.
 
     `stages` 0, 1 or 2 staged adaptation layers (0: heads read the normed h_t, nothing else); heads k <= `stage_split`
-    read stage 1 (default floor(K/2)).
+    read stage 1 (default floor(K/2)). `taps`: after which of the target's layers stage 1 reads states, too.
     `intermediate_size` and `encoder_intermediate_size` default to the target's.
     """
 
@@ -51,11 +53,14 @@ class AmphistaConfig(ParallelConfig):
     num_encoder_layers: int = 1
     intermediate_size: int | None = None
     encoder_intermediate_size: int | None = None
+    taps: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_range("stages", self.stages, 0, 2)
         check_range("stage_split", self.stage_split, 0, self.num_heads)
+        if self.taps and not self.stages:
+            raise ConfigError("taps are read by the first stage, and stages is 0: expected 1 or 2")
         if self.slot_mask not in ("bidirectional", "causal"):
             raise ConfigError(f"slot_mask is {self.slot_mask!r}: expected 'bidirectional' or 'causal'")
         check_range("num_encoder_layers", self.num_encoder_layers, 1, MAX_LAYERS)  # without: auto_embedding off
@@ -112,10 +117,14 @@ class Amphista(ParallelHeads):
 
     def __init__(self, config: AmphistaConfig, spec: TargetSpec, shared: SharedWeights) -> None:
         super().__init__(config, spec, shared)
+        check_taps(config.taps, spec.num_layers)
+        self.taps = config.taps
         self.split = config.num_heads // 2 if config.stage_split is None else config.stage_split
         sizes = LayerSizes.of(spec, config.intermediate_size)
         self.embedding_norm = RMSNorm(spec.embedding_size, spec.norm_eps) if config.stages else None
-        self.stages = nn.ModuleList(StagedAdaptation(sizes, spec.embedding_size) for _ in range(config.stages))
+        self.tap_norms = nn.ModuleList(RMSNorm(spec.hidden_size, spec.norm_eps) for _ in config.taps)
+        beside = [spec.embedding_size + len(config.taps) * spec.hidden_size, spec.embedding_size][: config.stages]
+        self.stages = nn.ModuleList(StagedAdaptation(sizes, size) for size in beside)
         self.hidden_norm = RMSNorm(spec.hidden_size, spec.norm_eps) if config.stages == 0 else None
         self.heads = nn.ModuleList(ResidualBlock(spec.hidden_size) for _ in range(config.num_heads))
         encoder_sizes = LayerSizes.of(spec, config.encoder_intermediate_size)
@@ -149,7 +158,7 @@ class Amphista(ParallelHeads):
         caches: Sequence[RowCache] | None,
         select: Tensor | None = None,
     ) -> list[Tensor]:
-        """What the heads below and above the split read, each [B, T, D].
+        """What the heads below and above the split read of hidden states and taps [B, T, W], each [B, T, D].
 
         select: flat rows [P] of which alone the last stage gives its output, [P, D].
         """
@@ -158,11 +167,15 @@ class Amphista(ParallelHeads):
             return [self.hidden_norm(hidden if select is None else hidden.flatten(0, 1).index_select(0, select))] * 2
         embedded = self.embedding_norm(self._shared.embed(next_ids).to(hidden.dtype))
         outputs = []
-        x = hidden
+        x, beside = hidden, embedded
+        if self.taps:
+            x, *taps = hidden.split(self.spec.hidden_size, dim=-1)
+            normed = [norm(tap) for norm, tap in zip(self.tap_norms, taps, strict=True)]
+            beside = torch.cat([embedded, *normed], dim=-1)
         for index, stage in enumerate(self.stages):
             is_last = index == len(self.stages) - 1
             cache = None if caches is None else caches[index]
-            x = stage(x, embedded, positions, cache, select if is_last else None)
+            x = stage(x, embedded if index else beside, positions, cache, select if is_last else None)
             outputs.append(x)
         return [outputs[0], outputs[-1]]
 
@@ -183,6 +196,7 @@ class Amphista(ParallelHeads):
             blocks=[[head] for head in self.heads],
             split=self.split if len(self.stages) > 1 else 0,
             stages=[(stage.state_norm, stage.fuse, stage.layer) for stage in self.stages],
+            tap_norms=list(self.tap_norms),
             encoder=[] if block is None else list(block.layers),
             is_causal=block is not None and block.is_causal,
             slot_positions=None if block is None else block.position,

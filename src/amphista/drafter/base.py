@@ -6,7 +6,7 @@ by depth (`draft`): all from one pass, or in rounds, each of which reads what th
 Index convention (ALGORITHM section 1): row j pairs hidden state h_j with the next token x_{j+1}. After the row of
 position t, head k (1..K) predicts x_{t+1+k}, which is depth k of the draft tree below the pending token x_{t+1}.
 
-Shapes: T rows, D hidden size, K heads.
+Shapes: T rows, D hidden size, W = (1 + taps) D, K heads.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from amphista.cache.static import sent
 from amphista.errors import ConfigError
+from amphista.target.spec import Probes
 from amphista.tree.candidates import Candidates
 
 # Beyond any drafter that pays; what stands in a stranger's config.json must not steer loops or sizes.
@@ -39,6 +40,12 @@ def check_range(name: str, value: int | None, least: int, most: int) -> None:
         raise ConfigError(f"{name} is {str(value)[:40]}: expected {least} to {most}")
 
 
+def check_taps(taps: tuple[int, ...], num_layers: int) -> None:
+    """Raise ConfigError for taps that are not numbers of layers, ascending."""
+    if list(taps) != sorted(set(taps) & set(range(1, num_layers + 1))):
+        raise ConfigError(f"taps are {str(taps)[:40]}: expected numbers of layers, 1 to {num_layers}, ascending")
+
+
 @dataclass
 class DrafterState:
     """What a drafter remembers of one sequence; belongs to one generation, never to the drafter."""
@@ -56,14 +63,18 @@ class DrafterState:
 
 @dataclass(frozen=True)
 class Ask:
-    """One sequence of which a draft is asked, of so many heads; rows it has not read, hidden [T, D] with the tokens
-    [T] that followed each, are committed first."""
+    """One sequence of which a draft is asked, of so many heads; rows it has not read, hidden [T, W] with the tokens
+    [T] that followed each, are committed first.
+
+    probed: what the target gave for the drafter's probes below the last of these rows [M, D].
+    """
 
     state: DrafterState
     max_depth: int
     temperature: float = 0.0
     hidden: Tensor | None = None
     next_ids: Sequence[int] = ()
+    probed: Tensor | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,9 +124,14 @@ class Calibration:
 
 
 class Drafter(nn.Module):
-    """A proposer: subclasses implement `commit`, `draft` and `trim`. Those that score tokens have `scoring.py`."""
+    """A proposer: subclasses implement `commit`, `draft` and `trim`. Those that score tokens have `scoring.py`.
+
+    taps: after how many of the target's layers (1..L, ascending) it reads states, too: they stand in a row of hidden
+    states behind h_t, as they are.
+    """
 
     name: str
+    taps: tuple[int, ...] = ()
     config: DrafterConfig
     calibration: Calibration | None = None
 
@@ -123,6 +139,11 @@ class Drafter(nn.Module):
     def num_heads(self) -> int:
         """Number of heads K, which is the depth of the deepest tree."""
         return self.config.num_heads
+
+    @property
+    def probes(self) -> Probes | None:
+        """Rows that it lets ride on the target's forward; most have none."""
+        return None
 
     @property
     def heads_a_round(self) -> int:
@@ -162,7 +183,7 @@ class Drafter(nn.Module):
 
     @abstractmethod
     def commit(self, state: DrafterState, hidden: Tensor, next_ids: Tensor) -> None:
-        """Append rows: `hidden` [T, D] with the tokens `next_ids` [T] that followed each. Only the last row drafts."""
+        """Append rows: `hidden` [T, W] with the tokens `next_ids` [T] that followed each. Only the last row drafts."""
 
     @abstractmethod
     def draft(

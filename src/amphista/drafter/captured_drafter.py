@@ -7,7 +7,7 @@ the drafter's own. Threads take turns, call by call: each call leaves nothing be
 
 Law: the same candidates as the drafter as it is, whatever the order of feeding, trimming and asking.
 
-Shapes: T rows of the bucket, t of the call, C capacity, D hidden size, K heads, R ranks.
+Shapes: T rows of the bucket, t of the call, C capacity, D hidden size, W of rows with taps, K heads, R ranks.
 """
 
 from __future__ import annotations
@@ -45,12 +45,12 @@ class FeedRegion:
         parts = (num_rows, num_rows, num_rows, 1)
         self._inputs = Inputs(parts, device)
         self.positions, self.slots, self.next_ids, self.last = self._inputs.device
-        self.hidden = torch.zeros(num_rows, heads.spec.hidden_size, dtype=heads.dtype, device=device)
+        self.hidden = torch.zeros(num_rows, heads.spec.row_width(heads.taps), dtype=heads.dtype, device=device)
         self.caches = [StageRows(rows, self.slots) for rows in buffer.rows]
         self.slots.fill_(self._scratch)  # recorded on padding alone
 
     def load(self, hidden: Tensor, next_ids: Tensor, num_past: int) -> None:
-        """Hand over rows [t, D] and the tokens [t] that followed them, behind `num_past` other rows."""
+        """Hand over rows [t, W] and the tokens [t] that followed them, behind `num_past` other rows."""
         size = len(next_ids)
         positions, slots, _, last = self._inputs.host()
         rows = range(num_past, num_past + size)
@@ -105,7 +105,7 @@ class CapturedDrafter(Drafter):
 
     def __init__(self, heads: ParallelHeads) -> None:
         super().__init__()
-        self.name, self._heads = heads.name, heads
+        self.name, self.taps, self._heads = heads.name, heads.taps, heads
         self._staged = heads if isinstance(heads, Amphista) and len(heads.stages) else None
         size, device = heads.spec.hidden_size, heads.device
         shapes = [(1, size)] * 2 if isinstance(heads, Amphista) else [(size,)]

@@ -23,6 +23,12 @@ OPEN_NOTE = {
         "frozen LM head, the stage split. Open, and chosen here: the number of heads, the norms, the layer sizes, the "
         "loss weights."
     ),
+    "bita": (
+        "The method is BiTA's (arXiv 2401.12522): trained mask embeddings ride on the target's verify forward in place "
+        "of tokens to come and see a trained prefix in each layer; the target's states of them are the draft. Certain: "
+        "the equations, distinct masks, the unrotated prefix. Chosen here: the start, the objectives, the tree, where "
+        "probes stand."
+    ),
     "medusa": "Medusa-1 heads (arXiv 2401.10774), the baseline of the family.",
     "hydra": (
         "The method is that of arXiv 2402.05109, asked in rounds: each head reads the tokens drafted above its own. "
@@ -37,11 +43,21 @@ OPEN_NOTE = {
         "on tokens alone. It is not the published EAGLE of any version, and its figures are not theirs."
     ),
 }
+TAPS_NOTE = (
+    " Its first stage also reads the target's states after layers {taps}, which is not in that paper (cf. EAGLE-3, "
+    "arXiv 2503.01840)."
+)
 PATH_NOTE = (
     " A path correction stands on top, which is not in that paper: heads behind the first weigh their best tokens anew "
     "given the token above (cf. arXiv 2606.03819, 2607.05147)."
 )
-ARXIV = {"amphista": "2406.13170", "medusa": "2401.10774", "hydra": "2402.05109", "eagle": "2401.15077"}
+ARXIV = {
+    "amphista": "2406.13170",
+    "bita": "2401.12522",
+    "medusa": "2401.10774",
+    "hydra": "2402.05109",
+    "eagle": "2401.15077",
+}
 
 LITTLE_TOKENS = 5_000_000
 LITTLE_DATA = (
@@ -86,7 +102,7 @@ def write_card(
         f"vocabulary of {drafter.draft_vocab} tokens{covering}. The target is frozen and decides every token: the "
         "drafter changes speed, never output.",
         "",
-        OPEN_NOTE.get(drafter.name, "") + ("" if drafter.path is None else PATH_NOTE),
+        OPEN_NOTE.get(drafter.name, "") + _taps_note(drafter) + ("" if drafter.path is None else PATH_NOTE),
         "",
     ]
     if "converted" in training:
@@ -97,6 +113,10 @@ def write_card(
         lines += _measured(training)
     lines += ["Settings, versions and machine are in `config.json` under `training`.", ""]
     return "\n".join(lines)
+
+
+def _taps_note(drafter: ScoringDrafter) -> str:
+    return TAPS_NOTE.format(taps=", ".join(map(str, drafter.taps))) if drafter.taps else ""
 
 
 def front_matter(kind: str, base_model: str, training: dict[str, Any], config: CardConfig) -> str:

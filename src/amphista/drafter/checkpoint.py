@@ -27,6 +27,7 @@ from safetensors import SafetensorError
 from amphista.config import build
 from amphista.drafter.amphista import Amphista, AmphistaConfig
 from amphista.drafter.base import Calibration, DrafterConfig
+from amphista.drafter.bita import Bita, BitaConfig
 from amphista.drafter.eagle import Eagle, EagleConfig
 from amphista.drafter.foreign import what_it_is
 from amphista.drafter.hub import HubAccess, fetch
@@ -45,6 +46,7 @@ STAGED_WEIGHTS = ".model.safetensors.new"
 DRAFTERS: dict[str, tuple[type[DrafterConfig], type[ScoringDrafter]]] = {
     "amphista": (AmphistaConfig, Amphista),
     "medusa": (MedusaConfig, Medusa),
+    "bita": (BitaConfig, Bita),
     "hydra": (HydraConfig, Hydra),
     "eagle": (EagleConfig, Eagle),
 }
@@ -355,6 +357,10 @@ def _check_contents(drafter: ScoringDrafter, checkpoint: Checkpoint, path: Path)
         raise DrafterError(f"{path} holds a draft vocabulary that is not a sorted set of the target's token ids")
     if calibration is not None and calibration.num_heads != drafter.num_heads:
         raise DrafterError(f"{path.parent / CONFIG} is calibrated for another number of heads than it has")
+    try:
+        drafter.check_weights()
+    except DrafterError as error:
+        raise DrafterError(f"{path} cannot be used: {error}") from error
 
 
 def refuse_other_target(checkpoint: Checkpoint, fingerprint: Fingerprint, *, allow_other_target: bool) -> None:

@@ -77,7 +77,9 @@ class ParallelHeads(ScoringDrafter):
 
     def _check(self, native: NativeDrafter) -> None:
         """Raise NativeError unless drafts for rows of noise are near those in torch, as far as 8 bits allow."""
-        noise = torch.randn(5, self.spec.hidden_size, generator=torch.Generator().manual_seed(0)).to(self.dtype)
+        noise = torch.randn(5, self.spec.row_width(self.taps), generator=torch.Generator().manual_seed(0)).to(
+            self.dtype
+        )
         ids = [token % self.spec.vocab_size for token in range(7, 12)]
         asks = [Ask(state, self.num_heads, 0.0, noise, ids) for state in (self.start(), native.start())]
         (expected,) = self.draft_all(asks[:1], 1)

@@ -33,12 +33,14 @@ _ARENA = Arena()
 @dataclass(frozen=True, kw_only=True)
 class Modules:
     """What a family of heads is made of. blocks: residual blocks of each head, as many of all; the heads below `split`
-    read the first stage; stages: norm of states, fuse, layer; encoder: layers over the slots."""
+    read the first stage; stages: norm of states, fuse, layer, the first reading taps, too, through norms of their own;
+    encoder: layers over the slots."""
 
     sizes: LayerSizes
     blocks: Sequence[Sequence[Any]]
     split: int = 0
     stages: Sequence[tuple[Any, Any, Any]] = ()
+    tap_norms: Sequence[Any] = ()
     encoder: Sequence[Any] = ()
     is_causal: bool = False
     slot_positions: Tensor | None = None
@@ -90,6 +92,7 @@ class NativeDrafter:
             hidden_size=sizes.hidden_size,
             embedding=scores.shared.native_embedding,
             stages=[(norm.weight, weight(fuse.weight)) for norm, fuse, _ in modules.stages],
+            tap_norms=[norm.weight for norm in modules.tap_norms],
             layers=[_layer(layer, weight, turned=True) for _, _, layer in modules.stages],
             encoder=[_layer(layer, weight, turned=False) for layer in modules.encoder],
             is_causal=modules.is_causal,

@@ -100,6 +100,14 @@ class ScoringDrafter(Drafter):
         """Number of trained weights, the shared LM head not counted."""
         return sum(p.numel() for p in self.parameters()) if self._frozen is None else self._frozen[2]
 
+    @property
+    def row_width(self) -> int:
+        """Numbers in a row of hidden states as training gives them."""
+        return self.spec.row_width(self.taps)
+
+    def check_weights(self) -> None:
+        """Raise DrafterError for weights that would harm more than the drafts; most cannot."""
+
     # -- the draft vocabulary and its LM head ---------------------------------------------------------------------
 
     def set_draft_ids(self, token_ids: Tensor) -> None:

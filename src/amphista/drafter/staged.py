@@ -27,12 +27,12 @@ def causally(
 
 
 class StagedAdaptation(nn.Module):
-    """One stage: fuse a state with the next token's embedding, then one causal layer."""
+    """One stage: fuse a state with what stands beside it, the next token's embedding first, then one causal layer."""
 
-    def __init__(self, sizes: LayerSizes, embedding_size: int) -> None:
+    def __init__(self, sizes: LayerSizes, size_beside: int) -> None:
         super().__init__()
         self.state_norm = RMSNorm(sizes.hidden_size, sizes.norm_eps)
-        self.fuse = nn.Linear(sizes.hidden_size + embedding_size, sizes.hidden_size, bias=False)
+        self.fuse = nn.Linear(sizes.hidden_size + size_beside, sizes.hidden_size, bias=False)
         self.layer = TransformerLayer(sizes)
         with torch.no_grad():  # W = [I 0]: the stage starts as the identity on the normed state
             self.fuse.weight.zero_()
@@ -41,16 +41,16 @@ class StagedAdaptation(nn.Module):
     def forward(
         self,
         x: Tensor,
-        embedded: Tensor,
+        beside: Tensor,
         positions: Tensor,
         cache: RowCache | None = None,
         select: Tensor | None = None,
     ) -> Tensor:
-        """x [B, T, D], normed embeddings [B, T, embedding size], positions [1, T] -> [B, T, D], or of the flat rows
-        `select` [P] alone [P, D]."""
-        return causally(self.layer, self.fused(x, embedded), positions, cache, select)
+        """x [B, T, D], what is beside it, normed [B, T, size beside], positions [1, T] -> [B, T, D], or of the flat
+        rows `select` [P] alone [P, D]."""
+        return causally(self.layer, self.fused(x, beside), positions, cache, select)
 
-    def fused(self, x: Tensor, embedded: Tensor) -> Tensor:
-        """What the layer reads: x [..., D] and normed embeddings [..., embedding size] -> [..., D]."""
-        fused: Tensor = self.fuse(torch.cat([self.state_norm(x), embedded], dim=-1))
+    def fused(self, x: Tensor, beside: Tensor) -> Tensor:
+        """What the layer reads: x [..., D] and what is beside it, normed [..., size beside] -> [..., D]."""
+        fused: Tensor = self.fuse(torch.cat([self.state_norm(x), beside], dim=-1))
         return fused

@@ -23,7 +23,7 @@ class SequenceCache:
         self._target, self._heads, self.token_ids = target, heads, token_ids
         self.cache = target.new_cache()
         self.draft_state = DrafterState() if heads is None else heads.start()
-        self.unfed: list[tuple[Tensor, list[int]]] = []
+        self.unfed: list[tuple[Tensor, list[int], Tensor | None]] = []  # with what probes below the last row gave
 
     @property
     def num_rows(self) -> int:
@@ -34,13 +34,13 @@ class SequenceCache:
     @property
     def num_bytes(self) -> int:
         """Bytes allocated."""
-        waiting = sum(hidden.numel() * hidden.element_size() for hidden, _ in self.unfed)
+        waiting = sum(hidden.numel() * hidden.element_size() for hidden, *_ in self.unfed)
         return self.cache.num_bytes + self.draft_state.num_bytes + waiting
 
     @property
     def _num_unfed(self) -> int:
         number = 0
-        for _, ids in self.unfed:  # a loop: this is asked several times a step
+        for _, ids, _ in self.unfed:  # a loop: this is asked several times a step
             number += len(ids)
         return number
 
@@ -48,20 +48,26 @@ class SequenceCache:
         """None, for a sequence of these tokens."""
         return SequenceCache(self._target, self._heads, token_ids)
 
-    def defer(self, hidden: Tensor, path: list[int], next_ids: list[int]) -> None:
+    @property
+    def is_probed(self) -> bool:
+        """Of a drafter with probes: whether they were read below the last row."""
+        return (self.unfed[-1][2] if self.unfed else self.draft_state.features) is not None
+
+    def defer(self, hidden: Tensor, path: list[int], next_ids: list[int], probed: Tensor | None = None) -> None:
         """Keep the hidden states of a committed path for the drafter, with the tokens that followed each node; they do
-        not pile up without end."""
+        not pile up without end. probed: what probes below its last node gave."""
         if self._heads is not None:
-            self.unfed.append((hidden[sent(path, hidden.device)], next_ids))
+            self.unfed.append((hidden[sent(path, hidden.device)], next_ids, probed))
             if self._num_unfed > MAX_UNFED:
                 self.feed()
             elif len(self.unfed) > MAX_PIECES:
                 self.unfed[:] = [self._joined()]
 
-    def _joined(self) -> tuple[Tensor, list[int]]:
+    def _joined(self) -> tuple[Tensor, list[int], Tensor | None]:
         if len(self.unfed) == 1:
             return self.unfed[0]
-        return torch.cat([rows for rows, _ in self.unfed]), [token for _, ids in self.unfed for token in ids]
+        next_ids = [token for _, ids, _ in self.unfed for token in ids]
+        return torch.cat([rows for rows, *_ in self.unfed]), next_ids, self.unfed[-1][2]
 
     def ask(self, temperature: float, max_depth: int) -> Ask:
         """What the drafter is asked, every row it has not read going with it. Row j is made of h_j and x_{j+1}."""

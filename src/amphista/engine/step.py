@@ -14,6 +14,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
 import torch
+from torch import Tensor
 
 from amphista.accept.logprobs import TokenLogprob, token_logprobs
 from amphista.accept.sampling import Chooser
@@ -87,6 +88,8 @@ class Engine:
         self.target, self.proposer, self.grower = target, Proposer.of(proposer), grower
         heads = self.proposer.heads
         self._heads = None if heads is None else captured(heads, is_static=target.is_static)
+        self._taps = () if heads is None else heads.taps
+        self._probes = None if heads is None else heads.probes
         self._lock = threading.Lock()
 
     @property
@@ -109,7 +112,7 @@ class Engine:
 
     def prepare(self, num_rows: int) -> None:
         """Record now what decoding up to so many rows will replay: where time is measured, not in mid-answer."""
-        self.target.prepare(self.max_nodes, num_rows)
+        self.target.prepare(self.max_nodes, num_rows, self._taps)
         if self._heads is not None:
             self._heads.prepare(self.grower.num_ranks, num_rows)
 
@@ -194,15 +197,17 @@ class Engine:
         plan, offered, asked_at = self._plan(decoding, chunks, clock)
         pairs = zip(decoding, plan.growths, strict=True)
         spans = chunks + [Span(growth.tree, sequence.rows.cache) for sequence, growth in pairs]
+        if plan.probed:
+            spans[len(chunks) :] = self._with_probes(spans[len(chunks) :], plan)
         with clock.phase("verify"):
-            outputs = self.target.forward(spans)
+            outputs = self.target.forward(spans, self._taps)
         ended = clock.now()
         in_order = [*reading, *decoding]
         with clock.phase("accept"):
             each = zip(in_order, spans, outputs, strict=True)
             outcomes = [_read(*parts) if parts[0].num_unread else _verified(*parts) for parts in each]
         with clock.phase("commit"):
-            each_done = zip(in_order, outcomes, outputs, strict=True)
+            each_done = zip(in_order, outcomes, outputs, spans, strict=True)
             results = {id(parts[0]): _advance(*parts) for parts in each_done}
             if decoding:
                 accepted = [results[id(sequence)].token_ids[:-1] for sequence in decoding]
@@ -230,13 +235,36 @@ class Engine:
             return Plan([], [], [], plain), [], clock.now()
         with clock.phase("draft"):
             rows = [self._draft_row(sequence) for sequence in decoding]
-            asked = [] if self._heads is None else self.grower.whom_to_ask(rows, plain)
+            wanted = asked = [] if self._heads is None else self.grower.whom_to_ask(rows, plain)
+            if self._probes is not None:  # what was not probed has no draft: this step brings one
+                asked = [b for b in wanted if decoding[b].rows.is_probed]
             for b in asked:
                 decoding[b].rows.catch_up()
             asked_at = clock.now()
             candidates = self._ask(decoding, rows, asked, plain)
         with clock.phase("tree"):
-            return self.grower.grow_batch(rows, candidates, asked, plain), candidates, asked_at
+            plan = self.grower.grow_batch(rows, candidates, asked, plain)
+            plan = plan if self._probes is None else self._probed(plan, decoding, wanted)
+        return plan, candidates, asked_at
+
+    def _probed(self, plan: Plan, decoding: Several[Sequence], wanted: Several[int]) -> Plan:
+        """The plan with probes in the trees of those whose next step may draft, below nodes that leave room for it."""
+        assert self._probes is not None
+        num_probes = self._probes.num_rows
+        probed: list[list[int]] = [[] for _ in decoding]
+        plan = replace(plan, probed=probed, num_probes=num_probes)
+        for b in wanted:
+            sequence, tree = decoding[b], plan.growths[b].tree
+            deepest = min(sequence.max_depth - 2, sequence.max_positions - sequence.root_position - num_probes - 1)
+            able = [node for node, depth in enumerate(tree.depths) if depth <= deepest]
+            probed[b] += self.grower.where_to_probe(plan, b, able)
+        return plan
+
+    def _with_probes(self, spans: Several[Span], plan: Plan) -> list[Span]:
+        """The same with probes below the nodes that the plan names."""
+        assert self._probes is not None
+        pairs = zip(spans, plan.probed, strict=True)
+        return [Span.probed(span.tree, span.cache, nodes, self._probes) for span, nodes in pairs]
 
     def _draft_row(self, sequence: Sequence) -> DraftRow:
         depth = min(sequence.max_depth, self.grower.max_depth) if sequence.drafts else 0
@@ -302,18 +330,24 @@ def _logprobs(sequence: Sequence, output: TargetOutput, path: list[int], tokens:
     return token_logprobs(rows, tokens, sequence.params.top_logprobs)
 
 
-def _advance(sequence: Sequence, outcome: _Outcome, output: TargetOutput) -> StepResult:
+def _advance(sequence: Sequence, outcome: _Outcome, output: TargetOutput, span: Span) -> StepResult:
     """Rows first, tokens last: what is seen of a sequence is never ahead of its caches."""
     rows, path = sequence.rows, outcome.path
     base = rows.cache.num_committed
     next_ids = [*sequence.token_ids[base + 1 : base + 1 + len(path)], *outcome.tokens]
     rows.cache.commit(path)
-    rows.defer(output.hidden, path, next_ids)
+    rows.defer(output.hidden, path, next_ids, None if span.probes is None else _probed_below(span, path[-1], output))
     sequence.logprobs += outcome.logprobs
     if outcome.tokens:
         sequence.take(outcome.tokens, outcome.ending)
     named = [Source.TARGET] * len(outcome.tokens)
     return StepResult(outcome.tokens, max(0, len(outcome.tokens) - 1), outcome.logprobs, named)
+
+
+def _probed_below(span: Span, node: int, output: TargetOutput) -> Tensor | None:
+    """Hidden states [M, D] of the probes below a node, if there are any."""
+    first = span.tree.child(node, -1)
+    return None if first is None or span.probes is None else output.hidden[first : first + span.probes.num_rows].clone()
 
 
 def _told(

@@ -124,13 +124,15 @@ def draft_ratio(target: Target, drafter: Drafter) -> Asking:
     """What asking costs; in fixed shapes where the target verifies in them."""
     drafter = captured(drafter, is_static=target.is_static)
     cache, rows = _filled(target)
-    hidden = torch.randn(rows, target.spec.hidden_size, generator=torch.Generator().manual_seed(0))
+    width = target.spec.row_width(drafter.taps)
+    hidden = torch.randn(rows, width, generator=torch.Generator().manual_seed(0))
     hidden = hidden.to(target.device, target.dtype)
     ids = torch.arange(rows, device=target.device) % target.spec.vocab_size
     states = [drafter.start() for _ in range(SEVERAL)]
     for state in states:
         drafter.commit(state, hidden, ids)
-    fed = hidden[-FED_ROWS:], ids[-FED_ROWS:].tolist()
+    probed = None if drafter.probes is None else hidden[: drafter.probes.num_rows, : target.spec.hidden_size]
+    fed = hidden[-FED_ROWS:], ids[-FED_ROWS:].tolist(), probed
 
     def cell(number: int, depth: int = drafter.heads_a_round) -> Cell:
         def draft() -> None:

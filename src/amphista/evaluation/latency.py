@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from amphista import provenance
-from amphista.drafter.base import Drafter
+from amphista.drafter.base import Ask, Drafter
 from amphista.drafter.captured_drafter import captured
 from amphista.drafter.scoring import ScoringDrafter
 from amphista.engine.timing import Cell, rounds
@@ -136,7 +136,7 @@ def _cells(target: Target, config: LatencyConfig, drafters: Mapping[str, Scoring
     generator = torch.Generator().manual_seed(SEED)
     ids = torch.randint(target.spec.vocab_size, (context,), generator=generator).tolist()
     cache = target.new_cache()
-    output = target.prefill(ids, cache)
+    target.prefill(ids, cache)
     cells: list[Keyed] = []
     for nodes in config.nodes:
         tree = typical_tree(target.spec.vocab_size, nodes)
@@ -148,7 +148,8 @@ def _cells(target: Target, config: LatencyConfig, drafters: Mapping[str, Scoring
         cells.append((key, Cell(verify, lambda: cache.trim(context))))
     for name, drafter in drafters.items():
         around = [captured(drafter, is_static=target.is_static) for _ in range(2)]
-        cells += _drafter_cells(name, around, output.hidden, ids, config.nodes)
+        hidden = target.prefill(ids, target.new_cache(), drafter.taps).hidden
+        cells += _drafter_cells(name, around, hidden, ids, config.nodes)
     return cells
 
 
@@ -174,7 +175,8 @@ def _drafter_cells(
     next_ids = torch.tensor([*ids[1:], 0], device=hidden.device)
     key = {"drafter": name, "context": context}
     ready, fed = drafter.start(), feeder.start()  # feeding is undone by a trim, after which no draft may follow
-    drafter.commit(ready, hidden, next_ids)
+    probed = None if drafter.probes is None else hidden[-1:].expand(drafter.probes.num_rows, -1)
+    drafter.commit_all([Ask(ready, 0, 0.0, hidden, next_ids.tolist(), probed)])
     feeder.commit(fed, hidden, next_ids)
     cells: list[Keyed] = []
     for nodes in sizes:

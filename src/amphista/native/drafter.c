@@ -2,6 +2,7 @@
  * their staged layers, then all heads of all sequences are asked (ALGORITHM of drafter/amphista.py and path.py).
  *
  *     for each staged layer, all rows: x = layer(W_fuse [norm(x) ; norm(embedding[id])]), causal, its own cache;
+ *         for the first one the taps follow behind, each with its norm;
  *         of the last one only the last row of each sequence goes on behind keys and values
  *     slots[k] = z + silu(W_k z + b_k), once or several times; z: what the last row is behind the first stage, or all
  *     slots    = layer(slots + positions) for each layer of the encoder: the K slots of a sequence see each other
@@ -30,18 +31,19 @@ typedef struct {
 typedef struct {
     Stack stages, encoder; /* either may have no layers */
     const Stage *fusing;
+    const float *const *tap_norms; /* of the first stage, [num_taps] */
     const float *embedding_norm, *hidden_norm, *slot_positions, *output_norm; /* NULL: none; positions [heads][hidden] */
     const Product *blocks; /* [num_blocks][num_heads], of size hidden x hidden */
     const Product *scores; /* over the draft vocabulary: one for all heads, or one each */
     const int32_t *draft_ids; /* ascending; NULL: all tokens */
     Product embedding;
     Path path;
-    int32_t num_heads, num_blocks, split, has_own_scores, is_causal, unused; /* heads up to the split read stage 1 */
+    int32_t num_heads, num_blocks, split, has_own_scores, is_causal, num_taps; /* heads up to the split read stage 1 */
 } Heads;
 
 typedef struct {
     Batch batch;            /* rows to be fed, chains; a span for each sequence, also where it has none */
-    const float *hidden;    /* [num_rows][hidden], the target's */
+    const float *hidden;    /* [num_rows][1 + num_taps][hidden], the target's */
     float *const *features; /* of each sequence [2][hidden, padded]: what heads up to the split read, and the others */
     const float *divisors;  /* of logits [num_spans][depth] */
     const float *pending;   /* what is read of the tokens already chosen [num_spans][2 rank], or NULL */
@@ -65,7 +67,7 @@ typedef struct {
     const Draft *d;
     Batch batch;
     Work work;
-    float *states[2], *slots[2], *embedded, *outputs, *logits;
+    float *states[2], *slots[2], *beside, *outputs, *logits;
     Rank *ranks;  /* [depth][sequences][ranks] */
     Part *last;   /* the last row of each sequence that is fed */
     float **own_paths;
@@ -75,32 +77,44 @@ typedef struct {
 
 /* -- feeding ------------------------------------------------------------------------------------------------------ */
 
+/* What stands beside a state in the first stage: an embedding and taps. */
+static long size_beside(const Heads *h) { return h->embedding.inputs + (long)h->num_taps * h->stages.hidden; }
+
 static void begin_rows(const Drafting *g, const Worker *worker) {
-    const Stack *m = &g->h->stages;
-    const Product *embedding = &g->h->embedding;
-    const long hidden = padded(m->hidden), wide = padded(embedding->inputs);
+    const Heads *h = g->h;
+    const Stack *m = &h->stages;
+    const long size = m->hidden, hidden = padded(size), inputs = h->embedding.inputs;
     float *row = g->work.own_rows[worker->thread];
     clear_rows(m, &g->work, g->batch.num_rows, worker);
     for (int r = worker->thread; r < g->batch.num_rows; r += worker->team) {
+        const float *from = g->d->hidden + r * (1 + h->num_taps) * size;
+        float *beside = g->beside + r * size_beside(h);
         for (int which = 0; which < 2; which++) memset(g->states[which] + r * hidden, 0, 4 * (size_t)hidden);
-        memcpy(g->states[1] + r * hidden, g->d->hidden + (long)r * m->hidden, 4 * (size_t)m->hidden);
-        if (!g->h->embedding_norm) continue;
-        memset(row, 0, 4 * (size_t)wide);
-        weight_row(embedding, g->batch.ids[r], row);
-        norm_row(row, g->h->embedding_norm, embedding->inputs, m->eps, g->embedded + r * wide);
+        memcpy(g->states[1] + r * hidden, from, 4 * (size_t)size);
+        if (!h->embedding_norm) continue;
+        memset(row, 0, 4 * (size_t)padded(inputs));
+        weight_row(&h->embedding, g->batch.ids[r], row);
+        norm_row(row, h->embedding_norm, inputs, m->eps, row);
+        memcpy(beside, row, 4 * (size_t)inputs);
+        for (int t = 0; t < h->num_taps; t++) {
+            memset(row, 0, 4 * (size_t)hidden);
+            memcpy(row, from + (t + 1) * size, 4 * (size_t)size);
+            norm_row(row, h->tap_norms[t], size, m->eps, row);
+            memcpy(beside + inputs + t * size, row, 4 * (size_t)size);
+        }
     }
 }
 
-/* [norm(state) ; norm(embedded)] of all rows, times W_fuse. */
+/* [norm(state) ; what is beside it] of all rows, times W_fuse. */
 static void fuse_stage(const Drafting *g, const Stage *stage, const float *from, float *to, Worker *worker) {
     const Stack *m = &g->h->stages;
     const int n = g->batch.num_rows, thread = worker->thread;
-    const long size = g->h->embedding.inputs, wide = padded(m->hidden + size), hidden = padded(m->hidden);
+    const long size = stage->fuse.inputs - m->hidden, wide = padded(m->hidden + size), hidden = padded(m->hidden);
     float *rows = g->work.own_rows[thread];
     for (int r = 0; r < n; r++) {
         float *row = rows + r * wide;
         norm_row(from + r * hidden, stage->state_norm, m->hidden, m->eps, row);
-        memcpy(row + m->hidden, g->embedded + r * padded(size), 4 * (size_t)size);
+        memcpy(row + m->hidden, g->beside + r * size_beside(g->h), 4 * (size_t)size);
         memset(row + m->hidden + size, 0, 4 * (size_t)(wide - m->hidden - size));
     }
     const Product *fuse = &stage->fuse;
@@ -385,17 +399,17 @@ static void run_draft(const void *call, Worker *worker) {
 static Drafting lay_out_draft(const Heads *h, const Draft *d, Room *room) {
     const int num = d->batch.num_spans, threads = d->batch.num_threads;
     const long rows = d->batch.num_rows, slots = d->depth ? (long)h->num_heads * num : 0, most = most_of(rows, slots);
-    const long hidden = padded(h->stages.hidden), size = d->parents, wide = padded(h->embedding.inputs);
+    const long hidden = padded(h->stages.hidden), size = d->parents;
     Stack larger_of = h->stages;
     larger_of.inner = (int32_t)most_of(h->stages.inner, h->encoder.inner);
     Drafting g = {.h = h, .d = d, .batch = d->batch, .most_logits = (long)blocks_of(h->scores->outputs) * BLOCK};
-    g.work = lay_out(&larger_of, &d->batch, most, padded(h->stages.hidden + h->embedding.inputs), room);
+    g.work = lay_out(&larger_of, &d->batch, most, padded(h->stages.hidden + size_beside(h)), room);
     int32_t *parents = take_room(room, 4 * rows);
     g.batch.parents = parents;
     g.states[0] = g.work.states;
     g.states[1] = take_room(room, 4 * rows * hidden);
     for (int which = 0; which < 2; which++) g.slots[which] = take_room(room, 4 * slots * hidden);
-    g.embedded = take_room(room, 4 * rows * wide);
+    g.beside = take_room(room, 4 * rows * size_beside(h));
     g.outputs = take_room(room, 4 * slots * hidden);
     g.logits = take_room(room, 4 * num * d->depth * g.most_logits);
     g.ranks = take_room(room, sizeof(Rank) * num * d->depth * d->ranks);

@@ -51,6 +51,7 @@ class _Heads(ctypes.Structure):
     _fields_ = [
         *((name, _Stack) for name in ("stages", "encoder")),
         ("fusing", ctypes.POINTER(_Stage)),
+        ("tap_norms", ctypes.POINTER(Address)),
         *((name, Address) for name in ("embedding_norm", "hidden_norm", "slot_positions", "output_norm")),
         *((name, ctypes.POINTER(ProductStruct)) for name in ("blocks", "scores")),
         ("draft_ids", Address),
@@ -58,7 +59,7 @@ class _Heads(ctypes.Structure):
         ("path", _Path),
         *(
             (name, ctypes.c_int32)
-            for name in ("num_heads", "num_blocks", "split", "has_own_scores", "is_causal", "unused")
+            for name in ("num_heads", "num_blocks", "split", "has_own_scores", "is_causal", "num_taps")
         ),
     ]
 
@@ -93,13 +94,15 @@ class NativePath:
 class NativeParts:
     """What parallel heads are made of. blocks: [blocks][K]; scores: over the draft vocabulary, one or K.
 
-    stages: each staged layer's norm of states and fuse beside `layers`; slot_positions [K, D]; draft_ids ascending.
+    stages: each staged layer's norm of states and fuse beside `layers`; tap_norms: of what the first fuses, too, behind
+    the embedding; slot_positions [K, D]; draft_ids ascending.
     """
 
     shape: DecoderShape
     hidden_size: int
     embedding: Weight
     stages: Sequence[tuple[Tensor, Weight]]
+    tap_norms: Sequence[Tensor]
     layers: Sequence[NativeLayer]
     encoder: Sequence[NativeLayer]
     is_causal: bool
@@ -163,8 +166,8 @@ class StageCache:
 
 @dataclass(frozen=True)
 class Fed:
-    """One sequence of a call: its cache, the rows that are in it, and tokens of new rows with their hidden states
-    [T, D], float32; none: None."""
+    """One sequence of a call: its cache, the rows that are in it, and tokens of new rows with their hidden states and
+    taps [T, (1 + taps) * D], float32; none: None."""
 
     cache: StageCache
     num_rows: int
@@ -200,10 +203,11 @@ class NativeHeads:
         stages = (_Stage * len(parts.stages))(
             *(_Stage(padded(norm, held), fuse.record()) for norm, fuse in parts.stages)
         )
+        taps = (Address * len(parts.tap_norms))(*(padded(norm, held) for norm in parts.tap_norms))
         positions, ids = parts.slot_positions, parts.draft_ids
         positions = None if positions is None else positions.detach().float().contiguous()
         ids = None if ids is None else ids.to(torch.int32).contiguous()
-        held += [stages, positions, ids]
+        held += [stages, taps, positions, ids]
         stacks = [
             stack_record(parts.shape, layers, parts.hidden_size, parts.cache_dtype, held)
             for layers in (parts.layers, parts.encoder)
@@ -212,6 +216,7 @@ class NativeHeads:
         return _Heads(
             *stacks,
             stages,
+            taps,
             *(padded(norm, held) for norm in norms),
             address(positions),
             padded(parts.output_norm, held),
@@ -225,6 +230,7 @@ class NativeHeads:
             parts.split,
             len(parts.scores) > 1,
             parts.is_causal,
+            len(parts.tap_norms),
         )
 
     def _path_record(self, path: NativePath | None) -> _Path:

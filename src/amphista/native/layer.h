@@ -22,6 +22,9 @@
  * lane by lane, then values are added one after the other: what plain decoding does with the same keys in the same
  * order.
  *
+ * Probes: rows whose id is -1 - j take the j-th of some inputs in place of an embedding, and see the rows of a prefix
+ * behind their own path, in every window. They come last in their span, and no other row sees them.
+ *
  * Rotation: the two numbers rotated together lie side by side, in queries, keys and the cache.
  * Caches: float32 or bfloat16 [key heads][capacity][head size] for each layer.
  */
@@ -58,6 +61,9 @@ typedef struct {
     const Span *spans;
     const float *turns; /* [num_turns][head_size / 2][cosine, sine] */
     int32_t num_rows, num_spans, num_turns, num_threads;
+    const float *inputs;                               /* of probes [num_inputs][hidden]; none: NULL */
+    void *const *prefix_keys, *const *prefix_values;   /* of each layer [key heads][prefix_rows][head size] */
+    int32_t num_inputs, prefix_rows;
 } Batch;
 
 enum { ROWS_AT_ONCE = 4 };
@@ -66,7 +72,7 @@ enum { MIX_VECTORS = 4 };
 #else
 enum { MIX_VECTORS = 2 };
 #endif
-enum { BAD_SPAN = 1, BAD_PARENT, BAD_ID, BAD_POSITION, BAD_CAPACITY, BAD_WANTED, BAD_WORKSPACE };
+enum { BAD_SPAN = 1, BAD_PARENT, BAD_ID, BAD_POSITION, BAD_CAPACITY, BAD_WANTED, BAD_WORKSPACE, BAD_TAP };
 
 /* Rows of one span that read the same committed keys together; what they mix goes to rows `to` and behind. */
 typedef struct {
@@ -100,7 +106,7 @@ static Work lay_out(const Stack *m, const Batch *f, long rows, long widest, Room
     const int threads = f->num_threads;
     long seen = 0;
     for (int s = 0; s < f->num_spans; s++) seen = most_of(seen, f->spans[s].committed + f->spans[s].count);
-    Work w = {.most_seen = padded(seen + PAD)};
+    Work w = {.most_seen = padded(seen + f->prefix_rows + PAD)};
     widest = most_of(most_of(widest, hidden), most_of(inner, attended));
     w.states = take_room(room, 4 * rows * hidden);
     w.qkv = take_room(room, 4 * rows * (heads + 2 * m->key_heads) * size);
@@ -135,7 +141,7 @@ static int look_through(const Stack *m, const Batch *f, int num_ids, Work *w) {
         for (int row = span->first; row < next; row++) {
             const int parent = f->parents[row];
             if (parent != -1 && (parent < span->first || parent >= row)) return BAD_PARENT;
-            if (f->ids[row] < 0 || f->ids[row] >= num_ids) return BAD_ID;
+            if (f->ids[row] < -f->num_inputs || f->ids[row] >= num_ids) return BAD_ID;
             w->depth[row] = parent < 0 ? 0 : w->depth[parent] + 1;
             w->position[row] = span->committed + w->depth[row];
             w->span_of[row] = s;
@@ -339,6 +345,9 @@ static int path_of(const Batch *f, const Work *w, const Span *span, int row, int
     return count;
 }
 
+/* Rows of the prefix that a row sees. */
+INLINE long prefix_of(const Batch *f, int row) { return f->ids[row] < 0 || MUTANT(SEE_PREFIX) ? f->prefix_rows : 0; }
+
 /* Consecutive rows from path[at] on. */
 INLINE long run_of(const int32_t *path, int count, int at) {
     long run = 1;
@@ -355,6 +364,7 @@ static void attend(const Stack *m, const Layer *layer, int l, const Batch *f, co
     const int64_t base = (int64_t)(head / (m->heads / m->key_heads)) * cache->capacity * size;
     const int64_t offset = m->cache_kind == FLOAT32 ? base * 4 : base * 2;
     const char *keys = (const char *)cache->keys[l] + offset, *values = (const char *)cache->values[l] + offset;
+    const int64_t at_prefix = (int64_t)(head / (m->heads / m->key_heads)) * f->prefix_rows;
     float *scores = w->own_scores[thread], *mix = w->own_mix[thread], *queries = mix + n * wide;
     int32_t *path = w->own_path[thread];
     const int position = w->position[part->row], reach = layer->window + MUTANT(WIDE_WINDOW);
@@ -368,20 +378,26 @@ static void attend(const Stack *m, const Layer *layer, int l, const Batch *f, co
     if (committed) score(m, keys, first, committed, queries, (int)n, scores, ldw);
     for (int r = 0; r < part->count; r++) {
         const int count = path_of(f, w, span, part->row + r, skipped, path);
+        const long prefix = prefix_of(f, part->row + r);
         float *own = scores + r * num_heads * ldw;
         for (int at = 0; at < count; at += (int)run_of(path, count, at))
             score(m, keys, span->committed + path[at], run_of(path, count, at), queries + r * num_heads * wide,
                   num_heads, own + committed + at, ldw);
+        if (prefix)
+            score(m, f->prefix_keys[l], at_prefix, prefix, queries + r * num_heads * wide, num_heads,
+                  own + committed + count, ldw);
         for (int h = 0; h < num_heads; h++) /* the sum lies at the end of the line, behind the padding */
-            own[h * ldw + ldw - 1] = exponentials(own + h * ldw, committed + count);
+            own[h * ldw + ldw - 1] = exponentials(own + h * ldw, committed + count + prefix);
     }
     if (committed) add_values(m, values, first, committed, scores, ldw, (int)n, mix);
     for (int r = 0; r < part->count; r++) {
         const int count = path_of(f, w, span, part->row + r, skipped, path);
+        const long prefix = prefix_of(f, part->row + r);
         float *own = scores + r * num_heads * ldw, *to = mix + r * num_heads * wide;
         for (int at = 0; at < count; at += (int)run_of(path, count, at))
             add_values(m, values, span->committed + path[at], run_of(path, count, at), own + committed + at, ldw,
                        num_heads, to);
+        if (prefix) add_values(m, f->prefix_values[l], at_prefix, prefix, own + committed + count, ldw, num_heads, to);
         for (int h = 0; h < num_heads; h++) {
             const float share = 1.0f / own[h * ldw + ldw - 1];
             float *out = w->mixed + (part->to + r) * padded((long)m->heads * size) + (head + h) * size;

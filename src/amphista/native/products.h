@@ -30,7 +30,8 @@ int amphista_mutant = 0;
 #else
 #define MUTANT(number) 0
 #endif
-enum { NO_FAULT, SKIP_ANCESTOR, SEE_SIBLING, LATE_POSITION, DROP_TAIL, DROP_ODD, ROWS_CHANGE_ORDER, WIDE_WINDOW, OTHER_CACHE };
+enum { NO_FAULT, SKIP_ANCESTOR, SEE_SIBLING, LATE_POSITION, DROP_TAIL, DROP_ODD, ROWS_CHANGE_ORDER, WIDE_WINDOW, OTHER_CACHE,
+       EARLY_TAP, SEE_PREFIX };
 
 typedef struct Product {
     const void *weight;     /* SIDE_BY_SIDE: products whose outputs follow each other, all of kinds that read FLOAT32's rows */

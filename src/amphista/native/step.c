@@ -16,12 +16,13 @@ typedef struct {
 typedef struct {
     Batch batch;
     const int32_t *wanted; /* rows whose logits are asked for */
-    float *hidden;         /* [num_rows][hidden] */
+    const int32_t *taps;   /* after how many layers states are asked for, too */
+    float *hidden;         /* [num_rows][1 + num_taps][hidden] */
     float *logits;         /* [num_wanted][outputs of the head], or NULL where the largest are enough */
     int32_t *choices;      /* [num_wanted] */
     void *workspace;
     int64_t workspace_bytes;
-    int32_t num_wanted, unused;
+    int32_t num_wanted, num_taps;
 } Forward;
 
 typedef struct {
@@ -67,6 +68,15 @@ static void choose(const Step *step, int team) {
     }
 }
 
+/* States of this thread's share of rows after `count` layers, if a tap asks for them. */
+static void tap(const Step *step, int count, const Worker *worker) {
+    const Forward *f = step->f;
+    const long size = step->m->stack.hidden, line = (1 + f->num_taps) * size;
+    for (int t = 0; t < f->num_taps; t++)
+        for (int r = worker->thread; f->taps[t] == count + MUTANT(EARLY_TAP) && r < f->batch.num_rows; r += worker->team)
+            memcpy(f->hidden + r * line + (t + 1) * size, step->work.states + r * padded(size), (size_t)size * 4);
+}
+
 /* What one thread does of a forward. */
 static void run_forward(const void *call, Worker *worker) {
     const Step *step = call;
@@ -79,18 +89,24 @@ static void run_forward(const void *call, Worker *worker) {
     const long hidden = padded(stack->hidden);
     float *rows = w->own_rows[thread];
     clear_rows(stack, w, n, worker);
-    for (int r = thread; r < n; r += worker->team) weight_row(&m->embedding, batch->ids[r], w->states + r * hidden);
+    for (int r = thread; r < n; r += worker->team) {
+        const long id = batch->ids[r];
+        if (id < 0) memcpy(w->states + r * hidden, batch->inputs + (-1 - id) * stack->hidden, (size_t)stack->hidden * 4);
+        else weight_row(&m->embedding, (int)id, w->states + r * hidden);
+    }
     for (int l = 0; l < stack->num_layers; l++) {
         const Layer *layer = stack->layers + l;
         project(stack, layer, w, n, worker);
+        tap(step, l, worker); /* behind a meeting, and before anyone changes the states */
         place_stage(stack, layer, l, batch, w, n, worker);
         attention_stage(stack, layer, l, batch, w, worker);
         widen(stack, layer, w, n, worker);
     }
     meet(worker, blocks_of(m->head.outputs));
+    tap(step, stack->num_layers, worker);
     for (int r = thread; r < n; r += worker->team) {
         norm_row(w->states + r * hidden, m->norm, stack->hidden, stack->eps, rows);
-        memcpy(f->hidden + (long)r * stack->hidden, rows, (size_t)stack->hidden * 4);
+        memcpy(f->hidden + (long)r * (1 + f->num_taps) * stack->hidden, rows, (size_t)stack->hidden * 4);
     }
     if (!f->num_wanted) return;
     for (int i = 0; i < f->num_wanted; i++)
@@ -128,6 +144,8 @@ int amphista_forward(const Model *m, const Forward *f) {
     if (wrong) return wrong;
     for (int i = 0; i < f->num_wanted; i++)
         if (f->wanted[i] < 0 || f->wanted[i] >= f->batch.num_rows) return BAD_WANTED;
+    for (int t = 0; t < f->num_taps; t++)
+        if (f->taps[t] < 1 || f->taps[t] > m->stack.num_layers) return BAD_TAP;
     choose(&step, together(f->batch.num_threads, step.work.shares, run_forward, &step));
     return 0;
 }

@@ -31,6 +31,7 @@ WRONG = {
     5: "a cache has no room for its rows",
     6: "logits of a row are asked for that is not there",
     7: "the workspace is too small",
+    8: "a tap is asked for that is no layer's",
 }
 
 
@@ -72,15 +73,18 @@ class _Batch(ctypes.Structure):
         ("spans", ctypes.POINTER(_Span)),
         ("turns", Address),
         *((name, ctypes.c_int32) for name in ("num_rows", "num_spans", "num_turns", "num_threads")),
+        ("inputs", Address),
+        *((name, ctypes.POINTER(Address)) for name in ("prefix_keys", "prefix_values")),
+        *((name, ctypes.c_int32) for name in ("num_inputs", "prefix_rows")),
     ]
 
 
 class _Forward(ctypes.Structure):
     _fields_ = [
         ("batch", _Batch),
-        *((name, Address) for name in ("wanted", "hidden", "logits", "choices", "workspace")),
+        *((name, Address) for name in ("wanted", "taps", "hidden", "logits", "choices", "workspace")),
         ("workspace_bytes", ctypes.c_int64),
-        *((name, ctypes.c_int32) for name in ("num_wanted", "unused")),
+        *((name, ctypes.c_int32) for name in ("num_wanted", "num_taps")),
     ]
 
 
@@ -128,10 +132,26 @@ class NativeSpan:
     num_committed: int
 
 
+class NativeProbes:
+    """What rows of token -1 - j are in a forward: inputs [M, D] in place of embeddings, and a prefix of P rows that
+    they see in every layer, all layers' keys, then their values [2 L, J, P, E], of the caches' type."""
+
+    def __init__(self, inputs: Tensor, prefix: Tensor) -> None:
+        self._inputs, self._prefix, number = inputs.float().contiguous(), prefix.contiguous(), len(prefix) // 2
+        addresses = [layer.data_ptr() for layer in self._prefix]
+        self._pointers = [(Address * number)(*half) for half in (addresses[:number], addresses[number:])]
+
+    def lend(self, batch: _Batch) -> None:
+        """Let a batch read them."""
+        keys, values = (ctypes.cast(part, ctypes.POINTER(Address)) for part in self._pointers)
+        batch.inputs, batch.prefix_keys, batch.prefix_values = self._inputs.data_ptr(), keys, values
+        batch.num_inputs, batch.prefix_rows = len(self._inputs), self._prefix.shape[2]
+
+
 @dataclass(frozen=True)
 class NativeOutput:
-    """hidden: float32 [N, D] after the final norm. logits: float32 [W, V]. choices: int32 [W], the lowest id of each
-    row's largest logit."""
+    """hidden: float32 [N, (1 + taps) * D] after the final norm, taps behind. logits: float32 [W, V]. choices: int32
+    [W], the lowest id of each row's largest logit."""
 
     hidden: Tensor
     logits: Tensor
@@ -162,16 +182,24 @@ class NativeModel:
         self.shape, self.num_layers = shape, len(layers)
         self._workspace = Workspace()
 
-    def forward(self, spans: Sequence[NativeSpan], wanted: Sequence[int], turns: Tensor) -> NativeOutput:
+    def forward(
+        self,
+        spans: Sequence[NativeSpan],
+        wanted: Sequence[int],
+        turns: Tensor,
+        taps: Sequence[int] = (),
+        probes: NativeProbes | None = None,
+    ) -> NativeOutput:
         """One forward over the flat row of all spans' tokens.
 
-        wanted: rows whose logits are asked for. turns: rotary table, complex64
-        [positions, E / 2]. Keys and values of the new rows are written in place.
+        wanted: rows whose logits are asked for. turns: rotary table, complex64 [positions, E / 2]. taps: after how many
+        layers states are asked for, too. probes: what token ids below 0 are. Keys and values of the new rows are
+        written in place.
         """
         num_rows = sum(len(span.token_ids) for span in spans)
-        flat = np.array([*_ids(spans), *_parents(spans), *wanted], dtype=np.int32)
+        flat = np.array([*_ids(spans), *_parents(spans), *wanted, *taps], dtype=np.int32)
         start, held = flat.ctypes.data, [flat, *(self._pointers(span) for span in spans)]
-        hidden = torch.empty(num_rows, self.hidden_size)
+        hidden = torch.empty(num_rows, (1 + len(taps)) * self.hidden_size)
         logits = torch.empty(len(wanted), self.vocab_size)
         choices = torch.empty(len(wanted), dtype=torch.int32)
         batch = _Batch(
@@ -184,8 +212,17 @@ class NativeModel:
             len(turns),
             torch.get_num_threads(),
         )
+        if probes is not None:
+            probes.lend(batch)
         forward = _Forward(
-            batch, start + 8 * num_rows, hidden.data_ptr(), address(logits), choices.data_ptr(), num_wanted=len(wanted)
+            batch,
+            start + 8 * num_rows,
+            start + 8 * num_rows + 4 * len(wanted),
+            hidden.data_ptr(),
+            address(logits),
+            choices.data_ptr(),
+            num_wanted=len(wanted),
+            num_taps=len(taps),
         )
         needed = self._library.amphista_workspace(ctypes.byref(self._model), ctypes.byref(forward))
         forward.workspace, forward.workspace_bytes = self._workspace.address(needed), needed

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 from transformers import AttentionMaskInterface
 from transformers.masking_utils import causal_mask_function, eager_mask, sdpa_mask
 
@@ -35,12 +36,13 @@ class Layout:
     """Where the rows of one forward stand, and which of them may see each other whatever a layer's rule says.
 
     positions: int [B or 1, N]. key_positions: int [B or 1, S]. visible: bool [B or 1, N, S], or None where a layer's
-    rule decides alone.
+    rule decides alone. free: bool [S], True at keys that stand nowhere, which no rule concerns.
     """
 
     positions: Tensor
     key_positions: Tensor
     visible: Tensor | None
+    free: Tensor | None = None
 
     @classmethod
     def of(cls, span: Span, device: torch.device) -> Layout:
@@ -49,7 +51,13 @@ class Layout:
         keys = torch.cat([torch.arange(span.num_past, device=device), positions])
         ancestors = span.tree.ancestor_mask().to(device)
         past = ancestors.new_ones(len(ancestors), span.num_past)
-        return cls(positions[None], keys[None], torch.cat([past, ancestors], dim=1)[None])
+        if span.probes is None:
+            return cls(positions[None], keys[None], torch.cat([past, ancestors], dim=1)[None])
+        prefix = span.probes.prefix.shape[3]
+        is_probe = torch.tensor(span.tree.tokens, device=device) < 0
+        visible = torch.cat([past, ancestors, is_probe[:, None].expand(-1, prefix)], dim=1)
+        free = functional.pad(torch.zeros_like(keys, dtype=torch.bool), (0, prefix), value=True)
+        return cls(positions[None], functional.pad(keys, (0, prefix))[None], visible[None], free)
 
     @classmethod
     def of_all(cls, spans: Sequence[Span], device: torch.device) -> Layout:
@@ -61,7 +69,10 @@ class Layout:
             torch.cat(parts, dim=1) for parts in zip(*((a.positions, a.key_positions) for a in layouts), strict=True)
         )
         visible = torch.block_diag(*(layout.visible[0] for layout in layouts if layout.visible is not None))
-        return cls(rows, keys, visible.bool()[None])
+        if all(layout.free is None for layout in layouts):
+            return cls(rows, keys, visible.bool()[None])
+        free = [torch.zeros_like(a.key_positions[0]).bool() if a.free is None else a.free for a in layouts]
+        return cls(rows, keys, visible.bool()[None], torch.cat(free))
 
     @classmethod
     def causal(cls, length: int, device: torch.device) -> Layout:
@@ -77,6 +88,7 @@ class Layout:
         batch = torch.arange(len(self.positions), device=device)[:, None, None, None]
         queries, keys = self.positions[:, None, :, None], self.key_positions[:, None, None, :]
         seen: Tensor = rule(batch, torch.zeros_like(batch[:1]), queries, keys)
+        seen = seen if self.free is None else seen | self.free
         return seen if self.visible is None else seen & self.visible[:, None]
 
 
@@ -122,7 +134,7 @@ def layer_rules(model: Any) -> list[Rule]:
     try:
         with laid_out(layout):
             cache = as_transformers_cache(
-                [KVCache(len(hooks))], [1]
+                [KVCache(len(hooks)).layers], [1]
             )  # with one, positions are not searched for packed rows
             model(input_ids=row, position_ids=row, past_key_values=cache)
     finally:

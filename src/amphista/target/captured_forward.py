@@ -10,7 +10,7 @@ than twice the largest) and the recorded forwards that were used last. One threa
 forward shows lies in its buffers; others take the ordinary path of the same forward until that thread rests
 (`ThreadLease`). A cache attached here is read and written elsewhere only between a forward and the commit of its path.
 
-Shapes: N nodes of the bucket, n of the tree, C capacity, S = C + 1 rows, D hidden size, V vocabulary.
+Shapes: N nodes of the bucket, n of the tree, C capacity, S = C + 1 rows, W hidden size and taps, V vocabulary.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from amphista.cache.static import KVCache
 from amphista.errors import CaptureError
 from amphista.kernels.graph import Inputs, Recorded, Recorder, ThreadLease, bucket, capacities
 from amphista.target.attention import Layout
+from amphista.target.kept import Taps
 from amphista.target.lean import LeanModel
 from amphista.target.output import TargetOutput
 from amphista.target.spec import TargetSpec
@@ -41,9 +42,10 @@ BITS = 64
 class VerifyRegion:
     """The forward over trees of up to N nodes behind the rows of one persistent buffer, with its inputs and outputs."""
 
-    def __init__(self, model: LeanModel, buffer: PersistentBuffer, sizes: tuple[int, int, int]) -> None:
-        """sizes: nodes N, hidden size D, vocabulary V."""
+    def __init__(self, model: LeanModel, buffer: PersistentBuffer, sizes: tuple[int, int, int], taps: Taps) -> None:
+        """sizes: nodes N, of hidden states with their taps W, vocabulary V."""
         num_nodes, hidden_size, vocab_size = sizes
+        self._taps = taps
         device, self._scratch = buffer.rows.device, buffer.capacity
         self._model, self.num_nodes = model, num_nodes
         self._words = -(-num_nodes // BITS)
@@ -74,8 +76,8 @@ class VerifyRegion:
     def run(self) -> None:
         visible, key_positions = self._visible()
         layout = Layout(self.positions[None], key_positions[None], visible[None])
-        hidden = self._model.states(self.tokens[None], layout, self._rows)[0]
-        logits = self._model.logits(hidden)
+        hidden = self._model.states(self.tokens[None], layout, self._rows, self._taps)[0]
+        logits = self._model.logits(hidden[:, : hidden.shape[1] // (1 + len(self._taps))])
         self.hidden.copy_(hidden)
         self.logits.copy_(logits)
         self.choices.copy_(logits.argmax(-1))
@@ -108,7 +110,7 @@ class CapturedForward:
         self._lock = threading.Lock()
         self.lease = ThreadLease()
 
-    def verify(self, tree: TokenTree, cache: KVCache) -> TargetOutput | None:
+    def verify(self, tree: TokenTree, cache: KVCache, taps: Taps = ()) -> TargetOutput | None:
         """One forward over the tree; None for what the ordinary path must read: a tree beyond the largest bucket, a
         cache that cannot live here, another thread. raises CaptureError where the device cannot record it."""
         if not isinstance(cache, BufferedCache):
@@ -121,7 +123,7 @@ class CapturedForward:
                 return None
             past, size = cache.num_committed, tree.num_nodes
             buffer = self._buffer_for(cache, past + size)
-            region, replay = self._region(buffer, num_nodes)
+            region, replay = self._region(buffer, num_nodes, taps)
             buffer.attach(cache)
             region.load(tree, past)
             replay()
@@ -144,19 +146,20 @@ class CapturedForward:
         """Bytes of all persistent buffers."""
         return sum(buffer.rows.numel() * buffer.rows.element_size() for buffer in self._buffers.values())
 
-    def prepare(self, max_nodes: int, num_rows: int) -> None:
+    def prepare(self, max_nodes: int, num_rows: int, taps: Taps = ()) -> None:
         """Record all sizes up to these now, so that none has to be in mid-answer. raises CaptureError."""
         with self._lock:
             if not self.lease.take():
                 return
             for capacity in capacities(FIRST_CAPACITY, min(num_rows, self._most_rows)):
                 for num_nodes in NODES[: bisect_left(NODES, max_nodes) + 1]:
-                    self._region(self._buffer(min(capacity, self._most_rows)), num_nodes)
+                    self._region(self._buffer(min(capacity, self._most_rows)), num_nodes, taps)
 
-    def _region(self, buffer: PersistentBuffer, num_nodes: int) -> tuple[VerifyRegion, Callable[[], None]]:
-        sizes = (num_nodes, self._spec.hidden_size, self._model.head.num_outputs)
-        key = (num_nodes, buffer.capacity, len(self._model.layers))  # layers may be taken away to time the rest
-        return self._regions.get(key, lambda: VerifyRegion(self._model, buffer, sizes))
+    def _region(self, buffer: PersistentBuffer, num_nodes: int, taps: Taps) -> tuple[VerifyRegion, Callable[[], None]]:
+        sizes = (num_nodes, self._spec.row_width(taps), self._model.head.num_outputs)
+        # layers may be taken away to time the rest
+        key = (num_nodes, buffer.capacity, len(self._model.layers), taps)
+        return self._regions.get(key, lambda: VerifyRegion(self._model, buffer, sizes, taps))
 
     def _buffer_for(self, cache: BufferedCache, num_rows: int) -> PersistentBuffer:
         """Where a cache has room for so many rows: where it lives, if that will do."""

@@ -7,7 +7,7 @@ one product of complex numbers, which also scales the queries. Everything else r
 equal.
 
 Shapes: B sequences, N new rows each, S cached rows with them, H query heads, J key-value heads, G = H / J, E head size,
-D hidden size, V vocabulary.
+D hidden size, W = (1 + taps) D, V vocabulary.
 """
 
 from __future__ import annotations
@@ -25,7 +25,9 @@ from amphista.cache.static import sent
 from amphista.kernels.linear import Product, TorchLinear
 from amphista.kernels.parts import Norm, RotaryTable, paired
 from amphista.target.attention import Layout, layer_rules
+from amphista.target.kept import Taps
 from amphista.target.pages import give_back
+from amphista.target.probe_rows import embedded, layers_of
 from amphista.target.spans import Span
 
 # From so many scores a sequence on, torch's own attention is faster than two products and a softmax.
@@ -69,7 +71,7 @@ def _projections(attention: Any, product: type[Product]) -> Product:
 
 @dataclass(frozen=True)
 class LeanLayer:
-    """One decoder layer's weights. `rule` is the place of its attention's rule among the model's."""
+    """One decoder layer's weights. `rule` is the place of its attention's rule among the model's; `number`: from 1."""
 
     attention_norm: Norm
     qkv: Product
@@ -80,9 +82,10 @@ class LeanLayer:
     gate_up: Product
     down: Product
     rule: int
+    number: int
 
     @classmethod
-    def of(cls, layer: Any, rule: int, product: type[Product]) -> LeanLayer:
+    def of(cls, layer: Any, number: int, rule: int, product: type[Product]) -> LeanLayer:
         attention, mlp = layer.self_attn, layer.mlp
         normed = hasattr(attention, "q_norm")
         return cls(
@@ -95,6 +98,7 @@ class LeanLayer:
             gate_up=product.of(mlp.gate_proj, mlp.up_proj),
             down=product.of(mlp.down_proj),
             rule=rule,
+            number=number,
         )
 
 
@@ -120,7 +124,7 @@ class LeanModel:
         self.rules = list(dict.fromkeys(rules))
         self.layers: list[LeanLayer] = []
         for index, rule in enumerate(rules):
-            self.layers.append(LeanLayer.of(decoder.layers[index], self.rules.index(rule), product))
+            self.layers.append(LeanLayer.of(decoder.layers[index], index + 1, self.rules.index(rule), product))
             if release:
                 if self.layers[-1].output.is_copy:
                     give_back(*decoder.layers[index].parameters())
@@ -144,31 +148,41 @@ class LeanModel:
         return device
 
     @torch.inference_mode()
-    def hidden(self, token_ids: Tensor) -> Tensor:
-        """Post-norm hidden states [B, T, D] of ids [B, T] without a cache."""
+    def hidden(self, token_ids: Tensor, taps: Taps = ()) -> Tensor:
+        """Post-norm hidden states and taps [B, T, W] of ids [B, T] without a cache."""
         layout = Layout.causal(token_ids.shape[1], self.device)
         self.rotary.reserve(token_ids.shape[1])
-        return self.states(token_ids, layout, [[NoCache()] for _ in self.layers])
+        return self.states(token_ids, layout, [[NoCache()] for _ in self.layers], taps)
 
     @torch.inference_mode()
-    def hidden_of(self, spans: Sequence[Span]) -> Tensor:
-        """Post-norm hidden states [N, D] of all spans' rows, side by side."""
+    def hidden_of(self, spans: Sequence[Span], taps: Taps = ()) -> Tensor:
+        """Post-norm hidden states and taps [N, W] of all spans' rows, side by side."""
         positions = [position for span in spans for position in span.positions]
         self.rotary.reserve(max(positions) + 1)
         turn = self._rotation(sent(positions, self.device))
         each = zip(*(self._attention(span) for span in spans), strict=True)  # by rule, what each span attends with
+        probes = None
+        for span in spans:
+            probes = probes or span.probes
+        if probes is not None:
+            rows = list(zip(*(layers_of(span, in_pairs=True) for span in spans), strict=True))
+            return self._states(embedded(self.embed, spans, self.device), turn, list(each), rows, taps)
         rows = list(zip(*(span.cache.layers for span in spans), strict=True))
         token_ids = sent([token for span in spans for token in span.tree.tokens], self.device)
-        return self._states(token_ids, turn, list(each), rows)
+        return self._states(self.embed(token_ids), turn, list(each), rows, taps)
 
     @torch.inference_mode()
-    def states(self, token_ids: Tensor, layout: Layout, rows: Sequence[Sequence[LayerKV]]) -> Tensor:
-        """The same [B, N, D] of ids [B, N] at positions there are turns for, with one cache for all; asks the device
+    def states(self, token_ids: Tensor, layout: Layout, rows: Sequence[Sequence[LayerKV]], taps: Taps = ()) -> Tensor:
+        """The same [B, N, W] of ids [B, N] at positions there are turns for, with one cache for all; asks the device
         nothing, so that it can be recorded."""
-        batch, length = token_ids.shape
-        turn = self._rotation(layout.positions.expand(batch, -1).flatten())
-        attention = [[_Attention.of(self, (batch, length), layout.mask(rule))] for rule in self.rules]
-        return self._states(token_ids.flatten(), turn, attention, rows).view(*token_ids.shape, -1)
+        return self.read(self.embed(token_ids), layout, rows, taps)
+
+    def read(self, inputs: Tensor, layout: Layout, rows: Sequence[Sequence[LayerKV]], taps: Taps = ()) -> Tensor:
+        """The same of embeddings [B, N, embedding size]; outside inference mode a gradient passes."""
+        shape = (inputs.shape[0], inputs.shape[1])
+        turn = self._rotation(layout.positions.expand(shape[0], -1).flatten())
+        attention = [[_Attention.of(self, shape, layout.mask(rule))] for rule in self.rules]
+        return self._states(inputs.flatten(0, 1), turn, attention, rows, taps).view(*shape, -1)
 
     def _attention(self, span: Span) -> list[_Attention]:
         """By rule; a mask that hides nothing from a single row is left out."""
@@ -183,16 +197,20 @@ class LeanModel:
 
     def _states(
         self,
-        token_ids: Tensor,
+        states: Tensor,
         turn: Tensor,
         attention: Sequence[Sequence[_Attention]],
         rows: Sequence[Sequence[LayerKV]],
+        taps: Taps,
     ) -> Tensor:
-        """Flat rows [N, D]. attention: by rule, then by span; rows: by layer, then by span."""
-        states = self.embed(token_ids)
+        """Flat rows [N, W] of embeddings. attention: by rule, then by span; rows: by layer, then by span."""
+        tapped = []
         for layer, caches in zip(self.layers, rows, strict=False):  # layers may be taken away to time the rest
             states = self._layer(layer, states, turn, attention[layer.rule], caches)
-        return self._norm(states)
+            if layer.number in taps:
+                tapped.append(states)
+        hidden = self._norm(states)
+        return torch.cat([hidden, *tapped], dim=-1) if taps else hidden
 
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:

@@ -15,12 +15,15 @@ from amphista.cache.static import KVCache
 from amphista.errors import NativeError
 from amphista.kernels.linear import Product, TorchLinear
 from amphista.native.build import load
-from amphista.native.step import DecoderShape, NativeLayer, NativeModel, NativeOutput, NativeSpan
+from amphista.native.step import DecoderShape, NativeLayer, NativeModel, NativeOutput, NativeProbes, NativeSpan
 from amphista.target.attention import Rule
 from amphista.target.blocks import BlockedLinear, BlockLinear, native_of
+from amphista.target.kept import Taps
 from amphista.target.lean import LeanLayer, LeanModel
+from amphista.target.probe_rows import tails
 from amphista.target.products import NativeLinear, PlainLinear, RoundedLinear
 from amphista.target.spans import Span
+from amphista.target.spec import Probes
 from amphista.tree.token_tree import TokenTree
 
 
@@ -70,10 +73,14 @@ class NativeForward:
         self.layers = [self._layer(layer, window) for layer, window in zip(lean.layers, windows, strict=True)]
         self.head, embedding = _read(lean.head).native, native_of(lean.embed)
         self.model = NativeModel(shape, self.layers, lean._norm.weight, embedding, self.head, flags=flags)
+        self._probes: tuple[Probes, NativeProbes] | None = None
         self._row = torch.empty(1, lean.num_key_value_heads, 0, lean.head_size, dtype=self.model.cache_dtype)
 
-    def is_quick(self, num_rows: int) -> bool:
-        """Whether so many rows of a prompt are read here sooner than by torch."""
+    def reads(self, spans: Sequence[Span]) -> bool:
+        """Whether these are read here: not so many rows of a prompt that torch reads them sooner."""
+        num_rows = 0
+        for span in spans:
+            num_rows += span.tree.num_nodes
         return num_rows <= PROMPT_ROWS or self.model.cache_dtype is torch.float32
 
     def _layer(self, layer: LeanLayer, window: int | None) -> NativeLayer:
@@ -92,25 +99,36 @@ class NativeForward:
             window,
         )
 
-    def __call__(self, spans: Sequence[Span], wanted: Sequence[int] | None = None) -> NativeOutput:
+    def __call__(self, spans: Sequence[Span], wanted: Sequence[int] | None = None, taps: Taps = ()) -> NativeOutput:
         """One forward over the flat row of all spans' nodes, which their caches then hold behind the committed rows.
 
         wanted: rows whose logits are asked for; None: all.
         """
-        native, furthest, num_rows = [], 0, 0
+        native, furthest, num_rows, probes = [], 0, 0, None
         for span in spans:
+            probes = probes or span.probes
             num_rows += span.tree.num_nodes
             end = span.num_past + span.tree.num_nodes
             furthest = max(furthest, end)
             rows = span.cache.in_one_piece(end, self._row)
             native.append(NativeSpan(span.tree.tokens, span.tree.parents, rows, span.num_past))
         turns = self._lean.rotary.reserve(furthest)
-        output = self.model.forward(native, range(num_rows) if wanted is None else wanted, turns)
+        lent = None if probes is None else self._lent(probes)
+        output = self.model.forward(native, range(num_rows) if wanted is None else wanted, turns, taps, lent)
         for span in spans:
             end = span.num_past + span.tree.num_nodes
             for layer in span.cache.layers:
                 layer.num_rows = end
         return output
+
+    def _lent(self, probes: Probes) -> NativeProbes:
+        """A drafter's probes as the C step reads them, made once."""
+        if self._probes is None or self._probes[0] is not probes:
+            rows = [
+                torch.stack(part) for part in zip(*tails(probes.prefix, len(self.layers), in_pairs=True), strict=True)
+            ]
+            self._probes = probes, NativeProbes(probes.inputs, torch.cat(rows).to(self.model.cache_dtype))
+        return self._probes[1]
 
     @torch.inference_mode()
     def check(self, allowed: float) -> None:

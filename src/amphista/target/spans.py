@@ -6,19 +6,32 @@ prompt is a chain, a step of plain decoding a single root.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from amphista.cache.static import KVCache
+from amphista.target.spec import Probes
 from amphista.tree.token_tree import TokenTree
 
 
 @dataclass(frozen=True)
 class Span:
-    """A tree of tokens behind the committed rows of a cache; only_last: of the last node alone are logits wanted."""
+    """A tree of tokens behind the committed rows of a cache; only_last: of the last node alone are logits wanted.
+
+    probes: whose inputs the tree's last nodes stand for, the token -1 - j for the j-th; no logits are made of them.
+    """
 
     tree: TokenTree
     cache: KVCache
     only_last: bool = False
+    probes: Probes | None = None
+
+    @classmethod
+    def probed(cls, tree: TokenTree, cache: KVCache, nodes: Sequence[int], probes: Probes) -> Span:
+        """A tree, and all probes below each of these nodes."""
+        if not nodes:
+            return cls(tree, cache)
+        return cls(tree.with_chains(nodes, [-1 - j for j in range(probes.num_rows)]), cache, probes=probes)
 
     @property
     def num_past(self) -> int:
@@ -32,5 +45,12 @@ class Span:
         return [past + depth for depth in self.tree.depths]
 
     @property
+    def num_probes(self) -> int:
+        """Rows that are none of its tokens."""
+        return 0 if self.probes is None else sum(token < 0 for token in self.tree.tokens)
+
+    @property
     def num_logits(self) -> int:
-        return 1 if self.only_last else self.tree.num_nodes
+        if self.only_last:
+            return 1
+        return self.tree.num_nodes if self.probes is None else self.tree.num_nodes - self.num_probes

@@ -71,10 +71,32 @@ class TargetSpec:
             limited_by=limited_by,
         )
 
+    def row_width(self, taps: tuple[int, ...]) -> int:
+        """Numbers in a row of hidden states with these taps behind them."""
+        return self.hidden_size * (1 + len(taps))
+
     @property
     def context(self) -> str:
         """`max_positions` for people, with the reason where there is one."""
         return f"{self.max_positions} ({self.limited_by})" if self.limited_by else str(self.max_positions)
+
+
+@dataclass(frozen=True)
+class Probes:
+    """Rows that a drafter lets ride on a forward: M inputs in place of embeddings, one below the other under nodes of a
+    tree, and keys and values of P rows a layer, as they are (not rotated), which they alone see. Nothing of them is
+    ever chosen, seen by a token, or cached.
+
+    inputs [M, embedding size], prefix [L, 2, J, P, E].
+    """
+
+    inputs: Tensor
+    prefix: Tensor
+
+    @property
+    def num_rows(self) -> int:
+        """M."""
+        return len(self.inputs)
 
 
 def _first(config: Any, *names: str, default: float | None = None) -> Any:

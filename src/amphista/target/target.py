@@ -1,43 +1,42 @@
 """The frozen target: one forward over spans, on the unmodified `transformers` model or, for the families of lean.py, on
 its weights without its overhead: in torch, in C (native_forward.py), or as captured graphs (captured_forward.py).
 
-On the stock path logits come from the model's own forward, under masks by its own rules (attention.py), its scaling and
-soft-capping included. Hidden states are what the LM head reads (after the final norm), taken by a hook on the decoder's
-output (asking for all hidden states would keep every layer).
+Hidden states are what the LM head reads (after the final norm); behind each, in its row, stand the taps that are asked
+for: states after so many layers (kept.py).
 
-Shapes: B sequences, T prompt tokens, N tree nodes, D hidden size, V vocabulary.
+Shapes: B sequences, T prompt tokens, N tree nodes, D hidden size, W = (1 + taps) D, V vocabulary.
 """
 
 from __future__ import annotations
 
-import threading
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import cached_property
-from inspect import signature
 from itertools import accumulate, islice
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from amphista.cache.hf import as_transformers_cache
 from amphista.cache.persistent import BufferedCache
 from amphista.cache.static import KVCache, sent
 from amphista.errors import CapacityError, CaptureError, TargetError
-from amphista.target.attention import Layout, laid_out, refuse_attention
+from amphista.target.attention import refuse_attention
 from amphista.target.blocks import GGUF
 from amphista.target.captured_forward import CapturedForward
-from amphista.target.families import decoder_of, kept_by_layers
+from amphista.target.families import kept_by_layers
+from amphista.target.kept import Taps
 from amphista.target.lean import LeanModel
 from amphista.target.native_forward import NativeForward, native_form, product_of, why_not_native
 from amphista.target.output import TargetOutput
 from amphista.target.pages import give_back, trim_allocator
-from amphista.target.products import RoundedLinear
+from amphista.target.probe_rows import Groups
+from amphista.target.products import NativeLinear, RoundedLinear
 from amphista.target.qualify import why_not_fast
 from amphista.target.spans import Span
-from amphista.target.spec import Fingerprint, LogitTransform, SharedWeights, TargetSpec
+from amphista.target.spec import Fingerprint, LogitTransform, Probes, SharedWeights, TargetSpec
+from amphista.target.stock import StockForward
 from amphista.target.text import Text
 from amphista.tree.token_tree import TokenTree
 
@@ -79,15 +78,10 @@ class Target:
             model.config, embedding_size=embedding.weight.shape[1], vocab_size=lm_head.weight.shape[0]
         )
         self._num_caches = len(kept_by_layers(model.config)) or self.spec.num_layers
-        self._keeps_logits = "logits_to_keep" in signature(model.forward).parameters
-        self._local = threading.local()  # two threads may decode at once
-        self._decoder = decoder_of(model)
+        self._stock_forward = StockForward(model, self.spec.num_layers)
         self.num_weight_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
-        self.num_layer_weights = sum(p.numel() for p in self._decoder.parameters()) - embedding.weight.numel()
-        self._hook = self._decoder.register_forward_hook(self._keep_hidden)
-
-    def _keep_hidden(self, module: Any, args: Any, output: Any) -> None:
-        self._local.hidden = output[0] if isinstance(output, tuple) else output.last_hidden_state
+        decoder = self._stock_forward.decoder
+        self.num_layer_weights = sum(p.numel() for p in decoder.parameters()) - embedding.weight.numel()
 
     @property
     def device(self) -> torch.device:
@@ -173,7 +167,7 @@ class Target:
         if int8 and not native:
             raise TargetError(f"weights of 8 bits need the C step: {self.why_not_native or 'native is False'}")
         if release:
-            self._hook.remove()
+            self._stock_forward.remove()
         product = product_of(self._model.get_output_embeddings(), int8=int8, native=native)
         self._lean = LeanModel(self._model, product=product, release=release)
         difference = float((self.hidden_states(ids) - expected).abs().max() / expected.abs().max())
@@ -193,7 +187,8 @@ class Target:
         if release:
             if self._lean.head.is_copy:
                 give_back(self._model.get_input_embeddings().weight, self.shared.head_weight)  # read by single rows now
-            self._model = self._decoder = None
+            self._model = None
+            del self._stock_forward
             trim_allocator()
         if self.device.type == "cuda" if self._wants_static is None else self._wants_static:
             self._captured = CapturedForward(self._lean, self.spec)
@@ -276,124 +271,117 @@ class Target:
             self._captured.detach(source)
         to.take_copy(source, num_rows)
 
-    def prefill(self, token_ids: Sequence[int], cache: KVCache) -> TargetOutput:
+    def prefill(self, token_ids: Sequence[int], cache: KVCache, taps: Taps = ()) -> TargetOutput:
         """Read and commit a prompt (or its continuation) in chunks: logits of the last token, hidden of all."""
         hidden, output = [], None
         for start in range(0, len(token_ids), PREFILL_CHUNK):
             chunk = TokenTree.chain(token_ids[start : start + PREFILL_CHUNK])
-            (output,) = self.forward([Span(chunk, cache, only_last=True)])
+            (output,) = self.forward([Span(chunk, cache, only_last=True)], taps)
             cache.commit(range(chunk.num_nodes))
             hidden.append(output.hidden)
         if output is None:
             raise CapacityError("cannot prefill an empty prompt")
         return TargetOutput(output.logits, torch.cat(hidden))
 
-    def verify(self, tree: TokenTree, cache: KVCache) -> TargetOutput:
+    def verify(self, tree: TokenTree, cache: KVCache, taps: Taps = ()) -> TargetOutput:
         """One forward over the tree's N nodes behind the committed rows; the caller commits the accepted path."""
-        return self.forward([Span(tree, cache)])[0]
+        return self.forward([Span(tree, cache)], taps)[0]
 
     @torch.inference_mode()
-    def forward(self, spans: Sequence[Span]) -> list[TargetOutput]:
+    def forward(self, spans: Sequence[Span], taps: Taps = ()) -> list[TargetOutput]:
         """One forward over trees of any number of sequences, each on a cache of its own; what each span gets of it.
 
         The caller commits the paths it accepts. A forward that fails or is interrupted leaves no row behind.
         """
         for span in spans:
             self._check_context(span.num_past + max(span.tree.depths))
-        output = self._replay(spans)
+        output = self._replay(spans, taps)
         if output is not None:
             return [output]
         try:
-            return self._forward(spans)
+            return self._forward(spans, taps)
         except BaseException:
             for span in spans:
                 span.cache.trim(span.num_past)
             raise
 
-    def _replay(self, spans: Sequence[Span]) -> TargetOutput | None:
+    def _replay(self, spans: Sequence[Span], taps: Taps) -> TargetOutput | None:
         """A recorded forward, where there is one: of a single tree. What others read and write lies elsewhere."""
         captured = self._captured  # which another thread may give up meanwhile
         if captured is None:
             return None
-        if len(spans) > 1 or spans[0].only_last:
+        if len(spans) > 1 or spans[0].only_last or spans[0].probes is not None:
             for span in spans:
                 captured.detach(span.cache)
             return None
         try:
-            return captured.verify(spans[0].tree, spans[0].cache)
+            return captured.verify(spans[0].tree, spans[0].cache, taps)
         except CaptureError as error:
             self._uncapture(str(error))
             return None
 
     @torch.inference_mode()
-    def prepare(self, max_nodes: int, num_rows: int) -> None:
+    def prepare(self, max_nodes: int, num_rows: int, taps: Taps = ()) -> None:
         """Record the forwards over up to so many nodes and rows now; nothing where forwards are not recorded."""
         if self._captured is not None:
             try:
-                self._captured.prepare(max_nodes, min(num_rows, self.spec.max_positions) + max_nodes)
+                self._captured.prepare(max_nodes, min(num_rows, self.spec.max_positions) + max_nodes, taps)
             except CaptureError as error:
                 self._uncapture(str(error))
 
-    def _forward(self, spans: Sequence[Span]) -> list[TargetOutput]:
+    def _forward(self, spans: Sequence[Span], taps: Taps) -> list[TargetOutput]:
         sizes, num_logits = [span.tree.num_nodes for span in spans], [span.num_logits for span in spans]
         wanted: list[int] | None = None  # rows whose logits are wanted; None: all
         if num_logits != sizes:
-            rows = zip(accumulate(sizes), num_logits, strict=True)
-            wanted = [row for end, number in rows for row in range(end - number, end)]
-        logits, hidden, choices = self._run(spans, wanted)
+            ends = [end - span.num_probes for end, span in zip(accumulate(sizes), spans, strict=True)]
+            wanted = [row for end, number in zip(ends, num_logits, strict=True) for row in range(end - number, end)]
+        logits, hidden, choices = self._run(spans, wanted, taps)
         parts = zip(logits.split(num_logits), hidden.split(sizes), strict=True)
         if choices is None:
             return [TargetOutput(*part) for part in parts]
         each = iter(choices.tolist())  # of all rows in one copy
         return [TargetOutput(*part, list(islice(each, len(part[0])))) for part in parts]
 
-    def _run(self, spans: Sequence[Span], wanted: list[int] | None) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Logits of the wanted rows, hidden states of all, choices where they cost nothing to tell."""
-        if self._native is not None and self._native.is_quick(sum(span.tree.num_nodes for span in spans)):
-            output = self._native(spans, wanted)
+    def _run(self, spans: Sequence[Span], wanted: list[int] | None, taps: Taps) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Logits of the wanted rows, hidden states and taps of all, choices where they cost nothing to tell."""
+        if self._native is not None and self._native.reads(spans):
+            output = self._native(spans, wanted, taps)
             return output.logits, output.hidden.to(self.dtype), output.choices
         rows = None if wanted is None else sent(wanted, self.device)
         if self._lean is None:
-            logits, hidden = self._run_stock(spans, rows)
+            logits, hidden = self._stock_forward(spans, rows, taps, self.device)
         else:
-            hidden = self._lean.hidden_of(spans)
-            logits = self._lean.logits(hidden if rows is None else hidden[rows])
+            hidden = self._lean.hidden_of(spans, taps)
+            scored = hidden[:, : self.spec.hidden_size] if taps else hidden
+            logits = self._lean.logits(scored if rows is None else scored[rows])
         return logits, hidden, None if self.device.type == "cpu" else logits.argmax(-1)
 
     def _check_context(self, position: int) -> None:
         if position >= self.spec.max_positions:
             raise CapacityError(f"position {position} is beyond the context of {self.spec.context}")
 
-    def _run_stock(self, spans: Sequence[Span], wanted: Tensor | None) -> tuple[Tensor, Tensor]:
-        """The unmodified model on one row of all tokens; its cache and masks keep sequences apart."""
-        layout = Layout.of_all(spans, self.device)
-        inputs: dict[str, Any] = {}
-        if wanted is not None and self._keeps_logits:  # as indices: given a number, some leave rows out before the end
-            inputs["logits_to_keep"] = wanted
-        cache = as_transformers_cache([span.cache for span in spans], [span.tree.num_nodes for span in spans])
-        token_ids = sent([token for span in spans for token in span.tree.tokens], self.device)
-        with laid_out(layout):
-            output = self._model(
-                input_ids=token_ids[None],
-                position_ids=layout.positions,
-                past_key_values=cache,
-                use_cache=True,
-                **inputs,
-            )
-        hidden = self._local.hidden[0]
-        self._local.hidden = None
-        logits = output.logits[0]
-        return logits if wanted is None or len(logits) == len(wanted) else logits[wanted], hidden
-
     @torch.inference_mode()
-    def hidden_states(self, token_ids: Tensor) -> Tensor:
-        """Hidden states [B, T, D] of right-padded rows [B, T] without a cache, for training.
+    def hidden_states(self, token_ids: Tensor, taps: Taps = ()) -> Tensor:
+        """Hidden states and taps [B, T, W] of right-padded rows [B, T] without a cache, for training.
 
         Padding needs no mask: causal rows never look to the right.
         """
         if self._lean is not None:
-            return self._lean.hidden(token_ids)
-        output = self._decoder(input_ids=token_ids, use_cache=False)
-        self._local.hidden = None
-        hidden: Tensor = output.last_hidden_state
-        return hidden
+            return self._lean.hidden(token_ids, taps)
+        return self._stock_forward.hidden(token_ids, taps)
+
+    def probe_rows(self, token_ids: Sequence[int], positions: Tensor, probes: Probes) -> Tensor:
+        """Hidden states [Q, M, D] of a group of probes behind each of the rows `positions` [Q] of a text, for training:
+        with a gradient for the probes where it is enabled."""
+        if isinstance(getattr(self._lean, "head", None), NativeLinear) and torch.is_grad_enabled():
+            raise TargetError(
+                f"no gradient passes through the {self.type_name} weights of {self.name}, which a drafter with probes "
+                "is trained with: load it in bfloat16 or float32 (--dtype)"
+            )
+        cache = KVCache(self._num_caches)
+        self.prefill(token_ids, cache)
+        if self._lean is not None:
+            self._lean.rotary.reserve(len(token_ids) + probes.num_rows)
+        read = self._stock_forward.read if self._lean is None else self._lean.read
+        groups = Groups(probes, positions.to(self.device), self.spec.max_positions, in_pairs=self._lean is not None)
+        return groups.states(read, cache)

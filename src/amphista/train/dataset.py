@@ -1,9 +1,10 @@
 """Token rows -> batches with the target's hidden states, deterministic and resumable.
 
-Hidden states come from the frozen target in process. With a store (`hidden_store.py`) they are computed once, on first
-use, and kept on disk in float16 (2 bytes x hidden size a token: 1.2 kB for the default target).
+Hidden states, with the drafter's taps behind them, come from the frozen target in process. With a store
+(`hidden_store.py`) they are computed once, on first use, and kept on disk in float16 (2 bytes x hidden size a token and
+as many a tap: 1.2 kB for the default target).
 
-Shapes: B rows, T tokens, D hidden size, Q answer rows.
+Shapes: B rows, T tokens, W of a row of hidden states and taps, Q answer rows.
 """
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from amphista.drafter.base import Drafter
 from amphista.errors import DataError
+from amphista.target.spec import Probes
 from amphista.target.target import Target
 from amphista.train.head_loss import AnswerRows
 from amphista.train.hidden_store import HiddenStore
@@ -29,7 +32,7 @@ BUCKET_BATCHES = 32  # rows of this many batches are sorted by length together
 
 @dataclass(frozen=True)
 class PaddedBatch:
-    """Right-padded rows: hidden [B, T, D], next ids [B, T] (the last column repeats), and the answers' rows."""
+    """Right-padded rows: hidden [B, T, W], next ids [B, T] (the last column repeats), and the answers' rows."""
 
     hidden: Tensor
     next_ids: Tensor
@@ -85,26 +88,43 @@ def coverage(rows: Sequence[TokenRow], token_ids: Tensor | None) -> float:
 class HiddenStates:
     """Hidden states of rows, straight from the target or through a store on disk; never NaN or infinite."""
 
-    def __init__(self, target: Target, rows: Sequence[TokenRow], folder: Path | None) -> None:
-        """folder: of the stores, or None; rows: all that will ever be asked for."""
-        self._target = target
-        self.store = None if folder is None else HiddenStore(folder, rows, target.identity)
+    def __init__(
+        self, target: Target, rows: Sequence[TokenRow], folder: Path | None, drafter: Drafter | None = None
+    ) -> None:
+        """folder: of the stores, or None; rows: all that will ever be asked for; drafter: whose taps and probes are
+        read, too."""
+        self._target, self._drafter = target, drafter
+        self._taps = () if drafter is None else drafter.taps
+        self.store = None if folder is None else HiddenStore(folder, rows, target.identity, self._taps)
 
     def get(self, rows: Sequence[TokenRow]) -> list[Tensor]:
-        """Hidden states [T, D] of each row, float32; raises DataError naming a row whose states are not finite."""
-        if self.store is None:
-            return self._compute(rows)
-        missing = [row for row in rows if not self.store.has(row)]
+        """Hidden states [T, W] of each row, float32; raises DataError naming a row whose states are not finite.
+
+        Of a drafter with probes, what the target gives for those below each row of an answer stands behind them, with
+        a gradient where it is enabled.
+        """
+        found = self._compute(rows) if self.store is None else self._stored(self.store, rows)
+        probes = None if self._drafter is None else self._drafter.probes
+        return found if probes is None else [self._probed(*parts, probes) for parts in zip(rows, found, strict=True)]
+
+    def _stored(self, store: HiddenStore, rows: Sequence[TokenRow]) -> list[Tensor]:
+        missing = [row for row in rows if not store.has(row)]
         for row, hidden in zip(missing, self._compute(missing), strict=True):
-            self.store.put(row, hidden)
-        return [self.store.get(row) for row in rows]
+            store.put(row, hidden)
+        return [store.get(row) for row in rows]
+
+    def _probed(self, row: TokenRow, hidden: Tensor, probes: Probes) -> Tensor:
+        positions = torch.tensor([at - 1 for at, mark in enumerate(row.answers) if mark and at])
+        states = self._target.probe_rows(row.token_ids, positions, probes).flatten(1).to(hidden)
+        every = hidden.new_zeros(len(hidden), states.shape[1])
+        return torch.cat([hidden, every.index_copy(0, positions.to(hidden.device), states)], dim=1)
 
     def _compute(self, rows: Sequence[TokenRow]) -> list[Tensor]:
         if not rows:
             return []
         ids = _pad([row.token_ids for row in rows]).to(self._target.device)
         with torch.autocast(ids.device.type, enabled=False):  # the target keeps its own precision, whoever asks
-            hidden = self._target.hidden_states(ids).float().clone()
+            hidden = self._target.hidden_states(ids, self._taps).float().clone()
         states = [hidden[i, : len(row.token_ids)] for i, row in enumerate(rows)]
         for row, state in zip(rows, states, strict=True):
             if not torch.isfinite(state).all():
@@ -152,10 +172,10 @@ def answer_rows(rows: Sequence[TokenRow]) -> AnswerRows:
     return AnswerRows(index, next_ids.flatten()[index], torch.tensor(answers, dtype=torch.long))
 
 
-def idle_batch(hidden_size: int) -> PaddedBatch:
+def idle_batch(width: int) -> PaddedBatch:
     """For a process that has no row of a batch: an answer of one token, at which no head aims. Its loss is 0."""
     token = torch.zeros(1, dtype=torch.long)
-    return PaddedBatch(torch.zeros(1, 1, hidden_size), token[None], AnswerRows(token, token, token + 1))
+    return PaddedBatch(torch.zeros(1, 1, width), token[None], AnswerRows(token, token, token + 1))
 
 
 def _next_ids(rows: Sequence[TokenRow]) -> Tensor:

@@ -108,9 +108,9 @@ class HeadLoss(nn.Module):
         self.drafter, self.config, self.one_by_one = drafter, config, one_by_one
 
     def forward(self, hidden: Tensor, next_ids: Tensor, answer_rows: AnswerRows) -> HeadSums:
-        """hidden [B, T, D], next_ids [B, T] -> what this batch adds to each head's loss."""
+        """hidden [B, T, W], next_ids [B, T] -> what this batch adds to each head's loss."""
         labels = draft_labels(self.drafter, answer_rows.next_ids)
-        aimed_at = hidden.flatten(0, 1).index_select(0, answer_rows.rows)
+        aimed_at = hidden.flatten(0, 1)[:, : self.drafter.spec.hidden_size].index_select(0, answer_rows.rows)
         state_of = self._states(hidden, next_ids, answer_rows.rows)
         parts = [
             self._part(

@@ -1,11 +1,11 @@
 """HiddenStore: hidden states of token rows on disk, in float16, filled as they are computed.
 
-    FOLDER/<identity>/store.json   of which rows and which target, its type included
-    FOLDER/<identity>/hidden.f16   [tokens of all rows, D], by row id
+    FOLDER/<identity>/store.json   of which rows, target (its type included) and taps
+    FOLDER/<identity>/hidden.f16   [tokens of all rows, W = (1 + taps) D], by row id
     FOLDER/<identity>/done.u1      one byte a row
 
-<identity> is a hash of store.json: runs of the same rows and target share a store, others have their own, and none
-ever changes the size of a file that another may have open. A row is marked as stored only after its states are
+<identity> is a hash of store.json: runs of the same rows, target and taps share a store, others have their own, and
+none ever changes the size of a file that another may have open. A row is marked as stored only after its states are
 written, so a killed run leaves nothing that is believed. A row that two processes compute at once is written twice,
 with states that differ by no more than rounding.
 """
@@ -25,6 +25,7 @@ from torch import Tensor
 
 from amphista.errors import ConfigError, DataError
 from amphista.files import Lock, new_folder, replace_folder, write_json
+from amphista.target.kept import Taps
 from amphista.train.token_row import TokenRow
 
 GIGABYTE = 1e9
@@ -34,7 +35,7 @@ SPARE_BYTES = 256 << 20  # left free on the disk: state, drafters and log go the
 class HiddenStore:
     """Open or make the store of these rows; `about` says what it takes."""
 
-    def __init__(self, folder: Path, rows: Sequence[TokenRow], target: dict[str, Any]) -> None:
+    def __init__(self, folder: Path, rows: Sequence[TokenRow], target: dict[str, Any], taps: Taps = ()) -> None:
         """target: its `identity`. raises DataError for ids that are not distinct, ConfigError for a disk too full."""
         by_id = {row.id: row for row in rows}
         if len(by_id) != len(rows):
@@ -46,10 +47,10 @@ class HiddenStore:
         tokens = hashlib.sha256()
         for name in names:
             tokens.update(json.dumps([name, by_id[name].token_ids]).encode())
-        identity = {"tokens_sha256": tokens.hexdigest(), "target": target}
+        identity = {"tokens_sha256": tokens.hexdigest(), "target": target, **({"taps": taps} if taps else {})}
         digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
         self.folder = folder / digest[:24]
-        shape = (sum(lengths), target["hidden_size"])
+        shape = (sum(lengths), (1 + len(taps)) * target["hidden_size"])
         with Lock(folder / ".lock", f"another process is making a store in {folder}", wait=True):
             self.about = _make_room(self.folder, 2 * shape[0] * shape[1], len(rows))
             if not _is_whole(self.folder, shape, len(rows)):
@@ -61,7 +62,7 @@ class HiddenStore:
         return bool(self._done[self._index[row.id]])
 
     def get(self, row: TokenRow) -> Tensor:
-        """Hidden states [T, D], float32."""
+        """Hidden states [T, W], float32."""
         return torch.from_numpy(self._span(row).astype(np.float32))
 
     def put(self, row: TokenRow, hidden: Tensor) -> None:

@@ -26,7 +26,7 @@ def not_finite(accelerator: Accelerator, model: HeadLoss, rows: Sequence[TokenRo
     bad = []
     for index in range(most):
         some = mine[index : index + 1]
-        batch = collate(some, hidden.get(some)) if some else idle_batch(loss_of.drafter.spec.hidden_size)
+        batch = collate(some, hidden.get(some)) if some else idle_batch(loss_of.drafter.row_width)
         batch = batch.to(accelerator.device)
         losses = loss_of(batch.hidden, batch.next_ids, batch.answer_rows).losses
         if not torch.isfinite(losses).all():

@@ -67,7 +67,7 @@ def recalibrate(target: Target, name: str, data: Sequence[Path], out: Path, conf
     drafter = drafter.float()
     if config.draft_vocab is not None:
         drafter = _with_draft_vocab(drafter, target, seen or rows, config.draft_vocab)
-    hidden = HiddenStates(target, held_out, None)
+    hidden = HiddenStates(target, held_out, None, drafter)
     drafter.calibration, measured = calibrate(drafter, held_out, hidden, LossConfig())
     accuracy = drafter.calibration.accuracy
     template = build_template(accuracy, config.nodes)

@@ -138,9 +138,17 @@ def assemble(target: Target, config: TrainConfig, out: Path) -> Parts:
     configure_sharding(accelerator)
     data = _read_data(target, config)
     every_row = [*data.rows, *data.validation_rows]
+    drafter, before = _first_drafter(target, config, data.rows)
+    if drafter.probes is not None and is_sharded(accelerator):
+        raise ConfigError(
+            f"{drafter.name} lends its weights to the target, which cannot read them sharded: leave FSDP out"
+        )
     with accelerator.main_process_first():  # which makes the store that the others then open
-        hidden = HiddenStates(target, every_row, _store_folder(accelerator, config, out))
-    drafter, before = _first_drafter(target, config, data.rows, hidden)
+        hidden = HiddenStates(target, every_row, _store_folder(accelerator, config, out), drafter)
+    if before is None:
+        with torch.no_grad():
+            sample = torch.cat(hidden.get(data.rows[:8]))[:, : target.spec.hidden_size]
+        drafter.match_scale(float(sample.pow(2).mean().sqrt()))
     if config.freeze == "heads":
         corrected = with_paths(drafter)
         if corrected is None:
@@ -180,11 +188,11 @@ def _read_data(target: Target, config: TrainConfig) -> RunData:
 
 
 def _first_drafter(
-    target: Target, config: TrainConfig, rows: list[TokenRow], hidden: HiddenStates
+    target: Target, config: TrainConfig, rows: list[TokenRow]
 ) -> tuple[ScoringDrafter, dict[str, Any] | None]:
     """The drafter at step 0, and what came before where it goes on from another one.
 
-    A fresh one has its draft vocabulary from the rows, its scale from the target's hidden states.
+    A fresh one has its draft vocabulary from the rows; its scale, from the target's hidden states, is still to come.
     """
     kind = config.drafter
     if kind not in DRAFTERS:
@@ -195,8 +203,6 @@ def _first_drafter(
     drafter = make_drafter(kind, drafter_config, target.spec, target.shared)
     if drafter_config.draft_vocab is not None:
         drafter.set_draft_ids(frequent_tokens(rows, drafter_config.draft_vocab, sorted(target.eos_ids)))
-    sample = hidden.get(rows[:8])
-    drafter.match_scale(float(torch.cat(sample).pow(2).mean().sqrt()))
     return drafter, None
 
 

@@ -134,7 +134,7 @@ class Trainer:
         accelerator, count = self.accelerator, self.config.optimizer.accumulate
         share = part_of(rows, accelerator.process_index, accelerator.num_processes)
         some = part_of(share, index, count)
-        batch = collate(some, self.parts.hidden.get(some)) if some else idle_batch(self.drafter.spec.hidden_size)
+        batch = collate(some, self.parts.hidden.get(some)) if some else idle_batch(self.drafter.row_width)
         return batch.to(accelerator.device)
 
     def _begin(self) -> None:

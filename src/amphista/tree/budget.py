@@ -39,17 +39,24 @@ class DraftRow:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a step will verify: a tree for each row, whose heads were asked, and the plain step it stands against."""
+    """What a step will verify: a tree for each row, whose heads were asked, and the plain step it stands against.
+
+    probed: of each row the nodes below which a group of `num_probes` probes stands.
+    """
 
     rows: Sequence[DraftRow]
     growths: Sequence[Growth]
     asked: Sequence[int]
     plain: Forward
+    probed: Sequence[Sequence[int]] = ()
+    num_probes: int = 0
 
     @property
     def forward(self) -> Forward:
         """The step as it will be."""
         num_drafted = sum(growth.tree.num_nodes - 1 for growth in self.growths)
+        if self.probed:
+            num_drafted += self.num_probes * sum(map(len, self.probed))
         return replace(self.plain, num_rows=self.plain.num_rows + num_drafted, num_asked=len(self.asked))
 
 
@@ -160,6 +167,8 @@ class NodeBudget:
             graft = plan.rows[b].graft
             if graft is None or list(accepted[b][:1]) != graft.tokens[:1]:
                 num_nodes = plan.growths[b].tree.num_nodes
+                if plan.probed:
+                    num_nodes += plan.num_probes * len(plan.probed[b])
                 self.record(plan.rows[b].controller, len(accepted[b]), num_nodes, forward, plain)
 
     def record(

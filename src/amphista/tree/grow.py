@@ -20,6 +20,7 @@ from amphista.tree.controller import DraftController
 from amphista.tree.dynamic import best_first, next_nodes
 from amphista.tree.learned import Forward
 from amphista.tree.offers import GrownNodes, Growth
+from amphista.tree.probing import nodes_that_pay
 from amphista.tree.template import TreeTemplate
 from amphista.tree.tune import NOTHING_PAYS, Costs
 
@@ -72,6 +73,10 @@ class Grower(ABC):
         """A tree for each sequence of a batch."""
         pairs = zip(rows, candidates, strict=True)
         return Plan(rows, [self.grow(row.pending, offered, row.max_depth) for row, offered in pairs], asked, plain)
+
+    def where_to_probe(self, plan: Plan, b: int, nodes: Sequence[int]) -> Sequence[int]:
+        """Of some nodes of a sequence's tree, those below which its drafter's probes shall stand; by default all."""
+        return nodes
 
     def observe(self, plan: Plan, accepted: Sequence[Sequence[int]], seconds: float) -> None:  # noqa: B027
         """Take note of the draft tokens that each tree of a step had accepted, and its seconds; most need not."""
@@ -144,6 +149,10 @@ class AutoGrower(Grower):
         grown = [GrownNodes.root(row.pending) for row in rows]
         nodes = [next_nodes(*parts) for parts in zip(grown, candidates, (row.max_depth for row in rows), strict=True)]
         return grown, self.budget.share(rows, nodes, len(asked), plain)
+
+    def where_to_probe(self, plan: Plan, b: int, nodes: Sequence[int]) -> Sequence[int]:
+        seconds, rows = self.budget.costs.by_rows(plan.forward), (plan.forward.num_rows, plan.num_probes)
+        return nodes_that_pay(plan.growths[b], nodes, plan.rows[b].controller.gain, seconds, rows)
 
     def observe(self, plan: Plan, accepted: Sequence[Sequence[int]], seconds: float) -> None:
         if self.max_depth:

@@ -34,6 +34,12 @@ class TokenTree:
         """Each token below the one before."""
         return cls(list(tokens), list(range(-1, len(tokens) - 1)))
 
+    def with_chains(self, nodes: Sequence[int], tokens: Sequence[int]) -> TokenTree:
+        """The same with a chain of these tokens below each of some nodes, one chain behind the other at its end."""
+        end, size = len(self.tokens), len(tokens)
+        parents = [node if j == 0 else end + i * size + j - 1 for i, node in enumerate(nodes) for j in range(size)]
+        return TokenTree([*self.tokens, *list(tokens) * len(nodes)], [*self.parents, *parents])
+
     @property
     def num_nodes(self) -> int:
         return len(self.tokens)

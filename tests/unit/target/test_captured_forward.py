@@ -61,7 +61,7 @@ def test_everything_it_touches_is_on_its_device(family):
     lean, spec = LeanModel(model), Target(tiny_model(family)).spec
     with torch.inference_mode():
         buffer = PersistentBuffer((spec.num_layers, spec.num_key_value_heads, spec.head_size), 64, torch.bfloat16, meta)
-        region = VerifyRegion(lean, buffer, (8, spec.hidden_size, spec.vocab_size))
+        region = VerifyRegion(lean, buffer, (8, spec.row_width((1, 2)), spec.vocab_size), (1, 2))
         region.run()
         assert region.logits.device == meta
         lean._heads_scale = torch.ones(lean._heads_scale.shape)

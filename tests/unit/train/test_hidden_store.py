@@ -69,6 +69,21 @@ def test_another_run_with_other_rows_leaves_an_open_store_alone(target, tmp_path
     assert torch.equal(first.get(ROWS[0]), torch.full((3, target.spec.hidden_size), 3.0)), "equal rows share one store"
 
 
+def test_taps_have_a_store_of_their_own(target, tmp_path):
+    """Beside that of the hidden states alone, which an earlier run may have filled; in the order they are read in."""
+    plain, tapped = (
+        HiddenStates(target, ROWS, tmp_path),
+        HiddenStates(target, ROWS, tmp_path, SimpleNamespace(taps=(1, 2), probes=None)),
+    )
+    assert plain.store.folder != tapped.store.folder
+    alone, rows = plain.get(ROWS), tapped.get(ROWS)
+    size = target.spec.hidden_size
+    assert tapped.store.has(ROWS[0]) and {row.shape[1] for row in rows} == {3 * size}
+    assert all(torch.equal(row[:, :size], states) for row, states in zip(rows, alone, strict=True))
+    expected = target.hidden_states(torch.tensor([ROWS[1].token_ids]), (1, 2))[0]
+    torch.testing.assert_close(rows[1], expected, atol=0, rtol=1e-3)
+
+
 @pytest.mark.parametrize("lost", ["hidden.f16", "done.u1"])
 def test_a_store_that_lacks_a_file_is_made_anew_beside_the_one_that_is_open(target, tmp_path, lost):
     first = HiddenStore(tmp_path, ROWS, target.identity)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from amphista.drafter.checkpoint import read_checkpoint
+from amphista.drafter.checkpoint import load_drafter, read_checkpoint
 from amphista.errors import ConfigError
 from amphista.train.config import DataConfig, OptimizerConfig, TrainConfig
 from amphista.train.trainer import Trainer
@@ -53,6 +53,23 @@ def test_starts_where_the_other_ended(target, data, first, tmp_path):
     assert trainer.drafter.config.num_heads == 2
     again = trainer.run()
     assert any(not torch.equal(t, stored[n]) for n, t in load_file(again / "model.safetensors").items())
+
+
+def test_taps_are_put_on_a_trained_drafter(target, data, first, tmp_path):
+    """At step 0 it says what the other one says; a step later it reads them."""
+    plain = load_drafter(str(first), target.spec, target.shared, target.fingerprint).float()
+    trainer = Trainer(target, config_of(data, init=str(first), model={"taps": [1, 2]}), tmp_path / "run", print)
+    ids, rows = torch.tensor([[5, 9, 40, 7]]), torch.arange(4)
+    with torch.no_grad():
+        hidden = target.hidden_states(ids, (1, 2)).clone()
+        ours = trainer.drafter.head_states(hidden, ids.roll(-1), rows)
+        theirs = plain.head_states(hidden[..., : target.spec.hidden_size], ids.roll(-1), rows)
+    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+    read = load_file(trainer.run() / "model.safetensors")["stages.0.fuse.weight"][:, 2 * target.spec.hidden_size :]
+    assert read.shape[1] == 2 * target.spec.hidden_size and read.any()
+    with pytest.raises(ConfigError, match="taps is"):
+        settings = config_of(data, init=str(tmp_path / "run" / "last"), model={"taps": [2]})
+        Trainer(target, settings, tmp_path / "again", print)
 
 
 def test_history_adds_up(target, data, first, tmp_path):
