@@ -317,7 +317,11 @@ HYDRA_SWITCHES = {
     "hidden": {"base": "hidden", "num_layers": 2, "num_heads": 3},
     "prefix": {"base": "prefix", "lm_head": "own", "head_bias": True, "draft_vocab": 100, "num_heads": 3},
 }
-EAGLE_SWITCHES = {"full": {}, "draft-vocabulary": {"draft_vocab": 100, "num_heads": 3, "intermediate_size": 16}}
+EAGLE_SWITCHES = {
+    "full": {},
+    "taps": {"taps": (1, 2), "num_heads": 3},
+    "draft-vocabulary": {"draft_vocab": 100, "num_heads": 3, "intermediate_size": 16},
+}
 
 
 def real_drafters(target: Target) -> dict[str, Drafter | Proposer]:

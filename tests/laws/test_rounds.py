@@ -42,13 +42,13 @@ def drafters(target):
     return real_drafters(target)
 
 
-def context(target, length=12):
-    hidden = target.hidden_states(torch.tensor([[*IDS, 1]]))[0, :-1].clone()
+def context(target, length=12, taps=()):
+    hidden = target.hidden_states(torch.tensor([[*IDS, 1]]), taps)[0, :-1].clone()
     return hidden[:length], torch.tensor([*IDS[1:], 1])[:length]
 
 
 def fed(target, drafter, length=12, pieces=(4, 1)):
-    state, (hidden, next_ids) = drafter.start(), context(target, length)
+    state, (hidden, next_ids) = drafter.start(), context(target, length, drafter.taps)
     for rows in (slice(0, pieces[0]), slice(pieces[0], sum(pieces)), slice(sum(pieces), length)):
         drafter.commit(state, hidden[rows], next_ids[rows])
     return state
@@ -59,13 +59,16 @@ def fed(target, drafter, length=12, pieces=(4, 1)):
 
 def eagle_plainly(target, drafter, tokens):
     """g of the context, then one row of the path after the other, each time the whole layer from its start."""
-    hidden, next_ids = context(target)
+    (hidden, *taps), next_ids = context(target, taps=drafter.taps)[0].split(32, -1), context(target)[1]
     stage, embed = drafter.stage, lambda ids: drafter.embedding_norm(target.shared.embed(ids))
 
     def fuse(state, ids):
         return F.linear(torch.cat([stage.state_norm(state), embed(ids)], -1), stage.fuse.weight)
 
     rows, states = fuse(hidden, next_ids), []
+    if taps:
+        normed = [norm(tap) for norm, tap in zip(drafter.tap_norms, taps, strict=True)]
+        rows = rows + F.linear(torch.cat(normed, -1), drafter.fuse_taps.weight)
     for token in [*tokens, None]:
         whole = stage.layer(rows[None], positions=torch.arange(len(rows))[None], is_causal=True)[0]
         states.append(drafter.output_norm(whole[-1]))
