@@ -30,6 +30,7 @@ from amphista.drafter.hydra import Hydra, HydraConfig
 from amphista.drafter.medusa import Medusa, MedusaConfig
 from amphista.drafter.proposer import Proposer
 from amphista.drafter.scoring import ScoringDrafter
+from amphista.drafter.tandem import Tandem, TandemConfig
 from amphista.target.target import Target
 from amphista.target.text import Text
 from amphista.tree.candidates import Candidates, ConditionalRanks, NgramDraft
@@ -324,6 +325,9 @@ EAGLE_SWITCHES = {
 }
 
 
+TANDEM_SWITCHES = {"taps": {"taps": (1,), "num_heads": 3}, "alone": {"reads_target": False, "draft_vocab": 100}}
+
+
 def real_drafters(target: Target) -> dict[str, Drafter | Proposer]:
     """Every real drafter with every switch, on random weights, alone; some beside lookup."""
     heads: dict[str, Drafter] = {}
@@ -335,13 +339,19 @@ def real_drafters(target: Target) -> dict[str, Drafter | Proposer]:
         heads[f"hydra-{name}"] = shaken(Hydra(HydraConfig(**switches), target.spec, target.shared))
     for name, switches in EAGLE_SWITCHES.items():
         heads[f"eagle-{name}"] = shaken(Eagle(EagleConfig(**switches), target.spec, target.shared))
+    for name, switches in TANDEM_SWITCHES.items():
+        heads[f"tandem-{name}"] = shaken(Tandem(TandemConfig(**switches), target.spec, target.shared))
     heads = {name: one.to(target.dtype) for name, one in heads.items()}
     beside = {f"{name}+lookup": Proposer(heads.get(name), use_lookup=True) for name in BESIDE_LOOKUP}
     return {"none": Proposer(), **heads, **beside}
 
 
 BESIDE_LOOKUP = ["none", "amphista-full", "medusa-own", "amphista-paths", "eagle-full"]
-SEQUENTIAL = [*(f"hydra-{name}" for name in HYDRA_SWITCHES), *(f"eagle-{name}" for name in EAGLE_SWITCHES)]
+SEQUENTIAL = [
+    *(f"hydra-{name}" for name in HYDRA_SWITCHES),
+    *(f"eagle-{name}" for name in EAGLE_SWITCHES),
+    *(f"tandem-{name}" for name in TANDEM_SWITCHES),
+]
 
 
 REAL_DRAFTERS = [

@@ -15,10 +15,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from amphista.drafter import eagle, hydra
+from amphista.drafter import hydra, path_rows, rounds
 from amphista.drafter.base import Ask
 from amphista.drafter.eagle import Eagle
 from amphista.drafter.hydra import Hydra
+from amphista.drafter.layers import rotary_tables
 from amphista.drafter.proposer import Proposer
 from amphista.engine.params import SamplingParams
 from amphista.engine.step import Engine
@@ -98,9 +99,30 @@ def hydra_plainly(target, drafter, tokens):
     return torch.stack(states)
 
 
+def tandem_plainly(target, drafter, tokens):
+    """Each layer over the target's projected rows and the path's own, whose queries alone count."""
+    rows, next_ids = context(target, taps=drafter.taps)
+    last, *taps = rows.split(32, -1)
+    given, sizes = [int(next_ids[-1]), *tokens][: drafter.num_heads], drafter.layers[0].sizes
+    x = F.linear(drafter.embedding_norm(target.shared.embed(torch.tensor(given))), drafter.widen.weight)
+    places = torch.arange(len(rows) + len(given))[None]
+    tables = rotary_tables(places, sizes.head_size, sizes.rope_theta)
+    sees = places[0, len(rows) :, None] >= places
+    sees[:, : len(rows)] = drafter.config.reads_target
+    for norm, project, layer, source in zip(
+        drafter.source_norms, drafter.sources, drafter.layers, [*taps, last], strict=True
+    ):
+        attention, own = layer.attention, layer.attention_norm(x)
+        keys, values = attention.keys_values(torch.cat([F.linear(norm(source), project.weight), own])[None], tables)
+        queries = attention.queries(torch.cat([torch.zeros(len(rows), 32), own])[None], tables)[:, :, len(rows) :]
+        mixed = F.scaled_dot_product_attention(queries, keys, values, attn_mask=sees, enable_gqa=True)
+        x = layer.widened(x + attention.output(mixed[0].transpose(0, 1).flatten(1)))
+    return drafter.output_norm(x)
+
+
 def check_equations(target, drafters, name):
     drafter = drafters[name]
-    plainly = eagle_plainly if isinstance(drafter, Eagle) else hydra_plainly
+    plainly = {"eagle": eagle_plainly, "hydra": hydra_plainly, "tandem": tandem_plainly}[drafter.name]
     with torch.inference_mode():
         expected = plainly(target, drafter, PATH[: drafter.num_heads - 1])
     found = heads_along(drafter, fed(target, drafter), PATH)
@@ -163,7 +185,7 @@ def test_a_node_in_a_wide_tree_is_as_alone_on_its_path(target, drafters, name):
 
 def snapshot(state):
     caches = [(cache.num_rows, cache.storage[..., : cache.num_rows, :].clone()) for cache in state.caches]
-    return state.num_rows, state.features.clone(), caches
+    return state.num_rows, copy.deepcopy(state.features), caches
 
 
 def check_leaves_nothing(target, drafters, name):
@@ -171,7 +193,7 @@ def check_leaves_nothing(target, drafters, name):
     before = snapshot(state)
     first = drafter.draft(state, 9)
     num_rows, features, caches = snapshot(state)
-    assert num_rows == before[0] and torch.equal(features, before[1])
+    assert num_rows == before[0] and (features is before[1] is None or torch.equal(features, before[1]))
     for (rows, kept), (rows_before, kept_before) in zip(caches, before[2], strict=True):
         assert rows == rows_before and torch.equal(kept, kept_before)
     assert drafter.draft(state, 9) == first, "drafting twice is as drafting once"
@@ -186,19 +208,21 @@ def test_a_draft_leaves_nothing_behind(target, drafters, name):
 
 
 def _position_off_by_one(monkeypatch):
-    tables = eagle.rotary_tables
-    monkeypatch.setattr(eagle, "rotary_tables", lambda positions, *sizes: tables(positions + 1, *sizes))
+    tables = path_rows.rotary_tables
+    monkeypatch.setattr(path_rows, "rotary_tables", lambda positions, *sizes: tables(positions + 1, *sizes))
 
 
 def _a_row_of_the_context_too_few(monkeypatch):
-    of_one = eagle._mix_of_one
-    monkeypatch.setattr(eagle, "_mix_of_one", lambda q, k, v, seen, context: of_one(q, k, v, seen - 1, context))
+    of_one = path_rows._mix_of_one
+    monkeypatch.setattr(path_rows, "_mix_of_one", lambda q, k, v, seen, context: of_one(q, k, v, seen - 1, context))
 
 
 def _a_sibling_is_seen(monkeypatch):
     """The rows of the neighbouring path in place of its own."""
-    of_one = eagle._mix_of_one
-    monkeypatch.setattr(eagle, "_mix_of_one", lambda q, k, v, *others: of_one(q, k.roll(1, 0), v.roll(1, 0), *others))
+    of_one = path_rows._mix_of_one
+    monkeypatch.setattr(
+        path_rows, "_mix_of_one", lambda q, k, v, *others: of_one(q, k.roll(1, 0), v.roll(1, 0), *others)
+    )
 
 
 def _a_drafted_row_is_kept(monkeypatch):
@@ -223,14 +247,16 @@ def _reads_the_token_before(monkeypatch):
 
 
 def _another_path_is_gone_on_from(monkeypatch):
-    at = eagle.Paths.at
-    monkeypatch.setattr(eagle.Paths, "at", lambda paths, index: at(paths, (index - 1).clamp_min(0)))
+    at = rounds.Paths.at
+    monkeypatch.setattr(rounds.Paths, "at", lambda paths, index: at(paths, (index - 1).clamp_min(0)))
 
 
 MUTATIONS = [
     (_position_off_by_one, check_equations, "eagle-full"),
     (_a_row_of_the_context_too_few, check_equations, "eagle-full"),
     (_a_sibling_is_seen, check_wide_trees, "eagle-full"),
+    (_position_off_by_one, check_equations, "tandem-taps"),
+    (_a_sibling_is_seen, check_wide_trees, "tandem-taps"),
     (_a_drafted_row_is_kept, check_leaves_nothing, "eagle-full"),
     (_reads_the_token_before, check_equations, "hydra-staged"),
     (_another_path_is_gone_on_from, check_wide_trees, "hydra-hidden"),
@@ -388,7 +414,7 @@ def test_products_in_c_give_what_torch_gives(target, drafters, name):
             for one, state in zip((drafter, exact, rounded), states, strict=True)
         )
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-5)
-    assert 0 < float((near - expected).norm() / expected.norm()) < 0.1
+    assert 0 < float((near - expected).norm() / expected.norm()) < 0.15
     assert exact.draft(states[1], 7).tokens == drafter.draft(states[0], 7).tokens
     assert not any(isinstance(module, torch.nn.Linear) for module in rounded.modules())
     params = SamplingParams(max_new_tokens=16)

@@ -42,11 +42,14 @@ OPEN_NOTE = {
         "on the drafter's own states, as in arXiv 2503.01840. Chosen here: norms, start, draft vocabulary, objectives "
         "on tokens alone. It is not the published EAGLE of any version, and its figures are not theirs."
     ),
+    "tandem": (
+        "After arXiv 2402.08644, asked in rounds: a small model whose layers attend to projected states of the target "
+        "for the text, and to their own for what is drafted. Likely, from the abstract and a summary: that. Chosen: "
+        "one layer a source, sizes, norms, the random start (the published one is pretrained), objectives. The small "
+        "model never decodes by itself: its tokens would not be the target's."
+    ),
 }
-TAPS_NOTE = (
-    " Its first stage also reads the target's states after layers {taps}, which is not in that paper (cf. EAGLE-3, "
-    "arXiv 2503.01840)."
-)
+TAPS_NOTE = " It also reads the target's states after layers {taps} (cf. EAGLE-3, arXiv 2503.01840)."
 PATH_NOTE = (
     " A path correction stands on top, which is not in that paper: heads behind the first weigh their best tokens anew "
     "given the token above (cf. arXiv 2606.03819, 2607.05147)."
@@ -57,6 +60,7 @@ ARXIV = {
     "medusa": "2401.10774",
     "hydra": "2402.05109",
     "eagle": "2401.15077",
+    "tandem": "2402.08644",
 }
 
 LITTLE_TOKENS = 5_000_000

@@ -36,6 +36,7 @@ from amphista.drafter.lookup import LOOKUP
 from amphista.drafter.medusa import Medusa, MedusaConfig
 from amphista.drafter.proposer import NONE, Proposer
 from amphista.drafter.scoring import ScoringDrafter
+from amphista.drafter.tandem import Tandem, TandemConfig
 from amphista.drafter.weights import digest_in, digest_of, read_weights, write_weights
 from amphista.errors import ConfigError, DrafterError
 from amphista.target.spec import Fingerprint, SharedWeights, TargetSpec
@@ -49,6 +50,7 @@ DRAFTERS: dict[str, tuple[type[DrafterConfig], type[ScoringDrafter]]] = {
     "bita": (BitaConfig, Bita),
     "hydra": (HydraConfig, Hydra),
     "eagle": (EagleConfig, Eagle),
+    "tandem": (TandemConfig, Tandem),
 }
 WEIGHTS_ONLY_DIFFER = {"lm_head_sha256"}
 MAX_CONFIG_BYTES = 1 << 24

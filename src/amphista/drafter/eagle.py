@@ -13,8 +13,8 @@ row of position t sees the context up to t and its own earlier steps. With `loss
 its noise. Ours: the norms, the start at LM(h_t), and taps beside h_t with F = 0 at first, where EAGLE-3 has them in
 its place.
 
-Shapes: B sequences, T rows, P selected rows, n or m paths, i drafted rows of a path, J key-value heads, G query heads
-for each, H = J * G, S rows of a context, E head size, D hidden size, W = (1 + taps) D.
+Shapes: B sequences, T rows, P selected rows, n paths, i drafted rows of a path, J key-value heads, S rows of a context,
+E head size, D hidden size, W = (1 + taps) D.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ import torch
 from torch import Tensor, nn
 
 from amphista.drafter.base import MAX_SIZE, DrafterConfig, DrafterState, check_range, check_taps
-from amphista.drafter.layers import LayerCache, LayerSizes, RMSNorm, RowCache, rotary_tables
+from amphista.drafter.layers import LayerCache, LayerSizes, RMSNorm, RowCache
+from amphista.drafter.path_rows import Contexts, MadeRows, step
 from amphista.drafter.rounds import Paths, SequentialHeads
 from amphista.drafter.staged import StagedAdaptation, causally
 from amphista.target.spec import SharedWeights, TargetSpec
@@ -113,22 +114,16 @@ class Eagle(SequentialHeads[EaglePaths]):
         return self._begun(outputs, torch.arange(len(states), device=self.device), seen, contexts)
 
     def first_along(self, hidden: Tensor, next_ids: Tensor, select: Tensor) -> EaglePaths:
-        length, made = hidden.shape[1], _Made()
+        length, made = hidden.shape[1], MadeRows()
         positions = torch.arange(length, device=hidden.device)[None]
         outputs = self._context(hidden, next_ids, positions, made, select)
         contexts = list(zip(made.keys, made.values, strict=True))
         return self._begun(outputs, select // length, select % length + 1, contexts)
 
     def next(self, paths: EaglePaths, tokens: Tensor) -> EaglePaths:
-        layer, sizes = self.stage.layer, self.stage.layer.sizes
-        x = self.stage.fused(paths.outputs, self._embedded(tokens))
-        positions = (paths.seen + paths.keys.shape[2])[:, None]
-        rotary = rotary_tables(positions, sizes.head_size, sizes.rope_theta)
-        normed = layer.attention_norm(x)[:, None]
-        key, value = layer.attention.keys_values(normed, rotary)
-        keys, values = (torch.cat([old, new], dim=2) for old, new in ((paths.keys, key), (paths.values, value)))
-        mixed = _mix(layer.attention.queries(normed, rotary)[:, :, 0], keys, values, paths)
-        outputs = layer.widened(x + layer.attention.output(mixed))
+        rows = self.stage.fused(paths.outputs, self._embedded(tokens))
+        before = Contexts(paths.contexts, paths.owners, paths.seen)
+        outputs, keys, values = step(self.stage.layer, rows, (paths.keys, paths.values), before)
         return EaglePaths(self.output_norm(outputs), outputs, paths.owners, paths.seen, keys, values, paths.contexts)
 
     @property
@@ -149,41 +144,3 @@ class Eagle(SequentialHeads[EaglePaths]):
     def trim(self, state: DrafterState, num_rows: int) -> None:
         state.num_rows = min(state.num_rows, num_rows)
         state.caches[0].trim(num_rows)
-
-
-class _Made:
-    """Keeps what a layer makes of a text [B, J, T, E], with its gradient: a cache that nothing stood in before."""
-
-    num_rows = 0
-    keys: Tensor
-    values: Tensor
-
-    def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        self.keys, self.values = keys, values
-        return keys, values
-
-
-def _mix(queries: Tensor, keys: Tensor, values: Tensor, paths: EaglePaths) -> Tensor:
-    """Attention of one query [H, E] a path over the rows it sees of its context, and its own [J, i, E]; [n, H * E]."""
-    mixed, counts = [], torch.bincount(paths.owners, minlength=len(paths.contexts)).tolist()
-    parts = (part.split(counts) for part in (queries, keys, values, paths.seen))
-    for query, own_keys, own_values, seen, context in zip(*parts, paths.contexts, strict=True):
-        if len(query):
-            mixed.append(_mix_of_one(query, own_keys, own_values, seen, context))
-    return torch.cat(mixed)
-
-
-def _mix_of_one(query: Tensor, keys: Tensor, values: Tensor, seen: Tensor, context: tuple[Tensor, Tensor]) -> Tensor:
-    """The same of paths [m] below one context: their queries lie one below the other over its keys."""
-    (context_keys, context_values), (number, num_kv_heads, _, size) = context, keys.shape
-    grouped = query.view(number, num_kv_heads, -1, size) * size**-0.5  # [m, J, G, E]
-    below = grouped.transpose(0, 1).flatten(1, 2)  # [J, m * G, E]
-    of_context = (below @ context_keys.transpose(1, 2)).unflatten(1, (number, -1)).transpose(0, 1)  # [m, J, G, S]
-    is_hidden = torch.arange(context_keys.shape[1], device=seen.device) >= seen[:, None]
-    of_context = of_context.masked_fill(is_hidden[:, None, None], -torch.inf)
-    scores = torch.cat([of_context, grouped @ keys.transpose(2, 3)], dim=-1)
-    weights = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(values.dtype)
-    over_context, over_own = weights.split([context_keys.shape[1], keys.shape[2]], dim=-1)
-    mixed = over_context.transpose(0, 1).flatten(1, 2) @ context_values  # [J, m * G, E]
-    together: Tensor = mixed.unflatten(1, (number, -1)).transpose(0, 1) + over_own @ values
-    return together.flatten(1)
