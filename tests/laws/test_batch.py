@@ -149,7 +149,7 @@ def test_steps_are_shared(target, expected):
     engine = Engine(target, knowing(expected), parse_tree("chain"))
     forwards, forward = [], target.forward
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(target, "forward", lambda spans: forwards.append(spans) or forward(spans))
+        patch.setattr(target, "forward", lambda spans, *taps: forwards.append(spans) or forward(spans, *taps))
         together(engine, size=9)
     trees = [span.tree for spans in forwards for span in spans if not span.only_last]
     steps = [spans for spans in forwards if not spans[0].only_last]
