@@ -23,7 +23,7 @@ SHOWN = 8  # tokens before the pending one
 COLUMN, ROW, BOX, CELL = 58, 30, 20, 24
 STYLE = """<style>
 text { fill: #1c2128 } .page { fill: #ffffff } .target { fill: #d9dde3 } .heads { fill: #9fd3b4 }
-.lookup { fill: #f5cf87 } .both { fill: #b9cf9a } .unseen { fill: none; stroke: #b5bac2 } .edge { fill: none; stroke: #b5bac2 }
+.lookup { fill: #f5cf87 } .both { fill: #b9cf9a } .unseen, .edge { fill: none; stroke: #b5bac2 }
 .taken { fill: none; stroke: #1c2128; stroke-width: 2.5 } .left { opacity: 0.55 }
 @media (prefers-color-scheme: dark) {
 text { fill: #e6e9ee } .page { fill: #1d2127 } .target { fill: #4a525e } .heads { fill: #2c6e4b }
