@@ -13,7 +13,8 @@ The script starts the servers, one after the other answers the same prompts, and
     transformers  transformers serve with continuous batching, on the same weights in float32; one round, few prompts
 
 Each client sends its next prompt when its last answer has ended. Prompts are Spec-Bench's first turns, spread evenly,
-read anew in every round; answers are as long whatever they say. TTFT: send to first text. TPOT: (last - first) /
+read anew in every round; answers are as long whatever they say. TTFT: from sending, refusals
+included, to first text. TPOT: (last - first) /
 (tokens - 1). Throughput: tokens of all clients a second. `over`: how a system's throughput stands to that of the first
 system, round by round; `same_texts`: answers that are the first system's to the letter.
 """
@@ -22,6 +23,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import itertools
 import json
 import os
 import shlex
@@ -58,6 +60,7 @@ class Answer:
     last: float = 0.0
     num_tokens: int = 0
     text: str = ""
+    num_refused: int = 0
 
     @property
     def tpot(self) -> float:
@@ -86,6 +89,10 @@ class System:
     most_prompts: int = 10**6
 
 
+class Refused(Exception):
+    """The server has too much to do: it is asked again."""
+
+
 class Events(asyncio.Protocol):
     """Sends one request and reads the events of its answer; light, because it runs on the cores that it measures."""
 
@@ -100,7 +107,10 @@ class Events(asyncio.Protocol):
         transport.write(self._request)
 
     def data_received(self, data: bytes) -> None:
-        self._parser.feed_data(data)
+        try:
+            self._parser.feed_data(data)
+        except httptools.HttpParserCallbackError as error:
+            self._fail(error.__context__ or error)
 
     def on_body(self, body: bytes) -> None:
         """Called by the parser."""
@@ -111,6 +121,8 @@ class Events(asyncio.Protocol):
 
     def _read(self, chunk: dict[str, Any]) -> None:
         answer = self.answer
+        if "error" in chunk:
+            raise Refused(chunk["error"])
         for choice in chunk.get("choices", []):
             if piece := choice["delta"].get("content"):
                 answer.last = time.perf_counter() - self._started
@@ -122,14 +134,18 @@ class Events(asyncio.Protocol):
     def on_message_complete(self) -> None:
         """Called by the parser."""
         status = self._parser.get_status_code()
-        if not self.done.done():
-            is_whole = status == 200 and self.answer.num_tokens
-            failure = RuntimeError(f"answered {status}, {self.answer}, {self._rest[:200]!r}")
-            self.done.set_result(self.answer) if is_whole else self.done.set_exception(failure)
+        if status != 200 or not self.answer.num_tokens:
+            failure = f"answered {status}, {self.answer}, {self._rest[:300]!r}"
+            self._fail(Refused(failure) if status in (429, 503) else RuntimeError(failure))
+        elif not self.done.done():
+            self.done.set_result(self.answer)
 
     def connection_lost(self, error: Exception | None) -> None:
+        self._fail(error or RuntimeError(f"hung up behind {self.answer}"))
+
+    def _fail(self, error: BaseException) -> None:
         if not self.done.done():
-            self.done.set_exception(error or RuntimeError(f"hung up behind {self.answer}"))
+            self.done.set_exception(error)
 
 
 def server(port: int, **extra: Any) -> Callable[[Asked], Awaitable[Answer]]:
@@ -149,11 +165,19 @@ def server(port: int, **extra: Any) -> Callable[[Asked], Awaitable[Answer]]:
         head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nContent-Type: application/json\r\n"
         request = f"{head}Content-Length: {len(data)}\r\nConnection: close\r\n\r\n".encode() + data
         loop = asyncio.get_running_loop()
-        transport, events = await loop.create_connection(lambda: Events(request), "127.0.0.1", port)
-        try:
-            return await events.done
-        finally:
-            transport.close()
+        began = time.perf_counter()
+        for num_refused in itertools.count():
+            sent = time.perf_counter()
+            transport, events = await loop.create_connection(lambda: Events(request), "127.0.0.1", port)
+            try:
+                found = await events.done
+                break
+            except Refused:
+                await asyncio.sleep(1.0)
+            finally:
+                transport.close()
+        found.first, found.last, found.num_refused = found.first + sent - began, found.last + sent - began, num_refused
+        return found
 
     return answer
 
@@ -271,6 +295,7 @@ def told(name: str, runs: Runs) -> dict[str, Any]:
         "over": round(statistics.median(ratios), 3),
         "over_worst": round(min(ratios), 3),
         "over_slowest_5_percent": round(slowest[len(slowest) // 20], 3),
+        "refused": sum(answer.num_refused for answer in answers),
         "same_texts": sum(answer.text == other.text for answer, other in pairs),
         "ttft_ms": _quantiles([1000 * answer.first for answer in answers]),
         "tpot_ms": _quantiles([1000 * answer.tpot for answer in answers]),

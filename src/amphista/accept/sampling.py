@@ -204,6 +204,9 @@ class Grammar(Protocol):
     def allowed(self, index: int) -> NDArray[np.bool_]:
         """Which tokens [V] may be number `index` of the answer; those before it were chosen."""
 
+    def forced(self, index: int) -> list[int]:
+        """What must come from number `index` on, as far as there is no choice: to be drafted, not to be trusted."""
+
     def chose(self, index: int, token: int) -> None:
         """Token number `index` was chosen; what was chosen there and behind it before is forgotten."""
 
