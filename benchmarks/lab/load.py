@@ -23,7 +23,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import itertools
 import json
 import os
 import shlex
@@ -89,7 +88,7 @@ class System:
     most_prompts: int = 10**6
 
 
-class Refused(Exception):
+class RefusedError(Exception):
     """The server has too much to do: it is asked again."""
 
 
@@ -122,7 +121,7 @@ class Events(asyncio.Protocol):
     def _read(self, chunk: dict[str, Any]) -> None:
         answer = self.answer
         if "error" in chunk:
-            raise Refused(chunk["error"])
+            raise RefusedError(chunk["error"])
         for choice in chunk.get("choices", []):
             if piece := choice["delta"].get("content"):
                 answer.last = time.perf_counter() - self._started
@@ -136,7 +135,7 @@ class Events(asyncio.Protocol):
         status = self._parser.get_status_code()
         if status != 200 or not self.answer.num_tokens:
             failure = f"answered {status}, {self.answer}, {self._rest[:300]!r}"
-            self._fail(Refused(failure) if status in (429, 503) else RuntimeError(failure))
+            self._fail(RefusedError(failure) if status in (429, 503) else RuntimeError(failure))
         elif not self.done.done():
             self.done.set_result(self.answer)
 
@@ -165,14 +164,15 @@ def server(port: int, **extra: Any) -> Callable[[Asked], Awaitable[Answer]]:
         head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nContent-Type: application/json\r\n"
         request = f"{head}Content-Length: {len(data)}\r\nConnection: close\r\n\r\n".encode() + data
         loop = asyncio.get_running_loop()
-        began = time.perf_counter()
-        for num_refused in itertools.count():
+        began, num_refused = time.perf_counter(), 0
+        while True:
             sent = time.perf_counter()
             transport, events = await loop.create_connection(lambda: Events(request), "127.0.0.1", port)
             try:
-                found = await events.done
+                found: Answer = await events.done
                 break
-            except Refused:
+            except RefusedError:
+                num_refused += 1
                 await asyncio.sleep(1.0)
             finally:
                 transport.close()
@@ -188,7 +188,7 @@ def engine() -> Callable[[Asked], Awaitable[Answer]]:
 
     def decode(asked: Asked) -> Answer:
         answer, started = Answer(), time.perf_counter()
-        settings = {"max_new_tokens": asked.num_tokens, "temperature": asked.temperature, "seed": 1}
+        settings: dict[str, Any] = {"max_new_tokens": asked.num_tokens, "temperature": asked.temperature, "seed": 1}
         stream = llm.stream(asked.prompt, ignore_eos=True, **settings)
         for piece in stream:
             answer.last = time.perf_counter() - started
@@ -207,7 +207,7 @@ def free_port() -> int:
 
 
 @contextmanager
-def started(command: Sequence[str], port: int, log: Path) -> Iterator[None]:
+def started(command: Sequence[str], port: int, log: Path) -> Iterator[subprocess.Popen[bytes]]:
     """A server, as soon as it is healthy."""
     with log.open("w") as file, subprocess.Popen(command, stdout=file, stderr=file) as process:
         try:
@@ -216,7 +216,7 @@ def started(command: Sequence[str], port: int, log: Path) -> Iterator[None]:
                 if process.poll() is not None or time.monotonic() > deadline:
                     raise SystemExit(f"{command[0]} did not start: {log.read_text()[-2000:]}")
                 time.sleep(0.2)
-            yield
+            yield process
         finally:
             process.terminate()
 
@@ -312,7 +312,9 @@ def _quantiles(values: Sequence[float]) -> dict[str, float]:
     return {name: round(ordered[min(len(ordered) - 1, int(p * len(ordered)))], 1) for name, p in QUANTILES.items()}
 
 
-def measured(asked: argparse.Namespace, all_systems: Sequence[System], prompts: Sequence[str]) -> Iterator[dict[str, Any]]:
+def measured(
+    asked: argparse.Namespace, all_systems: Sequence[System], prompts: Sequence[str]
+) -> Iterator[dict[str, Any]]:
     """A row for each system in each cell; every answer goes into the records."""
     cells = list(zip(map(int, asked.clients.split(",")), map(int, asked.prompts.split(",")), strict=True))
     with (asked.out / "records.jsonl").open("w") as records:
@@ -327,7 +329,12 @@ def measured(asked: argparse.Namespace, all_systems: Sequence[System], prompts: 
                         few = prompts[: min(num_prompts, system.most_prompts)]
                         requests = [Asked(prompt, asked.tokens, temperature, salt) for prompt in few]
                         runs[system.name].append(asyncio.run(loops(system, requests, num_clients)))
-                        place = {"system": system.name, "clients": num_clients, "temperature": temperature, "round": turn}
+                        place = {
+                            "system": system.name,
+                            "clients": num_clients,
+                            "temperature": temperature,
+                            "round": turn,
+                        }
                         for number, answer in enumerate(runs[system.name][-1][0]):
                             records.write(json.dumps({**place, "prompt": number, **asdict(answer)}) + "\n")
                 for name in runs:

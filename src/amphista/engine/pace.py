@@ -47,8 +47,8 @@ class PacedEngine:
         return self._step_seconds.get(nearest, 0.0)
 
     def num_readable(self, seconds: float, num_running: int) -> float:
-        """Tokens of a prompt that can be read beside so many in so many seconds or, where a step of theirs takes longer,
-        in as long: a slow machine reads as long as it decodes."""
+        """Tokens of a prompt that can be read beside so many sequences in so many seconds or, where a step of theirs
+        takes longer, in as long: a slow machine reads as long as it decodes."""
         if not self._read_seconds:
             return math.inf
         return max(seconds, self._step(num_running)) * self._num_read / self._read_seconds

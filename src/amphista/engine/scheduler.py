@@ -30,7 +30,7 @@ class Limits:
     """What there is, and how long anybody may wait.
 
     kv_bytes: for running requests and kept prefixes together. row_bytes: of target and drafter. spare_rows: for a tree
-    beside the tokens. max_stall_seconds: that reading a prompt may add to a step of others, or as long as it takes itself.
+    beside the tokens. max_stall_seconds: that reading a prompt may add to a step of others; or as long as that takes.
     """
 
     kv_bytes: int

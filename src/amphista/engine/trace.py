@@ -11,8 +11,8 @@ from amphista.tree.token_tree import TokenTree
 
 
 class Source(StrEnum):
-    """Who named a token first: the drafter's heads, the n-gram lookup, both, the form an answer must have, which left no
-    choice, or nobody but the target."""
+    """Who named a token first: the drafter's heads, the n-gram lookup, both, the form an answer must have, where that
+    leaves no choice, or nobody but the target."""
 
     HEADS = "heads"
     LOOKUP = "lookup"

@@ -26,6 +26,7 @@ from amphista.serve.metrics import Metrics
 from amphista.serve.schema import ChatRequest, CompletionRequest, Message, Sampled
 from amphista.serve.worker import Ticket, Worker
 from amphista.tree.grow import ALONE, AutoGrower
+from amphista.tree.learned import Forward, StepCosts
 
 GRAMMAR_SECONDS = 2.0
 PING_SECONDS = 15.0
@@ -42,6 +43,7 @@ class Call:
     body: Sampled
     ticket: Ticket
     readers: dict[Request, Reader]
+    traced: Callable[[], dict[str, Any]]  # what is told beside traced steps
     prompts: list[str] = field(default_factory=list)  # where they are to be echoed
     created: int = field(default_factory=lambda: int(time.time()))
     _first: list[Update] | None = None
@@ -83,7 +85,8 @@ class Service:
             raise ConfigError("the server needs a tokenizer, and this target was loaded without one")
         self.llm, self.text, self.name = llm, llm.target.text, name
         self.worker = Worker(llm.engine, limits)
-        self.metrics = Metrics(name, lambda: self.worker.load, _cost_ratio(llm))
+        self._costs = costs = _step_costs(llm)
+        self.metrics = Metrics(name, lambda: self.worker.load, None if costs is None else lambda: _cost_ratio(costs))
         self.is_ready = False
         self._grammars = Grammars(llm.target)
         self._renderer = ThreadPoolExecutor(1, thread_name_prefix="amphista-text")
@@ -141,6 +144,16 @@ class Service:
             call.prompts = [p if isinstance(p, str) else self.text.decode(p) for p in body.prompts]
         return call
 
+    def traced(self) -> dict[str, Any]:
+        """What a trace tells beside its steps: requests that run now, and the tokens of theirs that a plain step would
+        give in the time of one more node: None where no costs are known."""
+        num_running = max(1, self.worker.load.num_running)
+        price = None
+        if self._costs is not None:
+            seconds = self._costs.by_rows(Forward(num_running, num_running))
+            price = round(num_running * (seconds(num_running + 1) / seconds(num_running) - 1), 3)
+        return {"running": num_running, "node_price": price}
+
     async def rendered(self, work: Callable[[], Result]) -> Result:
         """The result of some work on texts, which does not hold up asyncio."""
         return await asyncio.get_running_loop().run_in_executor(self._renderer, work)
@@ -189,7 +202,8 @@ class Service:
         readers = [Reader(self.text, sequence, parse()) for sequence in sequences]
         ticket = self.worker.submit(sequences, tenant, (tenant, body.cache_salt, body.prompt_cache_key))
         name = f"{kind}-{secrets.token_hex(12)}"
-        return Call(name, self.name, seed, body, ticket, dict(zip(ticket.requests, readers, strict=True)))
+        readers_of = dict(zip(ticket.requests, readers, strict=True))
+        return Call(name, self.name, seed, body, ticket, readers_of, self.traced)
 
     def _num_new_tokens(self, num_prompt: int, asked: int | None) -> int:
         """What is asked for, or all there is room for. raises ApiError."""
@@ -218,9 +232,11 @@ class Service:
         return await loop.run_in_executor(self._compiler, self._grammars.compiled, response_format)
 
 
-def _cost_ratio(llm: LLM) -> Callable[[], float] | None:
+def _step_costs(llm: LLM) -> StepCosts | None:
+    """What steps are known to cost, where trees are grown by that."""
     grower = llm.engine.grower
-    if not isinstance(grower, AutoGrower):
-        return None
-    costs = grower.budget.costs
-    return lambda: costs.seconds(ALONE) / costs.costs.forward(1)
+    return grower.budget.costs if isinstance(grower, AutoGrower) else None
+
+
+def _cost_ratio(costs: StepCosts) -> float:
+    return costs.seconds(ALONE) / costs.costs.forward(1)

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 class NgramDraft:
     """One chain of tokens, grafted on the tree below its root.
 
-    `log_probs[d]` is that of the token d + 1 deep, those above being right. num_forced: how many of the first an answer's
-    form leaves no choice about.
+    `log_probs[d]` is that of the token d + 1 deep, those above being right. num_forced: how many of the first are all
+    that an answer's form allows.
     """
 
     tokens: list[int]
