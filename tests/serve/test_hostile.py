@@ -135,13 +135,13 @@ def test_under_siege(monkeypatch):
     monkeypatch.setattr(guard, "BODY_SECONDS", 1.0)
     with serving(talkative_llm(), api_keys=(), kv_gib=0.004) as served:
         port = int(served.url.rpartition(":")[2])
-        stormed = asyncio.run(siege.storm(port, 2.0))
+        stormed = asyncio.run(siege.storm(port, 1.5))
         assert stormed["left"]["in mid-answer"] > 3 and len(stormed["left"]) > 3
         settled(served)
 
         async def attacked():
             attackers = asyncio.ensure_future(siege.attackers(port))
-            soaked = await siege.soak(port, os.getpid(), 3.0, num_clients=4)
+            soaked = await siege.soak(port, os.getpid(), 2.0, num_clients=4)
             assert not attackers.done(), "they have given up"
             attackers.cancel()
             await asyncio.gather(attackers, return_exceptions=True)
@@ -149,7 +149,7 @@ def test_under_siege(monkeypatch):
 
         assert asyncio.run(attacked())["answers"] > 3
         settled(served)
-        soaked = asyncio.run(siege.soak(port, os.getpid(), 3.0))
+        soaked = asyncio.run(siege.soak(port, os.getpid(), 2.0))
         settled(served)
         gc.collect()
     assert soaked["last"]["megabytes"] - soaked["first"]["megabytes"] < 8, soaked

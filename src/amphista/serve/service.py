@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import secrets
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -19,6 +19,7 @@ from amphista.engine.scheduler import Limits
 from amphista.engine.sequence import Sequence as Decoded
 from amphista.errors import ConfigError, RequestError
 from amphista.llm import LLM
+from amphista.prompts import texts_in
 from amphista.serve.answers import Piece, Reader
 from amphista.serve.errors import ApiError
 from amphista.serve.grammar import Grammars
@@ -88,6 +89,7 @@ class Service:
         self._costs = costs = _step_costs(llm)
         self.metrics = Metrics(name, lambda: self.worker.load, None if costs is None else lambda: _cost_ratio(costs))
         self.is_ready = False
+        self._most_characters = self.max_len * max(map(len, self.text.vocabulary))
         self._grammars = Grammars(llm.target)
         self._renderer = ThreadPoolExecutor(1, thread_name_prefix="amphista-text")
         self._compiler = ThreadPoolExecutor(1, thread_name_prefix="amphista-grammar")
@@ -128,6 +130,7 @@ class Service:
     async def chat(self, body: ChatRequest, tenant: int) -> Call:
         """Start answers to a conversation."""
         self.check_model(body.model)
+        self.check_length(texts_in(body.model_dump(include={"messages", "tools"})))
         tools = body.told_tools
         if tools and not self.text.takes_tools:
             raise ApiError(400, "this model's chat template knows no tools: leave them out", param="tools")
@@ -138,6 +141,9 @@ class Service:
     async def complete(self, body: CompletionRequest, tenant: int) -> Call:
         """Start answers to prompts as they are."""
         self.check_model(body.model)
+        for prompt in body.prompts:
+            if isinstance(prompt, str):
+                self.check_length([prompt])
         prompts = await self.rendered(lambda: [self._ids(prompt) for prompt in body.prompts])
         call = await self._call("cmpl", body, prompts, tenant)
         if body.echo:
@@ -153,6 +159,13 @@ class Service:
             seconds = self._costs.by_rows(Forward(num_running, num_running))
             price = round(num_running * (seconds(num_running + 1) / seconds(num_running) - 1), 3)
         return {"running": num_running, "node_price": price}
+
+    def check_length(self, texts: Iterable[str]) -> None:
+        """raises ApiError for texts that can be no prompt, were every token the longest: counting the tokens of
+        megabytes takes seconds, and who comes next would wait for it."""
+        if sum(map(len, texts)) > self._most_characters:
+            message = f"a prompt of more than {self._most_characters} characters is longer than the context"
+            raise ApiError(400, message, code="context_length_exceeded")
 
     async def rendered(self, work: Callable[[], Result]) -> Result:
         """The result of some work on texts, which does not hold up asyncio."""
