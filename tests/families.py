@@ -3,7 +3,7 @@
     python -m tests.families                     # all of them, a few minutes on one thread; the table goes to docs/
     python -m tests.families llama gemma3_text   # some, to the screen
 
-Each is read through the door of `load_target` (configuration, probe, the fast path where it qualifies) and decoded with
+Each is read through the door of `load_target` (configuration, check, the fast path where it qualifies) and decoded with
 drafters that put wrong siblings before right ones, draft chains, look up the text, or guess. Its tokens must be those
 of `transformers`' own `generate` and of a forward over the whole text without any cache. Exit code 1 where one is not.
 """
@@ -27,8 +27,8 @@ from amphista.drafter.proposer import Proposer
 from amphista.engine.params import SamplingParams
 from amphista.engine.step import Engine
 from amphista.errors import TargetError, first_line
+from amphista.target.exactness import check_exactness
 from amphista.target.families import refuse_unsupported
-from amphista.target.probe import probe
 from amphista.target.target import Target
 from amphista.target.tiny import tiny_model
 from amphista.tree.grow import parse_tree
@@ -48,7 +48,7 @@ INTRODUCTION = """# Families
 Every causal-LM class of `transformers` {version}, and some that read images beside text and are given text alone: built
 tiny and random (float64 where the class can), then decoded with drafters that put wrong siblings before right ones,
 draft chains, look up the text, or guess. The tokens must be those of `generate` and of a whole forward without a cache.
-Made by `python -m tests.families`; a real checkpoint is probed again whenever it is loaded.
+Made by `python -m tests.families`; a real checkpoint is checked again whenever it is loaded.
 """
 IMAGES = "aya_vision idefics3 internvl llava mistral3 paligemma qwen2_vl qwen2_5_vl qwen3_vl smolvlm"
 SETTINGS: dict[str, dict[str, Any]] = {  # where a class's defaults make no whole decoder
@@ -120,7 +120,7 @@ def compare(family: str, model: Any) -> Verdict:
     """Decode with every drafter, on the stock path and on the fast one; raises TargetError where it is refused."""
     model.generation_config = GenerationConfig(pad_token_id=0)
     target = Target(model)
-    probe(target)
+    check_exactness(target)
     expected = generated(model, PROMPT, NUM_TOKENS)
     note = ""
     if differs_from_whole_forward(model, PROMPT, expected):

@@ -17,7 +17,7 @@ LAYERS = [  # bottom up; what stands on one line does not import each other
     {"accept", "drafter"},
     {"engine"},
     {"llm"},
-    {"custom_generate", "train", "evaluation", "serve"},
+    {"custom_generate", "vllm_proposer", "train", "evaluation", "serve"},
     {"cli"},
     {"__init__", "__main__"},
 ]
@@ -34,6 +34,7 @@ FENCES = {
     "prometheus_client": ("serve/metrics.py",),
     "ray": ("serve/ray_app.py",),
     "llguidance": ("serve/grammar.py",),
+    "vllm": ("vllm_proposer.py",),
 }
 NARROW = {("drafter", "target"): "amphista.target.spec", ("accept", "target"): None}  # None: not at all
 MAX_FUNCTION_LINES = 60

@@ -28,7 +28,7 @@ from amphista.kernels.linear import TorchLinear
 from amphista.target.blocks import GGUF
 from amphista.target.lean import LeanModel
 from amphista.target.loading import load_target
-from amphista.target.native import NativeForward
+from amphista.target.native_forward import NativeForward
 from amphista.target.products import PlainLinear, RoundedLinear
 from amphista.target.spans import Span
 from amphista.tree.token_tree import TokenTree

@@ -19,8 +19,8 @@ from amphista.engine.model_defaults import settings_of
 from amphista.engine.params import SamplingParams
 from amphista.errors import RequestError, TargetError
 from amphista.llm import LLM, choose_drafter
-from amphista.target.loading import Source, load_text
-from amphista.target.probe import probe
+from amphista.target.exactness import check_exactness
+from amphista.target.loading import ModelSource, load_text
 from amphista.target.target import Target
 from amphista.target.text import Text
 
@@ -93,7 +93,7 @@ def _llm_of(model: Any, drafter: str | None, tree: str | int | None, *, fast: bo
     if kept is None or kept[0] != key:
         name = model.config._name_or_path
         target = Target(model, _text(name, tokenizer), name=name or "the model")
-        probe(target)
+        check_exactness(target)
         if fast:
             target.speed_up(native=True)
         kept = (key, LLM(target, choose_drafter(target, drafter), tree=tree))
@@ -107,7 +107,7 @@ def _text(name: str, tokenizer: Any) -> Text | None:
     if tokenizer is not None or not name:
         return None if tokenizer is None else Text(tokenizer)
     try:
-        return load_text(Source(name, name, {"local_files_only": True}))
+        return load_text(ModelSource(name, name, {"local_files_only": True}))
     except TargetError:
         return None
 

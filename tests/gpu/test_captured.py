@@ -13,14 +13,14 @@ import pytest
 import torch
 
 from amphista.cache.static import KVCache
-from amphista.drafter import captured as drafting
+from amphista.drafter import captured_drafter as drafting
 from amphista.drafter.base import Drafter
-from amphista.drafter.captured import CapturedDrafter
+from amphista.drafter.captured_drafter import CapturedDrafter
 from amphista.engine.params import SamplingParams
 from amphista.engine.step import Engine
 from amphista.errors import CaptureError
 from amphista.kernels.graph import WARM_UPS, Recorder
-from amphista.target import captured as verifying
+from amphista.target import captured_forward as verifying
 from amphista.target.target import Target
 from amphista.tree.grow import parse_tree
 from amphista.tree.token_tree import TokenTree
@@ -72,7 +72,7 @@ def test_equals_the_same_forward_as_it_is_and_the_stock_model(name, dtype):
     for length in (1, WINDOW, 3 * WINDOW + 1):
         cache = target.new_cache()
         ours = outputs_of(target, cache, length)
-        assert cache.home is not None and cache.home.holds(cache)
+        assert cache.buffer is not None and cache.buffer.holds(cache)
         as_it_is = outputs_of(target, KVCache(target.spec.num_layers), length)
         theirs = outputs_of(stock, KVCache(target.spec.num_layers), length)
         assert max(difference(a.double(), b.double()) for a, b in zip(ours, as_it_is, strict=True)) < TOLERANCE[dtype]

@@ -1,4 +1,4 @@
-"""Families of every kind, tiny and random, through the probe and hostile drafters: the tokens are stock's.
+"""Families of every kind, tiny and random, through the check at load and hostile drafters: the tokens are stock's.
 
 The whole list of the installed `transformers` takes minutes: `python -m tests.families`.
 """
@@ -10,7 +10,7 @@ import torch
 from transformers import GPTNeoConfig
 
 from amphista.errors import TargetError
-from amphista.target.probe import probe
+from amphista.target.exactness import check_exactness
 from amphista.target.target import Target
 from amphista.target.tiny import WINDOW, tiny_config, tiny_model
 from tests.families import configuration, judge
@@ -59,14 +59,14 @@ def test_what_no_tiny_copy_can_be_made_of_is_read_beyond_its_windows(monkeypatch
     def refuse(config):
         raise TargetError("no tiny model of this class can be built")
 
-    monkeypatch.setattr("amphista.target.probe.tiny_model", refuse)
-    probe(Target(tiny_model(configuration("mistral"))))
+    monkeypatch.setattr("amphista.target.exactness.tiny_model", refuse)
+    check_exactness(Target(tiny_model(configuration("mistral"))))
     with pytest.raises(TargetError, match="tree's node"):
-        probe(Target(tiny_model(GPTNeoConfig())))
+        check_exactness(Target(tiny_model(GPTNeoConfig())))
     target = Target(tiny_model(configuration("mistral")))
     target.config.sliding_window = 100_000
     with pytest.raises(TargetError, match="within windows of 100000 tokens"):
-        probe(target)
+        check_exactness(target)
 
 
 def test_a_model_that_hardly_reads_its_context_is_not_taken_at_its_word(monkeypatch):
@@ -77,9 +77,9 @@ def test_a_model_that_hardly_reads_its_context_is_not_taken_at_its_word(monkeypa
     with torch.no_grad():
         for layer in model.model.layers:
             layer.self_attn.o_proj.weight.mul_(1e-9)
-    monkeypatch.setattr("amphista.target.probe.tiny_model", refuse)
+    monkeypatch.setattr("amphista.target.exactness.tiny_model", refuse)
     with pytest.raises(TargetError, match="hardly depend on the context"):
-        probe(Target(model))
+        check_exactness(Target(model))
 
 
 def test_tiny_copies_keep_kinds_of_layers_and_their_order():

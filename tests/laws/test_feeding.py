@@ -10,7 +10,7 @@ import torch
 
 from amphista.drafter.proposer import Proposer
 from amphista.engine.params import SamplingParams
-from amphista.engine.rows import Rows
+from amphista.engine.sequence_cache import SequenceCache
 from amphista.engine.step import Engine
 from amphista.tree.grow import DynamicGrower, parse_tree
 from tests.decoding import begin, step
@@ -140,15 +140,15 @@ def in_the_wrong_order(rows, feed):
 @pytest.mark.parametrize("mutation", [forgets_a_row, in_the_wrong_order])
 def test_mutation_of_late_feeding_is_seen(precise, monkeypatch, mutation):
     target, drafters = precise
-    feed = Rows.feed
-    monkeypatch.setattr(Rows, "feed", lambda rows: mutation(rows, feed))
+    feed = SequenceCache.feed
+    monkeypatch.setattr(SequenceCache, "feed", lambda rows: mutation(rows, feed))
     with pytest.raises(AssertionError):
         worst, _ = worst_difference(target, drafters["amphista-full"], 0.0, Seldom(250), 6)
         assert worst < 1e-6
 
 
 def test_rows_do_not_wait_without_end(precise, monkeypatch):
-    monkeypatch.setattr("amphista.engine.rows.MAX_UNFED", 5)
+    monkeypatch.setattr("amphista.engine.sequence_cache.MAX_UNFED", 5)
     target, drafters = precise
     engine = Engine(target, drafters["amphista-full"], Seldom(1))
     sequence = begin(engine, PROMPTS[0], SamplingParams(max_new_tokens=40))

@@ -22,7 +22,7 @@ from amphista.engine.step import Engine
 from amphista.errors import NativeError
 from amphista.native.build import find_compiler, load
 from amphista.target.lean import LeanModel
-from amphista.target.native import NativeForward, windows_of
+from amphista.target.native_forward import NativeForward, windows_of
 from amphista.target.products import PlainLinear, RoundedLinear
 from amphista.target.spans import Span
 from amphista.target.target import Target

@@ -10,8 +10,8 @@ import torch
 
 from amphista.drafter.proposer import Proposer
 from amphista.engine.params import SamplingParams
-from amphista.engine.rows import Rows
 from amphista.engine.sequence import Sequence
+from amphista.engine.sequence_cache import SequenceCache
 from amphista.engine.step import Engine
 from amphista.errors import CapacityError
 from amphista.llm import LLM
@@ -209,8 +209,9 @@ def test_failed_forward_leaves_usable_caches(path, monkeypatch):
     assert sequence.output_ids == decode(engine, [5, 17, 230], PARAMS).output_ids
 
 
-def _forgets_rows_that_wait(monkeypatch):
-    monkeypatch.setattr(Rows, "feed", lambda rows: rows.unfed.clear())
+def _mixes_up_rows_that_wait(monkeypatch):
+    joined = SequenceCache._joined
+    monkeypatch.setattr(SequenceCache, "_joined", lambda rows: (joined(rows)[0].flip(0), joined(rows)[1]))
 
 
 def _keeps_a_row_too_many(monkeypatch):
@@ -221,10 +222,10 @@ def _keeps_a_row_too_many(monkeypatch):
 
 
 def _keeps_the_drafters_rows(monkeypatch):
-    monkeypatch.setattr(Rows, "keep", lambda rows, num_rows: rows.cache.trim(num_rows))
+    monkeypatch.setattr(SequenceCache, "keep", lambda rows, num_rows: rows.cache.trim(num_rows))
 
 
-@pytest.mark.parametrize("mutation", [_forgets_rows_that_wait, _keeps_a_row_too_many, _keeps_the_drafters_rows])
+@pytest.mark.parametrize("mutation", [_mixes_up_rows_that_wait, _keeps_a_row_too_many, _keeps_the_drafters_rows])
 def test_a_mutation_of_taking_over_is_seen(monkeypatch, mutation):
     """A target that repeats itself, so that lookup often has something to say."""
     target = tiny_target(tie_word_embeddings=True)

@@ -23,7 +23,7 @@ from amphista.train.calibrate import calibrate, head_temperatures
 from amphista.train.config import DataConfig, OptimizerConfig, TrainConfig
 from amphista.train.dataset import HiddenStates, collate
 from amphista.train.losses import LossConfig
-from amphista.train.rows import TokenRow
+from amphista.train.token_row import TokenRow
 from amphista.train.trainer import Trainer
 from amphista.train.validation import ranked_heads, validate
 from amphista.tree.grow import parse_tree

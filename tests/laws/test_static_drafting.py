@@ -1,4 +1,4 @@
-"""Drafting in fixed shapes (drafter/captured.py) equals the drafter as it is, and decoding through both is lossless.
+"""Drafting in fixed shapes (drafter/captured_drafter.py) equals the drafter as it is; decoding so is lossless.
 
 Here the functions that CUDA records run as they are, on the same buffers; tests/gpu repeats the checks under capture.
 Mutations (padding that writes among the rows, the features of another row, rows left behind when a state moves) must be
@@ -12,19 +12,19 @@ import threading
 import pytest
 import torch
 
-from amphista.drafter import captured as drafting
+from amphista.drafter import captured_drafter as drafting
 from amphista.drafter.amphista import Amphista, AmphistaConfig
 from amphista.drafter.base import Calibration
-from amphista.drafter.captured import AskRegion, CapturedDrafter, FeedRegion
+from amphista.drafter.captured_drafter import AskRegion, CapturedDrafter, FeedRegion
 from amphista.drafter.medusa import Medusa, MedusaConfig
 from amphista.drafter.proposer import Proposer
-from amphista.drafter.stage_rows import StageHome
+from amphista.drafter.stage_buffer import StageBuffer
 from amphista.engine.params import FinishReason, SamplingParams
 from amphista.engine.step import Engine
 from amphista.errors import CaptureError
 from amphista.kernels.graph import Recorder
 from amphista.llm import LLM
-from amphista.target import captured as verifying
+from amphista.target import captured_forward as verifying
 from amphista.target.spec import LogitTransform, SharedWeights
 from amphista.target.target import Target
 from amphista.tree.grow import parse_tree
@@ -185,7 +185,7 @@ def test_another_thread_goes_on_with_a_state(exact):
     assert found[0] == drafter.draft(other, 5).tokens
     drafter.commit(other, hidden[5:7], ids[5:7])
     assert found[1] == drafter.draft(other, 5).tokens
-    assert any(home.holds(state) for home in around._homes.values())
+    assert any(buffer.holds(state) for buffer in around._stage_buffers.values())
     around.commit(state, hidden[7:9], ids[7:9]), drafter.commit(other, hidden[7:9], ids[7:9])
     assert around.draft(state, 5).tokens == drafter.draft(other, 5).tokens
 
@@ -222,7 +222,7 @@ def test_everything_it_touches_is_on_its_device(target, kind, switches):
     with torch.inference_mode():
         regions = [AskRegion(heads, around._features, around._pending, around._divisors, 6)]
         if kind is Amphista and config.stages:
-            regions.append(FeedRegion(heads, StageHome(heads, 16), around._features, 4))
+            regions.append(FeedRegion(heads, StageBuffer(heads, 16), around._features, 4))
         for region in regions:
             region.run()
     assert regions[0].offers.device == meta
@@ -257,7 +257,7 @@ def check(target, drafter, tree, sampling, expected):
     cache = sequence.rows.cache
     cache.check_integrity()
     assert cache.num_committed == len(PROMPT) + sequence.stats.num_tokens - 1
-    assert cache.home is not None and cache.home.holds(cache), "nothing ran in fixed shapes"
+    assert cache.buffer is not None and cache.buffer.holds(cache), "nothing ran in fixed shapes"
     return sequence, engine
 
 
@@ -388,11 +388,11 @@ def _positions_from_zero(monkeypatch):
 
 
 def _rows_left_behind(monkeypatch):
-    def move_in(home, state):
-        for cache, view in zip(state.caches, home.views, strict=True):
+    def attach(buffer, state):
+        for cache, view in zip(state.caches, buffer.views, strict=True):
             cache._kv = view
 
-    monkeypatch.setattr(StageHome, "move_in", move_in)
+    monkeypatch.setattr(StageBuffer, "attach", attach)
 
 
 def _features_not_handed_over(monkeypatch):

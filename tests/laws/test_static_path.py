@@ -1,4 +1,4 @@
-"""Verifying in fixed shapes (target/captured.py) equals the same forward as it is and the stock model, padded or not.
+"""Verifying in fixed shapes (target/captured_forward.py) equals the forward as it is and the stock model, padded too.
 
 On CUDA these forwards are recorded as graphs; here the very same functions run as they are, on the same buffers
 (`Target(static=True)`), and tests/gpu repeats the checks under capture. Float64, so that equality can be asked for to
@@ -16,11 +16,11 @@ import threading
 import pytest
 import torch
 
-from amphista.cache.resident import Residence, ResidentCache
+from amphista.cache.persistent import BufferedCache, PersistentBuffer
 from amphista.cache.static import KVCache
 from amphista.errors import CapacityError, TargetError
-from amphista.target import captured
-from amphista.target.captured import VerifyRegion
+from amphista.target import captured_forward
+from amphista.target.captured_forward import VerifyRegion
 from amphista.target.spans import Span
 from amphista.target.target import Target
 from amphista.tree.token_tree import TokenTree
@@ -34,7 +34,7 @@ CAPACITY = 16  # the first one here: contexts of these tests cross several
 
 @pytest.fixture(autouse=True)
 def _small_capacities(monkeypatch):
-    monkeypatch.setattr(captured, "FIRST_CAPACITY", CAPACITY)
+    monkeypatch.setattr(captured_forward, "FIRST_CAPACITY", CAPACITY)
 
 
 def static_target(name: str = "llama", dtype: torch.dtype = torch.float64, **kwargs) -> Target:
@@ -71,9 +71,9 @@ def outputs_of(target: Target, cache: KVCache, length: int) -> list[torch.Tensor
 
 def worst(target: Target, length: int, other: Target | None = None) -> float:
     cache = target.new_cache()
-    assert isinstance(cache, ResidentCache)
+    assert isinstance(cache, BufferedCache)
     ours = outputs_of(target, cache, length)
-    assert cache.home is not None, "nothing ran in fixed shapes: the law would be vacuous"
+    assert cache.buffer is not None, "nothing ran in fixed shapes: the law would be vacuous"
     other = other or target
     theirs = outputs_of(other, as_it_is(other), length)
     return max(difference(a, b) for a, b in zip(ours, theirs, strict=True))
@@ -110,11 +110,11 @@ def test_padding_changes_nothing(name, monkeypatch):
     """The same trees in buckets of their own size and in one far too large: logits, and every row that is kept."""
     rows, logits = [], []
     for sizes in ((1, 2, 3, 10, 16), (256,)):
-        monkeypatch.setattr(captured, "NODES", sizes)
+        monkeypatch.setattr(captured_forward, "NODES", sizes)
         target = static_target(name)
         cache = target.new_cache()
         logits.append(outputs_of(target, cache, 9))
-        rows.append(cache.home.rows[:, :, :, : cache.num_committed].clone())
+        rows.append(cache.buffer.rows[:, :, :, : cache.num_committed].clone())
     assert max(difference(a, b) for a, b in zip(*logits, strict=True)) < 1e-9
     assert difference(*rows) < 1e-9
 
@@ -152,7 +152,7 @@ def test_commit_equals_prefill():
         target.verify(TREE, cache)
         cache.commit(path)
         tokens = tokens + [TREE.tokens[node] for node in path]
-        assert cache.home.holds(cache)
+        assert cache.buffer.holds(cache)
     fresh = as_it_is(target)
     target.prefill(tokens, fresh)
     for ours, theirs in zip(cache.layers, fresh.layers, strict=True):
@@ -163,7 +163,7 @@ def test_commit_equals_prefill():
 
 
 def test_capacities_are_crossed_on_the_way():
-    """From 16 rows over 32 and 64 to 128, by trees, by a prefill at home, and back after a trim."""
+    """From 16 rows over 32 and 64 to 128, by trees, by a prefill in the buffer, and back after a trim."""
     target = static_target("mistral-windowed")
     cache, other = target.new_cache(), as_it_is(target)
     seen = set()
@@ -177,7 +177,7 @@ def test_capacities_are_crossed_on_the_way():
         if step == 16:
             cache.trim(6), other.trim(6)
         assert difference(target.verify(TREE, cache).logits, target.verify(TREE, other).logits) < 1e-9
-        seen.add(cache.home.capacity)
+        seen.add(cache.buffer.capacity)
         cache.commit([0, 2, 5]), other.commit([0, 2, 5])
     assert seen == {16, 32, 64, 128}
 
@@ -206,7 +206,7 @@ def test_caches_take_turns():
             assert difference(target.verify(TREE, ours).logits, target.verify(TREE, theirs).logits) < 1e-9
         for ours, theirs in pairs:  # committed when another has moved in since
             ours.commit([0, 1, 4][: step + 1]), theirs.commit([0, 1, 4][: step + 1])
-    assert sum(ours.home is not None and ours.home.holds(ours) for ours, _ in pairs) < 3
+    assert sum(ours.buffer is not None and ours.buffer.holds(ours) for ours, _ in pairs) < 3
 
 
 def test_a_ragged_batch_is_read_as_it_is():
@@ -238,10 +238,10 @@ def test_a_cache_nobody_holds_any_more_is_not_kept():
     target = static_target()
     cache = target.new_cache()
     target.prefill(prompt_of(4), cache), target.verify(TREE, cache)
-    home = cache.home
+    buffer = cache.buffer
     del cache
     gc.collect()
-    assert home._tenant() is None
+    assert buffer._owner() is None
 
 
 def test_another_thread_decodes_as_it_is():
@@ -256,9 +256,9 @@ def test_another_thread_decodes_as_it_is():
         cache = target.new_cache()
         target.prefill(prompt_of(9), cache)
         found.append(target.verify(TREE, cache))
-        found.append(cache.home)
+        found.append(cache.buffer)
         found.append(target.verify(TREE, mine))  # it may also go on with a cache that lives here
-        found.append(mine.home)
+        found.append(mine.buffer)
 
     thread = threading.Thread(target=decode)
     thread.start(), thread.join()
@@ -300,8 +300,8 @@ def _siblings_are_seen(monkeypatch):
 
 
 def _wrong_commit_row(monkeypatch):
-    original = ResidentCache._move
-    monkeypatch.setattr(ResidentCache, "_move", lambda cache, source, to: original(cache, source - 1, to))
+    original = BufferedCache._move
+    monkeypatch.setattr(BufferedCache, "_move", lambda cache, source, to: original(cache, source - 1, to))
 
 
 def _written_one_late(monkeypatch):
@@ -331,12 +331,12 @@ def _padding_written_among_the_rows(monkeypatch):
 
 
 def _not_moved_in(monkeypatch):
-    def pretend(residence, cache):
-        cache.home = residence
-        for layer, (keys, values) in zip(cache.layers, residence.views, strict=True):
+    def pretend(buffer, cache):
+        cache.buffer = buffer
+        for layer, (keys, values) in zip(cache.layers, buffer.views, strict=True):
             layer.keys, layer.values = keys, values
 
-    monkeypatch.setattr(Residence, "move_in", pretend)
+    monkeypatch.setattr(PersistentBuffer, "attach", pretend)
 
 
 @pytest.mark.parametrize(

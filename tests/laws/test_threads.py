@@ -13,7 +13,7 @@ import time
 import pytest
 import torch
 
-from amphista.drafter.captured import CapturedDrafter
+from amphista.drafter.captured_drafter import CapturedDrafter
 from amphista.drafter.proposer import Proposer
 from amphista.engine.params import SamplingParams
 from amphista.engine.step import Engine
@@ -176,7 +176,7 @@ def test_a_long_prompt_is_read_outside_of_the_buffers(monkeypatch):
     real = Target._forward
 
     def held_up(self, *args, **settings):
-        assert cache.home is None
+        assert cache.buffer is None
         time.sleep(0.005)
         with monkeypatch.context() as patch:
             patch.setattr(Target, "_forward", real)
@@ -230,7 +230,7 @@ def test_threads_side_by_side_get_what_each_gets_alone(hasty, monkeypatch, name,
 
 
 def test_drafts_of_threads_that_overtake_each_other(monkeypatch):
-    """One is held up in the middle of feeding; the other feeds, drafts and grows the number of homes."""
+    """One is held up in the middle of feeding; the other feeds, drafts and grows the number of buffers."""
     target = static_target()
     drafter = real_drafters(target)["amphista-full"]
     around = CapturedDrafter(drafter)

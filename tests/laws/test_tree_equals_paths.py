@@ -18,7 +18,7 @@ from amphista.cache.static import KVCache
 from amphista.errors import TargetError
 from amphista.target import attention
 from amphista.target.attention import Layout
-from amphista.target.probe import _Check, probe
+from amphista.target.exactness import _Check, check_exactness
 from amphista.target.spans import Span
 from amphista.target.target import Target
 from amphista.tree.token_tree import TokenTree
@@ -106,7 +106,7 @@ def test_shared_head_reproduces_the_logits(family_target):
 
 @pytest.mark.parametrize("family", ["cohere", "granite"])
 def test_scaled_logits_of_other_families(family):
-    """Families outside the tested list are probed at load; these two scale their logits."""
+    """Families outside the tested list are checked at load; these two scale their logits."""
     from transformers import AutoModelForCausalLM, CohereConfig, GraniteConfig
 
     from tests.tiny import SIZES
@@ -114,12 +114,12 @@ def test_scaled_logits_of_other_families(family):
     torch.manual_seed(0)
     config = {"cohere": CohereConfig(**SIZES, logit_scale=0.3), "granite": GraniteConfig(**SIZES, logits_scaling=7.0)}
     target = Target(AutoModelForCausalLM.from_config(config[family]).double())
-    probe(target)
+    check_exactness(target)
     assert worst_difference(target, 5) < atol(target)
 
 
 def test_probe_accepts_every_tested_family(family_target):
-    probe(family_target)
+    check_exactness(family_target)
 
 
 def test_eager_attention_gets_an_additive_mask():
@@ -131,7 +131,7 @@ def test_eager_attention_gets_an_additive_mask():
 
 def test_bfloat16_stays_within_rounding():
     target = tiny_target("llama", dtype=torch.bfloat16)
-    probe(target)
+    check_exactness(target)
 
 
 def test_longrope_stays_inside_the_context_in_which_positions_are_alone():
@@ -155,7 +155,7 @@ def test_longrope_stays_inside_the_context_in_which_positions_are_alone():
         assert sequence.output_ids == expected and sequence.finish_reason == "length"
 
 
-# -- mutations: each must be seen by the law above, or by the probe ---------------------------------------------------
+# -- mutations: each must be seen by the law above, or by the check at load -----
 
 
 def test_mutation_full_mask_on_a_windowed_model_is_seen(monkeypatch):
@@ -175,7 +175,7 @@ def test_mutation_window_off_by_one_is_seen(monkeypatch):
     shifted_windows(monkeypatch)
     assert worst_difference(target, 3 * WINDOW) > 1e-3
     with pytest.raises(TargetError, match="cannot be verified as a tree"):
-        probe(target)
+        check_exactness(target)
 
 
 def test_mutation_bool_mask_under_eager_is_seen(monkeypatch):
@@ -185,7 +185,7 @@ def test_mutation_bool_mask_under_eager_is_seen(monkeypatch):
     target = Target(model)
     assert worst_difference(target, 9) > 1e-3
     with pytest.raises(TargetError, match="cannot be verified as a tree"):
-        probe(target)
+        check_exactness(target)
 
 
 @pytest.mark.parametrize("bit", [(6, 1, False), (6, 0, False), (4, 3, True), (5, 1, True)])
@@ -212,7 +212,7 @@ def test_mutation_position_off_by_one_is_seen(family, monkeypatch):
     target = tiny_target(family, dtype=torch.float64)
     assert worst_difference(target, 5) > 1e-3
     with pytest.raises(TargetError, match="cannot be verified as a tree"):
-        probe(target)
+        check_exactness(target)
 
 
 def test_mutation_wrong_commit_row_is_seen():
@@ -230,16 +230,16 @@ def test_mutation_wrong_commit_row_is_seen():
 # -- refusals ---------------------------------------------------------------------------------------------------------
 
 
-def test_unknown_position_scheme_is_refused_by_the_probe():
-    """A model that derives positions from rows fails the probe by name, not silently."""
+def test_unknown_position_scheme_is_refused_at_load():
+    """A model that derives positions from rows fails the check by name, not silently."""
     target = tiny_target("llama", dtype=torch.float64)
     forward = target.model.forward
     target.model.forward = wraps(forward)(lambda **inputs: forward(**{**inputs, "position_ids": None}))
     with pytest.raises(TargetError, match="llama models cannot be verified as a tree"):
-        probe(target)
+        check_exactness(target)
 
 
-def test_a_forward_that_breaks_is_refused_by_the_probe():
+def test_a_forward_that_breaks_is_refused_at_load():
     """It ends in a sentence with the reason, not in a KeyError."""
     target = tiny_target("llama")
 
@@ -248,7 +248,7 @@ def test_a_forward_that_breaks_is_refused_by_the_probe():
 
     target.model.forward = wraps(target.model.forward)(broken)
     with pytest.raises(TargetError, match=r"llama models cannot be verified as a tree.*chunked_attention"):
-        probe(target)
+        check_exactness(target)
 
 
 def test_small_logits_hide_nothing(monkeypatch):
@@ -256,12 +256,12 @@ def test_small_logits_hide_nothing(monkeypatch):
     target = tiny_target("llama", dtype=torch.float64)
     with torch.no_grad():
         target.shared.head_weight.mul_(1e-6)
-    probe(target)
+    check_exactness(target)
     right = TokenTree.depths.func
     monkeypatch.setattr(TokenTree, "depths", property(lambda tree: [d + (d > 0) for d in right(tree)]))
-    monkeypatch.setattr("amphista.target.probe._probe", lambda target: _Check(target).run(5, thorough=False))
+    monkeypatch.setattr("amphista.target.exactness._check", lambda target: _Check(target).run(5, thorough=False))
     with pytest.raises(TargetError, match="differ from its own"):
-        probe(target)
+        check_exactness(target)
 
 
 def test_outside_our_forwards_the_library_makes_its_own_masks():

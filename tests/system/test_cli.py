@@ -23,6 +23,7 @@ from amphista.cli.app import main
 from amphista.engine import costs
 from amphista.engine import step as engine_step
 from amphista.engine.step import Engine
+from amphista.engine.timing import ForwardSeconds
 from tests.tiny import byte_tokenizer, tiny_model
 
 FIELDS = {
@@ -480,7 +481,11 @@ def test_tune_shows_the_curve_and_refreshes_it(target_folder, trained, tmp_path,
     """With seconds made up: whether real ones are kept depends on how quiet the machine is."""
     monkeypatch.setenv("AMPHISTA_CACHE", str(tmp_path))
     first = itertools.count(1)
-    monkeypatch.setattr(costs, "verify_seconds", lambda target: ({1: 0.01 * next(first), 2: 0.02, 4: 0.04}, 1.1))
+
+    def made_up(target):
+        return ForwardSeconds({1: 0.01 * next(first), 2: 0.02, 4: 0.04}, 256, 0.001, 1e-6, 1.1)
+
+    monkeypatch.setattr(costs, "verify_seconds", made_up)
     monkeypatch.setattr(costs, "draft_ratio", lambda target, drafter: (0.5, 0.1, 1.1))
     arguments = ("dev", "tune", "--target", target_folder, "--drafter", f"{trained / 'medusa' / 'best'}+lookup")
     result = amphista(*arguments, "--json")
@@ -494,6 +499,7 @@ def test_tune_shows_the_curve_and_refreshes_it(target_folder, trained, tmp_path,
         (4, 40, 4),
     ]
     assert [row["pays_above_with_heads"] for row in record["verify"]] == [1.5, 2.5, 4.5]
+    assert record["sequence_ms"] == 1 and record["thousand_cached_rows_ms"] == 1
     assert record["draft_ms"] == 5 and record["draft_forwards"] == 0.5 and record["spread"] == 1.1
     told = amphista(*arguments)
     assert "measuring" in result.stderr and told.stderr == "", "kept"

@@ -29,7 +29,7 @@ logger = logging.getLogger("amphista")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Job:
+class AnswerJob:
     """What to answer, how, and where the records go."""
 
     llm: LLM
@@ -53,7 +53,7 @@ class Job:
         return self.llm.conversation(self.system, raw=self.raw, chat_template_kwargs=self.template)
 
 
-def run_job(job: Job) -> None:
+def run_job(job: AnswerJob) -> None:
     """Check every prompt, then answer; each record is written as soon as it exists and its turn has come."""
     first_ids = [_first_ids(job, prompt) for prompt in job.prompts]
     with _sink(job.output) as write:
@@ -70,7 +70,7 @@ def run_job(job: Job) -> None:
         raise RequestError(f"{failed} of {len(job.prompts)} prompts could not be answered to their end")
 
 
-def _one_by_one(job: Job, put: Callable[[dict[str, Any]], None]) -> int:
+def _one_by_one(job: AnswerJob, put: Callable[[dict[str, Any]], None]) -> int:
     """Returns how many prompts failed."""
     failed = 0
     for prompt in job.prompts:
@@ -89,7 +89,7 @@ class _Together:
     Records come in the order of the prompts, also of those that had ended when the run is broken off.
     """
 
-    def __init__(self, job: Job, put: Callable[[dict[str, Any]], None]) -> None:
+    def __init__(self, job: AnswerJob, put: Callable[[dict[str, Any]], None]) -> None:
         self._job, self._put = job, put
         self._batch: Batch[tuple[int, int]] = Batch(job.llm.engine, job.batch_size)
         self._conversations = [job.conversation() for _ in job.prompts]
@@ -163,7 +163,7 @@ def _turns(prompt: PromptRecord) -> Sequence[str | list[dict[str, Any]]]:
     return [prompt.messages] if prompt.messages else prompt.turns
 
 
-def _first_ids(job: Job, prompt: PromptRecord) -> list[int]:
+def _first_ids(job: AnswerJob, prompt: PromptRecord) -> list[int]:
     """The first turn's token ids; raises RequestError where it cannot be decoded, or no second one could."""
     try:
         ids = job.conversation().prompt_ids(_turns(prompt)[0])
@@ -176,7 +176,7 @@ def _first_ids(job: Job, prompt: PromptRecord) -> list[int]:
     return ids
 
 
-def _warm_up(job: Job, baseline: LLM, first_ids: list[list[int]]) -> None:
+def _warm_up(job: AnswerJob, baseline: LLM, first_ids: list[list[int]]) -> None:
     """Unmeasured, where methods are timed against each other; else it would only keep the first answer waiting."""
     for llm in (job.llm, baseline):
         llm.engine.prepare(max(map(len, first_ids)) + job.params.max_new_tokens)
@@ -220,7 +220,7 @@ def check_output(path: Path | None) -> None:
         raise ConfigError(f"cannot write {path}: give a file in a folder that exists")
 
 
-def _answer(job: Job, prompt: PromptRecord) -> Iterator[dict[str, Any]]:
+def _answer(job: AnswerJob, prompt: PromptRecord) -> Iterator[dict[str, Any]]:
     """One record per turn; each method keeps its own caches between turns."""
     conversation = job.conversation()
     plain_stream = None

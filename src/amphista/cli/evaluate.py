@@ -61,7 +61,7 @@ def evaluate(
     ] = False,
 ) -> None:
     """Compare methods on questions: the same tokens? how many per forward? how much faster?"""
-    from amphista.evaluation.methods import Settings, parse_methods
+    from amphista.evaluation.methods import MethodSettings, parse_methods
     from amphista.evaluation.questions import load_questions
     from amphista.evaluation.run import EvaluationConfig
     from amphista.tree.grow import check_tree
@@ -70,7 +70,7 @@ def evaluate(
     config = EvaluationConfig(
         methods=tuple(parse_methods(methods)),
         params=replace(choice.params(), seed=choice.seed or 0),
-        settings=Settings(tree=tree, allow_other_target=allow_other_target),
+        settings=MethodSettings(tree=tree, allow_other_target=allow_other_target),
         repeats=repeats,
         system=system,
         batch_size=batch_size,

@@ -2,10 +2,12 @@
 
 amphista dev export transformers runs/custom-generate
 amphista dev export transformers runs/custom-generate --drafter runs/amphista/best
+amphista dev export vllm runs/vllm
 """
 
 from __future__ import annotations
 
+import json
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -19,6 +21,7 @@ class Program(StrEnum):
     """For whom."""
 
     TRANSFORMERS = "transformers"
+    VLLM = "vllm"
 
 
 GENERATE = '''"""Decode with amphista on this model: the same tokens as its plain decoding, sooner."""
@@ -29,6 +32,19 @@ from amphista.custom_generate import generate as decode
 def generate(model, *, drafter={drafter!r}, **arguments):
     return decode(model, drafter=drafter, **arguments)
 '''
+PROPOSER = '''"""Drafts of amphista inside vLLM, as a chain. With this folder on PYTHONPATH:
+
+    vllm serve TARGET --speculative-config \\
+        '{{"method": "custom_class", "model": "{module}.Proposer", "num_speculative_tokens": {num_tokens}}}'
+"""
+
+from amphista.vllm_proposer import ChainProposer
+
+
+class Proposer(ChainProposer):
+    drafter = {drafter!r}
+'''
+MODULE, NUM_TOKENS = "amphista_drafts", 4
 CARD = """---
 library_name: transformers
 tags: [custom_generate, speculative-decoding]
@@ -44,21 +60,38 @@ The tokens are those of plain decoding; a drafter proposes them ahead and the mo
 
 def export(
     program: Annotated[Program, typer.Argument(help="The program that shall decode with amphista.")],
-    out: Annotated[Path, typer.Argument(help="Folder to write; for transformers, what custom_generate= names.")],
+    out: Annotated[Path, typer.Argument(help="Folder to write: what custom_generate= names, or goes on PYTHONPATH.")],
     drafter: options.Drafter = None,
 ) -> None:
-    """Write a folder through which transformers' own generate decodes with amphista, on the model it has loaded."""
+    """Write a folder through which transformers' own generate, or vLLM, decodes with our drafts on its own model."""
     from amphista.errors import ConfigError
+
+    if out.is_dir() and any(out.iterdir()):
+        raise ConfigError(f"{out} is not empty: give another folder")
+    if drafter is not None and Path(drafter).is_dir():
+        drafter = str(Path(drafter).resolve())
+    if program is Program.VLLM:
+        _for_vllm(out, drafter or "amphista")
+    else:
+        _for_transformers(out, drafter)
+
+
+def _for_transformers(out: Path, drafter: str | None) -> None:
     from amphista.files import write_file
     from amphista.provenance import versions
 
     folder = out / "custom_generate"
-    if folder.exists() or (out / "README.md").exists():
-        raise ConfigError(f"{out} holds an export or a README.md already: give another folder")
     folder.mkdir(parents=True)
-    if drafter is not None and Path(drafter).is_dir():
-        drafter = str(Path(drafter).resolve())
     write_file(folder / "generate.py", GENERATE.format(drafter=drafter))
     write_file(folder / "requirements.txt", f"amphista>={versions()['amphista']}\n")
     write_file(out / "README.md", CARD)
     print(f'model.generate(..., custom_generate="{out}", trust_remote_code=True)')
+
+
+def _for_vllm(out: Path, drafter: str) -> None:
+    from amphista.files import write_file
+
+    out.mkdir(parents=True, exist_ok=True)
+    write_file(out / f"{MODULE}.py", PROPOSER.format(module=MODULE, num_tokens=NUM_TOKENS, drafter=drafter))
+    settings = {"method": "custom_class", "model": f"{MODULE}.Proposer", "num_speculative_tokens": NUM_TOKENS}
+    print(f"PYTHONPATH={out.resolve()} vllm serve TARGET --speculative-config '{json.dumps(settings)}'")

@@ -43,7 +43,7 @@ def generate(
     ] = None,
 ) -> None:
     """Answer prompts with the target's own tokens."""
-    from amphista.cli.answers import Job, check_output, run_job
+    from amphista.cli.answers import AnswerJob, check_output, run_job
     from amphista.prompts import from_arguments, read_prompts
     from amphista.tree.grow import check_tree
 
@@ -61,7 +61,7 @@ def generate(
     if logprobs is not None:
         params = replace(params, top_logprobs=logprobs, logprobs=True)
     run_job(
-        Job(
+        AnswerJob(
             llm=llm,
             prompts=asked,
             params=params,

@@ -51,7 +51,7 @@ def _record(llm: LLM, tuned: Tuned) -> dict[str, Any]:
         "dtype": llm.target.type_name,
         "path": llm.target.path,
         "device": str(llm.target.device),
-        "spread": tuned.spread,
+        "spread": tuned.forward.spread,
         "verify": [
             {
                 "nodes": size,
@@ -59,10 +59,12 @@ def _record(llm: LLM, tuned: Tuned) -> dict[str, Any]:
                 "forwards": costs.verify[size - 1] / single,
                 "pays_above_with_heads": (costs.verify[size - 1] + costs.draft) / single,
             }
-            for size, seconds in tuned.verify.items()
+            for size, seconds in tuned.forward.by_rows.items()
         ],
         "draft_ms": 1000 * costs.draft,
         "draft_forwards": costs.draft / single,
+        "sequence_ms": 1000 * costs.sequence,
+        "thousand_cached_rows_ms": 1e6 * costs.cached_row,
         **provenance.record(),
     }
 
@@ -80,5 +82,7 @@ def _text(record: dict[str, Any]) -> str:
         f"({machine.get('accelerator', machine['processor'])}, {machine['torch_threads']} threads)\n\n"
         f"{table(['nodes', 'ms', 'forwards of one', 'pays above a tau of'], rows)}\n\n"
         f"asking {record['drafter']}: {record['draft_ms']:.1f} ms, {record['draft_forwards']:.2f} forwards of one\n"
+        f"each further sequence: {record['sequence_ms']:.2f} ms; 1,000 cached rows: "
+        f"{record['thousand_cached_rows_ms']:.2f} ms\n"
         f"spread of the times (median over shortest, at worst): {record['spread']:.2f}"
     )

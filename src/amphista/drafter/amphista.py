@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from amphista.drafter.base import MAX_LAYERS, MAX_SIZE, DrafterConfig, DrafterState, check_range
 from amphista.drafter.heads import ParallelHeads, StateOf
 from amphista.drafter.layers import LayerCache, LayerSizes, ResidualBlock, RMSNorm, RowCache, TransformerLayer
-from amphista.drafter.native import Modules
+from amphista.drafter.native_drafter import Modules
 from amphista.errors import ConfigError
 from amphista.target.spec import SharedWeights, TargetSpec
 

@@ -20,7 +20,7 @@ from torch.nn import functional
 
 from amphista.drafter.base import Ask, Drafter, DrafterConfig, DrafterState
 from amphista.drafter.frozen_head import FrozenHead
-from amphista.drafter.native import Modules, NativeDrafter, Scores
+from amphista.drafter.native_drafter import Modules, NativeDrafter, Scores
 from amphista.drafter.path import PathCorrection, conditional, moved
 from amphista.drafter.ranked import Ranked
 from amphista.errors import ConfigError, DrafterError, NativeError

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from amphista.drafter.base import MAX_LAYERS, DrafterConfig, DrafterState, check_range
 from amphista.drafter.heads import ParallelHeads, StateOf
 from amphista.drafter.layers import LayerSizes, ResidualBlock
-from amphista.drafter.native import Modules
+from amphista.drafter.native_drafter import Modules
 from amphista.target.spec import SharedWeights, TargetSpec
 
 

@@ -34,7 +34,9 @@ def path_of(key: Record) -> Path:
     return costs_folder() / (hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:24] + ".json")
 
 
-def kept(key: Record, measure: Callable[[], Record], is_good: Callable[[Record], bool], *, refresh: bool) -> Record:
+def load_or_measure(
+    key: Record, measure: Callable[[], Record], is_good: Callable[[Record], bool], *, refresh: bool
+) -> Record:
     """The record under this key; measured where there is none, none that is good, or a fresh one is asked for."""
     key = json.loads(json.dumps(key))  # as it will be read back
     path = path_of(key)

@@ -17,23 +17,22 @@ from amphista import provenance
 from amphista.drafter.base import Drafter
 from amphista.drafter.heads import ParallelHeads
 from amphista.drafter.proposer import Proposer
-from amphista.engine.cost_cache import kept
-from amphista.engine.timing import NOISY, draft_ratio, verify_seconds
+from amphista.engine.cost_cache import load_or_measure
+from amphista.engine.timing import NOISY, ForwardSeconds, draft_ratio, verify_seconds
 from amphista.target.target import Target
 from amphista.tree.tune import NOTHING_PAYS, Costs
 
 logger = logging.getLogger("amphista")
 
-FORMAT = 3
+FORMAT = 4
 TIMED_CODE = ("cache", "drafter", "engine", "kernels", "native", "target", "tree")
 
 
 @dataclass(frozen=True)
 class Tuned:
-    """Measured seconds by tree size, their worst spread (median over shortest), and the costs made from them."""
+    """What was measured, and the costs made from it."""
 
-    verify: dict[int, float]
-    spread: float
+    forward: ForwardSeconds
     costs: Costs
 
 
@@ -48,16 +47,23 @@ def costs_for(target: Target, proposer: Proposer) -> Costs:
 def tune(target: Target, proposer: Proposer, *, refresh: bool = False) -> Tuned:
     """The costs with what they were made from; refresh: measured anew, whatever is kept."""
     key, heads = target_key(target), proposer.heads
-    record = kept({"what": "verify", **key}, lambda: _measure_verify(target), _is_curve, refresh=refresh)
-    verify = {int(size): seconds for size, seconds in record["seconds"].items()}
+    record = load_or_measure({"what": "verify", **key}, lambda: _measure_verify(target), _is_curve, refresh=refresh)
+    by_rows = {int(size): seconds for size, seconds in record["seconds"].items()}
+    forward = ForwardSeconds(by_rows, *(record[name] for name in ("context", "sequence", "cached_row", "spread")))
     draft = further = 0.0
     if isinstance(heads, ParallelHeads):
         key = {"what": "draft", **key, "drafter": drafter_key(heads)}
-        asked = kept(key, lambda: _measure_draft(target, heads), _is_ratio, refresh=refresh)
-        draft, further = verify[1] * asked["ratio"], verify[1] * asked["further"]
+        asked = load_or_measure(key, lambda: _measure_draft(target, heads), _is_ratio, refresh=refresh)
+        draft, further = by_rows[1] * asked["ratio"], by_rows[1] * asked["further"]
     target.give_back_graphs()
-    costs = replace(Costs.measured(verify, draft, in_steps=target.is_static), drafted=further)
-    return Tuned(verify, record["spread"], costs)
+    costs = replace(
+        Costs.measured(by_rows, draft, in_steps=target.is_static),
+        drafted=further,
+        sequence=forward.sequence,
+        cached_row=forward.cached_row,
+        context=forward.context,
+    )
+    return Tuned(forward, costs)
 
 
 def target_key(target: Target) -> dict[str, Any]:
@@ -84,9 +90,9 @@ def drafter_key(drafter: ParallelHeads) -> dict[str, Any]:
 
 def _measure_verify(target: Target) -> dict[str, Any]:
     logger.info("measuring what a forward costs here (some seconds, once; `amphista dev tune` shows it)")
-    seconds, spread = verify_seconds(target)
-    _say_if_noisy("forwards", spread)
-    return {"seconds": {str(size): value for size, value in seconds.items()}, "spread": spread}
+    record = asdict(verify_seconds(target))
+    _say_if_noisy("forwards", record["spread"])
+    return {"seconds": {str(size): value for size, value in record.pop("by_rows").items()}, **record}
 
 
 def _measure_draft(target: Target, drafter: Drafter) -> dict[str, Any]:
@@ -105,14 +111,13 @@ def _say_if_noisy(what: str, spread: float) -> None:
 def _is_curve(record: dict[str, Any]) -> bool:
     seconds = record["seconds"]
     sizes = [int(size) for size in seconds]
-    return (
-        sizes[:1] == [1] and sizes == sorted(sizes) and all(map(_is_positive, seconds.values())) and _is_quiet(record)
-    )
+    is_curve = sizes[:1] == [1] and sizes == sorted(sizes) and all(map(_is_positive, seconds.values()))
+    has_rates = type(record["context"]) is int and _is_cost(record["sequence"]) and _is_cost(record["cached_row"])
+    return is_curve and has_rates and _is_quiet(record)
 
 
 def _is_ratio(record: dict[str, Any]) -> bool:
-    further = record["further"]
-    return _is_positive(record["ratio"]) and (further == 0.0 or _is_positive(further)) and _is_quiet(record)
+    return _is_positive(record["ratio"]) and _is_cost(record["further"]) and _is_quiet(record)
 
 
 def _is_quiet(record: dict[str, Any]) -> bool:
@@ -121,6 +126,10 @@ def _is_quiet(record: dict[str, Any]) -> bool:
 
 def _is_positive(value: Any) -> bool:
     return type(value) is float and 0 < value < float("inf")
+
+
+def _is_cost(value: Any) -> bool:
+    return value == 0.0 or _is_positive(value)
 
 
 def _code_sha256() -> str:

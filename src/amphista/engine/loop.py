@@ -24,7 +24,7 @@ from queue import SimpleQueue
 from typing import Any, Protocol
 
 from amphista.engine.request import Request, Schedulable, State
-from amphista.engine.scheduler import Plan, Scheduler
+from amphista.engine.scheduler import Schedule, Scheduler
 from amphista.errors import AmphistaError, UnavailableError
 
 CLOSED = "the engine was closed before the answer ended"
@@ -170,7 +170,7 @@ class EngineLoop:
         while not self._inbox.empty():  # only one thread takes out
             self._inbox.get()()
 
-    def _can_read(self, reader: Request, plan: Plan) -> bool:
+    def _can_read(self, reader: Request, plan: Schedule) -> bool:
         """Give who reads next what is known of its prompt already; False where that fails."""
         reader.sequence.chunk_len = plan.chunk_len
         try:

@@ -55,7 +55,7 @@ class Limits:
 
 
 @dataclass(frozen=True)
-class Plan:
+class Schedule:
     """One iteration: who has waited too long, who gives up their rows, who reads how much, who decodes.
 
     match: what a reader just admitted begins with.
@@ -130,12 +130,12 @@ class Scheduler:
         request.state, request.number = State.WAITING, next(self._numbers)
         self._queues.setdefault(request.key, deque()).append(request)
 
-    def plan(self, now: float) -> Plan:
+    def plan(self, now: float) -> Schedule:
         """The next iteration; `now` in seconds. Changes of state are made here; to move rows is the caller's."""
         expired, preempted, match = self._expire(now), self._grow(), self._admit()
         if self.reader is not None and self.reader.admitted_at is None:
             self.reader.admitted_at = now
-        return Plan(expired, preempted, self.reader, match, self._chunk_len(), list(self.running))
+        return Schedule(expired, preempted, self.reader, match, self._chunk_len(), list(self.running))
 
     def advance(self, request: Request) -> bool:
         """Note that a request has been stepped; returns whether its answer has ended (`end` is the caller's)."""

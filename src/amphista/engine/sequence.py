@@ -18,7 +18,7 @@ from amphista.drafter.lookup import Lookup
 from amphista.engine.loops import LoopWatch, loop_free_length
 from amphista.engine.params import FinishReason, SamplingParams
 from amphista.engine.prefixes import Match
-from amphista.engine.rows import Rows
+from amphista.engine.sequence_cache import SequenceCache
 from amphista.engine.stats import DecodeStats
 from amphista.errors import CapacityError
 from amphista.target.target import PREFILL_CHUNK
@@ -51,7 +51,7 @@ class Sequence:
     chooser: Chooser
     end_ids: frozenset[int]
     max_positions: int
-    rows: Rows
+    rows: SequenceCache
     lookup: Lookup | None = None
     stops: IncrementalText | None = None
     watch: LoopWatch | None = None
@@ -117,7 +117,7 @@ class Sequence:
     def adopt(self, match: Match) -> None:
         """Begin with the matched rows, copied or moved, in place of its own, which are none."""
         rows = match.rows
-        assert isinstance(rows, Rows)
+        assert isinstance(rows, SequenceCache)
         if match.is_copy:
             self.rows = rows.copied(match.num_rows, self.token_ids)
         else:

@@ -20,17 +20,17 @@ from amphista.accept.sampling import Chooser
 from amphista.accept.walk import walk
 from amphista.cache.static import sent
 from amphista.drafter.base import Drafter
-from amphista.drafter.captured import CapturedDrafter, captured
+from amphista.drafter.captured_drafter import CapturedDrafter, captured
 from amphista.drafter.lookup import DEEPEST
 from amphista.drafter.proposer import Proposer
 from amphista.engine.loops import LoopWatch
 from amphista.engine.params import SamplingParams
-from amphista.engine.rows import Rows
 from amphista.engine.sequence import Ending, Sequence, whole_step
+from amphista.engine.sequence_cache import SequenceCache
 from amphista.engine.stats import Clock
 from amphista.engine.trace import Source, StepTrace, sources
 from amphista.errors import RequestError
-from amphista.target.captured import NODES
+from amphista.target.captured_forward import NODES
 from amphista.target.output import TargetOutput
 from amphista.target.spans import Span
 from amphista.target.target import Target
@@ -124,7 +124,7 @@ class Engine:
             chooser=Chooser(params, prompt_ids, ends),
             end_ids=ends,
             max_positions=self.target.spec.max_positions,
-            rows=Rows(self.target, self._heads, token_ids),
+            rows=SequenceCache(self.target, self._heads, token_ids),
             lookup=self.proposer.new_lookup(),
             stops=self.new_text(params) if params.stop else None,
             watch=LoopWatch() if cut_loops else None,
@@ -191,7 +191,7 @@ class Engine:
         clock = Clock([sequence.stats for sequence in batch], device, whole=None if decoding else "prefill")
         started = clock.now()
         chunks = [_chunk(sequence) for sequence in reading]
-        plan, offered = self._plan(decoding, chunks, clock)
+        plan, offered, asked_at = self._plan(decoding, chunks, clock)
         pairs = zip(decoding, plan.growths, strict=True)
         spans = chunks + [Span(growth.tree, sequence.rows.cache) for sequence, growth in pairs]
         with clock.phase("verify"):
@@ -206,7 +206,7 @@ class Engine:
             results = {id(parts[0]): _advance(*parts) for parts in each_done}
             if decoding:
                 accepted = [results[id(sequence)].token_ids[:-1] for sequence in decoding]
-                self.grower.observe(plan, accepted, ended - started)
+                self.grower.observe(plan, accepted, ended - asked_at)
         seconds = clock.now() - started
         _count(reading, decoding, plan, outcomes[len(reading) :], seconds)
         trees, paths = zip(plan.growths, offered, strict=True), [outcome.path for outcome in outcomes[len(reading) :]]
@@ -216,9 +216,9 @@ class Engine:
 
     def _plan(
         self, decoding: Several[Sequence], chunks: Several[Span], clock: Clock
-    ) -> tuple[Plan, Several[Candidates]]:
+    ) -> tuple[Plan, Several[Candidates], float]:
         """A tree for each sequence that decodes, grown from what the sequences themselves suggest, and from what the
-        heads say of those for which it pays to ask them; and what was on offer."""
+        heads say of those for which it pays to ask them; what was on offer; when asking began."""
         past = [sequence.rows.cache.num_committed for sequence in decoding] + [span.num_past for span in chunks]
         plain = Forward(
             num_rows=len(decoding) + sum(span.tree.num_nodes for span in chunks),
@@ -227,13 +227,16 @@ class Engine:
             num_cached_rows=sum(past),
         )
         if not decoding:
-            return Plan([], [], [], plain), []
+            return Plan([], [], [], plain), [], clock.now()
         with clock.phase("draft"):
             rows = [self._draft_row(sequence) for sequence in decoding]
             asked = [] if self._heads is None else self.grower.whom_to_ask(rows, plain)
+            for b in asked:
+                decoding[b].rows.catch_up()
+            asked_at = clock.now()
             candidates = self._ask(decoding, rows, asked)
         with clock.phase("tree"):
-            return self.grower.grow_batch(rows, candidates, asked, plain), candidates
+            return self.grower.grow_batch(rows, candidates, asked, plain), candidates, asked_at
 
     def _draft_row(self, sequence: Sequence) -> DraftRow:
         depth = min(sequence.max_depth, self.grower.max_depth) if sequence.drafts else 0
@@ -297,11 +300,8 @@ def _advance(sequence: Sequence, outcome: _Outcome, output: TargetOutput) -> Ste
     rows, path = sequence.rows, outcome.path
     base = rows.cache.num_committed
     next_ids = [*sequence.token_ids[base + 1 : base + 1 + len(path)], *outcome.tokens]
-    is_read = 0 < sequence.num_unread <= len(path)
     rows.cache.commit(path)
     rows.defer(output.hidden, path, next_ids)
-    if is_read:
-        rows.feed()
     sequence.logprobs += outcome.logprobs
     if outcome.tokens:
         sequence.take(outcome.tokens, outcome.ending)

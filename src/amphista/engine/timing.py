@@ -17,9 +17,10 @@ import torch
 
 from amphista.cache.static import KVCache
 from amphista.drafter.base import Ask, Drafter
-from amphista.drafter.captured import captured
+from amphista.drafter.captured_drafter import captured
 from amphista.engine.stats import now
-from amphista.target.captured import NODES
+from amphista.target.captured_forward import NODES
+from amphista.target.spans import Span
 from amphista.target.target import Target
 from amphista.tree.dynamic import best_first
 from amphista.tree.grow import MAX_RANKS
@@ -31,7 +32,7 @@ DEAREST = 5.0  # forwards of one row; a tree that costs more is not looked at
 BUDGET_SECONDS, MIN_ROUNDS, MAX_ROUNDS = 4.0, 3, 15
 NOISY = 1.3  # median over shortest
 FED_ROWS = 2
-ASKED = 4  # sequences of a batch whose heads are asked
+SEVERAL = 4  # sequences of a batch that are verified together, or whose heads are asked
 GROWN_NODES = 16
 
 
@@ -72,8 +73,20 @@ def rounds(cells: Sequence[Cell], device: torch.device) -> Iterator[int]:
         yield done + 1
 
 
-def verify_seconds(target: Target) -> tuple[dict[int, float], float]:
-    """Seconds of a forward over a tree of n rows, by n, and the worst spread; the first n is 1."""
+@dataclass(frozen=True)
+class ForwardSeconds:
+    """Of a forward over a tree of n rows, by n, the first n is 1, with `context` rows cached; of each further sequence
+    in it and each further cached row; the worst spread."""
+
+    by_rows: dict[int, float]
+    context: int
+    sequence: float
+    cached_row: float
+    spread: float
+
+
+def verify_seconds(target: Target) -> ForwardSeconds:
+    """What forwards take on this machine."""
     cache, rows = _filled(target)
     cells: dict[int, Cell] = {}
     for size in _sizes(target, rows):
@@ -83,8 +96,15 @@ def verify_seconds(target: Target) -> tuple[dict[int, float], float]:
             cell.seconds.append(cell.time(target.device))  # one long time may be another program's
         if cell.shortest > DEAREST * cells[1].shortest:
             break
-    _time(target, list(cells.values()))
-    return {size: cell.shortest for size, cell in cells.items()}, max(cell.spread for cell in cells.values())
+    full, short = (_several(target, cache, num_cached) for num_cached in (rows, rows // 4))
+    every = [*cells.values(), full, short]
+    _time(target, every)
+    most = cells[1].shortest  # however disturbed: neither costs more than a forward of its own
+    cached_row = min(most / rows, max(0.0, full.shortest - short.shortest) / (SEVERAL * (rows - rows // 4)))
+    alone = cells[min(SEVERAL, max(cells))].shortest
+    sequence = min(most, max(0.0, full.shortest - alone - (SEVERAL - 1) * rows * cached_row) / (SEVERAL - 1))
+    by_rows = {size: cell.shortest for size, cell in cells.items()}
+    return ForwardSeconds(by_rows, rows, sequence, cached_row, max(cell.spread for cell in every))
 
 
 def draft_ratio(target: Target, drafter: Drafter) -> tuple[float, float, float]:
@@ -95,7 +115,7 @@ def draft_ratio(target: Target, drafter: Drafter) -> tuple[float, float, float]:
     hidden = torch.randn(rows, target.spec.hidden_size, generator=torch.Generator().manual_seed(0))
     hidden = hidden.to(target.device, target.dtype)
     ids = torch.arange(rows, device=target.device) % target.spec.vocab_size
-    states = [drafter.start() for _ in range(ASKED)]
+    states = [drafter.start() for _ in range(SEVERAL)]
     for state in states:
         drafter.commit(state, hidden, ids)
     fed = hidden[-FED_ROWS:], ids[-FED_ROWS:].tolist()
@@ -108,12 +128,12 @@ def draft_ratio(target: Target, drafter: Drafter) -> tuple[float, float, float]:
 
         return Cell(draft, lambda: [drafter.trim(state, rows) for state in states])
 
-    cells = [cell(1), cell(ASKED), _forward(target, 1, cache, rows)]
+    cells = [cell(1), cell(SEVERAL), _forward(target, 1, cache, rows)]
     for timed in cells:
         timed.time(target.device)
     _time(target, cells)
     one, several, forward = (timed.shortest for timed in cells)
-    further = max(0.0, several - one) / (ASKED - 1)
+    further = max(0.0, several - one) / (SEVERAL - 1)
     spreads = [1 + (timed.spread - 1) * timed.shortest / forward for timed in cells]
     return one / forward, further / forward, max(spreads)
 
@@ -143,6 +163,27 @@ def _forward(target: Target, num_nodes: int, cache: KVCache, rows: int) -> Cell:
         cache.commit([0])
 
     return Cell(run, lambda: cache.trim(rows))
+
+
+def _several(target: Target, cache: KVCache, num_cached: int) -> Cell:
+    """A forward over one row of each of several sequences, which begin as what is cached."""
+    copies = [target.new_cache() for _ in range(SEVERAL)]
+    for copy in copies:
+        target.copy_rows(cache, copy, num_cached)
+    spans = [Span(TokenTree.chain([0]), copy) for copy in copies]
+
+    def run() -> None:
+        for output in target.forward(spans):
+            if output.choices is None:
+                int(output.logits[0].argmax())
+        for copy in copies:
+            copy.commit([0])
+
+    def reset() -> None:
+        for copy in copies:
+            copy.trim(num_cached)
+
+    return Cell(run, reset)
 
 
 def _time(target: Target, cells: Sequence[Cell]) -> None:

@@ -22,7 +22,7 @@ import torch
 
 from amphista import provenance
 from amphista.drafter.base import Drafter
-from amphista.drafter.captured import captured
+from amphista.drafter.captured_drafter import captured
 from amphista.drafter.heads import ParallelHeads
 from amphista.engine.timing import Cell, rounds
 from amphista.errors import ConfigError

@@ -104,14 +104,14 @@ def _parse(part: str) -> MethodSpec:
 
 
 @dataclass(frozen=True)
-class Settings:
+class MethodSettings:
     """What all methods of a run share: the tree of methods that name none, and whether other targets' drafters load."""
 
     tree: str | None = None
     allow_other_target: bool = False
 
 
-def build_method(spec: MethodSpec, target: Target, settings: Settings) -> Method:
+def build_method(spec: MethodSpec, target: Target, settings: MethodSettings) -> Method:
     """Load what a method needs; errors name the method."""
     try:
         return METHODS.get(spec.kind, _drafter)(spec, target, settings)
@@ -176,11 +176,11 @@ def costs_of(method: Method) -> dict[str, Any] | None:
     return {"verify_ms": [round(1000 * seconds, 3) for seconds in costs.verify], "draft_ms": 1000 * costs.draft}
 
 
-def _none(spec: MethodSpec, target: Target, settings: Settings) -> Method:
+def _none(spec: MethodSpec, target: Target, settings: MethodSettings) -> Method:
     return Ours(target, Proposer(), "1", {"engine": "amphista", "drafter": "none", "tree": "1"})
 
 
-def _drafter(spec: MethodSpec, target: Target, settings: Settings) -> Method:
+def _drafter(spec: MethodSpec, target: Target, settings: MethodSettings) -> Method:
     assert spec.drafter is not None
     drafter = load_proposer(
         spec.drafter,
@@ -209,20 +209,20 @@ def _weights_sha256(heads: Drafter | None) -> str:
     return digest.hexdigest()
 
 
-def _hf(spec: MethodSpec, target: Target, settings: Settings) -> Method:
+def _hf(spec: MethodSpec, target: Target, settings: MethodSettings) -> Method:
     return StockGenerate(target.stock(), plain())
 
 
-def _hf_lookup(spec: MethodSpec, target: Target, settings: Settings) -> Method:
+def _hf_lookup(spec: MethodSpec, target: Target, settings: MethodSettings) -> Method:
     return StockGenerate(target.stock(), prompt_lookup(spec.tree))
 
 
-def _hf_assisted(spec: MethodSpec, target: Target, settings: Settings) -> Method:
+def _hf_assisted(spec: MethodSpec, target: Target, settings: MethodSettings) -> Method:
     assert spec.drafter is not None
     return StockGenerate(target.stock(), assisted(spec.drafter, target))
 
 
-METHODS: dict[str, Callable[[MethodSpec, Target, Settings], Method]] = {
+METHODS: dict[str, Callable[[MethodSpec, Target, MethodSettings], Method]] = {
     NONE: _none,
     HF: _hf,
     "hf-lookup": _hf_lookup,

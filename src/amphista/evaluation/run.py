@@ -20,7 +20,7 @@ from amphista import provenance
 from amphista.engine.params import SamplingParams
 from amphista.errors import AmphistaError, ConfigError, RequestError
 from amphista.evaluation.lossless import first_divergence
-from amphista.evaluation.methods import HF, NONE, Method, MethodSpec, Ours, Settings, build_method, costs_of
+from amphista.evaluation.methods import HF, NONE, Method, MethodSettings, MethodSpec, Ours, build_method, costs_of
 from amphista.evaluation.questions import Question, QuestionSet
 from amphista.evaluation.records import Record, RecordFile, read_groups
 from amphista.evaluation.stock import StockGenerate
@@ -45,7 +45,7 @@ class EvaluationConfig:
 
     methods: tuple[MethodSpec, ...]
     params: SamplingParams
-    settings: Settings = field(default_factory=Settings)
+    settings: MethodSettings = field(default_factory=MethodSettings)
     repeats: int = 1
     system: str | None = None
     batch_size: int = 1  # questions answered together; of more than one, only our own engine is measured

@@ -19,8 +19,8 @@ from amphista.errors import NativeError
 from amphista.native.build import load
 from amphista.native.step import (
     WRONG,
+    DecoderShape,
     NativeLayer,
-    Shape,
     Workspace,
     _Batch,
     _Span,
@@ -28,21 +28,21 @@ from amphista.native.step import (
     padded,
     stack_record,
 )
-from amphista.native.weights import PAD, Address, Product, Weight, address, rounded_up
+from amphista.native.weights import PAD, Address, ProductStruct, Weight, address, rounded_up
 
 MOST_ROWS = 1 << 30
 FIRST_CAPACITY = 128
 
 
 class _Stage(ctypes.Structure):
-    _fields_ = [("state_norm", Address), ("fuse", Product)]
+    _fields_ = [("state_norm", Address), ("fuse", ProductStruct)]
 
 
 class _Path(ctypes.Structure):
     _fields_ = [
         *((name, Address) for name in ("norm", "reads")),
-        ("rows", ctypes.POINTER(Product)),
-        *((name, Product) for name in ("state", "output")),
+        ("rows", ctypes.POINTER(ProductStruct)),
+        *((name, ProductStruct) for name in ("state", "output")),
         *((name, ctypes.c_int32) for name in ("rank", "unused")),
     ]
 
@@ -52,9 +52,9 @@ class _Heads(ctypes.Structure):
         *((name, _Stack) for name in ("stages", "encoder")),
         ("fusing", ctypes.POINTER(_Stage)),
         *((name, Address) for name in ("embedding_norm", "hidden_norm", "slot_positions", "output_norm")),
-        *((name, ctypes.POINTER(Product)) for name in ("blocks", "scores")),
+        *((name, ctypes.POINTER(ProductStruct)) for name in ("blocks", "scores")),
         ("draft_ids", Address),
-        ("embedding", Product),
+        ("embedding", ProductStruct),
         ("path", _Path),
         *(
             (name, ctypes.c_int32)
@@ -96,7 +96,7 @@ class NativeParts:
     stages: each staged layer's norm of states and fuse beside `layers`; slot_positions [K, D]; draft_ids ascending.
     """
 
-    shape: Shape
+    shape: DecoderShape
     hidden_size: int
     embedding: Weight
     stages: Sequence[tuple[Tensor, Weight]]
@@ -173,7 +173,7 @@ class Fed:
 
 
 @dataclass(frozen=True)
-class Question:
+class DraftQuery:
     """What is asked of all sequences: `depth` heads, R ranks, and of paths so many children. divisors: of logits
     [B, depth], float32; pending: what is read of the tokens already chosen [B, 2 rank], where heads have not."""
 
@@ -240,7 +240,7 @@ class NativeHeads:
         sizes = len(self.parts.stages), shape.num_key_value_heads, shape.head_size
         return StageCache(sizes, self.parts.hidden_size, self.parts.cache_dtype)
 
-    def run(self, fed: Sequence[Fed], turns: Tensor | None, question: Question | None = None) -> list[Any]:
+    def run(self, fed: Sequence[Fed], turns: Tensor | None, query: DraftQuery | None = None) -> list[Any]:
         """Feed and ask in one call. turns: rotary table, complex64 [positions, E / 2].
 
         -> token ids and log-probabilities [B][depth][R], and where heads know paths, `ConditionalRanks` as lists.
@@ -266,7 +266,7 @@ class NativeHeads:
             torch.get_num_threads(),
         )
         draft = _Draft(batch, address(rows), ctypes.addressof(places := (Address * len(features))(*features)))
-        found = [] if question is None else self._answers(draft, question, len(fed))
+        found = [] if query is None else self._answers(draft, query, len(fed))
         heads, call = ctypes.byref(self._heads), ctypes.byref(draft)
         draft.workspace_bytes = self._library.amphista_draft_workspace(heads, call)
         draft.workspace = self._workspace.address(draft.workspace_bytes)
@@ -276,27 +276,27 @@ class NativeHeads:
         del places
         return [part.tolist() for part in found]
 
-    def _answers(self, draft: _Draft, question: Question, num_sequences: int) -> list[np.ndarray[Any, Any]]:
+    def _answers(self, draft: _Draft, query: DraftQuery, num_sequences: int) -> list[np.ndarray[Any, Any]]:
         """Room for what will be found."""
-        depth, vocab, path = question.depth, self.parts.scores[0].num_outputs, self.parts.path
-        ranks, parents = min(question.num_ranks, vocab), 0
+        depth, vocab, path = query.depth, self.parts.scores[0].num_outputs, self.parts.path
+        ranks, parents = min(query.num_ranks, vocab), 0
         if path is not None and depth > 1:
             parents = min(path.shortlist, vocab)
             ranks = max(ranks, parents)
-        children = min(question.num_ranks, parents)
+        children = min(query.num_ranks, parents)
         shapes = [(num_sequences, depth, ranks)] + [(num_sequences, depth - 1, parents, children)] * bool(parents)
         found = [np.empty(shape, kind) for shape in shapes for kind in (np.int32, np.float32)]
-        draft.divisors, draft.pending = question.divisors.ctypes.data, address(question.pending)
+        draft.divisors, draft.pending = query.divisors.ctypes.data, address(query.pending)
         draft.tokens, draft.log_probs = found[0].ctypes.data, found[1].ctypes.data
         if parents:
             draft.below, draft.log_probs_below = found[2].ctypes.data, found[3].ctypes.data
         draft.depth, draft.ranks, draft.parents, draft.children = depth, ranks, parents, children
-        draft.log_coverage = question.log_coverage
+        draft.log_coverage = query.log_coverage
         return found
 
 
 def _products(weights: Sequence[Weight], held: list[Any]) -> Any:
-    records = (Product * len(weights))(*(weight.record() for weight in weights))
+    records = (ProductStruct * len(weights))(*(weight.record() for weight in weights))
     held += [weights, records]
     return records
 

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from amphista.errors import NativeError
 from amphista.native.build import load
-from amphista.native.weights import KINDS, PAD, Address, Product, Weight, address, rounded_up
+from amphista.native.weights import KINDS, PAD, Address, ProductStruct, Weight, address, rounded_up
 
 WRONG = {
     1: "its spans do not follow each other",
@@ -37,7 +37,7 @@ WRONG = {
 class _Layer(ctypes.Structure):
     _fields_ = [
         *((name, Address) for name in ("attention_norm", "query_norm", "key_norm", "mlp_norm")),
-        *((name, Product) for name in ("qkv", "output", "gate", "up", "down")),
+        *((name, ProductStruct) for name in ("qkv", "output", "gate", "up", "down")),
         *((name, ctypes.c_int32) for name in ("window", "unused")),
     ]
 
@@ -55,7 +55,7 @@ class _Stack(ctypes.Structure):
 
 
 class _Model(ctypes.Structure):
-    _fields_ = [("stack", _Stack), ("norm", Address), *((name, Product) for name in ("embedding", "head"))]
+    _fields_ = [("stack", _Stack), ("norm", Address), *((name, ProductStruct) for name in ("embedding", "head"))]
 
 
 class _Span(ctypes.Structure):
@@ -104,7 +104,7 @@ class NativeLayer:
 
 
 @dataclass(frozen=True)
-class Shape:
+class DecoderShape:
     """Dimensions and constants of a decoder. scale: of queries."""
 
     num_heads: int
@@ -143,7 +143,7 @@ class NativeModel:
 
     def __init__(
         self,
-        shape: Shape,
+        shape: DecoderShape,
         layers: Sequence[NativeLayer],
         norm: Tensor,
         embedding: Weight,
@@ -233,7 +233,7 @@ class Workspace:
 
 
 def stack_record(
-    shape: Shape, layers: Sequence[NativeLayer], hidden_size: int, cache_dtype: torch.dtype, held: list[Any]
+    shape: DecoderShape, layers: Sequence[NativeLayer], hidden_size: int, cache_dtype: torch.dtype, held: list[Any]
 ) -> _Stack:
     """Layers of one shape; what has to live as long as the record is added to `held`."""
     records = (_Layer * len(layers))(*(_layer_record(layer, held) for layer in layers))
@@ -289,6 +289,6 @@ def _parents(spans: Sequence[NativeSpan]) -> list[int]:
 def _check_sizes(library: ctypes.CDLL) -> None:
     sizes = (ctypes.c_int64 * 6)()
     library.amphista_sizes(sizes)
-    ours = [ctypes.sizeof(record) for record in (Product, _Layer, _Model, _Span, _Forward)]
+    ours = [ctypes.sizeof(record) for record in (ProductStruct, _Layer, _Model, _Span, _Forward)]
     if list(sizes)[:5] != ours:
         raise NativeError(f"the C step has records of {list(sizes)[:5]} bytes: expected {ours}")

@@ -27,7 +27,7 @@ PAD = 64  # rows of our own are padded with zeros to a multiple
 Address = ctypes.c_void_p
 
 
-class Product(ctypes.Structure):
+class ProductStruct(ctypes.Structure):
     """A weight as products.h has it."""
 
     _fields_ = [
@@ -92,7 +92,7 @@ class Weight:
     @classmethod
     def side_by_side(cls, parts: Sequence[Weight]) -> Weight:
         """Weights of the same inputs whose outputs follow each other, of float32 or blocks."""
-        records = (Product * len(parts))(*(part.record() for part in parts))
+        records = (ProductStruct * len(parts))(*(part.record() for part in parts))
         weight = torch.frombuffer(bytearray(records), dtype=torch.uint8)
         outputs = sum(part.num_outputs for part in parts)
         return cls(outputs, parts[0].num_inputs, SIDE_BY_SIDE, weight, parts=tuple(parts))
@@ -125,8 +125,8 @@ class Weight:
         function(record, Address(given.data_ptr()), sizes[0], Address(out.data_ptr()), sizes[1], *more)
         return out
 
-    def record(self) -> Product:
-        return Product(
+    def record(self) -> ProductStruct:
+        return ProductStruct(
             address(self.weight),
             address(self.scales),
             address(self.offsets),

@@ -1,7 +1,7 @@
 """Which configurations are refused before any weight is read, and what each layer of a model keeps of a token.
 
 What a layer keeps is asked of `transformers`' own cache for the configuration, not told by the family's name. All else
-that cannot be verified is found by the probe.
+that cannot be verified is found by the check at load (exactness.py).
 """
 
 from __future__ import annotations

@@ -39,14 +39,14 @@ FUSED_ATTENTION_SCORES = {
 GROUPED_CUDA_SCORES = 1 << 28
 
 
-class Rows(Protocol):
+class LayerKV(Protocol):
     """Where a layer's keys and values go."""
 
     def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """New rows [B, J, N, E] in, all rows [B, J, S, E] out."""
 
 
-class NoRows:
+class NoCache:
     """No cache: a forward sees the rows it is given."""
 
     def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
@@ -148,7 +148,7 @@ class LeanModel:
         """Post-norm hidden states [B, T, D] of ids [B, T] without a cache."""
         layout = Layout.causal(token_ids.shape[1], self.device)
         self.rotary.reserve(token_ids.shape[1])
-        return self.states(token_ids, layout, [[NoRows()] for _ in self.layers])
+        return self.states(token_ids, layout, [[NoCache()] for _ in self.layers])
 
     @torch.inference_mode()
     def hidden_of(self, spans: Sequence[Span]) -> Tensor:
@@ -162,7 +162,7 @@ class LeanModel:
         return self._states(token_ids, turn, list(each), rows)
 
     @torch.inference_mode()
-    def states(self, token_ids: Tensor, layout: Layout, rows: Sequence[Sequence[Rows]]) -> Tensor:
+    def states(self, token_ids: Tensor, layout: Layout, rows: Sequence[Sequence[LayerKV]]) -> Tensor:
         """The same [B, N, D] of ids [B, N] at positions there are turns for, with one cache for all; asks the device
         nothing, so that it can be recorded."""
         batch, length = token_ids.shape
@@ -186,7 +186,7 @@ class LeanModel:
         token_ids: Tensor,
         turn: Tensor,
         attention: Sequence[Sequence[_Attention]],
-        rows: Sequence[Sequence[Rows]],
+        rows: Sequence[Sequence[LayerKV]],
     ) -> Tensor:
         """Flat rows [N, D]. attention: by rule, then by span; rows: by layer, then by span."""
         states = self.embed(token_ids)
@@ -205,7 +205,7 @@ class LeanModel:
         states: Tensor,
         turn: Tensor,
         attention: Sequence[_Attention],
-        caches: Sequence[Rows],
+        caches: Sequence[LayerKV],
     ) -> Tensor:
         heads, key_heads, size = self.num_heads, self.num_key_value_heads, self.head_size
         num_rows, parts = states.shape[0], (heads, key_heads, key_heads)
@@ -240,7 +240,9 @@ def _rotary_table(rotary: Any, device: torch.device) -> RotaryTable:
     return RotaryTable(make)
 
 
-def _mixed(attention: Sequence[_Attention], projected: tuple[Tensor, Tensor, Tensor], caches: Sequence[Rows]) -> Tensor:
+def _mixed(
+    attention: Sequence[_Attention], projected: tuple[Tensor, Tensor, Tensor], caches: Sequence[LayerKV]
+) -> Tensor:
     """Queries [N, H, E], new keys and values [N, J, E] of all spans -> [N, H * E], each span on its own rows."""
     if len(attention) == 1:
         return attention[0](*projected, caches[0])
@@ -277,7 +279,7 @@ class _Attention:
             mask = _grouped(mask[:, 0], shape[0] * key_heads, groups, model.dtype)
         return cls(shape, key_heads, groups, mask, is_fused)
 
-    def __call__(self, queries: Tensor, keys: Tensor, values: Tensor, rows: Rows) -> Tensor:
+    def __call__(self, queries: Tensor, keys: Tensor, values: Tensor, rows: LayerKV) -> Tensor:
         """Queries [B * N, H, E], new keys and values [B * N, J, E] -> [B * N, H * E]."""
         (batch, length), size = self.shape, queries.shape[-1]
         new_keys = keys.view(batch, length, self.num_key_value_heads, size).transpose(1, 2)

@@ -15,6 +15,7 @@ from amphista.errors import NativeError, TargetError, first_line
 from amphista.native.build import load
 from amphista.target import DEFAULT_TARGET
 from amphista.target.blocks import GGUF, give_blocks
+from amphista.target.exactness import check_exactness
 from amphista.target.families import auto_class, refuse_unsupported
 from amphista.target.gguf import (
     SMOLLM2_135M,
@@ -29,7 +30,6 @@ from amphista.target.gguf import (
     packaged_target_folder,
 )
 from amphista.target.pages import give_back
-from amphista.target.probe import probe
 from amphista.target.qualify import why_not_of_family
 from amphista.target.spec import TargetSpec
 from amphista.target.target import Target
@@ -81,7 +81,7 @@ def load_target(
     if int8:
         _refuse_int8(place, fast=fast, native=native)
     folder = locate(name, progress)
-    source = Source(name, folder, hub)
+    source = ModelSource(name, folder, hub)
     model = _load_model(source, place, _dtype(dtype, place))  # first: it refuses families by name
     text = load_text(source)
     target = Target(model, text, name=name)
@@ -94,7 +94,7 @@ def load_target(
             "the target is quantised. Kernels that scale activations over several rows at once would make its choices "
             "depend on the tree: check with --compare before trusting it"
         )
-    probe(target)
+    check_exactness(target)
     if fast and target.speed_up(release=True, int8=int8, native=native):
         stock_dtype = "float32" if int8 else dtype
         target.load_stock = lambda: load_target(
@@ -133,7 +133,7 @@ def _load_blocks(name: str, progress: Progress) -> Target:
 
     gguf_file = _gguf_file(name, progress)
     folder = describe(gguf_file, progress, sha256=NAMED_TARGETS[name].sha256 if name in NAMED_TARGETS else None)
-    source = Source(name, str(folder), {})
+    source = ModelSource(name, str(folder), {})
     config = source.config()
     refuse_unsupported(config)
     with torch.device("meta"):
@@ -144,7 +144,7 @@ def _load_blocks(name: str, progress: Progress) -> Target:
     give_blocks(model, gguf_file, folder)
     model.generation_config = source.read(GenerationConfig)
     target = Target(model, load_text(source), name=name)
-    # No probe: the stock model, whose trees it would try, is left here, and the C step tries its own.
+    # No check: the stock model, whose trees it would try, is left here, and the C step tries its own.
     if not target.speed_up(release=True, native=True) or target.why_not_native is not None:
         raise NativeError(target.why_stock or target.why_not_native)
     return target
@@ -235,7 +235,7 @@ def _dtype(dtype: str | None, place: torch.device) -> Any:
 
 
 @dataclasses.dataclass(frozen=True)
-class Source:
+class ModelSource:
     """A target's name, where `transformers` finds it, and how the hub is asked."""
 
     name: str
@@ -273,7 +273,7 @@ class Source:
             raise TargetError(f"cannot load the {what} of target {self.name!r}: {first_line(error)}") from error
 
 
-def _load_model(source: Source, place: torch.device, dtype: Any) -> Any:
+def _load_model(source: ModelSource, place: torch.device, dtype: Any) -> Any:
     from transformers.utils import logging
 
     logging.disable_progress_bar()
@@ -313,7 +313,7 @@ def import_code(name: str) -> None:
     from transformers import AutoTokenizer  # noqa: F401
 
     folder = _description(name) or describe(_gguf_file(name, logger.info), logger.info)
-    refuse_unsupported(Source(name, str(folder), {}).config())  # it looks at the class
+    refuse_unsupported(ModelSource(name, str(folder), {}).config())  # it looks at the class
 
 
 def _description(name: str) -> str | None:
@@ -335,7 +335,7 @@ def describe_target(name: str, **hub: Unpack[Hub]) -> dict[str, Any]:
     folder = _description(name)
     if folder is None:
         return {"name": name, "ready": False}
-    config = Source(name, folder, hub).config()
+    config = ModelSource(name, folder, hub).config()
     refuse_unsupported(config)
     text = config.get_text_config(decoder=True)
     spec = TargetSpec.from_config(config, embedding_size=text.hidden_size, vocab_size=text.vocab_size)
@@ -344,7 +344,7 @@ def describe_target(name: str, **hub: Unpack[Hub]) -> dict[str, Any]:
     return {"name": name, "ready": True, "megabytes": round(sum(weights) / 1e6, 1), **dataclasses.asdict(spec)}
 
 
-def load_text(source: Source) -> Text:
+def load_text(source: ModelSource) -> Text:
     """Its tokenizer; raises TargetError."""
     from transformers import AutoTokenizer
 

@@ -12,7 +12,7 @@ class TargetOutput:
     """One forward: logits [N, V] (prefill: [1, V], the last row) and hidden states [N, D] of all rows.
 
     choices: the argmax of each row of logits, where the forward has brought them along. The tensors of a recorded
-    forward (captured.py) are valid until the next forward of the same target.
+    forward (captured_forward.py) are valid until the next forward of the same target.
     """
 
     logits: Tensor

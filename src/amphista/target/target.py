@@ -1,5 +1,5 @@
 """The frozen target: one forward over spans, on the unmodified `transformers` model or, for the families of lean.py, on
-its weights without its overhead: in torch, in C (native.py), or as captured graphs (captured.py).
+its weights without its overhead: in torch, in C (native_forward.py), or as captured graphs (captured_forward.py).
 
 On the stock path logits come from the model's own forward, under masks by its own rules (attention.py), its scaling and
 soft-capping included. Hidden states are what the LM head reads (after the final norm), taken by a hook on the decoder's
@@ -23,15 +23,15 @@ import torch
 from torch import Tensor
 
 from amphista.cache.hf import as_transformers_cache
-from amphista.cache.resident import ResidentCache
+from amphista.cache.persistent import BufferedCache
 from amphista.cache.static import KVCache, sent
 from amphista.errors import CapacityError, CaptureError, TargetError
 from amphista.target.attention import Layout, laid_out, refuse_attention
 from amphista.target.blocks import GGUF
-from amphista.target.captured import CapturedForward
+from amphista.target.captured_forward import CapturedForward
 from amphista.target.families import decoder_of, kept_by_layers
 from amphista.target.lean import LeanModel
-from amphista.target.native import NativeForward, native_form, product_of, why_not_native
+from amphista.target.native_forward import NativeForward, native_form, product_of, why_not_native
 from amphista.target.output import TargetOutput
 from amphista.target.pages import give_back, trim_allocator
 from amphista.target.products import RoundedLinear
@@ -52,7 +52,7 @@ class Target:
     """A frozen causal LM that reads chains and trees of tokens.
 
     model: a `transformers` causal LM. text: its tokenizer side, None for tests on bare token ids. static: whether the
-    fast path verifies in fixed shapes (captured.py); by default where that is worth it, on CUDA.
+    fast path verifies in fixed shapes (captured_forward.py); by default where that is worth it, on CUDA.
     """
 
     def __init__(
@@ -106,8 +106,8 @@ class Target:
 
     @property
     def path(self) -> str:
-        """Which forward verifies: `native`, `captured` (captured.py; off CUDA `fast-static`), `fast` (lean.py), `-int8`
-        behind it, or `stock`. While another thread has the captured graphs it is `fast` in this one."""
+        """Which forward verifies: `native`, `captured` (captured_forward.py; off CUDA `fast-static`), `fast` (lean.py),
+        `-int8` behind it, or `stock`. While another thread has the captured graphs it is `fast` in this one."""
         if self._lean is None:
             return "stock"
         if self._native is not None:
@@ -268,12 +268,12 @@ class Target:
 
     def new_cache(self) -> KVCache:
         """An empty cache for one sequence."""
-        return KVCache(self._num_caches) if self._captured is None else ResidentCache(self._num_caches)
+        return KVCache(self._num_caches) if self._captured is None else BufferedCache(self._num_caches)
 
     def copy_rows(self, source: KVCache, to: KVCache, num_rows: int) -> None:
         """Let an empty cache hold the first committed rows of another."""
         if self._captured is not None:
-            self._captured.move_out(source)
+            self._captured.detach(source)
         to.take_copy(source, num_rows)
 
     def prefill(self, token_ids: Sequence[int], cache: KVCache) -> TargetOutput:
@@ -317,7 +317,7 @@ class Target:
             return None
         if len(spans) > 1 or spans[0].only_last:
             for span in spans:
-                captured.move_out(span.cache)
+                captured.detach(span.cache)
             return None
         try:
             return captured.verify(spans[0].tree, spans[0].cache)

@@ -22,7 +22,7 @@ from amphista.drafter.heads import ParallelHeads
 from amphista.train.dataset import HiddenStates, batches_of, coverage
 from amphista.train.head_loss import draft_labels
 from amphista.train.losses import LossConfig
-from amphista.train.rows import TokenRow
+from amphista.train.token_row import TokenRow
 from amphista.train.validation import Validation, exact_logits_below, validate
 
 GRID = torch.arange(0.6, 3.01, 0.05)

@@ -22,24 +22,24 @@ from amphista.errors import DataError
 from amphista.target.target import Target
 from amphista.train.head_loss import AnswerRows
 from amphista.train.hidden_store import HiddenStore
-from amphista.train.rows import TokenRow
+from amphista.train.token_row import TokenRow
 
 BUCKET_BATCHES = 32  # rows of this many batches are sorted by length together
 
 
 @dataclass(frozen=True)
-class Batch:
+class PaddedBatch:
     """Right-padded rows: hidden [B, T, D], next ids [B, T] (the last column repeats), and the answers' rows."""
 
     hidden: Tensor
     next_ids: Tensor
     answer_rows: AnswerRows
 
-    def to(self, device: torch.device, non_blocking: bool = False) -> Batch:
+    def to(self, device: torch.device, non_blocking: bool = False) -> PaddedBatch:
         """The same batch on another device; the signature `accelerate` calls."""
         rows = self.answer_rows
         moved = AnswerRows(rows.rows.to(device), rows.next_ids.to(device), rows.answers.to(device))
-        return Batch(self.hidden.to(device), self.next_ids.to(device), moved)
+        return PaddedBatch(self.hidden.to(device), self.next_ids.to(device), moved)
 
 
 def split_rows(rows: Sequence[TokenRow], share: float, seed: int) -> tuple[list[TokenRow], list[TokenRow]]:
@@ -132,10 +132,10 @@ def part_of(rows: Sequence[TokenRow], index: int, count: int) -> list[TokenRow]:
     return list(rows[index::count])
 
 
-def collate(rows: Sequence[TokenRow], hidden: Sequence[Tensor]) -> Batch:
+def collate(rows: Sequence[TokenRow], hidden: Sequence[Tensor]) -> PaddedBatch:
     """Pad rows to one length and list the rows h_t whose next token x_{t+1} lies in an answer."""
     padded = torch.nn.utils.rnn.pad_sequence(list(hidden), batch_first=True)
-    return Batch(padded, _next_ids(rows), answer_rows(rows))
+    return PaddedBatch(padded, _next_ids(rows), answer_rows(rows))
 
 
 def answer_rows(rows: Sequence[TokenRow]) -> AnswerRows:
@@ -152,10 +152,10 @@ def answer_rows(rows: Sequence[TokenRow]) -> AnswerRows:
     return AnswerRows(index, next_ids.flatten()[index], torch.tensor(answers, dtype=torch.long))
 
 
-def idle_batch(hidden_size: int) -> Batch:
+def idle_batch(hidden_size: int) -> PaddedBatch:
     """For a process that has no row of a batch: an answer of one token, at which no head aims. Its loss is 0."""
     token = torch.zeros(1, dtype=torch.long)
-    return Batch(torch.zeros(1, 1, hidden_size), token[None], AnswerRows(token, token, token + 1))
+    return PaddedBatch(torch.zeros(1, 1, hidden_size), token[None], AnswerRows(token, token, token + 1))
 
 
 def _next_ids(rows: Sequence[TokenRow]) -> Tensor:
@@ -168,7 +168,7 @@ def _pad(ids: Sequence[Sequence[int]]) -> Tensor:
     return torch.tensor([list(row) + [row[-1]] * (longest - len(row)) for row in ids])
 
 
-def batches_of(rows: Sequence[TokenRow], hidden: HiddenStates, batch_size: int) -> Iterator[Batch]:
+def batches_of(rows: Sequence[TokenRow], hidden: HiddenStates, batch_size: int) -> Iterator[PaddedBatch]:
     """Batches in length order, for validation."""
     by_length = sorted(rows, key=lambda row: len(row.token_ids))
     for start in range(0, len(by_length), batch_size):

@@ -24,7 +24,7 @@ from typing import Any
 from amphista.errors import DataError
 from amphista.files import Lock, check_same_run, read_json, write_json
 from amphista.target.spec import Fingerprint
-from amphista.train.rows import TokenRow, group_of
+from amphista.train.token_row import TokenRow, group_of
 
 RUN = "run.json"
 SYNC_SECONDS = 5.0

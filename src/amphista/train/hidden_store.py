@@ -25,7 +25,7 @@ from torch import Tensor
 
 from amphista.errors import ConfigError, DataError
 from amphista.files import Lock, new_folder, replace_folder, write_json
-from amphista.train.rows import TokenRow
+from amphista.train.token_row import TokenRow
 
 GIGABYTE = 1e9
 SPARE_BYTES = 256 << 20  # left free on the disk: state, drafters and log go there, too

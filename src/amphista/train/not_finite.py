@@ -11,7 +11,7 @@ from accelerate.utils import gather_object
 from amphista.errors import DataError
 from amphista.train.dataset import HiddenStates, collate, idle_batch, part_of
 from amphista.train.head_loss import HeadLoss
-from amphista.train.rows import TokenRow
+from amphista.train.token_row import TokenRow
 
 
 @torch.no_grad()

@@ -28,7 +28,7 @@ from amphista.target.spec import Fingerprint
 from amphista.target.text import Message, Text
 from amphista.train.distilled import read_folder, token_rows
 from amphista.train.left_out import LeftOut
-from amphista.train.rows import TokenRow, check_ids, cut_row
+from amphista.train.token_row import TokenRow, check_ids, cut_row
 
 log = logging.getLogger(__name__)
 

@@ -32,7 +32,7 @@ from amphista.train.calibrate import calibrate
 from amphista.train.dataset import HiddenStates, coverage, frequent_tokens, split_rows
 from amphista.train.losses import LossConfig
 from amphista.train.prompts import read_rows
-from amphista.train.rows import TokenRow
+from amphista.train.token_row import TokenRow
 from amphista.tree.build import build_template, expected_tau
 
 MAX_LEN = 2048

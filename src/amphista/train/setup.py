@@ -26,7 +26,7 @@ from amphista.train.config import OptimizerConfig, TrainConfig
 from amphista.train.dataset import HiddenStates, coverage, frequent_tokens, split_rows
 from amphista.train.left_out import LeftOut
 from amphista.train.prompts import read_rows
-from amphista.train.rows import TokenRow
+from amphista.train.token_row import TokenRow
 from amphista.train.warm_start import started_from
 
 MAIN_MAY_TAKE = timedelta(hours=2)  # the others wait while one process validates; torch's default is 10 to 30 minutes
@@ -53,7 +53,7 @@ def is_sharded(accelerator: Accelerator) -> bool:
     return bool(accelerator.distributed_type == DistributedType.FSDP)
 
 
-def settle_sharding(accelerator: Accelerator) -> None:
+def configure_sharding(accelerator: Accelerator) -> None:
     """FSDP as the launcher's options say, as far as it can be had; raises ConfigError where it cannot."""
     if not is_sharded(accelerator):
         if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
@@ -134,7 +134,7 @@ def assemble(target: Target, config: TrainConfig, out: Path) -> Parts:
     """Read, check and make; raises DataError naming file and line, ConfigError for what cannot be."""
     set_seed(config.seed)
     accelerator = make_accelerator(target.device, config, out)
-    settle_sharding(accelerator)
+    configure_sharding(accelerator)
     data = _read_data(target, config)
     every_row = [*data.rows, *data.validation_rows]
     with accelerator.main_process_first():  # which makes the store that the others then open

@@ -21,14 +21,14 @@ import torch
 
 from amphista.target.target import Target
 from amphista.train.config import TrainConfig
-from amphista.train.dataset import Batch, answer_rows, collate, epoch_batches, idle_batch, part_of
+from amphista.train.dataset import PaddedBatch, answer_rows, collate, epoch_batches, idle_batch, part_of
 from amphista.train.head_loss import HeadLoss, HeadSums
 from amphista.train.memory import keep_freed_memory
 from amphista.train.not_finite import not_finite
 from amphista.train.results import Results
-from amphista.train.rows import TokenRow
 from amphista.train.run_folder import Progress, RunFolder
 from amphista.train.setup import assemble, is_sharded, make_optimizer, make_schedule
+from amphista.train.token_row import TokenRow
 
 LEAVE_AFTER_S = 1.0
 Report = Callable[[str], None]
@@ -129,7 +129,7 @@ class Trainer:
         self.progress.positions += whole.rows.numel()
         return sums
 
-    def _part(self, rows: list[TokenRow], index: int) -> Batch:
+    def _part(self, rows: list[TokenRow], index: int) -> PaddedBatch:
         """One of this process's parts of a batch; every process has as many, some of them idle."""
         accelerator, count = self.accelerator, self.config.optimizer.accumulate
         share = part_of(rows, accelerator.process_index, accelerator.num_processes)

@@ -22,10 +22,10 @@ from torch import Tensor
 
 from amphista.drafter.heads import ParallelHeads
 from amphista.engine.loops import loop_free_length
-from amphista.train.dataset import Batch, HiddenStates, batches_of
+from amphista.train.dataset import HiddenStates, PaddedBatch, batches_of
 from amphista.train.head_loss import HeadLoss
 from amphista.train.losses import LossConfig
-from amphista.train.rows import TokenRow
+from amphista.train.token_row import TokenRow
 from amphista.tree.candidates import Candidates, ConditionalRanks
 from amphista.tree.dynamic import best_first
 
@@ -142,7 +142,7 @@ class RankedHeads:
         return torch.where(is_parent.any(-1, keepdim=True), given, plain)
 
 
-def ranked_heads(drafter: ParallelHeads, batch: Batch, num_ranks: int, temperature: float = 0.0) -> RankedHeads:
+def ranked_heads(drafter: ParallelHeads, batch: PaddedBatch, num_ranks: int, temperature: float = 0.0) -> RankedHeads:
     """All heads of all answer rows, one head at a time so that Q x K x N never exists at once."""
     states = drafter(batch.hidden, batch.next_ids, batch.answer_rows.rows)
     divisors = torch.tensor(drafter.head_temperatures(temperature))
@@ -194,7 +194,7 @@ def exact_logits_below(drafter: ParallelHeads, states: Tensor, head: int, above:
         return drafter.given_above(logits, states, drafter.correction(states, above), drafter.own_weights(head))
 
 
-def count_hits(ranked: RankedHeads, batch: Batch, hits: Tensor, counts: Tensor) -> None:
+def count_hits(ranked: RankedHeads, batch: PaddedBatch, hits: Tensor, counts: Tensor) -> None:
     """Add, per head and rank, how often that rank held the text's token."""
     next_ids = batch.answer_rows.next_ids.cpu()
     for k in range(ranked.tokens.shape[1]):
@@ -270,7 +270,7 @@ class AnswerReplay:
         return self._reached[row]
 
 
-def replay_answers(ranked: RankedHeads, batch: Batch) -> list[AnswerReplay]:
+def replay_answers(ranked: RankedHeads, batch: PaddedBatch) -> list[AnswerReplay]:
     """Split the rows of a batch into its answers."""
     answers = batch.answer_rows.answers.cpu()
     next_ids = batch.answer_rows.next_ids.tolist()

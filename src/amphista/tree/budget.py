@@ -170,7 +170,7 @@ class NodeBudget:
         row_seconds = seconds(forward.num_rows) - seconds(forward.num_rows - num_nodes + 1)
         for record in (controller, self._lately):
             record.record(num_accepted, row_seconds)
-        controller.settle(pays=self._pays(controller, plain))
+        controller.update_backoff(pays=self._pays(controller, plain))
 
     def _note(self, *, is_plain: bool) -> None:
         if is_plain == self._streak_is_plain:

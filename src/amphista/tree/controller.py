@@ -67,7 +67,7 @@ class DraftController:
         self._gain += num_accepted
         self._rows += row_seconds
 
-    def settle(self, *, pays: bool) -> None:
+    def update_backoff(self, *, pays: bool) -> None:
         """After a record: one draft of a trial is over; where heads pay, the next rest is a short one."""
         if self._trial:
             self._trial -= 1

@@ -59,7 +59,7 @@ class StepCosts:
         """Seconds of the same step with another number of rows; quick to call."""
         costs, asked, known = self.costs, forward.num_asked, self._known
         beside = costs.sequence * (forward.num_decoding + forward.num_prompts - 1)
-        beside += costs.cached_row * forward.num_cached_rows
+        beside += costs.cached_row * (forward.num_cached_rows - costs.context)
         beside += costs.draft + (asked - 1) * costs.drafted if asked else 0.0
         common = known[0] + (known[1] if asked else 0.0)
 

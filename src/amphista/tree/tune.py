@@ -15,14 +15,15 @@ from itertools import accumulate, pairwise
 class Costs:
     """Seconds of a step: `verify[n - 1]` with n rows, never falling; `draft` more where heads are asked.
 
-    `sequence`: for each further sequence in the forward; `cached_row`: for each cached row it reads, beyond what
-    `verify` was measured with; `drafted`: for each further sequence whose heads are asked.
+    `sequence`: for each further sequence in the forward; `cached_row`: for each cached row it reads beyond `context`,
+    which `verify` was measured with; `drafted`: for each further sequence whose heads are asked.
     """
 
     verify: list[float]
     draft: float = 0.0
     sequence: float = 0.0
     cached_row: float = 0.0
+    context: int = 0
     drafted: float = 0.0
 
     @classmethod

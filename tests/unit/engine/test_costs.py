@@ -10,13 +10,13 @@ import pytest
 import torch
 
 from amphista.drafter.amphista import Amphista, AmphistaConfig
-from amphista.drafter.captured import AskRegion, FeedRegion
+from amphista.drafter.captured_drafter import AskRegion, FeedRegion
 from amphista.drafter.medusa import Medusa, MedusaConfig
 from amphista.drafter.proposer import Proposer
 from amphista.engine import cost_cache, costs, timing
 from amphista.engine.costs import costs_for, target_key, tune
-from amphista.engine.timing import Cell
-from amphista.target.captured import NODES, VerifyRegion
+from amphista.engine.timing import Cell, ForwardSeconds
+from amphista.target.captured_forward import NODES, VerifyRegion
 from amphista.target.target import Target
 from amphista.tree.tune import NOTHING_PAYS, Costs
 from tests.tiny import tiny_model, tiny_target
@@ -37,7 +37,7 @@ def measured(tmp_path, monkeypatch, spreads):
 
     def verify(target):
         calls.append("verify")
-        return {1: 1.0, 2: 1.0 + 0.5 * len(calls), 4: 1.5}, spreads["verify"]
+        return ForwardSeconds({1: 1.0, 2: 1.0 + 0.5 * len(calls), 4: 1.5}, 256, 0.02, 0.001, spreads["verify"])
 
     def draft(target, drafter):
         calls.append("draft")
@@ -55,7 +55,9 @@ def medusa(target, *, lookup=False, **settings):
 def test_measured_once(target, measured, tmp_path):
     first = costs_for(target, medusa(target))
     assert first == costs_for(target, medusa(target)) and measured == ["verify", "draft"]
-    assert (first.draft, first.drafted) == (0.25, 0.05) and first.verify == [1.0, 1.5, 1.5, 1.5]
+    assert (first.draft, first.drafted) == (0.25, 0.05)
+    assert (first.sequence, first.cached_row, first.context) == (0.02, 0.001, 256)
+    assert first.verify == [1.0, 1.5, 1.5, 1.5]
     assert len(list((tmp_path / "costs").glob("*.json"))) == len(list((tmp_path / "costs").iterdir())) == 2
 
 
@@ -104,7 +106,7 @@ def test_refresh_measures_anew_and_is_kept(target, measured):
     drafter = medusa(target)
     old = tune(target, drafter)
     new = tune(target, drafter, refresh=True)
-    assert measured == ["verify", "draft"] * 2 and new.verify != old.verify
+    assert measured == ["verify", "draft"] * 2 and new.forward != old.forward
     assert tune(target, drafter) == new and len(measured) == 4
 
 
@@ -210,7 +212,7 @@ def test_real_seconds(target, tmp_path, monkeypatch):
     rows = target.spec.max_positions // 2
     found = tune(target, medusa(target, lookup=True))
     assert found.costs.max_nodes > 2 and found.costs.max_nodes + rows <= target.spec.max_positions
-    assert found.costs.verify == sorted(found.costs.verify) and found.costs.draft > 0 and found.spread >= 1
+    assert found.costs.verify == sorted(found.costs.verify) and found.costs.draft > 0 and found.forward.spread >= 1
 
 
 @pytest.mark.parametrize("blip", [None, 2, 3])
@@ -230,8 +232,11 @@ def test_sizes_end_where_a_tree_costs_too_much(target, monkeypatch, blip):
         return cell
 
     monkeypatch.setattr(timing, "_forward", forward)
-    seconds, spread = timing.verify_seconds(target)
-    assert list(seconds) == [1, 2, 3, 4, 6] and list(seconds.values()) == [1, 2, 3, 4, 6] and spread == 1
+    monkeypatch.setattr(
+        timing, "_several", lambda target, cache, num_cached: Cell(lambda: time.sleep(1e-4 * num_cached))
+    )
+    found = timing.verify_seconds(target)
+    assert found.by_rows == {1: 1, 2: 2, 3: 3, 4: 4, 6: 6}
 
 
 def test_measuring_leaves_cache_and_drafter_as_they_were(target):
@@ -273,7 +278,7 @@ def test_what_is_timed_is_what_decodes(static, monkeypatch):
     assert fresh.speed_up()
     del replayed[:]
     monkeypatch.setattr(timing, "DEAREST", 1e9)
-    seconds, _ = timing.verify_seconds(fresh)
+    seconds = timing.verify_seconds(fresh).by_rows
     assert list(seconds) == [size for size in NODES if size <= 256]
     assert {size for kind, size in replayed if kind is VerifyRegion} == set(seconds)
     drafter = Amphista(AmphistaConfig(), fresh.spec, fresh.shared).eval()

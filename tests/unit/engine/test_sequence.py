@@ -11,8 +11,8 @@ from amphista.cache.static import KVCache
 from amphista.engine.loops import LoopWatch
 from amphista.engine.params import FinishReason, SamplingParams
 from amphista.engine.prefixes import taken_over
-from amphista.engine.rows import Rows
 from amphista.engine.sequence import Sequence, whole_step
+from amphista.engine.sequence_cache import SequenceCache
 from amphista.errors import CapacityError
 from amphista.target.text import IncrementalText, Text
 from tests.tiny import EOS, byte_tokenizer
@@ -48,7 +48,7 @@ def sequence(*, max_new_tokens=10, max_positions=100, stop=(), penalty=1.0, prom
         chooser=Chooser(params, prompt),
         end_ids=frozenset([EOS]),
         max_positions=max_positions,
-        rows=filled(Rows(Nothing(), None, token_ids), len(token_ids)),
+        rows=filled(SequenceCache(Nothing(), None, token_ids), len(token_ids)),
         stops=IncrementalText(Text(byte_tokenizer()), stop) if stop else None,
     )
 
@@ -73,7 +73,7 @@ def take(found, tokens):
 )
 @pytest.mark.parametrize("is_copy", [False, True])
 def test_what_is_taken_over_is_the_common_prefix_but_one(prompt, keep, is_copy):
-    rows = filled(Rows(Nothing(), None, [1, 2, 3, 4, 5, 6]), 5)
+    rows = filled(SequenceCache(Nothing(), None, [1, 2, 3, 4, 5, 6]), 5)
     found = sequence(prompt=prompt)
     found.release()
     found.adopt(replace(taken_over(rows, found.token_ids), is_copy=is_copy))
@@ -84,7 +84,7 @@ def test_what_is_taken_over_is_the_common_prefix_but_one(prompt, keep, is_copy):
 
 def test_ids_that_were_never_cached_are_not_trusted():
     """A broken-off step may have left ids without rows."""
-    rows = filled(Rows(Nothing(), None, [1, 2, 3, 4, 5, 6]), 2)
+    rows = filled(SequenceCache(Nothing(), None, [1, 2, 3, 4, 5, 6]), 2)
     assert taken_over(rows, [1, 2, 3, 4, 5, 6, 7]).num_rows == 1
 
 

@@ -7,10 +7,10 @@ import json
 import pytest
 
 from amphista.drafter.amphista import Amphista, AmphistaConfig
-from amphista.drafter.captured import AskRegion, FeedRegion
+from amphista.drafter.captured_drafter import AskRegion, FeedRegion
 from amphista.drafter.checkpoint import save_drafter
 from amphista.drafter.medusa import Medusa, MedusaConfig
-from amphista.drafter.stage_rows import StageHome
+from amphista.drafter.stage_buffer import StageBuffer
 from amphista.errors import ConfigError
 from amphista.evaluation import latency
 from amphista.evaluation.latency import (
@@ -22,7 +22,7 @@ from amphista.evaluation.latency import (
     write_latency,
 )
 from amphista.evaluation.methods import timed_drafters
-from amphista.target.captured import VerifyRegion
+from amphista.target.captured_forward import VerifyRegion
 from amphista.target.target import Target
 from tests.tiny import VOCAB, tiny_model, tiny_target
 
@@ -137,7 +137,7 @@ def test_recorded_forwards_are_what_is_timed(monkeypatch):
     assert target.speed_up() and target.is_static
     del replayed[:]
     moved = []
-    monkeypatch.setattr(StageHome, "move_out", lambda home, state: moved.append(state))
+    monkeypatch.setattr(StageBuffer, "detach", lambda buffer, state: moved.append(state))
     config = LatencyConfig(nodes=(1, 2, 7), contexts=(20,), rounds=2)
     record = measure_latency(target, config, both(target))
     assert record["path"] == "fast-static" and not moved

@@ -7,7 +7,7 @@ import torch
 
 from amphista.engine.params import SamplingParams
 from amphista.errors import ConfigError, DrafterError
-from amphista.evaluation.methods import METHODS, MethodSpec, Settings, build_method, parse_methods
+from amphista.evaluation.methods import METHODS, MethodSettings, MethodSpec, build_method, parse_methods
 from amphista.evaluation.stock import StockGenerate, plain, prompt_lookup
 from tests.tiny import EOS, tiny_target
 
@@ -68,7 +68,7 @@ def test_bad_names(text, said):
 def test_errors_name_the_method(text_target):
     (spec,) = parse_methods("mine=no/such/folder/at/all")[1:]
     with pytest.raises(DrafterError, match="method mine: "):
-        build_method(spec, text_target, Settings())
+        build_method(spec, text_target, MethodSettings())
 
 
 @pytest.fixture(scope="module", params=["llama", "gpt2"])
@@ -81,7 +81,7 @@ def run(target, variant, prompt=PROMPT, **settings):
 
 
 def test_stock_is_none_token_for_token_and_step_for_step(target):
-    none = METHODS["none"](MethodSpec("none", "none"), target, Settings())
+    none = METHODS["none"](MethodSpec("none", "none"), target, MethodSettings())
     ours = none.run(PROMPT, SamplingParams(max_new_tokens=12))
     theirs = run(target, plain(), max_new_tokens=12)
     for key in ("token_ids", "accepted", "tree_nodes", "finish_reason"):
@@ -136,7 +136,7 @@ def test_ignored_end_tokens_end_no_answer():
     """Ours and stock go on behind them alike; the last token is at the limit, not an end token by chance."""
     target = copying_target()
     target.model.generation_config.pad_token_id = None  # as of Llama 3
-    none = METHODS["none"](MethodSpec("none", "none"), target, Settings())
+    none = METHODS["none"](MethodSpec("none", "none"), target, MethodSettings())
     ours = none.run([3, EOS], SamplingParams(max_new_tokens=9, ignore_eos=True))
     found = run(target, plain(), [3, EOS], max_new_tokens=9, ignore_eos=True)
     assert ours["token_ids"] == found["token_ids"] == [EOS] * 9
@@ -171,7 +171,7 @@ def test_the_models_own_generation_config_decides_nothing(target):
 
 def test_stock_ends_where_the_context_ends():
     target = tiny_target(with_text=True, max_position_embeddings=16)
-    none = METHODS["none"](MethodSpec("none", "none"), target, Settings())
+    none = METHODS["none"](MethodSpec("none", "none"), target, MethodSettings())
     params = SamplingParams(max_new_tokens=50)
     ours, theirs = none.run(PROMPT, params), StockGenerate(target, plain()).run(PROMPT, params)
     assert ours["token_ids"] == theirs["token_ids"] and theirs["finish_reason"] == ours["finish_reason"]

@@ -9,7 +9,7 @@ import pytest
 from amphista.drafter.proposer import Proposer
 from amphista.engine.params import SamplingParams
 from amphista.errors import ConfigError
-from amphista.evaluation.methods import METHODS, Ours, Settings, parse_methods
+from amphista.evaluation.methods import METHODS, MethodSettings, Ours, parse_methods
 from amphista.evaluation.metrics import contract
 from amphista.evaluation.questions import load_questions
 from amphista.evaluation.records import read_records
@@ -74,7 +74,7 @@ def asked(tmp_path):
 def config(methods="none,hf,drafts", **changes):
     sampling = {"max_new_tokens": 10, "temperature": changes.pop("temperature", 0.0), "seed": changes.pop("seed", 0)}
     return EvaluationConfig(
-        methods=tuple(parse_methods(methods)), params=SamplingParams(**sampling), settings=Settings(), **changes
+        methods=tuple(parse_methods(methods)), params=SamplingParams(**sampling), settings=MethodSettings(), **changes
     )
 
 
@@ -303,7 +303,9 @@ def test_seeds_are_unrelated_and_fixed():
 
 def test_a_run_without_a_seed_is_the_run_of_seed_0(text_target, asked, tmp_path):
     unseeded = EvaluationConfig(
-        methods=config("none").methods, params=SamplingParams(max_new_tokens=10, temperature=0.8), settings=Settings()
+        methods=config("none").methods,
+        params=SamplingParams(max_new_tokens=10, temperature=0.8),
+        settings=MethodSettings(),
     )
     with Evaluation(text_target, asked, unseeded, tmp_path / "out") as evaluation:
         evaluation.run()

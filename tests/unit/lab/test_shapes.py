@@ -7,7 +7,7 @@ import torch
 
 from amphista.errors import ConfigError
 from amphista.evaluation.latency import LatencyConfig
-from amphista.target.probe import probe
+from amphista.target.exactness import check_exactness
 from benchmarks.lab import shapes
 from benchmarks.lab.shapes import SHAPES, Shape, free_bytes, measure_shape, random_drafter, random_target
 
@@ -35,7 +35,7 @@ def test_the_model_has_the_told_size_and_verifies_trees(tiny):
     assert sum(p.numel() for p in target.model.parameters()) == TINY.num_parameters()
     assert target.dtype is torch.float32 and target.spec.num_layers == 4
     assert "0.00 G random weights in float32" in told[0]
-    probe(target)
+    check_exactness(target)
 
 
 def test_fewer_layers_and_another_dtype(tiny):

@@ -11,7 +11,7 @@ from amphista.errors import ConfigError, DataError
 from amphista.train import hidden_store
 from amphista.train.dataset import HiddenStates
 from amphista.train.hidden_store import HiddenStore
-from amphista.train.rows import TokenRow
+from amphista.train.token_row import TokenRow
 
 ROWS = [TokenRow(name, name, [1, 2, 3 + number], [0, 1, 1]) for number, name in enumerate("abc")]
 

@@ -9,7 +9,7 @@ import torch
 from amphista.errors import ConfigError
 from amphista.train import setup
 from amphista.train.config import DataConfig, OptimizerConfig, TrainConfig
-from amphista.train.setup import _store_folder, make_accelerator, settle_sharding, warmup_cosine
+from amphista.train.setup import _store_folder, configure_sharding, make_accelerator, warmup_cosine
 
 STORED = TrainConfig(data=DataConfig(store=True))
 
@@ -17,10 +17,10 @@ STORED = TrainConfig(data=DataConfig(store=True))
 def test_fsdp_that_would_be_none_is_refused(monkeypatch, tmp_path):
     """On CPU accelerate takes DDP without a word."""
     accelerator = make_accelerator(torch.device("cpu"), TrainConfig(), tmp_path)
-    settle_sharding(accelerator)
+    configure_sharding(accelerator)
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     with pytest.raises(ConfigError, match="accelerate does not shard on cpu"):
-        settle_sharding(accelerator)
+        configure_sharding(accelerator)
 
 
 def test_a_launcher_s_accumulation_does_not_divide_ours(monkeypatch, tmp_path):

@@ -1,7 +1,7 @@
-"""Rows: what is cached of one sequence, for target and drafter; it outlives a request and may pass to another.
+"""SequenceCache: what is cached of one sequence, for target and drafter; it outlives a request, and may pass on.
 
 Row i of the target is made of tokens 0..i, row i of the drafter of token i + 1, too. The drafter's are made when it is
-asked: until then hidden states wait in `unfed`, and are then given to it in one go.
+first asked, which may be never: until then hidden states wait in `unfed`, and are then given to it in one go.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from amphista.cache.static import sent
 from amphista.drafter.base import Ask, Drafter, DrafterState
 from amphista.target.target import Target
 
-MAX_UNFED = 512
+MAX_UNFED, MAX_PIECES = 2048, 32
 
 
-class Rows:
+class SequenceCache:
     """The caches of one sequence, and the tokens they are made of: the sequence's own list, which may be longer."""
 
     def __init__(self, target: Target, heads: Drafter | None, token_ids: list[int]) -> None:
@@ -44,9 +44,9 @@ class Rows:
             number += len(ids)
         return number
 
-    def empty(self, token_ids: list[int]) -> Rows:
+    def empty(self, token_ids: list[int]) -> SequenceCache:
         """None, for a sequence of these tokens."""
-        return Rows(self._target, self._heads, token_ids)
+        return SequenceCache(self._target, self._heads, token_ids)
 
     def defer(self, hidden: Tensor, path: list[int], next_ids: list[int]) -> None:
         """Keep the hidden states of a committed path for the drafter, with the tokens that followed each node; they do
@@ -55,6 +55,13 @@ class Rows:
             self.unfed.append((hidden[sent(path, hidden.device)], next_ids))
             if self._num_unfed > MAX_UNFED:
                 self.feed()
+            elif len(self.unfed) > MAX_PIECES:
+                self.unfed[:] = [self._joined()]
+
+    def _joined(self) -> tuple[Tensor, list[int]]:
+        if len(self.unfed) == 1:
+            return self.unfed[0]
+        return torch.cat([rows for rows, _ in self.unfed]), [token for _, ids in self.unfed for token in ids]
 
     def ask(self, temperature: float, max_depth: int) -> Ask:
         """What the drafter is asked, every row it has not read going with it. Row j is made of h_j and x_{j+1}."""
@@ -63,8 +70,12 @@ class Rows:
         num_fed = self.cache.num_committed - self._num_unfed
         if self._heads is not None and self.draft_state.num_rows > num_fed:  # fed, and broken off before that was noted
             self._heads.trim(self.draft_state, num_fed)
-        hidden = torch.cat([rows for rows, _ in self.unfed]) if len(self.unfed) > 1 else self.unfed[0][0]
-        return Ask(self.draft_state, max_depth, temperature, hidden, [token for _, ids in self.unfed for token in ids])
+        return Ask(self.draft_state, max_depth, temperature, *self._joined())
+
+    def catch_up(self) -> None:
+        """Give the drafter a prompt, or what came while it rested: no part of what asking it costs."""
+        if self._num_unfed > MAX_PIECES:
+            self.feed()
 
     def feed(self) -> None:
         """Give the drafter every row it has not read."""
@@ -84,7 +95,7 @@ class Rows:
         if self._heads is not None:
             self._heads.trim(self.draft_state, num_rows)
 
-    def copied(self, num_rows: int, token_ids: list[int]) -> Rows:
+    def copied(self, num_rows: int, token_ids: list[int]) -> SequenceCache:
         """The first rows in storage of their own, for another sequence."""
         self.feed()
         copy = self.empty(token_ids)

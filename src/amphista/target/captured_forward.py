@@ -5,10 +5,10 @@ One recorded forward serves all trees of up to N nodes (a *bucket*) behind up to
 is made from it on the device. A smaller tree is padded: a padded node writes its keys and values to a row that belongs
 to nobody, sees that row beside the committed ones, and is seen by no node of the tree.
 
-Kept: one residence of keys and values for each capacity met (they double, so all of them together take less than twice
-the largest) and the recorded forwards that were used last. One thread decodes here at a time, since what a forward
-shows lies in its buffers; others take the ordinary path of the same forward until that thread rests (`ThreadLease`). A
-cache that lives here is read and written elsewhere only between a forward and the commit of its path.
+Kept: one persistent buffer of keys and values for each capacity met (they double, so all of them together take less
+than twice the largest) and the recorded forwards that were used last. One thread decodes here at a time, since what a
+forward shows lies in its buffers; others take the ordinary path of the same forward until that thread rests
+(`ThreadLease`). A cache attached here is read and written elsewhere only between a forward and the commit of its path.
 
 Shapes: N nodes of the bucket, n of the tree, C capacity, S = C + 1 rows, D hidden size, V vocabulary.
 """
@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from amphista.cache.resident import Residence, ResidentCache
+from amphista.cache.persistent import BufferedCache, PersistentBuffer
 from amphista.cache.static import KVCache
 from amphista.errors import CaptureError
 from amphista.kernels.graph import Inputs, Recorded, Recorder, ThreadLease, bucket, capacities
@@ -39,21 +39,21 @@ BITS = 64
 
 
 class VerifyRegion:
-    """The forward over trees of up to N nodes behind the rows of one residence, with its buffers."""
+    """The forward over trees of up to N nodes behind the rows of one persistent buffer, with its inputs and outputs."""
 
-    def __init__(self, model: LeanModel, residence: Residence, sizes: tuple[int, int, int]) -> None:
+    def __init__(self, model: LeanModel, buffer: PersistentBuffer, sizes: tuple[int, int, int]) -> None:
         """sizes: nodes N, hidden size D, vocabulary V."""
         num_nodes, hidden_size, vocab_size = sizes
-        device, self._scratch = residence.rows.device, residence.capacity
+        device, self._scratch = buffer.rows.device, buffer.capacity
         self._model, self.num_nodes = model, num_nodes
         self._words = -(-num_nodes // BITS)
         parts = (num_nodes, num_nodes, num_nodes, 1, num_nodes * self._words)
         self._inputs = Inputs(parts, device)
         self.tokens, self.positions, self.slots, self.num_past, self.lineage = self._inputs.device
-        self._columns = torch.arange(residence.capacity + 1, device=device)
+        self._columns = torch.arange(buffer.capacity + 1, device=device)
         self._bits = torch.arange(BITS, device=device)
-        self._rows = [[rows] for rows in residence.scattered(self.slots)]
-        model.rotary.reserve(residence.capacity)
+        self._rows = [[rows] for rows in buffer.scattered(self.slots)]
+        model.rotary.reserve(buffer.capacity)
         self.logits = torch.zeros(num_nodes, vocab_size, dtype=model.dtype, device=device)
         self.hidden = torch.zeros(num_nodes, hidden_size, dtype=model.dtype, device=device)
         self.choices = torch.zeros(num_nodes, dtype=torch.int64, device=device)
@@ -104,25 +104,25 @@ class CapturedForward:
         self._device = model.device
         self._recorder = Recorder(self._device)
         self._regions: Recorded[VerifyRegion] = Recorded(self._recorder)
-        self._residences: dict[int, Residence] = {}
+        self._buffers: dict[int, PersistentBuffer] = {}
         self._lock = threading.Lock()
         self.lease = ThreadLease()
 
     def verify(self, tree: TokenTree, cache: KVCache) -> TargetOutput | None:
         """One forward over the tree; None for what the ordinary path must read: a tree beyond the largest bucket, a
         cache that cannot live here, another thread. raises CaptureError where the device cannot record it."""
-        if not isinstance(cache, ResidentCache):
+        if not isinstance(cache, BufferedCache):
             return None
         num_nodes = bucket(tree.num_nodes, NODES)
         with self._lock:
             self._recorder.follow()
             if num_nodes is None or not self.lease.take():
-                cache.move_out()
+                cache.detach()
                 return None
             past, size = cache.num_committed, tree.num_nodes
-            residence = self._home_for(cache, past + size)
-            region, replay = self._region(residence, num_nodes)
-            residence.move_in(cache)
+            buffer = self._buffer_for(cache, past + size)
+            region, replay = self._region(buffer, num_nodes)
+            buffer.attach(cache)
             region.load(tree, past)
             replay()
             choices: list[int] = region.choices.tolist()
@@ -132,17 +132,17 @@ class CapturedForward:
             self.lease.show(output)
         return output
 
-    def move_out(self, cache: KVCache) -> None:
+    def detach(self, cache: KVCache) -> None:
         """Let a cache take its rows along: what follows reads and writes it elsewhere, and may take long."""
-        if isinstance(cache, ResidentCache):
+        if isinstance(cache, BufferedCache):
             with self._lock:
                 self._recorder.follow()
-                cache.move_out()
+                cache.detach()
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of all residences."""
-        return sum(home.rows.numel() * home.rows.element_size() for home in self._residences.values())
+        """Bytes of all persistent buffers."""
+        return sum(buffer.rows.numel() * buffer.rows.element_size() for buffer in self._buffers.values())
 
     def prepare(self, max_nodes: int, num_rows: int) -> None:
         """Record all sizes up to these now, so that none has to be in mid-answer. raises CaptureError."""
@@ -151,41 +151,41 @@ class CapturedForward:
                 return
             for capacity in capacities(FIRST_CAPACITY, min(num_rows, self._most_rows)):
                 for num_nodes in NODES[: bisect_left(NODES, max_nodes) + 1]:
-                    self._region(self._residence(min(capacity, self._most_rows)), num_nodes)
+                    self._region(self._buffer(min(capacity, self._most_rows)), num_nodes)
 
-    def _region(self, residence: Residence, num_nodes: int) -> tuple[VerifyRegion, Callable[[], None]]:
+    def _region(self, buffer: PersistentBuffer, num_nodes: int) -> tuple[VerifyRegion, Callable[[], None]]:
         sizes = (num_nodes, self._spec.hidden_size, self._model.head.num_outputs)
-        key = (num_nodes, residence.capacity, len(self._model.layers))  # layers may be taken away to time the rest
-        return self._regions.get(key, lambda: VerifyRegion(self._model, residence, sizes))
+        key = (num_nodes, buffer.capacity, len(self._model.layers))  # layers may be taken away to time the rest
+        return self._regions.get(key, lambda: VerifyRegion(self._model, buffer, sizes))
 
-    def _home_for(self, cache: ResidentCache, num_rows: int) -> Residence:
+    def _buffer_for(self, cache: BufferedCache, num_rows: int) -> PersistentBuffer:
         """Where a cache has room for so many rows: where it lives, if that will do."""
-        home = cache.home
-        if home is not None and num_rows <= home.capacity and home is self._residences.get(home.capacity):
-            return home
-        return self._residence(min(capacities(FIRST_CAPACITY, num_rows)[-1], self._most_rows))
+        buffer = cache.buffer
+        if buffer is not None and num_rows <= buffer.capacity and buffer is self._buffers.get(buffer.capacity):
+            return buffer
+        return self._buffer(min(capacities(FIRST_CAPACITY, num_rows)[-1], self._most_rows))
 
     @property
     def _most_rows(self) -> int:
         """A tree is wide also where positions end."""
         return self._spec.max_positions + NODES[-1]
 
-    def _residence(self, capacity: int) -> Residence:
-        if capacity not in self._residences:
-            self._residences[capacity] = self._build(capacity)
-        return self._residences[capacity]
+    def _buffer(self, capacity: int) -> PersistentBuffer:
+        if capacity not in self._buffers:
+            self._buffers[capacity] = self._build(capacity)
+        return self._buffers[capacity]
 
-    def _build(self, capacity: int) -> Residence:
-        """A new residence; where memory is short, everything kept for other capacities goes first."""
+    def _build(self, capacity: int) -> PersistentBuffer:
+        """A new persistent buffer; where memory is short, everything kept for other capacities goes first."""
         spec = self._spec
         layers = (spec.num_layers, spec.num_key_value_heads, self._model.head_size)
         try:
-            return Residence(layers, capacity, self._model.dtype, self._device)
+            return PersistentBuffer(layers, capacity, self._model.dtype, self._device)
         except torch.OutOfMemoryError:
             self._regions.clear()
-            self._residences.clear()
+            self._buffers.clear()
             torch.cuda.empty_cache()
         try:
-            return Residence(layers, capacity, self._model.dtype, self._device)
+            return PersistentBuffer(layers, capacity, self._model.dtype, self._device)
         except torch.OutOfMemoryError as error:
             raise CaptureError(f"no memory for a cache of {capacity} rows at fixed addresses") from error

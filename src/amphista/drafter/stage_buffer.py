@@ -1,6 +1,6 @@
 """Keys and values of the staged adaptation layers at fixed addresses, for feeding that is recorded as a graph.
 
-What `cache/resident.py` is for the target: one sequence's rows live here at a time, its caches being views meanwhile,
+What `cache/persistent.py` is for the target: one sequence's rows live here at a time, its caches being views meanwhile,
 so that a drafter reads and writes them the same way wherever they are.
 
 Shapes: S stages, T new rows, J key-value heads, C capacity, E head size.
@@ -35,7 +35,7 @@ class StageRows:
         return self.rows[0], self.rows[1]
 
 
-class StageHome:
+class StageBuffer:
     """The rows of all stages: [S, 2, 1, J, C + 1, E], zeros at first (a NaN would survive a weight of 0)."""
 
     def __init__(self, heads: Amphista, capacity: int) -> None:
@@ -43,23 +43,23 @@ class StageHome:
         shape = (len(heads.stages), 2, 1, spec.num_key_value_heads, capacity + 1, spec.head_size)
         self.rows = torch.zeros(shape, dtype=heads.dtype, device=heads.device)
         self.views = [rows[..., :capacity, :] for rows in self.rows]
-        self._tenant: weakref.ref[DrafterState] | None = None
+        self._owner: weakref.ref[DrafterState] | None = None
 
     def holds(self, state: DrafterState) -> bool:
         """Whether this state's rows are here; a stage that has grown has left."""
         return all(cache.storage is view for cache, view in zip(state.caches, self.views, strict=True))
 
-    def move_in(self, state: DrafterState) -> None:
-        """Let a state's rows live here; the tenant before moves out."""
-        tenant = None if self._tenant is None else self._tenant()
-        if tenant is not None and tenant is not state:
-            self.move_out(tenant)
+    def attach(self, state: DrafterState) -> None:
+        """Let a state's rows live here; the owner before is detached."""
+        owner = None if self._owner is None else self._owner()
+        if owner is not None and owner is not state:
+            self.detach(owner)
         for cache, view in zip(state.caches, self.views, strict=True):
             if cache.storage is not view:
                 cache.move_to(view)
-        self._tenant = weakref.ref(state)
+        self._owner = weakref.ref(state)
 
-    def move_out(self, state: DrafterState) -> None:
+    def detach(self, state: DrafterState) -> None:
         """Let a state take its rows along into storage of its own."""
         for cache, view in zip(state.caches, self.views, strict=True):
             if cache.storage is view:

@@ -1,10 +1,11 @@
 """KV storage whose addresses never change, for forwards recorded as graphs: one sequence lives in it at a time.
 
-A `ResidentCache` is an ordinary cache whose tensors are, while it lives in a `Residence`, views into that. So whatever
-reads and writes a `KVCache` (prefill, commit, trim, the next chat turn) does the same here, and a cache that outgrows
-its residence has simply left it. Moving in copies rows, and moves the tenant before out into storage of its own.
+A `BufferedCache` is an ordinary cache whose tensors are, while it is attached to a `PersistentBuffer`, views into that.
+So whatever reads and writes a `KVCache` (prefill, commit, trim, the next chat turn) does the same here, and a cache
+that outgrows its buffer has simply left it. Attaching copies rows, and detaches the owner before: its rows are copied
+into storage of its own.
 
-Law: a cache that moves, grows or is moved out holds the same rows as one that never did.
+Law: a cache that is attached, grows or is detached holds the same rows as one that never did.
 
 Shapes: L layers, J key-value heads, C capacity, E head size, N new rows.
 """
@@ -35,7 +36,7 @@ class ScatteredRows:
         return self.keys, self.values
 
 
-class Residence:
+class PersistentBuffer:
     """Keys and values of all layers: [L, 2, J, C + 1, E]. Row C takes what padding writes and belongs to nobody.
 
     Zeros at first: a forward multiplies rows that are not there by a weight of 0, which a NaN left in memory would
@@ -48,58 +49,58 @@ class Residence:
         self.capacity = capacity
         self.rows = torch.zeros(num_layers, 2, heads, capacity + 1, size, dtype=dtype, device=device)
         self.views = [(layer[0][None, :, :capacity], layer[1][None, :, :capacity]) for layer in self.rows]
-        self._tenant: weakref.ref[ResidentCache] | None = None
+        self._owner: weakref.ref[BufferedCache] | None = None
 
     def scattered(self, slots: Tensor) -> list[ScatteredRows]:
         """The layers as a recorded forward writes them."""
         return [ScatteredRows(layer[0][None], layer[1][None], slots) for layer in self.rows]
 
-    def holds(self, cache: ResidentCache) -> bool:
+    def holds(self, cache: BufferedCache) -> bool:
         """Whether all rows of this cache are here; a layer that has grown has left."""
-        if cache.home is not self:
+        if cache.buffer is not self:
             return False
         return all(layer.keys is keys for layer, (keys, _) in zip(cache.layers, self.views, strict=True))
 
-    def move_in(self, cache: ResidentCache) -> None:
-        """Let a cache live here, with up to C rows; the tenant before moves out."""
-        tenant = None if self._tenant is None else self._tenant()
-        if tenant is not None and tenant is not cache and tenant.home is self:  # it may have moved on by itself
-            tenant.move_out()
+    def attach(self, cache: BufferedCache) -> None:
+        """Let a cache live here, with up to C rows; the owner before is detached."""
+        owner = None if self._owner is None else self._owner()
+        if owner is not None and owner is not cache and owner.buffer is self:  # it may have moved on by itself
+            owner.detach()
         for layer, (keys, values) in zip(cache.layers, self.views, strict=True):
             for mine, here in ((layer.keys, keys), (layer.values, values)):
                 if mine is not None and mine is not here:
                     here[:, :, : layer.num_rows].copy_(mine[:, :, : layer.num_rows])
             layer.keys, layer.values = keys, values
-        cache.home = self
-        self._tenant = weakref.ref(cache)
+        cache.buffer = self
+        self._owner = weakref.ref(cache)
 
 
-class ResidentCache(KVCache):
-    """A cache that may live in a residence."""
+class BufferedCache(KVCache):
+    """A cache that may live in a persistent buffer."""
 
     def __init__(self, num_layers: int) -> None:
         super().__init__(num_layers)
-        self.home: Residence | None = None
+        self.buffer: PersistentBuffer | None = None
 
     @torch.inference_mode()
-    def move_out(self) -> None:
+    def detach(self) -> None:
         """Take the rows along into storage of its own."""
-        home, self.home = self.home, None
-        if home is None:
+        buffer, self.buffer = self.buffer, None
+        if buffer is None:
             return
-        for layer, (keys, values) in zip(self.layers, home.views, strict=True):
+        for layer, (keys, values) in zip(self.layers, buffer.views, strict=True):
             layer.keys = _own(layer.keys, keys, layer.num_rows)
             layer.values = _own(layer.values, values, layer.num_rows)
 
     def _move(self, source: Tensor, to: int) -> None:
-        """At home, all layers at once: two kernels instead of four a layer."""
-        if self.home is None or not self.home.holds(self):
+        """In its buffer, all layers at once: two kernels instead of four a layer."""
+        if self.buffer is None or not self.buffer.holds(self):
             super()._move(source, to)
             return
-        rows = self.home.rows
+        rows = self.buffer.rows
         rows[:, :, :, to : to + len(source)] = rows.index_select(3, source)
 
 
 def _own(rows: Tensor | None, view: Tensor, num_rows: int) -> Tensor | None:
-    """What is a view into a residence, copied; what is not, as it is."""
+    """What is a view into a buffer, copied; what is not, as it is."""
     return view[:, :, :num_rows].clone() if rows is view else rows

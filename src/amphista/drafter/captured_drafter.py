@@ -1,7 +1,7 @@
 """Drafting in fixed shapes: what a parallel-head drafter computes, on buffers that stay, recorded once and replayed.
 
 Two functions are recorded. *Feeding* gives up to T rows to the staged adaptation layers, whose caches then lie at fixed
-addresses (stage_rows.py); padded rows write to a row that belongs to nobody and are seen by none. *Asking* makes the
+addresses (stage_buffer.py); padded rows write to a row that belongs to nobody and are seen by none. *Asking* makes the
 best R tokens of all heads, which come to the host in one copy. Everything else (lookup, trims, the rows of a prompt) is
 the drafter's own. Threads take turns, call by call: each call leaves nothing behind that another would have to keep.
 
@@ -27,7 +27,7 @@ from amphista.drafter.amphista import Amphista
 from amphista.drafter.base import Ask, Drafter, DrafterState
 from amphista.drafter.heads import ParallelHeads
 from amphista.drafter.ranked import Ranked
-from amphista.drafter.stage_rows import StageHome, StageRows
+from amphista.drafter.stage_buffer import StageBuffer, StageRows
 from amphista.errors import CaptureError
 from amphista.kernels.graph import Inputs, Recorded, Recorder, bucket, capacities
 from amphista.tree.candidates import Candidates
@@ -37,16 +37,16 @@ FIRST_CAPACITY = 256
 
 
 class FeedRegion:
-    """Up to T rows through the staged adaptation layers: the features [1, D] of the last one, the rest into `home`."""
+    """Up to T rows through the staged adaptation layers: features [1, D] of the last, keys and values into `buffer`."""
 
-    def __init__(self, heads: Amphista, home: StageHome, features: list[Tensor], num_rows: int) -> None:
-        device, self._scratch = home.rows.device, home.capacity
+    def __init__(self, heads: Amphista, buffer: StageBuffer, features: list[Tensor], num_rows: int) -> None:
+        device, self._scratch = buffer.rows.device, buffer.capacity
         self._heads, self.features, self.num_rows = heads, features, num_rows
         parts = (num_rows, num_rows, num_rows, 1)
         self._inputs = Inputs(parts, device)
         self.positions, self.slots, self.next_ids, self.last = self._inputs.device
         self.hidden = torch.zeros(num_rows, heads.spec.hidden_size, dtype=heads.dtype, device=device)
-        self.caches = [StageRows(rows, self.slots) for rows in home.rows]
+        self.caches = [StageRows(rows, self.slots) for rows in buffer.rows]
         self.slots.fill_(self._scratch)  # recorded on padding alone
 
     def load(self, hidden: Tensor, next_ids: Tensor, num_past: int) -> None:
@@ -118,7 +118,7 @@ class CapturedDrafter(Drafter):
         self._recorder = Recorder(device)
         self._feeds: Recorded[FeedRegion] = Recorded(self._recorder)
         self._asks: Recorded[AskRegion] = Recorded(self._recorder)
-        self._homes: dict[int, StageHome] = {}
+        self._stage_buffers: dict[int, StageBuffer] = {}
         self._lock = threading.Lock()
         self.why_not_captured: str | None = None
 
@@ -191,11 +191,11 @@ class CapturedDrafter(Drafter):
             self._take_buffers(DrafterState())  # recording writes to them
             for capacity in capacities(FIRST_CAPACITY, num_rows):
                 for size in ROWS:
-                    self._feed_region(self._staged, self._home(self._staged, capacity), size)
+                    self._feed_region(self._staged, self._stage_buffer(self._staged, capacity), size)
 
     @contextmanager
     def _turn(self) -> Iterator[None]:
-        """Nobody else reads or writes the buffers, the homes and the states that live in them meanwhile."""
+        """Nobody else reads or writes the buffers and the states that live in them meanwhile."""
         with self._lock:
             self._recorder.follow()
             yield
@@ -208,10 +208,10 @@ class CapturedDrafter(Drafter):
         for cache in state.caches:
             cache.trim(state.num_rows)  # what a commit that was broken off has left
         size = state.num_rows + len(next_ids)
-        home = self._home_for(heads, state, size)
+        buffer = self._stage_buffer_for(heads, state, size)
         self._take_buffers(state)  # first: recording writes to them
-        region, replay = self._feed_region(heads, home, num_rows)
-        home.move_in(state)
+        region, replay = self._feed_region(heads, buffer, num_rows)
+        buffer.attach(state)
         region.load(hidden, next_ids, state.num_rows)
         replay()
         for cache in state.caches:
@@ -233,9 +233,11 @@ class CapturedDrafter(Drafter):
         replay()
         return region.candidates(max_depth)
 
-    def _feed_region(self, heads: Amphista, home: StageHome, num_rows: int) -> tuple[FeedRegion, Callable[[], None]]:
-        key = num_rows, home.capacity
-        return self._feeds.get(key, lambda: FeedRegion(heads, home, self._features, num_rows))
+    def _feed_region(
+        self, heads: Amphista, buffer: StageBuffer, num_rows: int
+    ) -> tuple[FeedRegion, Callable[[], None]]:
+        key = num_rows, buffer.capacity
+        return self._feeds.get(key, lambda: FeedRegion(heads, buffer, self._features, num_rows))
 
     def _ask_region(self, num_ranks: int) -> tuple[AskRegion, Callable[[], None]]:
         calibration = self._heads.calibration
@@ -252,20 +254,20 @@ class CapturedDrafter(Drafter):
             owner.features = [feature.clone() for feature in self._features]
         self._owner = weakref.ref(state)
 
-    def _home_for(self, heads: Amphista, state: DrafterState, num_rows: int) -> StageHome:
+    def _stage_buffer_for(self, heads: Amphista, state: DrafterState, num_rows: int) -> StageBuffer:
         """Where a state has room for so many rows: where it lives, if that will do."""
-        for home in self._homes.values():
-            if num_rows <= home.capacity and home.holds(state):
-                return home
-        return self._home(heads, capacities(FIRST_CAPACITY, num_rows)[-1])
+        for buffer in self._stage_buffers.values():
+            if num_rows <= buffer.capacity and buffer.holds(state):
+                return buffer
+        return self._stage_buffer(heads, capacities(FIRST_CAPACITY, num_rows)[-1])
 
-    def _home(self, heads: Amphista, capacity: int) -> StageHome:
-        if capacity not in self._homes:
+    def _stage_buffer(self, heads: Amphista, capacity: int) -> StageBuffer:
+        if capacity not in self._stage_buffers:
             try:
-                self._homes[capacity] = StageHome(heads, capacity)
+                self._stage_buffers[capacity] = StageBuffer(heads, capacity)
             except torch.OutOfMemoryError as error:
                 raise CaptureError(f"no memory for {capacity} rows at fixed addresses") from error
-        return self._homes[capacity]
+        return self._stage_buffers[capacity]
 
     def _uncapture(self, error: CaptureError) -> None:
         """Go on with the drafter as it is, and say so once."""

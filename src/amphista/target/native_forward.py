@@ -15,7 +15,7 @@ from amphista.cache.static import KVCache
 from amphista.errors import NativeError
 from amphista.kernels.linear import Product, TorchLinear
 from amphista.native.build import load
-from amphista.native.step import NativeLayer, NativeModel, NativeOutput, NativeSpan, Shape
+from amphista.native.step import DecoderShape, NativeLayer, NativeModel, NativeOutput, NativeSpan
 from amphista.target.attention import Rule
 from amphista.target.blocks import BlockedLinear, BlockLinear, native_of
 from amphista.target.lean import LeanLayer, LeanModel
@@ -66,7 +66,7 @@ class NativeForward:
         self._lean = lean
         norm = lean.layers[0].attention_norm
         scale = float(lean._heads_scale[0])
-        shape = Shape(lean.num_heads, lean.num_key_value_heads, lean.head_size, norm.eps, scale)
+        shape = DecoderShape(lean.num_heads, lean.num_key_value_heads, lean.head_size, norm.eps, scale)
         self.layers = [self._layer(layer, window) for layer, window in zip(lean.layers, windows, strict=True)]
         self.head, embedding = _read(lean.head).native, native_of(lean.embed)
         self.model = NativeModel(shape, self.layers, lean._norm.weight, embedding, self.head, flags=flags)

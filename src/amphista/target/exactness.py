@@ -45,11 +45,11 @@ NOT_CAUSAL = "of a row depend on the rows after it: as configured it is not caus
 SHARED = "made by the LM head that drafters share"
 
 
-def probe(target: Target) -> None:
+def check_exactness(target: Target) -> None:
     """Raise TargetError, with the reason, where trees are not verified exactly; tries eager attention before."""
     refuse_unsupported(target.config)
     try:
-        _probe(target)
+        _check(target)
     except TargetError:
         if target.config._attn_implementation != "sdpa" or not _with_eager(target):
             raise
@@ -59,7 +59,7 @@ def _with_eager(target: Target) -> bool:
     """Whether the target verifies trees with eager attention, which it then keeps."""
     try:
         target.model.set_attn_implementation("eager")
-        _probe(target)
+        _check(target)
     except (TargetError, ValueError):
         target.model.set_attn_implementation("sdpa")
         return False
@@ -67,7 +67,7 @@ def _with_eager(target: Target) -> bool:
     return True
 
 
-def _probe(target: Target) -> None:
+def _check(target: Target) -> None:
     try:
         copy = Target(tiny_model(target.config))
     except TargetError as error:

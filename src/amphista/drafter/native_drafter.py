@@ -20,9 +20,9 @@ from amphista.drafter.path import PathCorrection
 from amphista.drafter.ranked import candidates_of
 from amphista.errors import NativeError
 from amphista.kernels.parts import RotaryTable, paired
-from amphista.native.drafting import Fed, NativeHeads, NativeParts, NativePath, Question, StageCache
+from amphista.native.drafting import DraftQuery, Fed, NativeHeads, NativeParts, NativePath, StageCache
 from amphista.native.huge_pages import Arena
-from amphista.native.step import NativeLayer, Shape
+from amphista.native.step import DecoderShape, NativeLayer
 from amphista.native.weights import Weight
 from amphista.target.spec import SharedWeights
 from amphista.tree.candidates import Candidates
@@ -80,7 +80,7 @@ class NativeDrafter:
         sizes, self._path = modules.sizes, path if modules.reads_pending else None
         self._embed = scores.shared.embed
         parts = NativeParts(
-            shape=Shape(
+            shape=DecoderShape(
                 sizes.num_attention_heads,
                 sizes.num_key_value_heads,
                 sizes.head_size,
@@ -128,10 +128,10 @@ class NativeDrafter:
         deepest = max(depths)
         table = np.array([row[:deepest] for row in divisors], dtype=np.float32)
         return candidates_of(
-            self._run(asks, Question(deepest, num_ranks, table, log_coverage, self._pending(asks))), depths
+            self._run(asks, DraftQuery(deepest, num_ranks, table, log_coverage, self._pending(asks))), depths
         )
 
-    def _run(self, asks: Sequence[Ask], question: Question | None = None) -> list[Any]:
+    def _run(self, asks: Sequence[Ask], query: DraftQuery | None = None) -> list[Any]:
         fed, furthest = [], 0
         for ask in asks:
             state, hidden = ask.state, ask.hidden
@@ -139,7 +139,7 @@ class NativeDrafter:
             cache: StageCache = state.caches[0]
             fed.append(Fed(cache, state.num_rows, ask.next_ids, None if hidden is None else hidden.float()))
         turns = None if self._rotary is None else self._rotary.reserve(furthest)
-        found = self._heads.run(fed, turns, question)
+        found = self._heads.run(fed, turns, query)
         for ask in asks:
             ask.state.num_rows += len(ask.next_ids)
         return found

@@ -7,12 +7,12 @@ import weakref
 import pytest
 import torch
 
-from amphista.cache.resident import Residence
+from amphista.cache.persistent import PersistentBuffer
 from amphista.cache.static import KVCache
 from amphista.errors import CaptureError
 from amphista.kernels.graph import Recorder
-from amphista.target import captured
-from amphista.target.captured import VerifyRegion
+from amphista.target import captured_forward
+from amphista.target.captured_forward import VerifyRegion
 from amphista.target.lean import LeanModel
 from amphista.target.spans import Span
 from amphista.target.target import Target
@@ -60,8 +60,8 @@ def test_everything_it_touches_is_on_its_device(family):
     model.requires_grad_(False)
     lean, spec = LeanModel(model), Target(tiny_model(family)).spec
     with torch.inference_mode():
-        home = Residence((spec.num_layers, spec.num_key_value_heads, spec.head_size), 64, torch.bfloat16, meta)
-        region = VerifyRegion(lean, home, (8, spec.hidden_size, spec.vocab_size))
+        buffer = PersistentBuffer((spec.num_layers, spec.num_key_value_heads, spec.head_size), 64, torch.bfloat16, meta)
+        region = VerifyRegion(lean, buffer, (8, spec.hidden_size, spec.vocab_size))
         region.run()
         assert region.logits.device == meta
         lean._heads_scale = torch.ones(lean._heads_scale.shape)
@@ -93,7 +93,7 @@ def test_the_forward_as_it_is_would_be_refused():
 
 
 def test_buffers_stay(monkeypatch):
-    monkeypatch.setattr(captured, "FIRST_CAPACITY", 16)
+    monkeypatch.setattr(captured_forward, "FIRST_CAPACITY", 16)
     target = static_target()
     cache = target.new_cache()
     target.prefill([5, 6, 7], cache)
@@ -117,9 +117,9 @@ def test_the_rotary_table_a_forward_was_recorded_with_outlives_a_larger_table():
     assert torch.equal(target.verify(binary(3), cache).logits, expected)
 
 
-def test_few_residences_and_forwards_are_kept(monkeypatch):
+def test_few_buffers_and_forwards_are_kept(monkeypatch):
     """Capacities double; forwards beyond the limit are dropped, those used last stay."""
-    monkeypatch.setattr(captured, "FIRST_CAPACITY", 8)
+    monkeypatch.setattr(captured_forward, "FIRST_CAPACITY", 8)
     target = static_target()
     target._captured._regions._limit = 3
     cache = target.new_cache()
@@ -127,7 +127,7 @@ def test_few_residences_and_forwards_are_kept(monkeypatch):
     for step in range(60):
         target.verify(binary(1 + step % 5), cache)
         cache.commit([0])
-    assert set(target._captured._residences) == {8, 16, 32, 64, 128}
+    assert set(target._captured._buffers) == {8, 16, 32, 64, 128}
     assert len(target._captured._regions) == 3
     spec = target.spec
     row = 2 * spec.num_layers * spec.num_key_value_heads * spec.head_size * 4
@@ -160,7 +160,7 @@ def test_a_device_that_cannot_record_decodes_on_without(monkeypatch):
 def test_no_memory_for_a_larger_cache(monkeypatch):
     """What is kept for other sizes goes first; if that does not help, decoding goes on without."""
     target = static_target()
-    real, calls = captured.Residence, []
+    real, calls = captured_forward.PersistentBuffer, []
 
     def short(*sizes):
         calls.append(sizes)
@@ -170,15 +170,15 @@ def test_no_memory_for_a_larger_cache(monkeypatch):
 
     cache = target.new_cache()
     target.prefill(list(range(3, 100)) * 3, cache)
-    monkeypatch.setattr(captured, "Residence", short)
+    monkeypatch.setattr(captured_forward, "PersistentBuffer", short)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     assert target.verify(binary(3), cache).choices is not None and len(calls) == 2
-    assert list(target._captured._residences) == [512]
+    assert list(target._captured._buffers) == [512]
 
     def never(*sizes):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(captured, "Residence", never)
+    monkeypatch.setattr(captured_forward, "PersistentBuffer", never)
     other = target.new_cache()
     target.prefill([5], other)
     with pytest.warns(RuntimeWarning, match="no memory for a cache of 256 rows"):
