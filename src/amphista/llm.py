@@ -336,9 +336,10 @@ def load(
     what followed the same tokens before; or any of them with '+lookup'. By default 'amphista+lookup' where an Amphista
     drafter is shipped for the target, else 'lookup', which is logged. tree: see `parse_tree`; 'auto' measures this
     machine once. fast: the fast forward where the target qualifies (`llm.target.path`), on CUDA as captured graphs,
-    else the stock model. native: on a CPU in C, where a compiler is at hand, else in torch. tensor_parallel: spread over
-    the processes that torchrun has started, of which the first alone returns from here (target/sharded.py). revision (of the target),
-    token, cache_dir, local_files_only: for the hub; a drafter's revision is written behind its id: owner/name@revision.
+    else the stock model. native: on a CPU in C, where a compiler is at hand, else in torch. tensor_parallel: over all
+    processes that torchrun has started, of which only the first returns from here (target/sharded.py). revision (of a
+    target), token, cache_dir, local_files_only: for the hub; a drafter's revision is written behind its id:
+    owner/name@revision.
 
     Sampling settings in the model's generation_config are not applied unless asked for by params='model'; what it has
     of them is logged as a warning.

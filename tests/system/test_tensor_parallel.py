@@ -31,35 +31,14 @@ ASKED = [
 
 def test_two_processes_say_what_one_says(target_folder, tmp_path):
     port = free_port()
-    options = [
-        "--target",
-        str(target_folder),
-        "--port",
-        str(port),
-        "--tensor-parallel",
-        "--tree",
-        "6",
-        "--kv-gib",
-        "0.001",
-    ]
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc-per-node",
-        "2",
-        "-m",
-        "amphista",
-        "serve",
-        *options,
-    ]
+    launcher = "-m torch.distributed.run --nproc-per-node 2 -m amphista serve --tensor-parallel".split()
+    options = f"--port {port} --tree 6 --kv-gib 0.001 --target".split()
+    command = [sys.executable, *launcher, *options, str(target_folder)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     log = tmp_path / "log"
     with (
         log.open("w") as file,
-        subprocess.Popen(
-            [*started, *options, "--tensor-parallel"], stdout=file, stderr=file, env=environment
-        ) as process,
+        subprocess.Popen(command, stdout=file, stderr=file, env=environment) as process,
         httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as client,
     ):
         try:
