@@ -31,7 +31,7 @@ ASKED = [
 
 def test_two_processes_say_what_one_says(target_folder, tmp_path):
     port = free_port()
-    launcher = "-m torch.distributed.run --nproc-per-node 2 -m amphista serve --tensor-parallel".split()
+    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "amphista", "serve", "--tensor-parallel"]
     options = f"--port {port} --tree 6 --kv-gib 0.001 --target".split()
     command = [sys.executable, *launcher, *options, str(target_folder)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
