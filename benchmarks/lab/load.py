@@ -2,7 +2,7 @@
 
     LLAMA_CPP=build python -m benchmarks.lab.load --gguf FILE --data DIR --out DIR
 
-The script starts the servers, one after the other answers the same prompts, and OUT has every answer's times
+The script starts the servers, one after the other answers the same prompts while the others are stopped, and OUT has every answer's times
 (records.jsonl) and the tables made from them (run.json). Systems, those asked for by `--systems`:
 
     amphista      amphista serve, default target and drafter; `--serve NAME='--max-stall 0.3'` adds one with options
@@ -23,9 +23,11 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import itertools
 import json
 import os
 import shlex
+import signal
 import socket
 import statistics
 import subprocess
@@ -33,7 +35,8 @@ import sys
 import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +86,7 @@ class System:
 
     name: str
     answer: Callable[[Asked], Awaitable[Answer]]
+    process: subprocess.Popen[bytes] | None = None
     most_clients: int = 10**6
     most_rounds: int = 10**6
     most_prompts: int = 10**6
@@ -147,18 +151,21 @@ class Events(asyncio.Protocol):
             self.done.set_exception(error)
 
 
-def server(port: int, **extra: Any) -> Callable[[Asked], Awaitable[Answer]]:
-    """Asks a server; what one does not know of the settings, it ignores."""
+def exactly(asked: Asked, **more: Any) -> dict[str, Any]:
+    """For servers that ignore what they do not know: no filter, no early end, nothing known of the prompt."""
+    return {"top_k": 0, "min_p": 0.0, "ignore_eos": True, "cache_prompt": False, "cache_salt": asked.salt, **more}
+
+
+def server(port: int, extra: Callable[[Asked], dict[str, Any]] = exactly) -> Callable[[Asked], Awaitable[Answer]]:
+    """Asks a server."""
 
     async def answer(asked: Asked) -> Answer:
         body: dict[str, Any] = {
             "messages": [{"role": "user", "content": asked.prompt}],
             "max_tokens": asked.num_tokens,
             "temperature": asked.temperature,
-            **{"top_k": 0, "top_p": 1.0, "min_p": 0.0, "seed": 1, "ignore_eos": True},
-            **{"stream": True, "stream_options": {"include_usage": True}},
-            **{"cache_salt": asked.salt, "cache_prompt": False},
-            **extra,
+            **{"top_p": 1.0, "seed": 1, "stream": True, "stream_options": {"include_usage": True}},
+            **extra(asked),
         }
         data = json.dumps(body).encode()
         head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nContent-Type: application/json\r\n"
@@ -180,6 +187,12 @@ def server(port: int, **extra: Any) -> Callable[[Asked], Awaitable[Answer]]:
         return found
 
     return answer
+
+
+def for_transformers(asked: Asked) -> dict[str, Any]:
+    """It takes no field that it does not know; without an end token in its settings an answer has its full length."""
+    settings = {"do_sample": asked.temperature > 0, "top_k": 0}
+    return {"model": locate(DEFAULT_TARGET), "generation_config": json.dumps(settings)}
 
 
 def engine() -> Callable[[Asked], Awaitable[Answer]]:
@@ -219,6 +232,19 @@ def started(command: Sequence[str], port: int, log: Path) -> Iterator[subprocess
             yield process
         finally:
             process.terminate()
+            process.send_signal(signal.SIGCONT)
+
+
+@contextmanager
+def awake(process: subprocess.Popen[bytes] | None) -> Iterator[None]:
+    """Lets a server run; all others are stopped meanwhile, so that none that waits busily slows another."""
+    if process is not None:
+        process.send_signal(signal.SIGCONT)
+    try:
+        yield
+    finally:
+        if process is not None:
+            process.send_signal(signal.SIGSTOP)
 
 
 def _is_healthy(port: int) -> bool:
@@ -232,41 +258,50 @@ def _is_healthy(port: int) -> bool:
 
 def systems(asked: argparse.Namespace, stack: ExitStack) -> Iterator[System]:
     """Those asked for, started as they are come to."""
-    ports: dict[str, int] = {}
+    servers: dict[str, tuple[int, subprocess.Popen[bytes]]] = {}
 
-    def running(name: str, *command: str) -> int:
-        """Its port; started once."""
-        if name not in ports:
-            ports[name] = free_port()
-            words = [word.format(port=ports[name]) for word in command]
-            stack.enter_context(started(words, ports[name], asked.out / f"{name}.log"))
-        return ports[name]
+    def running(name: str, *command: str, extra: Callable[[Asked], dict[str, Any]] = exactly, log: str = "") -> System:
+        """A system on a server of its own, or on that of another."""
+        log = log or name
+        if log not in servers:
+            port = free_port()
+            words = [word.format(port=port) for word in command]
+            process = stack.enter_context(started(words, port, asked.out / f"{log}.log"))
+            process.send_signal(signal.SIGSTOP)
+            servers[log] = port, process
+        port, process = servers[log]
+        return System(name, server(port, extra), process)
 
-    def ours(name: str, options: str = "") -> int:
-        return running(name, sys.executable, "-m", "amphista", "serve", "--port", "{port}", *shlex.split(options))
-
+    serve = [sys.executable, "-m", "amphista", "serve", "--port", "{port}"]
     for name in asked.systems.split(","):
-        if name in ("amphista", "none"):
-            extra = {"amphista": {"drafter": "none"}} if name == "none" else {}
-            yield System(name, server(ours("amphista"), **extra))
+        if name == "none":
+            yield running(name, *serve, extra=partial(exactly, amphista={"drafter": "none"}), log="amphista")
+        elif name == "amphista":
+            yield running(name, *serve)
         elif name == "engine":
             yield System(name, engine(), most_clients=1)
         elif name == "transformers":
-            script, folder = str(Path(sys.executable).parent / "transformers"), locate(DEFAULT_TARGET)
+            script = str(Path(sys.executable).parent / "transformers")
             options = ["serve", "--continuous-batching", "--device", "cpu", "--dtype", "float32", "--port", "{port}"]
-            port = running(name, script, *options)
-            yield System(name, server(port, model=folder), most_clients=4, most_rounds=1, most_prompts=4)
+            found = running(name, script, *options, extra=for_transformers)
+            yield replace(found, most_clients=4, most_rounds=1, most_prompts=4)
         else:
             build, drafts = Path(os.environ["LLAMA_CPP"]), name.removeprefix("llama").removeprefix("-")
             options = ["-m", str(asked.gguf), "-np", str(SLOTS), "-c", str(SLOTS * CONTEXT), "--port", "{port}"]
             options += ["-t", str(os.cpu_count())] + (["--spec-type", f"{drafts}-simple"] if drafts else [])
-            yield System(name, server(running(name, str(build / "bin" / "llama-server"), *options)))
-    for name, options in (one.split("=", 1) for one in asked.serve):
-        yield System(name, server(ours(name, options)))
+            yield running(name, str(build / "bin" / "llama-server"), *options)
+    for name, more in (one.split("=", 1) for one in asked.serve):
+        yield running(name, *serve, *shlex.split(more))
+
+
+def run(system: System, requests: Sequence[Asked], num_clients: int) -> tuple[list[Answer], float]:
+    """All answers, in the order of the requests, and the seconds of all."""
+    with awake(system.process):
+        return asyncio.run(loops(system, requests, num_clients))
 
 
 async def loops(system: System, requests: Sequence[Asked], num_clients: int) -> tuple[list[Answer], float]:
-    """All answers, in the order of the requests, and the seconds of all."""
+    """So many clients, each asking again as soon as it has its answer."""
     answers, waiting = [Answer()] * len(requests), iter(list(enumerate(requests)))
 
     async def client() -> None:
@@ -315,30 +350,30 @@ def _quantiles(values: Sequence[float]) -> dict[str, float]:
 def measured(
     asked: argparse.Namespace, all_systems: Sequence[System], prompts: Sequence[str]
 ) -> Iterator[dict[str, Any]]:
-    """A row for each system in each cell; every answer goes into the records."""
+    """A row for each system in each cell; every answer goes into the records. A system that fails is left out then."""
     cells = list(zip(map(int, asked.clients.split(",")), map(int, asked.prompts.split(",")), strict=True))
     with (asked.out / "records.jsonl").open("w") as records:
         for temperature in map(float, asked.temperatures.split(",")):
             for num_clients, num_prompts in cells:
-                runs: Runs = {system.name: [] for system in all_systems if num_clients <= system.most_clients}
-                for turn in range(asked.rounds):
-                    for system in all_systems:
-                        if system.name not in runs or turn >= system.most_rounds:
-                            continue
-                        salt = f"{system.name} {temperature} {num_clients} {turn}"
-                        few = prompts[: min(num_prompts, system.most_prompts)]
-                        requests = [Asked(prompt, asked.tokens, temperature, salt) for prompt in few]
-                        runs[system.name].append(asyncio.run(loops(system, requests, num_clients)))
-                        place = {
-                            "system": system.name,
-                            "clients": num_clients,
-                            "temperature": temperature,
-                            "round": turn,
-                        }
-                        for number, answer in enumerate(runs[system.name][-1][0]):
-                            records.write(json.dumps({**place, "prompt": number, **asdict(answer)}) + "\n")
+                place = {"clients": num_clients, "temperature": temperature}
+                runs: Runs = {}
+                for turn, system in itertools.product(range(asked.rounds), all_systems):
+                    if num_clients > system.most_clients or turn >= system.most_rounds:
+                        continue
+                    few = prompts[: min(num_prompts, system.most_prompts)]
+                    salt = f"{system.name} {place} {turn}"
+                    requests = [Asked(prompt, asked.tokens, temperature, salt) for prompt in few]
+                    try:
+                        answers, seconds = run(system, requests, num_clients)
+                    except (OSError, RuntimeError) as error:
+                        print(f"{system.name}, {place}, round {turn}: {error}", file=sys.stderr)
+                        continue
+                    runs.setdefault(system.name, []).append((answers, seconds))
+                    for number, answer in enumerate(answers):
+                        row = {"system": system.name, **place, "round": turn, "prompt": number, **asdict(answer)}
+                        records.write(json.dumps(row) + "\n")
                 for name in runs:
-                    yield {"clients": num_clients, "temperature": temperature, **told(name, runs)}
+                    yield {**place, **told(name, runs)}
 
 
 def main() -> None:
@@ -360,7 +395,7 @@ def main() -> None:
     with ExitStack() as stack:
         everyone = list(systems(asked, stack))
         for system in everyone:  # warm
-            asyncio.run(loops(system, [Asked(prompts[0], 16, 0.0, "warm")], 1))
+            run(system, [Asked(prompts[0], 16, 0.0, "warm")], 1)
         rows = []
         for row in measured(asked, everyone, prompts):
             rows.append(row)

@@ -93,7 +93,7 @@ async def until(seconds: float, num_clients: int, work: Callable[[random.Random]
 
 async def storm(port: int, seconds: float, num_clients: int = 12) -> dict[str, Any]:
     """Clients that leave. raises AssertionError unless all is free again and answers are what they were."""
-    ask, asked = server(port, cache_salt=None), Asked("The same as ever", 24, 1.0, "")
+    ask, asked = server(port), Asked("The same as ever", 24, 1.0, "")
     before = (await ask(asked)).text
 
     async def one(source: random.Random) -> str:
