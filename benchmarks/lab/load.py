@@ -2,8 +2,8 @@
 
     LLAMA_CPP=build python -m benchmarks.lab.load --gguf FILE --data DIR --out DIR
 
-The script starts the servers, one after the other answers the same prompts while the others are stopped, and OUT has every answer's times
-(records.jsonl) and the tables made from them (run.json). Systems, those asked for by `--systems`:
+The script starts the servers; one after the other answers the same prompts while the others are stopped; OUT has every
+answer's times (records.jsonl) and the tables made from them (run.json). Systems, those asked for by `--systems`:
 
     amphista      amphista serve, default target and drafter; `--serve NAME='--max-stall 0.3'` adds one with options
     none          the same server, asked to decode plainly
@@ -294,7 +294,7 @@ def systems(asked: argparse.Namespace, stack: ExitStack) -> Iterator[System]:
         yield running(name, *serve, *shlex.split(more))
 
 
-def run(system: System, requests: Sequence[Asked], num_clients: int) -> tuple[list[Answer], float]:
+def one_round(system: System, requests: Sequence[Asked], num_clients: int) -> tuple[list[Answer], float]:
     """All answers, in the order of the requests, and the seconds of all."""
     with awake(system.process):
         return asyncio.run(loops(system, requests, num_clients))
@@ -364,7 +364,7 @@ def measured(
                     salt = f"{system.name} {place} {turn}"
                     requests = [Asked(prompt, asked.tokens, temperature, salt) for prompt in few]
                     try:
-                        answers, seconds = run(system, requests, num_clients)
+                        answers, seconds = one_round(system, requests, num_clients)
                     except (OSError, RuntimeError) as error:
                         print(f"{system.name}, {place}, round {turn}: {error}", file=sys.stderr)
                         continue
@@ -395,7 +395,7 @@ def main() -> None:
     with ExitStack() as stack:
         everyone = list(systems(asked, stack))
         for system in everyone:  # warm
-            run(system, [Asked(prompts[0], 16, 0.0, "warm")], 1)
+            one_round(system, [Asked(prompts[0], 16, 0.0, "warm")], 1)
         rows = []
         for row in measured(asked, everyone, prompts):
             rows.append(row)
