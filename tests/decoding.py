@@ -1,7 +1,10 @@
-"""Decoding one sequence to its end, or step by step, for tests."""
+"""Decoding one sequence to its end, or step by step, for tests; a drafter's heads along a path."""
 
 from __future__ import annotations
 
+import torch
+
+from amphista.drafter.rounds import SequentialHeads
 from amphista.engine.params import SamplingParams
 from amphista.engine.prefixes import taken_over
 from amphista.engine.sequence import Sequence
@@ -33,3 +36,15 @@ def decode(engine: Engine, prompt: list[int], params: SamplingParams, after: Seq
     while not sequence.is_finished:
         step(engine, sequence)
     return sequence
+
+
+@torch.inference_mode()
+def heads_along(drafter, state, tokens):
+    """What each head says behind the last row of a state, decoding: states [K, D], where `tokens` [K - 1] follow the
+    pending one."""
+    if not isinstance(drafter, SequentialHeads):
+        return drafter.draft_states([state])[0]
+    paths = [drafter.first([state])]
+    for token in tokens[: drafter.num_heads - 1]:
+        paths.append(drafter.next(paths[-1], torch.as_tensor(token).view(1)))
+    return torch.cat([path.states for path in paths])

@@ -25,9 +25,11 @@ from transformers import (
 
 from amphista.drafter.amphista import Amphista, AmphistaConfig
 from amphista.drafter.base import Drafter
-from amphista.drafter.heads import ParallelHeads
+from amphista.drafter.eagle import Eagle, EagleConfig
+from amphista.drafter.hydra import Hydra, HydraConfig
 from amphista.drafter.medusa import Medusa, MedusaConfig
 from amphista.drafter.proposer import Proposer
+from amphista.drafter.scoring import ScoringDrafter
 from amphista.target.target import Target
 from amphista.target.text import Text
 from amphista.tree.candidates import Candidates, ConditionalRanks, NgramDraft
@@ -256,7 +258,7 @@ GRAFTS = {
 }
 
 
-def shaken(drafter: ParallelHeads, seed: int = 0, scale: float = 0.3) -> ParallelHeads:
+def shaken(drafter: ScoringDrafter, seed: int = 0, scale: float = 0.3) -> ScoringDrafter:
     """Random weights everywhere: zero-started projections would hide whole branches from a test."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -309,6 +311,14 @@ MEDUSA_SWITCHES = {
 }
 
 
+HYDRA_SWITCHES = {
+    "staged": {},
+    "hidden": {"base": "hidden", "num_layers": 2, "num_heads": 3},
+    "prefix": {"base": "prefix", "lm_head": "own", "head_bias": True, "draft_vocab": 100, "num_heads": 3},
+}
+EAGLE_SWITCHES = {"full": {}, "draft-vocabulary": {"draft_vocab": 100, "num_heads": 3, "intermediate_size": 16}}
+
+
 def real_drafters(target: Target) -> dict[str, Drafter | Proposer]:
     """Every real drafter with every switch, on random weights, alone; some beside lookup."""
     heads: dict[str, Drafter] = {}
@@ -316,17 +326,23 @@ def real_drafters(target: Target) -> dict[str, Drafter | Proposer]:
         heads[f"amphista-{name}"] = shaken(Amphista(AmphistaConfig(**switches), target.spec, target.shared))
     for name, switches in MEDUSA_SWITCHES.items():
         heads[f"medusa-{name}"] = shaken(Medusa(MedusaConfig(**switches), target.spec, target.shared))
+    for name, switches in HYDRA_SWITCHES.items():
+        heads[f"hydra-{name}"] = shaken(Hydra(HydraConfig(**switches), target.spec, target.shared))
+    for name, switches in EAGLE_SWITCHES.items():
+        heads[f"eagle-{name}"] = shaken(Eagle(EagleConfig(**switches), target.spec, target.shared))
     heads = {name: one.to(target.dtype) for name, one in heads.items()}
     beside = {f"{name}+lookup": Proposer(heads.get(name), use_lookup=True) for name in BESIDE_LOOKUP}
     return {"none": Proposer(), **heads, **beside}
 
 
-BESIDE_LOOKUP = ["none", "amphista-full", "medusa-own", "amphista-paths"]
+BESIDE_LOOKUP = ["none", "amphista-full", "medusa-own", "amphista-paths", "eagle-full"]
+SEQUENTIAL = [*(f"hydra-{name}" for name in HYDRA_SWITCHES), *(f"eagle-{name}" for name in EAGLE_SWITCHES)]
 
 
 REAL_DRAFTERS = [
     "none",
     *(f"amphista-{name}" for name in AMPHISTA_SWITCHES),
     *(f"medusa-{name}" for name in MEDUSA_SWITCHES),
+    *SEQUENTIAL,
     *(f"{name}+lookup" for name in BESIDE_LOOKUP),
 ]

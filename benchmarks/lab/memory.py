@@ -22,8 +22,8 @@ import torch
 
 from amphista.drafter.base import Drafter
 from amphista.drafter.checkpoint import DRAFTERS, shipped_for
-from amphista.drafter.heads import ParallelHeads
 from amphista.drafter.lookup import LOOKUP
+from amphista.drafter.scoring import ScoringDrafter
 from amphista.errors import AmphistaError, ConfigError, NativeError
 from amphista.native.build import load
 from amphista.target.loading import INT8, import_code
@@ -134,7 +134,7 @@ def _measure(job: MemoryJob) -> dict[str, int]:
 
 
 def _drafter_bytes(drafter: Drafter | None) -> int:
-    if not isinstance(drafter, ParallelHeads):
+    if not isinstance(drafter, ScoringDrafter):
         return 0
     head = 0 if drafter.draft_ids is None else drafter.draft_vocab * drafter.spec.hidden_size  # gathered rows
     return (drafter.num_weights + head) * drafter.dtype.itemsize

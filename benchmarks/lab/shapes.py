@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from amphista.drafter.checkpoint import DRAFTERS, make_drafter
-from amphista.drafter.heads import ParallelHeads
+from amphista.drafter.scoring import ScoringDrafter
 from amphista.errors import CapacityError, ConfigError
 from amphista.evaluation.latency import LatencyConfig, Measures, Report, derived, measure_latency
 from amphista.target.gguf import Progress
@@ -156,7 +156,7 @@ def _random_model(shape: Shape, layers: int, place: torch.device, dtype: torch.d
         raise CapacityError(f"{place} ran out of memory at {layers} layers: give fewer --layers") from error
 
 
-def random_drafter(kind: str, target: Target, draft_vocab: int | None = None) -> ParallelHeads:
+def random_drafter(kind: str, target: Target, draft_vocab: int | None = None) -> ScoringDrafter:
     """A drafter with random weights, for timing; raises ConfigError where there is no room for it.
 
     kind: a key of DRAFTERS. draft_vocab: how many tokens it scores, default all.
@@ -173,7 +173,7 @@ def random_drafter(kind: str, target: Target, draft_vocab: int | None = None) ->
         )
     with target.device:
         drafter = make_drafter(kind, config, target.spec, target.shared)
-    frozen: ParallelHeads = drafter.to(dtype=target.dtype).eval().requires_grad_(False)
+    frozen: ScoringDrafter = drafter.to(dtype=target.dtype).eval().requires_grad_(False)
     return frozen.freeze(native=target.is_native)
 
 

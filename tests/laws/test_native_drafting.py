@@ -15,7 +15,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from amphista.drafter import native
+from amphista.drafter import native_drafter
 from amphista.drafter.base import Ask, Calibration
 from amphista.drafter.heads import ParallelHeads
 from amphista.drafter.proposer import Proposer
@@ -30,9 +30,9 @@ from tests.decoding import begin, decode, step
 from tests.laws.test_batch import TREES, plainly, together
 from tests.laws.test_feeding import Seldom
 from tests.laws.test_native import FAULTS, FLAGS, NEEDS_COMPILER, mutable, runs_here  # noqa: F401
-from tests.tiny import REAL_DRAFTERS, anew, real_drafters, tiny_target
+from tests.tiny import REAL_DRAFTERS, SEQUENTIAL, anew, real_drafters, tiny_target
 
-HEADS = [name for name in REAL_DRAFTERS if name != "none" and "+" not in name]
+HEADS = [name for name in REAL_DRAFTERS if name not in ("none", *SEQUENTIAL) and "+" not in name]
 TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 NUM_ROWS = 40
 ODD = {"hidden_size": 36, "intermediate_size": 50, "head_dim": 10, "vocab_size": 301}  # of no whole vectors
@@ -58,7 +58,7 @@ def in_c(name: str, type_name: str = "float32", *, exact: bool = True, flags=Non
     drafter = copy.deepcopy(drafters(type_name)[name])
     with pytest.MonkeyPatch.context() as patch:
         if flags is not None:
-            patch.setattr(native, "NativeHeads", lambda parts, **given: NativeHeads(parts, flags=flags))
+            patch.setattr(native_drafter, "NativeHeads", lambda parts, **given: NativeHeads(parts, flags=flags))
         drafter.freeze(native=True, exact=exact)
     assert drafter.why_not_native is None
     return drafter
@@ -198,7 +198,7 @@ def test_weights_that_are_no_numbers_cost_drafts_alone(name, number):
 def test_a_fault_is_seen(mutable, fault):  # noqa: F811
     flags, switch = mutable
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(native, "NativeHeads", lambda parts, **given: NativeHeads(parts, flags=flags))
+        patch.setattr(native_drafter, "NativeHeads", lambda parts, **given: NativeHeads(parts, flags=flags))
         drafter = in_c("amphista-full")
     expected = drafted(drafters()["amphista-full"], [3, 8, 13])
     other = Ask(drafter.start(), 5, 0.0, *(part[:2] for part in history(drafter, 5)))
@@ -232,7 +232,7 @@ def test_records_of_another_size_are_refused(monkeypatch):
     monkeypatch.setattr("amphista.native.drafting._Stage", ctypes.c_int64)
     with pytest.raises(NativeError, match="records"):
         drafter = copy.deepcopy(drafters()["amphista-full"])
-        native.NativeDrafter(drafter.parts(), drafter._scores(), None, 0)
+        native_drafter.NativeDrafter(drafter.parts(), drafter._scores(), None, 0)
 
 
 def test_without_a_compiler_the_torch_form_drafts_and_a_line_says_why(monkeypatch, caplog):
@@ -299,4 +299,4 @@ def test_batches_are_each_sequence_alone_and_plain(name, tree):
     drafter._native._heads.run = lambda fed, *given: calls.append(len(fed)) or run(fed, *given)
     engine = Engine(target, drafter, anew(TREES[tree]))
     assert together(engine) == plainly(target)
-    assert max(calls) > 1
+    assert max(calls) > 1 or tree == "auto-dear"  # there one at a time shows what asking costs

@@ -16,7 +16,9 @@ import torch
 
 from amphista.config import build
 from amphista.drafter.amphista import Amphista, AmphistaConfig
+from amphista.drafter.eagle import Eagle, EagleConfig
 from amphista.drafter.frozen_head import FrozenHead
+from amphista.drafter.hydra import Hydra, HydraConfig
 from amphista.drafter.medusa import Medusa, MedusaConfig
 from amphista.errors import ConfigError
 from amphista.train import head_loss, losses
@@ -185,6 +187,12 @@ DRAFTERS = {
     "own-paths": lambda target: Medusa(
         MedusaConfig(num_heads=NUM_HEADS, lm_head="own", path_rank=4, path_shortlist=9), target.spec, target.shared
     ),
+    "hydra": lambda target: Hydra(
+        HydraConfig(num_heads=NUM_HEADS, base="prefix", lm_head="own", draft_vocab=120, head_bias=True),
+        target.spec,
+        target.shared,
+    ),
+    "eagle": lambda target: Eagle(EagleConfig(num_heads=NUM_HEADS, draft_vocab=120), target.spec, target.shared),
 }
 
 
@@ -330,6 +338,25 @@ def test_every_parameters_gradient_is_that_of_the_plain_graph(precise, kind, nam
         torch.testing.assert_close(parameter.grad, 3 * gradient, atol=1e-10, rtol=1e-8, msg=where)
 
 
+@pytest.mark.parametrize("kind", ["draft-vocabulary", "eagle"])
+def test_states_are_drawn_to_the_targets_own(precise, kind):
+    """Smooth L1 by hand: head k's state of row q and the target's of row q + k + 1, of the rows that count."""
+    drafter, batch, rows = case(precise, kind)
+    plain, drawn_to = LossConfig(depth_decay=0.8), LossConfig(depth_decay=0.8, feature_weight=0.5)
+    before, after = (HeadLoss(drafter, config)(batch.hidden, batch.next_ids, rows) for config in (plain, drawn_to))
+    with torch.no_grad():
+        states = drafter(batch.hidden, batch.next_ids, rows.rows)
+        logits = drafter.head_logits(states)
+    own, sums = batch.hidden.flatten(0, 1)[rows.rows], [0.0] * NUM_HEADS
+    for q, k in counted(drafter, logits, rows, plain):
+        gaps = (states[q, k] - own[q + k + 1]).abs().tolist()
+        sums[k] += 0.5 * sum(gap**2 / 2 if gap < 1 else gap - 0.5 for gap in gaps) / len(gaps)
+    assert min(sums) > 0
+    assert (after.losses - before.losses).tolist() == pytest.approx(sums, rel=1e-6)
+    after.loss(drawn_to).backward()
+    assert all(p.grad is not None for p in drafter.parameters())
+
+
 def test_both_cross_entropies_at_once_are_their_sum():
     logits, aims, labels = drawn()
     logits.requires_grad_(True)
@@ -372,7 +399,17 @@ def test_heads_asked_one_by_one_are_heads_asked_at_once(precise, monkeypatch, sw
         AmphistaConfig(num_heads=NUM_HEADS, draft_vocab=120, **switches), target.spec, target.shared
     )
     monkeypatch.setitem(DRAFTERS, "switched", form)
-    drafter, batch, rows = case(precise, "switched")
+    check_one_by_one(precise, "switched", until_fail)
+
+
+@pytest.mark.parametrize("kind", ["hydra", "eagle"])
+@pytest.mark.parametrize("until_fail", [False, True])
+def test_heads_that_go_on_from_each_other_are_asked_for_fewer_and_fewer_rows(precise, kind, until_fail):
+    check_one_by_one(precise, kind, until_fail)
+
+
+def check_one_by_one(precise, kind, until_fail):
+    drafter, batch, rows = case(precise, kind)
     config = LossConfig(accept_until_fail=until_fail, chunk_rows=5)
     found = {}
     for one_by_one in (True, False):

@@ -11,6 +11,7 @@ import torch
 
 from amphista.drafter.base import Ask
 from amphista.errors import DrafterError
+from tests.decoding import heads_along
 from tests.tiny import REAL_DRAFTERS, real_drafters
 
 IDS = [5, 17, 230, 44, 9, 61, 62, 63, 99, 100, 7, 250]
@@ -31,6 +32,14 @@ def training_logits(target, drafter):
         return hidden[0], next_ids[0], drafter.head_logits(states)
 
 
+def decoded(drafter, state, next_ids, row):
+    """Logits [K, N] behind `row` rows, along the text; behind its end the last token again, as in training."""
+    ahead = [next_ids[min(row + i, len(next_ids) - 1)] for i in range(drafter.num_heads - 1)]
+    states = heads_along(drafter, state, ahead)
+    with torch.inference_mode():
+        return drafter.head_logits(states)
+
+
 @pytest.mark.parametrize("frozen", [False, True])
 @pytest.mark.parametrize("pieces", PIECES, ids=str)
 @pytest.mark.parametrize("name", HEADS)
@@ -44,9 +53,7 @@ def test_training_logits_equal_decoding_logits(target, drafters, name, pieces, f
     for size in pieces:
         drafter.commit(state, hidden[row : row + size], next_ids[row : row + size])
         row += size
-        with torch.inference_mode():
-            logits = drafter.head_logits(drafter.draft_states([state])[0])
-        torch.testing.assert_close(logits, expected[row - 1], atol=1e-4, rtol=1e-5)
+        torch.testing.assert_close(decoded(drafter, state, next_ids, row), expected[row - 1], atol=1e-4, rtol=1e-5)
     assert state.num_rows == len(IDS)
 
 
@@ -59,8 +66,7 @@ def test_drafters_of_half_precision_decode(target, drafters, name, dtype):
     state = drafter.start()
     for rows in (slice(0, 5), slice(5, 6), slice(6, 12)):
         drafter.commit(state, hidden[rows].to(dtype), next_ids[rows])
-    with torch.inference_mode():
-        logits = drafter.head_logits(drafter.draft_states([state])[0])
+    logits = decoded(drafter, state, next_ids, len(IDS))
     error = (logits.float() - expected[-1]).norm() / expected[-1].norm()
     assert 0 < float(error) < 0.1  # norms, sums and attention round, too
 
@@ -83,9 +89,7 @@ def test_trimmed_rows_leave_no_trace(target, drafters, name):
     drafter.commit(state, hidden[:5] * -1, next_ids[:5])
     drafter.trim(state, 4)
     drafter.commit(state, hidden[4:], next_ids[4:])
-    with torch.inference_mode():
-        logits = drafter.head_logits(drafter.draft_states([state])[0])
-    torch.testing.assert_close(logits, expected[-1], atol=1e-4, rtol=1e-5)
+    torch.testing.assert_close(decoded(drafter, state, next_ids, len(IDS)), expected[-1], atol=1e-4, rtol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["amphista-full", "amphista-one-stage", "amphista-no-auto-embedding"])
@@ -163,7 +167,8 @@ def test_several_sequences_draft_as_each_alone(target, drafters, name, frozen):
     for ask, found in zip(asks, drafter.draft_all(asks, 5), strict=True):
         depth = ask.max_depth
         alone = drafter.draft(ask.state, 5, ask.temperature, depth)
-        assert found.num_heads == depth  # of paths a shortlist is shown, which is longer
+        assert found.num_heads == depth
+        # Of paths a shortlist is shown, which is longer.
         assert [tokens[:5] for tokens in found.tokens] == [tokens[:5] for tokens in alone.tokens]
         for ours, theirs in zip(found.log_probs, alone.log_probs, strict=True):
             assert ours[:5] == pytest.approx(theirs[:5], abs=1e-4)

@@ -38,6 +38,7 @@ from tests.tiny import (
     GRAFTS,
     HOSTILE,
     REAL_DRAFTERS,
+    SEQUENTIAL,
     Grafting,
     byte_tokenizer,
     real_drafters,
@@ -45,6 +46,7 @@ from tests.tiny import (
 )
 
 PROMPT = [5, 17, 230, 44, 9]
+PARALLEL = [name for name in REAL_DRAFTERS if name not in ("none", *SEQUENTIAL) and "+" not in name]
 TREES = {"1": parse_tree(1), "9": parse_tree(9), "chain": parse_tree("chain"), **AUTO_TREES}
 SAMPLINGS = {
     "greedy": SamplingParams(max_new_tokens=24),
@@ -122,7 +124,7 @@ def worst_offer(drafter, target, num_ranks=6) -> float:
     return worst
 
 
-@pytest.mark.parametrize("name", [name for name in REAL_DRAFTERS if "none" not in name and "+" not in name])
+@pytest.mark.parametrize("name", PARALLEL)
 def test_the_same_candidates(exact, name):
     assert worst_offer(real_drafters(exact)[name], exact) < 1e-5  # log-probabilities are of float32
 
@@ -190,7 +192,7 @@ def test_another_thread_goes_on_with_a_state(exact):
     assert around.draft(state, 5).tokens == drafter.draft(other, 5).tokens
 
 
-@pytest.mark.parametrize("name", [name for name in REAL_DRAFTERS if "none" not in name and "+" not in name])
+@pytest.mark.parametrize("name", PARALLEL)
 def test_drafting_asks_the_host_for_nothing_and_its_buffers_stay(target, drafters, name):
     around, (hidden, ids) = CapturedDrafter(drafters[name]), history(target)
     state = around.start()
@@ -275,10 +277,10 @@ def test_hostile_drafters(target, expected, name, tree, sampling):
 
 @pytest.mark.parametrize("sampling", ["greedy", "sampled"])
 @pytest.mark.parametrize("tree", ["chain", "9", *AUTO_TREES])
-@pytest.mark.parametrize("name", REAL_DRAFTERS)
+@pytest.mark.parametrize("name", [name for name in REAL_DRAFTERS if name not in SEQUENTIAL[1:]])
 def test_real_drafters(target, drafters, expected, name, tree, sampling):
     _, engine = check(target, drafters[name], tree, sampling, expected)
-    assert isinstance(engine._heads, CapturedDrafter) == (not name.startswith("none"))
+    assert isinstance(engine._heads, CapturedDrafter) == (not name.startswith(("none", "hydra", "eagle")))
 
 
 @pytest.mark.parametrize("graft", GRAFTS)

@@ -14,6 +14,7 @@ import torch
 from amphista.drafter.amphista import Amphista, AmphistaConfig
 from amphista.drafter.card import CardConfig, read_front_matter
 from amphista.drafter.checkpoint import load_drafter
+from amphista.drafter.eagle import Eagle, EagleConfig
 from amphista.drafter.medusa import Medusa, MedusaConfig
 from amphista.engine.params import SamplingParams
 from amphista.engine.step import Engine
@@ -27,7 +28,8 @@ from amphista.train.prompts import TokenRow, mark_answers
 from amphista.train.run_folder import scalars
 from amphista.train.trainer import Trainer
 from amphista.train.validation import validate
-from amphista.tree.grow import parse_tree
+from amphista.tree.build import build_template, ranked
+from amphista.tree.grow import StaticGrower, parse_tree
 from tests.decoding import begin, decode, step
 from tests.tiny import EOS, shaken, tiny_target
 
@@ -167,15 +169,9 @@ def test_rewritten_history_makes_rows_of_their_own(text_target):
 # -- simulated tau == realised tau ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("num_nodes", [2, 8, 24])
-def test_simulated_tau_equals_decoded_tau(target, num_nodes):
-    """Decode, record, replay the record against the heads: the same tau, step for step.
-
-    Records end with a step, well before the token limit, so that no tree was cut short by it.
-    """
-    drafter = shaken(Amphista(AmphistaConfig(num_heads=3), target.spec, target.shared), scale=0.05)
-    drafter.match_scale(5.0)
-    engine = Engine(target, drafter, parse_tree(num_nodes))
+def recorded(target, drafter, grower):
+    """(rows, tau) of real decodings that end with a step, well before the token limit, so that no tree is cut short."""
+    engine = Engine(target, drafter, grower)
     rows, tokens, steps = [], 0, 0
     for i in range(12):
         prompt = [(31 * i + j) % 250 for j in range(4)]
@@ -186,9 +182,30 @@ def test_simulated_tau_equals_decoded_tau(target, num_nodes):
         rows.append(TokenRow(str(i), str(i), prompt + answer, [0] * 4 + [1] * len(answer)))
         tokens += len(answer) - 1
         steps += sequence.stats.num_steps
-    result = validate(drafter, rows, HiddenStates(target, rows, None), LossConfig(), tree_sizes=[num_nodes])
     assert tokens / steps > 1, "nothing was accepted: the law would be vacuous"
-    assert result.tau[num_nodes] == pytest.approx(tokens / steps, abs=1e-9)
+    return rows, tokens / steps
+
+
+@pytest.mark.parametrize("num_nodes", [2, 8, 24])
+def test_simulated_tau_equals_decoded_tau(target, num_nodes):
+    """Decode, record, replay the record against the heads: the same tau, step for step."""
+    drafter = shaken(Amphista(AmphistaConfig(num_heads=3), target.spec, target.shared), scale=0.05)
+    drafter.match_scale(5.0)
+    rows, tau = recorded(target, drafter, parse_tree(num_nodes))
+    result = validate(drafter, rows, HiddenStates(target, rows, None), LossConfig(), tree_sizes=[num_nodes])
+    assert result.tau[num_nodes] == pytest.approx(tau, abs=1e-9)
+
+
+@pytest.mark.parametrize("num_nodes", [2, 8, 24])
+def test_simulated_tau_of_static_trees_equals_decoded_tau(target, num_nodes, monkeypatch):
+    """The same of a drafter that is asked in rounds, whose ranks are known along the text alone."""
+    drafter = shaken(Eagle(EagleConfig(num_heads=3), target.spec, target.shared), scale=0.05)
+    drafter.match_scale(5.0)
+    accuracy = [[0.3, 0.2, 0.1, 0.05], [0.25, 0.2, 0.1], [0.2, 0.1]]
+    rows, tau = recorded(target, drafter, StaticGrower(build_template(accuracy, num_nodes)))
+    monkeypatch.setattr("amphista.train.replay.ranked", lambda _: ranked(accuracy))  # not fitted to these rows
+    result = validate(drafter, rows, HiddenStates(target, rows, None), LossConfig(), tree_sizes=[num_nodes])
+    assert result.tau[num_nodes] == pytest.approx(tau, abs=1e-9)
 
 
 # -- the trainer ------------------------------------------------------------------------------------------------------
@@ -241,8 +258,9 @@ def losses_of(run):
     return [record["loss"] for record in records if "loss" in record]
 
 
-@pytest.mark.parametrize("kind", ["amphista", "medusa"])
-@pytest.mark.parametrize("store", [False, True])
+@pytest.mark.parametrize(
+    ("kind", "store"), [("amphista", False), ("amphista", True), ("medusa", True), ("eagle", False)]
+)
 def test_resumed_run_equals_uninterrupted_run(target, data_file, tmp_path, kind, store):
     config = config_for(
         data_file, drafter=kind, data=DataConfig(files=(str(data_file),), validation_share=0.2, store=store)

@@ -82,7 +82,7 @@ def test_nothing_but_a_drafter_is_ever_replaced(theirs, target_folder, tmp_path)
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["hydra", "theirs"], "unknown layout 'hydra': expected medusa"),
+        (["eagle", "theirs"], "unknown layout 'eagle': expected medusa, hydra"),
         (["medusa", "./nowhere"], "there is no folder './nowhere'"),
     ],
 )

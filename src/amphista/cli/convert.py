@@ -1,6 +1,7 @@
 """amphista convert: published drafters of other projects into ours; nothing in them is executed.
 
 amphista convert medusa FasterDecoding/medusa-vicuna-7b-v1.3 --target lmsys/vicuna-7b-v1.3 --out drafters/vicuna-7b
+amphista convert hydra ankner/hydra-vicuna-7b-v1.3 --target lmsys/vicuna-7b-v1.3 --out drafters/vicuna-7b-hydra
 amphista convert medusa ./published --target ./vicuna-7b --data answers.jsonl.gz --out drafters/mine
 """
 
@@ -15,11 +16,13 @@ import typer
 
 from amphista.cli import options
 
-LAYOUTS = ("medusa",)
+LAYOUTS = ("medusa", "hydra")
 
 
 def convert(
-    layout: Annotated[str, typer.Argument(metavar="LAYOUT", help="medusa: Medusa-1 heads, in any published form.")],
+    layout: Annotated[
+        str, typer.Argument(metavar="LAYOUT", help="medusa: Medusa-1 heads, in any form; hydra: Hydra and Hydra++.")
+    ],
     source: Annotated[str, typer.Argument(help="Folder or hub id of the published checkpoint.")],
     target: Annotated[str, typer.Option(help="The target it was trained for: as for generate.")],
     out: Annotated[Path, typer.Option(help="Folder for the converted drafter, ready for --drafter.")],
@@ -45,12 +48,14 @@ def convert(
     from amphista.drafter.card import CardConfig
     from amphista.drafter.checkpoint import check_out
     from amphista.drafter.convert import read_medusa
+    from amphista.drafter.convert_hydra import read_hydra
     from amphista.target.loading import load_target
     from amphista.train.recalibrate import save_converted
 
     check_out(out)
     loaded = load_target(target, device=device, dtype=dtype)
-    published = read_medusa(source, loaded.spec, loaded.shared)
+    read = {"medusa": read_medusa, "hydra": read_hydra}[layout]
+    published = read(source, loaded.spec, loaded.shared)
     if published.base_model not in (None, target, base_model):
         print(f"amphista: note: {source} names {published.base_model} as its target", file=sys.stderr)
     card = CardConfig(license=license_id, base_model=base_model)
@@ -58,7 +63,7 @@ def convert(
     config = published.drafter.config
     own = "own LM heads" if config.lm_head == "own" else "the target's LM head"
     print(
-        f"amphista: {config.num_heads} heads of {config.num_layers} blocks with {own} are in {out}"
+        f"amphista: {config.num_heads} heads with {own} are in {out}"
         + ("" if data else "; not calibrated: give --data for that"),
         file=sys.stderr,
     )

@@ -31,7 +31,7 @@ def train(
     ] = None,
     target: options.Target = DEFAULT_TARGET,
     drafter: Annotated[
-        str | None, typer.Option(help="amphista or medusa. Default: the recipe's, else amphista.")
+        str | None, typer.Option(help="amphista, medusa, hydra or eagle. Default: the recipe's, else amphista.")
     ] = None,
     recipe: Annotated[Path | None, typer.Option(help="TOML file with what differs from the defaults.")] = None,
     settings: Annotated[

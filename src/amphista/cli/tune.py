@@ -63,6 +63,7 @@ def _record(llm: LLM, tuned: Tuned) -> dict[str, Any]:
         ],
         "draft_ms": 1000 * costs.draft,
         "draft_forwards": costs.draft / single,
+        "further_round_ms": 1000 * costs.further_round,
         "sequence_ms": 1000 * costs.sequence,
         "thousand_cached_rows_ms": 1e6 * costs.cached_row,
         **provenance.record(),
@@ -81,8 +82,9 @@ def _text(record: dict[str, Any]) -> str:
         f"{record['target']}, {record['dtype']}, {record['path']} path, {record['device']} "
         f"({machine.get('accelerator', machine['processor'])}, {machine['torch_threads']} threads)\n\n"
         f"{table(['nodes', 'ms', 'forwards of one', 'pays above a tau of'], rows)}\n\n"
-        f"asking {record['drafter']}: {record['draft_ms']:.1f} ms, {record['draft_forwards']:.2f} forwards of one\n"
-        f"each further sequence: {record['sequence_ms']:.2f} ms; 1,000 cached rows: "
+        f"asking {record['drafter']}: {record['draft_ms']:.1f} ms, {record['draft_forwards']:.2f} forwards of one"
+        + (f"; each further round: {record['further_round_ms']:.1f} ms\n" if record["further_round_ms"] else "\n")
+        + f"each further sequence: {record['sequence_ms']:.2f} ms; 1,000 cached rows: "
         f"{record['thousand_cached_rows_ms']:.2f} ms\n"
         f"spread of the times (median over shortest, at worst): {record['spread']:.2f}"
     )

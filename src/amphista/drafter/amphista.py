@@ -22,10 +22,12 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from amphista.drafter.base import MAX_LAYERS, MAX_SIZE, DrafterConfig, DrafterState, check_range
-from amphista.drafter.heads import ParallelHeads, StateOf
+from amphista.drafter.base import MAX_LAYERS, MAX_SIZE, DrafterState, check_range
+from amphista.drafter.heads import ParallelConfig, ParallelHeads
 from amphista.drafter.layers import LayerCache, LayerSizes, ResidualBlock, RMSNorm, RowCache, TransformerLayer
 from amphista.drafter.native_drafter import Modules
+from amphista.drafter.scoring import StateOf
+from amphista.drafter.staged import StagedAdaptation
 from amphista.errors import ConfigError
 from amphista.target.spec import SharedWeights, TargetSpec
 
@@ -33,7 +35,7 @@ POSITION_START_STD = 0.02  # small against the unit rms of the slots: every head
 
 
 @dataclass(frozen=True, kw_only=True)
-class AmphistaConfig(DrafterConfig):
+class AmphistaConfig(ParallelConfig):
     """The paper's model and its ablations.
 
     `stages` 0, 1 or 2 staged adaptation layers (0: heads read the normed h_t, nothing else); heads k <= `stage_split`
@@ -59,39 +61,6 @@ class AmphistaConfig(DrafterConfig):
         check_range("num_encoder_layers", self.num_encoder_layers, 1, MAX_LAYERS)  # without: auto_embedding off
         check_range("intermediate_size", self.intermediate_size, 1, MAX_SIZE)
         check_range("encoder_intermediate_size", self.encoder_intermediate_size, 1, MAX_SIZE)
-
-
-class StagedAdaptation(nn.Module):
-    """One stage: fuse a state with the next token's embedding, then one causal layer."""
-
-    def __init__(self, sizes: LayerSizes, embedding_size: int) -> None:
-        super().__init__()
-        self.state_norm = RMSNorm(sizes.hidden_size, sizes.norm_eps)
-        self.fuse = nn.Linear(sizes.hidden_size + embedding_size, sizes.hidden_size, bias=False)
-        self.layer = TransformerLayer(sizes)
-        with torch.no_grad():  # W = [I 0]: the stage starts as the identity on the normed state
-            self.fuse.weight.zero_()
-            self.fuse.weight[:, : sizes.hidden_size].copy_(torch.eye(sizes.hidden_size))
-
-    def forward(
-        self,
-        x: Tensor,
-        embedded: Tensor,
-        positions: Tensor,
-        cache: RowCache | None = None,
-        select: Tensor | None = None,
-    ) -> Tensor:
-        """x [B, T, D], normed embeddings [B, T, embedding size], positions [1, T] -> [B, T, D], or of the flat rows
-        `select` [P] alone [P, D]."""
-        x = self.fuse(torch.cat([self.state_norm(x), embedded], dim=-1))
-        mask = None
-        if cache is not None and cache.num_rows > 0:
-            keys = torch.arange(cache.num_rows + x.shape[1], device=x.device)
-            mask = (keys[None, :] <= positions[0][:, None])[None, None]
-        output: Tensor = self.layer(
-            x, positions=positions, mask=mask, is_causal=mask is None, cache=cache, select=select
-        )
-        return output
 
 
 class AutoEmbedding(nn.Module):

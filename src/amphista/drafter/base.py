@@ -1,18 +1,18 @@
 """The drafter interface: what a drafter is asked, what it is made of, what it remembers.
 
-A drafter proposes; it never decides. It sees the target's hidden states and next tokens (`commit`), and offers
-per-depth candidates (`draft`). All K heads come from one pass; nothing drafted is fed back.
+A drafter proposes; it never decides. It sees the target's hidden states and next tokens (`commit`), and offers tokens
+by depth (`draft`): all from one pass, or in rounds, each of which reads what the rounds before have drafted.
 
 Index convention (ALGORITHM section 1): row j pairs hidden state h_j with the next token x_{j+1}. After the row of
 position t, head k (1..K) predicts x_{t+1+k}, which is depth k of the draft tree below the pending token x_{t+1}.
 
-Shapes: B sequences, T rows, P selected rows, K heads, R ranks, S shortlist, D hidden size, N draft vocabulary.
+Shapes: T rows, D hidden size, K heads.
 """
 
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -28,6 +28,9 @@ MAX_LAYERS = 64
 MAX_SHORTLIST = 256
 MAX_SIZE = 1 << 20
 HEAD_TEMPERATURES = (0.01, 100.0)
+# After each round but the last: what is on offer of every sequence asked -> places, among what is on offer deepest, of
+# the tokens below which the next round shall look.
+Look = Callable[[Sequence[Candidates]], Sequence[Sequence[int]]]
 
 
 def check_range(name: str, value: int | None, least: int, most: int) -> None:
@@ -65,23 +68,15 @@ class Ask:
 
 @dataclass(frozen=True, kw_only=True)
 class DrafterConfig:
-    """Settings common to all parallel-head drafters.
-
-    `path_rank`: rank of the path correction (`path.py`, not in the paper), None for heads that know no paths;
-    `path_shortlist`: the best tokens of each head that it is worked out for, as children and as parents.
-    """
+    """Settings common to all drafters that score tokens."""
 
     num_heads: int = 5
     lm_head: Literal["shared", "own"] = "shared"
     draft_vocab: int | None = None
-    path_rank: int | None = None
-    path_shortlist: int = 16
 
     def __post_init__(self) -> None:
         check_range("num_heads", self.num_heads, 1, MAX_HEADS)
         check_range("draft_vocab", self.draft_vocab, 1, 1 << 31)
-        check_range("path_rank", self.path_rank, 1, MAX_SIZE)
-        check_range("path_shortlist", self.path_shortlist, 1, MAX_SHORTLIST)
         if self.lm_head not in ("shared", "own"):
             raise ConfigError(f"lm_head is {self.lm_head!r}: expected 'shared' or 'own'")
 
@@ -118,7 +113,7 @@ class Calibration:
 
 
 class Drafter(nn.Module):
-    """A proposer. Subclasses implement `head_states` (training form), `commit` and `draft_states` (decoding form)."""
+    """A proposer: subclasses implement `commit`, `draft` and `trim`. Those that score tokens have `scoring.py`."""
 
     name: str
     config: DrafterConfig
@@ -128,6 +123,16 @@ class Drafter(nn.Module):
     def num_heads(self) -> int:
         """Number of heads K, which is the depth of the deepest tree."""
         return self.config.num_heads
+
+    @property
+    def heads_a_round(self) -> int:
+        """How many depths one round of asking gives: all, unless drafted tokens are read."""
+        return self.num_heads
+
+    @property
+    def cost_key(self) -> dict[str, Any] | None:
+        """All that the seconds of drafting depend on beside the target: dimensions, not weights. None: next to none."""
+        return None
 
     @property
     def num_weights(self) -> int:
@@ -142,6 +147,9 @@ class Drafter(nn.Module):
     def freeze(self, *, native: bool = False, exact: bool = False) -> Drafter:
         """Make ready for decoding, in C where that can be had; most need not."""
         return self
+
+    def prepare(self, num_ranks: int, num_rows: int) -> None:
+        """Record now what drafting so many ranks behind so many rows will replay; most record nothing."""
 
     def start(self) -> DrafterState:
         """An empty state for a new sequence."""
@@ -168,9 +176,12 @@ class Drafter(nn.Module):
             if ask.hidden is not None:
                 self.commit(ask.state, ask.hidden, sent(ask.next_ids, ask.hidden.device))
 
-    def draft_all(self, asks: Sequence[Ask], num_ranks: int) -> list[Candidates]:
+    def draft_all(self, asks: Sequence[Ask], num_ranks: int, look: Look | None = None) -> list[Candidates]:
         """Commit the rows that wait and draft for several sequences, each at its own temperature, as deep as it can
-        go. Broken off, it may have committed some of them."""
+        go. Broken off, it may have committed some of them.
+
+        look: asked after each round, of those that draft in rounds; by default the `num_ranks` likeliest of each depth.
+        """
         self.commit_all(asks)
         return [self.draft(ask.state, num_ranks, ask.temperature, ask.max_depth) for ask in asks]
 

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from amphista.drafter.amphista import Amphista
-from amphista.drafter.base import Ask, Drafter, DrafterState
+from amphista.drafter.base import Ask, Drafter, DrafterState, Look
 from amphista.drafter.heads import ParallelHeads
 from amphista.drafter.ranked import Ranked
 from amphista.drafter.stage_buffer import StageBuffer, StageRows
@@ -166,7 +166,7 @@ class CapturedDrafter(Drafter):
                     self._uncapture(error)
             return self._heads.draft(state, num_ranks, temperature, max_depth)
 
-    def draft_all(self, asks: Sequence[Ask], num_ranks: int) -> list[Candidates]:
+    def draft_all(self, asks: Sequence[Ask], num_ranks: int, look: Look | None = None) -> list[Candidates]:
         """Several at once are asked without a recorded function: there is one for a single sequence."""
         if len(asks) == 1:
             return super().draft_all(asks, num_ranks)
@@ -277,4 +277,4 @@ class CapturedDrafter(Drafter):
 
 def captured(heads: Drafter, *, is_static: bool) -> Drafter:
     """The heads for a target that verifies in fixed shapes, or does not."""
-    return CapturedDrafter(heads) if is_static and isinstance(heads, ParallelHeads) else heads
+    return CapturedDrafter(heads) if is_static and isinstance(heads, ParallelHeads) and heads.is_capturable else heads

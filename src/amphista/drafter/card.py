@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from amphista.drafter.heads import ParallelHeads
+from amphista.drafter.scoring import ScoringDrafter
 from amphista.errors import DrafterError
 
 OPEN_NOTE = {
@@ -24,12 +24,24 @@ OPEN_NOTE = {
         "loss weights."
     ),
     "medusa": "Medusa-1 heads (arXiv 2401.10774), the baseline of the family.",
+    "hydra": (
+        "The method is that of arXiv 2402.05109, asked in rounds: each head reads the tokens drafted above its own. "
+        "Certain, from the published code: the heads, states of the target (`base = hidden`) or of a causal layer over "
+        "them (`prefix`) as their context, LM heads of their own. Chosen here: `base = staged` (a layer that reads the "
+        "tokens, too, with norms), the shared LM head, the draft vocabulary, the start and the objective; no dropout."
+    ),
+    "eagle": (
+        "After arXiv 2401.15077 and 2406.16858, asked in rounds: one layer over fused states and tokens that goes on "
+        "from its own output. Certain: these, and trees chosen by the drafter's own confidence. All steps are trained "
+        "on the drafter's own states, as in arXiv 2503.01840. Chosen here: norms, start, draft vocabulary, objectives "
+        "on tokens alone. It is not the published EAGLE of any version, and its figures are not theirs."
+    ),
 }
 PATH_NOTE = (
     " A path correction stands on top, which is not in that paper: heads behind the first weigh their best tokens anew "
     "given the token above (cf. arXiv 2606.03819, 2607.05147)."
 )
-ARXIV = {"amphista": "2406.13170", "medusa": "2401.10774"}
+ARXIV = {"amphista": "2406.13170", "medusa": "2401.10774", "hydra": "2402.05109", "eagle": "2401.15077"}
 
 LITTLE_TOKENS = 5_000_000
 LITTLE_DATA = (
@@ -52,7 +64,7 @@ class CardConfig:
 
 
 def write_card(
-    drafter: ParallelHeads,
+    drafter: ScoringDrafter,
     base_model: str,
     training: dict[str, Any],
     config: CardConfig | None = None,
@@ -125,7 +137,7 @@ def _results(training: dict[str, Any], config: CardConfig) -> list[dict[str, Any
             "dataset_name": f"held-out answers ({', '.join(files)})",
             "dataset_config": part,
             "metric_type": "tau",
-            "metric_name": f"tokens per target forward, dynamic tree of {size} nodes",
+            "metric_name": f"tokens per target forward, {measured.get('trees', 'dynamic')} tree of {size} nodes",
             "metric_value": round(value, 3),
         }
         for part, measured in training.get("validation", {}).items()
@@ -170,13 +182,15 @@ def _converted(training: dict[str, Any]) -> list[str]:
 
 def _measured(training: dict[str, Any]) -> list[str]:
     data = training["data"]
+    trees = next(iter(training["validation"].values())).get("trees", "dynamic")
     chose = "" if "converted" in training or "calibration" in training else " and chose the best checkpoint"
     return [
         "## Measured on held-out answers",
         "",
-        f"{data['validation_rows']} answers, {data['validation_answer_tokens']} tokens, replayed against the dynamic "
-        f"tree. tau = tokens committed per target forward. The same answers set the calibration{chose}, so these "
-        "figures lean a little to the kind side.",
+        f"{data['validation_rows']} answers, {data['validation_answer_tokens']} tokens, replayed against {trees} "
+        f"trees{' fitted to them' if trees == 'static' else ''}. tau = tokens committed per target forward. The same "
+        f"answers set the calibration{chose}, so these figures "
+        "lean a little to the kind side.",
         "",
         *_table(training["validation"]),
         "",

@@ -27,12 +27,14 @@ from safetensors import SafetensorError
 from amphista.config import build
 from amphista.drafter.amphista import Amphista, AmphistaConfig
 from amphista.drafter.base import Calibration, DrafterConfig
+from amphista.drafter.eagle import Eagle, EagleConfig
 from amphista.drafter.foreign import what_it_is
-from amphista.drafter.heads import ParallelHeads
 from amphista.drafter.hub import HubAccess, fetch
+from amphista.drafter.hydra import Hydra, HydraConfig
 from amphista.drafter.lookup import LOOKUP
 from amphista.drafter.medusa import Medusa, MedusaConfig
 from amphista.drafter.proposer import NONE, Proposer
+from amphista.drafter.scoring import ScoringDrafter
 from amphista.drafter.weights import digest_in, digest_of, read_weights, write_weights
 from amphista.errors import ConfigError, DrafterError
 from amphista.target.spec import Fingerprint, SharedWeights, TargetSpec
@@ -40,9 +42,11 @@ from amphista.target.spec import Fingerprint, SharedWeights, TargetSpec
 FORMAT = 1
 CONFIG, WEIGHTS, CARD = CHECKPOINT_FILES = ("config.json", "model.safetensors", "README.md")
 STAGED_WEIGHTS = ".model.safetensors.new"
-DRAFTERS: dict[str, tuple[type[DrafterConfig], type[ParallelHeads]]] = {
+DRAFTERS: dict[str, tuple[type[DrafterConfig], type[ScoringDrafter]]] = {
     "amphista": (AmphistaConfig, Amphista),
     "medusa": (MedusaConfig, Medusa),
+    "hydra": (HydraConfig, Hydra),
+    "eagle": (EagleConfig, Eagle),
 }
 WEIGHTS_ONLY_DIFFER = {"lm_head_sha256"}
 MAX_CONFIG_BYTES = 1 << 24
@@ -206,7 +210,7 @@ def check_out(folder: Path) -> None:
 
 
 def save_drafter(
-    drafter: ParallelHeads,
+    drafter: ScoringDrafter,
     folder: Path,
     fingerprint: Fingerprint,
     *,
@@ -282,7 +286,7 @@ def _sync(path: Path) -> None:
 # -- loading ----------------------------------------------------------------------------------------------------------
 
 
-def make_drafter(kind: str, config: DrafterConfig, spec: TargetSpec, shared: SharedWeights) -> ParallelHeads:
+def make_drafter(kind: str, config: DrafterConfig, spec: TargetSpec, shared: SharedWeights) -> ScoringDrafter:
     """A fresh, untrained drafter."""
     if kind not in DRAFTERS:
         raise ConfigError(f"unknown drafter {kind!r}: expected one of {', '.join(DRAFTERS)}")
@@ -316,7 +320,7 @@ def load_drafter(
     *,
     allow_other_target: bool = False,
     hub: HubAccess | None = None,
-) -> ParallelHeads:
+) -> ScoringDrafter:
     """Load a drafter for a target: a shipped name, a folder or a hub id."""
     name = name_of(name)
     checkpoint = locate_checkpoint(name, fingerprint, hub)
@@ -344,7 +348,7 @@ def weights_file(checkpoint: Checkpoint) -> Path:
     return path
 
 
-def _check_contents(drafter: ParallelHeads, checkpoint: Checkpoint, path: Path) -> None:
+def _check_contents(drafter: ScoringDrafter, checkpoint: Checkpoint, path: Path) -> None:
     """What a header does not show: token ids out of range, calibration for another number of heads."""
     ids, calibration = drafter.draft_ids, checkpoint.calibration
     if ids is not None and not bool(((ids >= 0) & (ids < drafter.spec.vocab_size)).all() & (ids.diff() > 0).all()):

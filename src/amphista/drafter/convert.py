@@ -15,23 +15,28 @@ Shapes: K heads, L blocks, D hidden size, N tokens scored.
 
 from __future__ import annotations
 
-import json
 import logging
-import pickle
 import re
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor
 
-from amphista.drafter.card import read_front_matter
-from amphista.drafter.hub import fetch
 from amphista.drafter.medusa import Medusa, MedusaConfig
+from amphista.drafter.published import (
+    Published,
+    Reader,
+    base_model_of,
+    license_of,
+    locate,
+    name_of_source,
+    read_config,
+    readers,
+    refuse_transformed_logits,
+)
 from amphista.errors import ConfigError, DrafterError
 from amphista.target.spec import SharedWeights, TargetSpec
 
@@ -48,12 +53,7 @@ NUMBER = r"(\d{1,3})"  # a name promises no more heads or blocks than this
 BLOCK = re.compile(rf"{NUMBER}\.{NUMBER}\.linear\.(weight|bias)|blocks\.{NUMBER}\.layers\.{NUMBER}\.(weight|bias)")
 LM_HEAD = re.compile(rf"{NUMBER}\.{NUMBER}\.weight|lm_heads\.{NUMBER}\.weight")
 STATED = {"heads": ("medusa_num_heads", "num_heads"), "layers": ("medusa_num_layers",), "hidden size": ("hidden_size",)}
-MAX_JSON_BYTES = 1 << 26
-Reader = Callable[[], Tensor]
-HYDRA = (
-    "{} is a Hydra checkpoint: its heads read the tokens drafted before them, which no Medusa head does. There is no "
-    "Hydra drafter here: train one for this target with `amphista train`"
-)
+HYDRA = "{} is a Hydra checkpoint, whose heads read the tokens drafted before them: `amphista convert hydra` reads it"
 
 
 @dataclass
@@ -67,147 +67,37 @@ class _Heads:
     token_map: Tensor | None = None
 
 
-@dataclass(frozen=True)
-class Published:
-    """A converted drafter and where it came from. `dtype` is that of the published weights."""
-
-    drafter: Medusa
-    source: str
-    file: str
-    base_model: str | None
-    license: str | None
-    dtype: torch.dtype
-
-
 def read_medusa(source: str, spec: TargetSpec, shared: SharedWeights) -> Published:
     """Published heads as a Medusa drafter for a target of these sizes.
 
     source: a folder or a hub id. Raises DrafterError for what is no Medusa checkpoint, is incomplete, or was trained
     for a target of other sizes.
     """
-    folder = _locate(source)
-    config = _read_config(folder)
+    folder = locate(source, HUB_FILES)
+    config = read_config(folder)
     path = next((folder / name for name in HEAD_FILES if (folder / name).is_file()), None)
     if any(name.startswith("hydra_") for name in [*config, *(file.name for file in folder.iterdir())]):
         raise DrafterError(HYDRA.format(folder))
     if path is None:
         raise DrafterError(f"{folder} holds no published Medusa heads: expected one of {', '.join(HEAD_FILES)}")
-    probe = torch.linspace(-60.0, 60.0, 7)
-    if not torch.equal(shared.transform(probe), probe):
-        raise DrafterError(
-            f"the target ({spec.family}) scales or caps its logits, which published Medusa heads know nothing of: "
-            "train a drafter for it with `amphista train`"
-        )
+    refuse_transformed_logits(spec, shared)
     try:
-        heads = _sort_tensors(_readers(path), path, original_lm_head=bool(config.get("original_lm_head")))
+        heads = _sort_tensors(readers(path, PREFIX), path, original_lm_head=bool(config.get("original_lm_head")))
     except (OSError, SafetensorError) as error:
         raise DrafterError(f"{path} is damaged or lacks a part ({error}): fetch the checkpoint again") from error
     _fill_repeated_blocks(heads, path)
-    base_model = config.get("base_model_name_or_path")
-    base_model = base_model if isinstance(base_model, str) and base_model else None
+    base_model = base_model_of(config)
     _check_sizes(heads, spec, path, base_model)
     _tell_differences(heads, config, spec, path)
     dtypes = {tensor.dtype for tensor in [*heads.weights.values(), *heads.lm_heads.values()]}
     return Published(
         drafter=_make_drafter(heads, spec, shared, path),
-        source=source if not Path(source).expanduser().is_dir() else folder.resolve().name,
+        source=name_of_source(source, folder),
         file=path.name,
         base_model=base_model,
-        license=_license(folder),
+        license=license_of(folder),
         dtype=dtypes.pop() if len(dtypes) == 1 else torch.float32,
     )
-
-
-def _locate(source: str) -> Path:
-    path = Path(source).expanduser()
-    if path.is_dir():
-        return path
-    if path.is_absolute() or source.startswith((".", "~")) or source.count("/") != 1:
-        raise DrafterError(f"there is no folder {source!r}: expected a published checkpoint's folder or hub id")
-    return fetch(source, HUB_FILES)
-
-
-def _read_config(folder: Path) -> dict[str, Any]:
-    path = folder / "config.json"
-    if not path.is_file():
-        return {}
-    try:
-        config = _read_json(path)
-    except (ValueError, OSError, RecursionError) as error:
-        raise DrafterError(f"{path} is no JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise DrafterError(f"{path} is no JSON object: expected a published checkpoint's configuration")
-    if "format" in config and "drafter" in config:
-        raise DrafterError(f"{folder} is a drafter of this program already: use it with --drafter {folder}")
-    return config
-
-
-def _license(folder: Path) -> str | None:
-    try:
-        found = read_front_matter(folder / "README.md").get("license")
-    except DrafterError:  # somebody else's card is no reason to refuse the weights
-        return None
-    return found if isinstance(found, str) else None
-
-
-# -- reading files ----------------------------------------------------------------------------------------------------
-
-
-def _readers(path: Path) -> dict[str, Reader]:
-    """The tensors of a checkpoint file (or of the shards of an index) by name, each read only when called for."""
-    readers: dict[str, Reader] = {}
-    for file in _shards(path) if path.suffix == ".json" else [path]:
-        if file.suffix == ".safetensors":
-            opened = safe_open(file, framework="pt")
-            readers |= {name: partial(opened.get_tensor, name) for name in opened.keys()}  # noqa: SIM118 (no mapping)
-        else:
-            readers |= {name: partial(_identity, tensor) for name, tensor in _load_pickled(file).items()}
-    return readers
-
-
-def _shards(path: Path) -> list[Path]:
-    """The files of an index that hold heads; raises DrafterError for one outside the index's own folder."""
-    try:
-        index = _read_json(path)["weight_map"]
-        names = sorted({index[name] for name in index if PREFIX.match(name)} or set(index.values()))
-        if not names or any(Path(name).name != name for name in names):
-            raise ValueError(f"expected names of files beside it, found {', '.join(names)[:80] or 'none'}")
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise DrafterError(f"{path} is no index of shards ({error}): fetch the checkpoint again") from error
-    return [path.parent / name for name in names]
-
-
-def _read_json(path: Path) -> Any:
-    if path.stat().st_size > MAX_JSON_BYTES:
-        raise ValueError(f"larger than {MAX_JSON_BYTES >> 20} MB")
-    return json.loads(path.read_text(encoding="utf-8"))
-
-
-def _identity(tensor: Tensor) -> Tensor:
-    return tensor
-
-
-def _load_pickled(path: Path) -> dict[str, Tensor]:
-    """A .pt or .bin file of nothing but tensors; anything that would run code is refused by torch's own unpickler."""
-    try:
-        try:
-            loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        except RuntimeError:  # files of before torch 1.6 cannot be mapped
-            loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, LookupError) as error:
-        raise DrafterError(
-            f"{path} is damaged, or holds more than tensors, which is never executed here: expected a state dictionary"
-        ) from error
-    if not isinstance(loaded, dict) or not all(isinstance(n, str) and _is_plain(t) for n, t in loaded.items()):
-        raise DrafterError(f"{path} is no dictionary of tensors: expected the state dictionary of Medusa heads")
-    return loaded
-
-
-def _is_plain(tensor: Any) -> bool:
-    """Whether a tensor has all its numbers in the file: none on `meta`, sparse, or repeated by strides."""
-    if not isinstance(tensor, Tensor) or tensor.layout is not torch.strided or tensor.device.type != "cpu":
-        return False
-    return tensor.numel() * tensor.element_size() <= tensor.untyped_storage().nbytes()
 
 
 # -- sorting and checking tensors -------------------------------------------------------------------------------------

@@ -87,7 +87,10 @@ RULES: tuple[Rule, ...] = (
         lambda f: "best" in f.files and "log.jsonl" in f.files,
         "the folder of a training run: give its drafter, {source}/best",
     ),
-    (lambda f: f.mentions("hydra"), f"a Hydra drafter, {OTHER_KIND}"),
+    (
+        lambda f: f.mentions("hydra"),
+        "a published Hydra checkpoint: convert it first, `amphista convert hydra {source} --target TARGET --out DIR`",
+    ),
     (
         lambda f: f.mentions("medusa") or f.has_tensor(MEDUSA_TENSOR),
         "a published Medusa checkpoint: convert it first, `amphista convert medusa {source} --target TARGET --out DIR`",

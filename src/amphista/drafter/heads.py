@@ -1,7 +1,6 @@
-"""What all parallel-head drafters share: the LM head or a draft vocabulary of it, ranking, calibration, paths.
+"""Parallel heads: all K come from one pass over the context, and what each says may be corrected by the token above.
 
-All K heads come from one pass over the context; what each says of a token may be corrected by the token above it
-(path.py). Training form and decoding form give the same logits (tests/laws/test_parity.py).
+The correction is `path.py`'s. Training form and decoding form give the same logits (tests/laws/test_parity.py).
 
 Shapes: B sequences, T rows, P selected rows, K heads, R ranks, S shortlist, D hidden size, N draft vocabulary.
 """
@@ -9,69 +8,53 @@ Shapes: B sequences, T rows, P selected rows, K heads, R ranks, S shortlist, D h
 from __future__ import annotations
 
 import logging
-import math
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Any
+from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
-from amphista.drafter.base import Ask, Drafter, DrafterConfig, DrafterState
-from amphista.drafter.frozen_head import FrozenHead
+from amphista.drafter.base import MAX_SHORTLIST, MAX_SIZE, Ask, DrafterConfig, DrafterState, Look, check_range
 from amphista.drafter.native_drafter import Modules, NativeDrafter, Scores
 from amphista.drafter.path import PathCorrection, conditional, moved
 from amphista.drafter.ranked import Ranked
-from amphista.errors import ConfigError, DrafterError, NativeError
+from amphista.drafter.scoring import ScoringDrafter, StateOf
+from amphista.errors import NativeError
 from amphista.target.spec import SharedWeights, TargetSpec
 from amphista.tree.candidates import Candidates
 
 logger = logging.getLogger("amphista")
-StateOf = Callable[[int, Tensor], Tensor]  # head and rows [M] -> the head's states of these rows [M, D]
 
 
-class ParallelHeads(Drafter):
-    """K heads over the target's (or their own) LM head, full or over a draft vocabulary."""
+@dataclass(frozen=True, kw_only=True)
+class ParallelConfig(DrafterConfig):
+    """`path_rank`: rank of the path correction (`path.py`, not in the papers), None for heads that know no paths;
+    `path_shortlist`: the best tokens of each head that it is worked out for, as children and as parents."""
 
-    draft_ids: Tensor | None
+    path_rank: int | None = None
+    path_shortlist: int = 16
 
-    def __init__(self, config: DrafterConfig, spec: TargetSpec, shared: SharedWeights) -> None:
-        super().__init__()
-        self.config, self.spec = config, spec
-        self._shared = shared
-        self._shared_rows: tuple[Tensor, Tensor | None] | None = None
-        self._frozen_head: FrozenHead | None = None
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_range("path_rank", self.path_rank, 1, MAX_SIZE)
+        check_range("path_shortlist", self.path_shortlist, 1, MAX_SHORTLIST)
+
+
+class ParallelHeads(ScoringDrafter):
+    """K heads, of which none reads what another one drafted."""
+
+    config: ParallelConfig
+    is_capturable = True  # whether `captured.py` can record what it computes
+
+    def __init__(self, config: ParallelConfig, spec: TargetSpec, shared: SharedWeights) -> None:
+        super().__init__(config, spec, shared)
         self._path_table: Tensor | None = None
-        self._frozen: tuple[torch.dtype, torch.device, int] | None = None
         self._native: NativeDrafter | None = None
-        self.why_not_native: str | None = "it was not asked for"
-        size = config.draft_vocab
-        if size is not None and size > spec.vocab_size:
-            raise ConfigError(f"draft_vocab is {size}, but the target has only {spec.vocab_size} tokens")
-        ids = torch.arange(size) if size is not None else None
-        self.register_buffer("draft_ids", ids)
-        if config.lm_head == "own":
-            rows = (config.num_heads, self.draft_vocab)
-            self.own_head = nn.Parameter(torch.empty(*rows, spec.hidden_size))
-            self.own_bias = nn.Parameter(torch.empty(rows)) if shared.has_bias else None
-            self._start_own_head()
         self.path = None if config.path_rank is None else PathCorrection(config.path_rank, spec)
 
-    # -- once trained -------------------------------------------------------------------------------------------
-
-    def freeze(self, *, native: bool = False, exact: bool = False) -> ParallelHeads:
-        """Make ready for decoding on this device; training, moving and saving end here. Repeating it changes nothing.
-
-        native: decode in C where that can be had (`why_not_native`). exact: with weights as they are also there.
-        """
-        if self._frozen is None:
-            self._frozen = (self.dtype, self.device, self.num_weights)
-            self.eval().requires_grad_(False)
-            with torch.inference_mode():
-                if native:
-                    self._go_native(exact=exact)
-        return self
+    # -- decoding in C --------------------------------------------------------------------------------------------
 
     def _go_native(self, *, exact: bool) -> None:
         """Decode in C, or say in a line why not."""
@@ -99,120 +82,7 @@ class ParallelHeads(Drafter):
     def parts(self) -> Modules:
         """What the heads are made of, for the form that decodes in C."""
 
-    def _save_to_state_dict(self, *args: Any) -> None:
-        if self._frozen is not None:
-            raise DrafterError(f"this {self.name} drafter was made ready for decoding: load it again to save it")
-        super()._save_to_state_dict(*args)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The type of the weights."""
-        return next(self.parameters()).dtype if self._frozen is None else self._frozen[0]
-
-    @property
-    def device(self) -> torch.device:
-        """Where the weights are."""
-        return next(self.parameters()).device if self._frozen is None else self._frozen[1]
-
-    @property
-    def num_weights(self) -> int:
-        """Number of trained weights, the shared LM head not counted."""
-        return sum(p.numel() for p in self.parameters()) if self._frozen is None else self._frozen[2]
-
-    # -- the draft vocabulary and its LM head ---------------------------------------------------------------------
-
-    def set_draft_ids(self, token_ids: Tensor) -> None:
-        """Choose the draft vocabulary: ids [N], distinct, sorted ascending on entry into the drafter."""
-        if self.draft_ids is None or token_ids.numel() != self.draft_ids.numel():
-            raise DrafterError(f"{token_ids.numel()} draft tokens were given to a drafter sized for {self.draft_vocab}")
-        if token_ids.unique().numel() != token_ids.numel():
-            raise DrafterError("the draft vocabulary names a token twice")
-        if int(token_ids.min()) < 0 or int(token_ids.max()) >= self.spec.vocab_size:
-            raise DrafterError(f"the draft vocabulary names a token beyond the target's {self.spec.vocab_size}")
-        self.draft_ids.copy_(token_ids.sort().values)
-        self.forget_gathered_head()
-        if self.config.lm_head == "own":
-            self._start_own_head()
-
-    @torch.no_grad()
-    def _start_own_head(self) -> None:
-        """Every head's own LM head begins as the target's; on `meta`, where weights are only sizes, nothing begins."""
-        if not self.own_head.is_meta:
-            weight, bias = self._gather_head()
-            self.own_head.copy_(weight)
-            if self.own_bias is not None and bias is not None:
-                self.own_bias.copy_(bias)
-
-    @property
-    def draft_vocab(self) -> int:
-        """Number of tokens the heads score."""
-        return self.spec.vocab_size if self.draft_ids is None else int(self.draft_ids.numel())
-
-    def forget_gathered_head(self) -> None:
-        """Drop the gathered LM-head rows; they are gathered again at the next use (after a load or a move)."""
-        self._shared_rows = self._path_table = self._frozen_head = None
-
-    def _apply(self, *args: Any, **kwargs: Any) -> ParallelHeads:
-        self.forget_gathered_head()
-        super()._apply(*args, **kwargs)
-        return self
-
-    def _gather_head(self) -> tuple[Tensor, Tensor | None]:
-        device = self._shared.head_weight.device
-        ids = torch.arange(self.spec.vocab_size) if self.draft_ids is None else self.draft_ids
-        return self._shared.head_rows(ids.to(device))
-
-    def target_logits(self, hidden: Tensor) -> Tensor:
-        """The target's logits [..., N] over the draft vocabulary, for its hidden states [..., D]."""
-        if self.draft_ids is None:
-            return self._shared.project(hidden)
-        if self._shared_rows is None:
-            with torch.inference_mode(False):  # who asks first may be a validation, who asks next a training step
-                self._shared_rows = self._gather_head()
-        weight, bias = self._shared_rows
-        return self._shared.transform(functional.linear(hidden.to(weight.dtype), weight, bias))
-
-    def frozen_head(self) -> FrozenHead | None:
-        """The target's head over the draft vocabulary for training, in autocast's type or its own.
-
-        None where heads have LM heads of their own, score the whole vocabulary, or the family transforms its logits.
-        """
-        if self.config.lm_head != "shared" or self.draft_ids is None or not self._shared.has_plain_logits:
-            return None
-        kind = self._shared.head_weight.device.type
-        dtype = self._shared.head_weight.dtype
-        if torch.is_autocast_enabled(kind):
-            dtype = torch.get_autocast_dtype(kind)
-        if self._frozen_head is None or self._frozen_head.dtype is not dtype:
-            weight, bias = self._gather_head()
-            self._frozen_head = FrozenHead(weight.to(dtype), None if bias is None else bias.to(dtype))
-        return self._frozen_head
-
-    def own_weights(self, head: int) -> tuple[Tensor, ...]:
-        """What one head alone scores with: weight [N, D] and, where there is one, bias [N]; () for the shared head."""
-        if self.config.lm_head == "shared":
-            return ()
-        return (self.own_head[head],) if self.own_bias is None else (self.own_head[head], self.own_bias[head])
-
-    def score(self, states: Tensor, own: tuple[Tensor, ...]) -> Tensor:
-        """Logits [..., N] of one head's states [..., D] by its `own_weights`."""
-        if not own:
-            return self.target_logits(states)
-        return self._shared.transform(functional.linear(states, *own))
-
-    def head_logits(self, states: Tensor, head: int | None = None) -> Tensor:
-        """States [..., K, D] -> logits [..., K, N]; or, for one head, [..., D] -> [..., N]."""
-        if self.config.lm_head == "shared":
-            return self.target_logits(states)
-        if head is not None:
-            return self.score(states, self.own_weights(head))
-        return torch.stack([self.head_logits(states[..., k, :], k) for k in range(states.shape[-2])], dim=-2)
-
     # -- training and decoding forms ------------------------------------------------------------------------------
-
-    @abstractmethod
-    def head_states(self, hidden: Tensor, next_ids: Tensor, select: Tensor) -> Tensor:
-        """Training form, all positions at once: hidden [B, T, D], next ids [B, T], flat rows [P] -> [P, K, D]."""
 
     @abstractmethod
     def draft_states(self, states: Sequence[DrafterState]) -> Tensor:
@@ -224,15 +94,15 @@ class ParallelHeads(Drafter):
 
     @abstractmethod
     def states_one_by_one(self, features: list[Tensor]) -> StateOf:
-        """`head_states` of features a head at a time, for training that asks only for the rows that count."""
+        """`head_states` of features a head at a time."""
 
-    def forward(self, hidden: Tensor, next_ids: Tensor, select: Tensor) -> Tensor:
-        """Same as `head_states`; the name that distributed wrappers call."""
-        return self.head_states(hidden, next_ids, select)
+    def states_of(self, hidden: Tensor, next_ids: Tensor, select: Tensor) -> Callable[[slice], StateOf]:
+        features = self.features(hidden, next_ids, select)
+        return lambda some: self.states_one_by_one([feature[some] for feature in features])
 
-    @abstractmethod
-    def match_scale(self, hidden_rms: float) -> None:
-        """Scale the start so that every head's first logits are close to the target's own, LM(h_t)."""
+    def forget_gathered_head(self) -> None:
+        self._path_table = None
+        super().forget_gathered_head()
 
     def start(self) -> DrafterState:
         return self.start_rows() if self._native is None else self._native.start()
@@ -248,17 +118,8 @@ class ParallelHeads(Drafter):
         else:
             self.feed(state, hidden, next_ids)
 
-    @abstractmethod
-    def feed(self, state: DrafterState, hidden: Tensor, next_ids: Tensor) -> None:
-        """`commit` in torch."""
-
-    def draft(
-        self, state: DrafterState, num_ranks: int, temperature: float = 0.0, max_depth: int | None = None
-    ) -> Candidates:
-        return self.draft_all([Ask(state, max_depth or self.num_heads, temperature)], num_ranks)[0]
-
     @torch.inference_mode()
-    def draft_all(self, asks: Sequence[Ask], num_ranks: int) -> list[Candidates]:
+    def draft_all(self, asks: Sequence[Ask], num_ranks: int, look: Look | None = None) -> list[Candidates]:
         divisors = [self.head_temperatures(ask.temperature) for ask in asks]
         if self._native is not None:
             return self._native.draft(asks, num_ranks, divisors, self._log_coverage)
@@ -277,31 +138,6 @@ class ParallelHeads(Drafter):
         token_ids, log_probs = self.top_ranks(logits, max(num_ranks, self.config.path_shortlist))
         below = self.ranks_below(states, token_ids, log_probs, divisors[..., 0], num_ranks)
         return Ranked(token_ids, log_probs, *below)
-
-    def top_ranks(self, logits: Tensor, num_ranks: int) -> tuple[Tensor, Tensor]:
-        """Tempered logits [..., N] -> token ids and log-probabilities [..., R], discounted by the coverage.
-
-        A head knows nothing of tokens outside its vocabulary: what it says is conditional on the text staying inside.
-        """
-        best = logits.topk(min(num_ranks, logits.shape[-1]), dim=-1)
-        log_total = torch.logsumexp(logits, dim=-1, keepdim=True)
-        return self._token_ids(best.indices), best.values - log_total + self._log_coverage
-
-    @property
-    def _log_coverage(self) -> float:
-        return math.log(max(1.0 if self.calibration is None else self.calibration.coverage, 1e-9))
-
-    def _token_ids(self, index: Tensor) -> Tensor:
-        """Places in the draft vocabulary -> token ids."""
-        return index if self.draft_ids is None else self.draft_ids[index]
-
-    def head_temperatures(self, temperature: float) -> list[float]:
-        """What divides each head's logits [K] at this request temperature."""
-        if self.calibration is None:
-            return [temperature if temperature > 0 else 1.0] * self.num_heads
-        if temperature > 0:
-            return [head * temperature for head in self.calibration.sampled]
-        return self.calibration.greedy
 
     # -- paths: what a head says once it knows the token above (path.py) ------------------------------------------
 
@@ -385,3 +221,8 @@ class ParallelHeads(Drafter):
         rows = [self._rows(ids, self.own_weights(k)) for k, ids in enumerate(token_ids.unbind(-2), start=1)]
         biases = [bias for _, bias in rows if bias is not None]
         return torch.stack([weight for weight, _ in rows], -3), torch.stack(biases, -2) if biases else None
+
+
+def with_paths(drafter: ScoringDrafter) -> ParallelHeads | None:
+    """The drafter, where it has a path correction."""
+    return drafter if isinstance(drafter, ParallelHeads) and drafter.path is not None else None

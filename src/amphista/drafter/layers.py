@@ -249,15 +249,18 @@ class Attention(nn.Module):
 
         mask [B or 1, 1, T, S] is True where a key may be seen.
         """
-        query = self._split(self.query(x), self.num_heads)
+        query = self.queries(x, rotary)
         key, value = self.keys_values(x, rotary)
-        if rotary is not None:
-            query = _rotate(query, *_tables(rotary, x.dtype))
         if cache is not None:
             key, value = cache.append(key, value)
         mixed = mix(query, key, value, mask, is_causal=is_causal and mask is None).transpose(1, 2).flatten(2)
         output: Tensor = self.output(mixed if select is None else mixed.flatten(0, 1).index_select(0, select))
         return output
+
+    def queries(self, x: Tensor, rotary: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        """Queries [B, H, T, E] of x [B, T, D]."""
+        query = self._split(self.query(x), self.num_heads)
+        return query if rotary is None else _rotate(query, *_tables(rotary, x.dtype))
 
     def keys_values(self, x: Tensor, rotary: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
         """Keys and values [B, J, T, E] of x [B, T, D]."""
@@ -327,7 +330,7 @@ class TransformerLayer(nn.Module):
         mixed = self.attention(
             self.attention_norm(x), rotary=rotary, mask=mask, is_causal=is_causal, cache=cache, select=select
         )
-        return self._widen((x if select is None else x.flatten(0, 1).index_select(0, select)) + mixed)
+        return self.widened((x if select is None else x.flatten(0, 1).index_select(0, select)) + mixed)
 
     def keys_values(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """What `look_up` reads: keys and values [B, J, T, E] of x [B, T, D], without positions."""
@@ -335,8 +338,9 @@ class TransformerLayer(nn.Module):
 
     def look_up(self, x: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         """The layer for one row [M, D] of each sequence, whose keys and values [M, J, S, E] are there."""
-        return self._widen(x + self.attention.look_up(self.attention_norm(x), keys, values))
+        return self.widened(x + self.attention.look_up(self.attention_norm(x), keys, values))
 
-    def _widen(self, x: Tensor) -> Tensor:
+    def widened(self, x: Tensor) -> Tensor:
+        """What the layer makes of states [..., D] that attention has been added to."""
         output: Tensor = x + self.mlp(self.mlp_norm(x))
         return output

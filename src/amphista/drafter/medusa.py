@@ -13,15 +13,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from amphista.drafter.base import MAX_LAYERS, DrafterConfig, DrafterState, check_range
-from amphista.drafter.heads import ParallelHeads, StateOf
+from amphista.drafter.base import MAX_LAYERS, DrafterState, check_range
+from amphista.drafter.heads import ParallelConfig, ParallelHeads
 from amphista.drafter.layers import LayerSizes, ResidualBlock
 from amphista.drafter.native_drafter import Modules
+from amphista.drafter.scoring import StateOf
 from amphista.target.spec import SharedWeights, TargetSpec
 
 
 @dataclass(frozen=True, kw_only=True)
-class MedusaConfig(DrafterConfig):
+class MedusaConfig(ParallelConfig):
     """`num_layers` residual blocks per head."""
 
     num_layers: int = 1

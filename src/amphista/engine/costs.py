@@ -15,7 +15,6 @@ from typing import Any
 
 from amphista import provenance
 from amphista.drafter.base import Drafter
-from amphista.drafter.heads import ParallelHeads
 from amphista.drafter.proposer import Proposer
 from amphista.engine.cost_cache import load_or_measure
 from amphista.engine.timing import NOISY, ForwardSeconds, draft_ratio, verify_seconds
@@ -50,15 +49,15 @@ def tune(target: Target, proposer: Proposer, *, refresh: bool = False) -> Tuned:
     record = load_or_measure({"what": "verify", **key}, lambda: _measure_verify(target), _is_curve, refresh=refresh)
     by_rows = {int(size): seconds for size, seconds in record["seconds"].items()}
     forward = ForwardSeconds(by_rows, *(record[name] for name in ("context", "sequence", "cached_row", "spread")))
-    draft = further = 0.0
-    if isinstance(heads, ParallelHeads):
-        key = {"what": "draft", **key, "drafter": drafter_key(heads)}
+    asked = {"ratio": 0.0, "further": 0.0, "further_round": 0.0}
+    if heads is not None and heads.cost_key is not None:
+        key = {"what": "draft", **key, "drafter": heads.cost_key}
         asked = load_or_measure(key, lambda: _measure_draft(target, heads), _is_ratio, refresh=refresh)
-        draft, further = by_rows[1] * asked["ratio"], by_rows[1] * asked["further"]
     target.give_back_graphs()
     costs = replace(
-        Costs.measured(by_rows, draft, in_steps=target.is_static),
-        drafted=further,
+        Costs.measured(by_rows, by_rows[1] * asked["ratio"], in_steps=target.is_static),
+        drafted=by_rows[1] * asked["further"],
+        further_round=by_rows[1] * asked["further_round"],
         sequence=forward.sequence,
         cached_row=forward.cached_row,
         context=forward.context,
@@ -82,12 +81,6 @@ def target_key(target: Target) -> dict[str, Any]:
     }
 
 
-def drafter_key(drafter: ParallelHeads) -> dict[str, Any]:
-    """All that the seconds of drafting depend on beside the target: dimensions, not weights."""
-    form = "native" if drafter.why_not_native is None else "torch"
-    return {"name": drafter.name, "config": asdict(drafter.config), "dtype": str(drafter.dtype), "form": form}
-
-
 def _measure_verify(target: Target) -> dict[str, Any]:
     logger.info("measuring what a forward costs here (some seconds, once; `amphista dev tune` shows it)")
     record = asdict(verify_seconds(target))
@@ -96,9 +89,9 @@ def _measure_verify(target: Target) -> dict[str, Any]:
 
 
 def _measure_draft(target: Target, drafter: Drafter) -> dict[str, Any]:
-    ratio, further, spread = draft_ratio(target, drafter)
-    _say_if_noisy("drafting", spread)
-    return {"ratio": ratio, "further": further, "spread": spread}
+    asking = draft_ratio(target, drafter)
+    _say_if_noisy("drafting", asking.spread)
+    return asking._asdict()
 
 
 def _say_if_noisy(what: str, spread: float) -> None:
@@ -117,7 +110,8 @@ def _is_curve(record: dict[str, Any]) -> bool:
 
 
 def _is_ratio(record: dict[str, Any]) -> bool:
-    return _is_positive(record["ratio"]) and _is_cost(record["further"]) and _is_quiet(record)
+    further = [record["further"], record["further_round"]]
+    return _is_positive(record["ratio"]) and all(map(_is_cost, further)) and _is_quiet(record)
 
 
 def _is_quiet(record: dict[str, Any]) -> bool:

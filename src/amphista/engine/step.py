@@ -20,7 +20,7 @@ from amphista.accept.sampling import Chooser
 from amphista.accept.walk import walk
 from amphista.cache.static import sent
 from amphista.drafter.base import Drafter
-from amphista.drafter.captured_drafter import CapturedDrafter, captured
+from amphista.drafter.captured_drafter import captured
 from amphista.drafter.lookup import DEEPEST
 from amphista.drafter.proposer import Proposer
 from amphista.engine.loops import LoopWatch
@@ -110,7 +110,7 @@ class Engine:
     def prepare(self, num_rows: int) -> None:
         """Record now what decoding up to so many rows will replay: where time is measured, not in mid-answer."""
         self.target.prepare(self.max_nodes, num_rows)
-        if isinstance(self._heads, CapturedDrafter):
+        if self._heads is not None:
             self._heads.prepare(self.grower.num_ranks, num_rows)
 
     def new_sequence(self, prompt_ids: list[int], params: SamplingParams, *, cut_loops: bool = False) -> Sequence:
@@ -234,7 +234,7 @@ class Engine:
             for b in asked:
                 decoding[b].rows.catch_up()
             asked_at = clock.now()
-            candidates = self._ask(decoding, rows, asked)
+            candidates = self._ask(decoding, rows, asked, plain)
         with clock.phase("tree"):
             return self.grower.grow_batch(rows, candidates, asked, plain), candidates, asked_at
 
@@ -246,17 +246,27 @@ class Engine:
             graft = with_forced(graft, grammar.forced(sequence.num_output)[: min(depth, self.max_nodes - 1)])
         return DraftRow(sequence.controller, graft, depth, sequence.pending)
 
-    def _ask(self, decoding: Several[Sequence], rows: Several[DraftRow], asked: Several[int]) -> list[Candidates]:
-        """What is on offer for each sequence; the heads of all that are asked draft in one pass."""
+    def _ask(
+        self, decoding: Several[Sequence], rows: Several[DraftRow], asked: Several[int], plain: Forward
+    ) -> list[Candidates]:
+        """What is on offer for each sequence; the heads of all that are asked draft together."""
         candidates = [Candidates([], [], graft=row.graft) for row in rows]
         if self._heads is None or not asked:
             return candidates
         deepest = self._heads.num_heads
         asks = [decoding[b].rows.ask(decoding[b].params.temperature, min(rows[b].max_depth, deepest)) for b in asked]
-        drafts = self._heads.draft_all(asks, self.grower.num_ranks)
-        for b, drafted in zip(asked, drafts, strict=True):
+
+        def note(drafts: Several[Candidates]) -> None:
+            for b, drafted in zip(asked, drafts, strict=True):
+                candidates[b] = drafted if rows[b].graft is None else replace(drafted, graft=rows[b].graft)
+
+        def look(drafts: Several[Candidates]) -> Several[Several[int]]:
+            note(drafts)
+            return self.grower.look_below(rows, candidates, asked, plain)
+
+        note(self._heads.draft_all(asks, self.grower.num_ranks, look))
+        for b in asked:
             decoding[b].rows.note_fed()
-            candidates[b] = drafted if rows[b].graft is None else replace(drafted, graft=rows[b].graft)
         return candidates
 
 

@@ -12,6 +12,7 @@ import itertools
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 
@@ -22,6 +23,7 @@ from amphista.engine.stats import now
 from amphista.target.captured_forward import NODES
 from amphista.target.spans import Span
 from amphista.target.target import Target
+from amphista.tree.candidates import Candidates
 from amphista.tree.dynamic import best_first
 from amphista.tree.grow import MAX_RANKS
 from amphista.tree.token_tree import TokenTree
@@ -34,6 +36,7 @@ NOISY = 1.3  # median over shortest
 FED_ROWS = 2
 SEVERAL = 4  # sequences of a batch that are verified together, or whose heads are asked
 GROWN_NODES = 16
+LOOKED = 4  # tokens below which a further round of asking looks
 
 
 @dataclass
@@ -107,9 +110,18 @@ def verify_seconds(target: Target) -> ForwardSeconds:
     return ForwardSeconds(by_rows, rows, sequence, cached_row, max(cell.spread for cell in every))
 
 
-def draft_ratio(target: Target, drafter: Drafter) -> tuple[float, float, float]:
-    """Seconds of asking the heads of one sequence, and of each further one, in forwards of one row; the worst spread,
-    of a draft that of a forward which is longer by as much. In fixed shapes where the target verifies in them."""
+class Asking(NamedTuple):
+    """Seconds, in forwards of one row, of asking the heads of one sequence (the first round of it), of each further
+    sequence, of each further round; the worst spread, of a draft that of a forward which is longer by as much."""
+
+    ratio: float
+    further: float
+    further_round: float
+    spread: float
+
+
+def draft_ratio(target: Target, drafter: Drafter) -> Asking:
+    """What asking costs; in fixed shapes where the target verifies in them."""
     drafter = captured(drafter, is_static=target.is_static)
     cache, rows = _filled(target)
     hidden = torch.randn(rows, target.spec.hidden_size, generator=torch.Generator().manual_seed(0))
@@ -120,22 +132,30 @@ def draft_ratio(target: Target, drafter: Drafter) -> tuple[float, float, float]:
         drafter.commit(state, hidden, ids)
     fed = hidden[-FED_ROWS:], ids[-FED_ROWS:].tolist()
 
-    def cell(number: int) -> Cell:
+    def cell(number: int, depth: int = drafter.heads_a_round) -> Cell:
         def draft() -> None:
-            asks = [Ask(state, drafter.num_heads, 0.0, *fed) for state in states[:number]]
-            for drafted in drafter.draft_all(asks, MAX_RANKS):
+            asks = [Ask(state, depth, 0.0, *fed) for state in states[:number]]
+            for drafted in drafter.draft_all(asks, MAX_RANKS, _look):
                 best_first(0, drafted, GROWN_NODES, drafter.num_heads)
 
         return Cell(draft, lambda: [drafter.trim(state, rows) for state in states])
 
+    num_rounds = drafter.num_heads // drafter.heads_a_round
     cells = [cell(1), cell(SEVERAL), _forward(target, 1, cache, rows)]
+    cells += [cell(1, drafter.num_heads)] if num_rounds > 1 else []
     for timed in cells:
         timed.time(target.device)
     _time(target, cells)
-    one, several, forward = (timed.shortest for timed in cells)
+    one, several, forward, *all_rounds = (timed.shortest for timed in cells)
     further = max(0.0, several - one) / (SEVERAL - 1)
+    further_round = max(0.0, all_rounds[0] - one) / (num_rounds - 1) if all_rounds else 0.0
     spreads = [1 + (timed.spread - 1) * timed.shortest / forward for timed in cells]
-    return one / forward, further / forward, max(spreads)
+    return Asking(one / forward, further / forward, further_round / forward, max(spreads))
+
+
+def _look(drafts: Sequence[Candidates]) -> list[range]:
+    """Below as many tokens in each round."""
+    return [range(min(LOOKED, len(draft.tokens[-1]))) for draft in drafts]
 
 
 def _filled(target: Target) -> tuple[KVCache, int]:

@@ -23,7 +23,7 @@ import torch
 from amphista import provenance
 from amphista.drafter.base import Drafter
 from amphista.drafter.captured_drafter import captured
-from amphista.drafter.heads import ParallelHeads
+from amphista.drafter.scoring import ScoringDrafter
 from amphista.engine.timing import Cell, rounds
 from amphista.errors import ConfigError
 from amphista.evaluation.cells import pivot
@@ -69,7 +69,7 @@ class LatencyConfig:
 def measure_latency(
     target: Target,
     config: LatencyConfig,
-    drafters: Mapping[str, ParallelHeads] | None = None,
+    drafters: Mapping[str, ScoringDrafter] | None = None,
     report: Report | None = None,
 ) -> Measures:
     """Time everything; one JSON-able record with the environment. raises ConfigError for a context that is too long."""
@@ -132,7 +132,7 @@ def derived(verify: Sequence[Measures], draft: Sequence[Measures]) -> Measures:
 # -- what is timed ----------------------------------------------------------------------------------------------------
 
 
-def _cells(target: Target, config: LatencyConfig, drafters: Mapping[str, ParallelHeads], context: int) -> list[Keyed]:
+def _cells(target: Target, config: LatencyConfig, drafters: Mapping[str, ScoringDrafter], context: int) -> list[Keyed]:
     generator = torch.Generator().manual_seed(SEED)
     ids = torch.randint(target.spec.vocab_size, (context,), generator=generator).tolist()
     cache = target.new_cache()
@@ -196,7 +196,7 @@ def _drafter_cells(
     return cells
 
 
-def _described(target: Target, config: LatencyConfig, drafters: Mapping[str, ParallelHeads]) -> Measures:
+def _described(target: Target, config: LatencyConfig, drafters: Mapping[str, ScoringDrafter]) -> Measures:
     return {
         "target": target.name,
         "path": target.path,

@@ -17,8 +17,8 @@ from typing import Any, Protocol
 
 from amphista.drafter.base import Drafter
 from amphista.drafter.checkpoint import DRAFTERS, load_proposer, shipped_for
-from amphista.drafter.heads import ParallelHeads
 from amphista.drafter.proposer import Proposer
+from amphista.drafter.scoring import ScoringDrafter
 from amphista.engine.batch import Batch, Job
 from amphista.engine.costs import costs_for
 from amphista.engine.params import SamplingParams
@@ -230,12 +230,12 @@ METHODS: dict[str, Callable[[MethodSpec, Target, MethodSettings], Method]] = {
 }
 
 
-def timed_drafters(text: str, target: Target, *, allow_other_target: bool = False) -> dict[str, ParallelHeads]:
+def timed_drafters(text: str, target: Target, *, allow_other_target: bool = False) -> dict[str, ScoringDrafter]:
     """`NAME[=DRAFTER],...` -> drafters by name, for timing; a kind not shipped for the target is left out, and told.
 
     `none` or nothing: no drafter. A drafter without heads has nothing to time.
     """
-    drafters: dict[str, ParallelHeads] = {}
+    drafters: dict[str, ScoringDrafter] = {}
     for part in filter(None, (part.strip() for part in text.split(","))):
         name, _, place = part.partition("=")
         if name in drafters:
@@ -248,6 +248,6 @@ def timed_drafters(text: str, target: Target, *, allow_other_target: bool = Fals
         heads = load_proposer(
             place or name, target.spec, target.shared, target.fingerprint, allow_other_target=allow_other_target
         ).heads
-        if isinstance(heads, ParallelHeads):
+        if isinstance(heads, ScoringDrafter):
             drafters[name] = heads
     return {name: drafter.freeze(native=target.is_native) for name, drafter in drafters.items()}

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from amphista.drafter.base import Calibration
-from amphista.drafter.heads import ParallelHeads
+from amphista.drafter.scoring import ScoringDrafter
 from amphista.train.dataset import HiddenStates, batches_of, coverage
 from amphista.train.head_loss import draft_labels
 from amphista.train.losses import LossConfig
@@ -32,7 +32,7 @@ SAMPLED_AT = 0.7  # the temperature of the sampled answers, when rows do not say
 
 
 def calibrate(
-    drafter: ParallelHeads, rows: Sequence[TokenRow], hidden: HiddenStates, loss_config: LossConfig
+    drafter: ScoringDrafter, rows: Sequence[TokenRow], hidden: HiddenStates, loss_config: LossConfig
 ) -> tuple[Calibration, dict[str, Any]]:
     """(calibration, what was measured with it), for a drafter on held-out rows."""
     was_training = drafter.training
@@ -62,6 +62,7 @@ def _recorded(part: Validation) -> dict[str, Any]:
         "acceptance": part.acceptance,
         "top": part.top,
         "positions": part.num_positions,
+        "trees": part.trees,
     }
 
 
@@ -75,7 +76,7 @@ def _rank_accuracy(*parts: Validation) -> list[list[float]]:
 
 
 @torch.inference_mode()
-def head_temperatures(drafter: ParallelHeads, rows: Sequence[TokenRow], hidden: HiddenStates) -> list[float]:
+def head_temperatures(drafter: ScoringDrafter, rows: Sequence[TokenRow], hidden: HiddenStates) -> list[float]:
     """The best divisor of each head's logits on a grid of step 0.05."""
     device = drafter.device
     stride = max(1, sum(row.num_answer_tokens for row in rows) // MAX_POSITIONS)

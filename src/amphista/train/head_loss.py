@@ -29,8 +29,9 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from amphista.drafter.frozen_head import ROWS_IN_CACHE, FrozenHead
-from amphista.drafter.heads import ParallelHeads, StateOf
-from amphista.train.losses import LossConfig, depth_weight, head_losses, widened
+from amphista.drafter.heads import ParallelHeads, with_paths
+from amphista.drafter.scoring import ScoringDrafter, StateOf
+from amphista.train.losses import LossConfig, depth_weight, head_losses, state_distance, widened
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,7 @@ class HeadLoss(nn.Module):
     for the same.
     """
 
-    def __init__(self, drafter: ParallelHeads, config: LossConfig, *, one_by_one: bool = True) -> None:
+    def __init__(self, drafter: ScoringDrafter, config: LossConfig, *, one_by_one: bool = True) -> None:
         super().__init__()
         self.drafter, self.config, self.one_by_one = drafter, config, one_by_one
 
@@ -128,15 +129,15 @@ class HeadLoss(nn.Module):
     def _states(self, hidden: Tensor, next_ids: Tensor, rows: Tensor) -> Callable[[slice], StateOf]:
         """For a slice of the answer rows, the heads' states of some of its rows."""
         if self.one_by_one:
-            features = self.drafter.features(hidden, next_ids, rows)
-            return lambda some: self.drafter.states_one_by_one([feature[some] for feature in features])
+            return self.drafter.states_of(hidden, next_ids, rows)
         states = self.drafter(hidden, next_ids, rows)
         return lambda some: lambda head, index: states[some][index, head]
 
     def _part(self, state: StateOf, part: _Part, answer_rows: AnswerRows) -> tuple[Tensor, Tensor]:
         """(summed losses [K], rows that counted [K]) of one chunk of rows, which `state` counts from its start."""
         counts = torch.ones_like(part.labels, dtype=torch.bool)
-        losses, counted = [], []
+        losses, counted, asked = [], [], answer_rows.rows.new_zeros(1)
+        corrected = with_paths(self.drafter)
         for k in range(self.drafter.num_heads):
             index = answer_rows.aims(k)
             index = index[(index >= part.start) & (index < part.start + self.config.chunk_rows)]
@@ -144,14 +145,18 @@ class HeadLoss(nn.Module):
             counted.append(float(index.numel()))
             own = self.drafter.own_weights(k)
             if index.numel() == 0:  # a gradient of nothing: every weight has one, as distributed wrappers expect
-                nothing = state(k, index.new_zeros(1)).sum() * 0
+                nothing = state(k, asked[:1]).sum() * 0
                 losses.append(widened(sum((weight.flatten()[0] * 0 for weight in own), nothing)))
                 continue
-            states = state(k, index - part.start)
+            asked = index - part.start
+            states = state(k, asked)
             above: tuple[Tensor, ...] = ()
-            if k and self.drafter.path is not None:
-                above = (self.drafter.correction(states, answer_rows.next_ids[index + k]),)
+            if k and corrected is not None:
+                above = (corrected.correction(states, answer_rows.next_ids[index + k]),)
             loss, right = part.scored(k, index, states, *above, *own)
+            if self.config.feature_weight:
+                distance = state_distance(states, part.aimed_at.index_select(0, index + k + 1))
+                loss = loss + self.config.feature_weight * distance.sum()
             if self.config.accept_until_fail:
                 counts = until_first_fail(counts, index, right)
             losses.append(loss)
@@ -162,11 +167,16 @@ class HeadLoss(nn.Module):
 class _Part:
     """The rows from `start` on, `chunk_rows` of them, and what their heads aim at."""
 
-    drafter: ParallelHeads
+    drafter: ScoringDrafter
     aimed_at: Tensor
     labels: Tensor
     start: int
     config: LossConfig
+
+    @property
+    def corrected(self) -> ParallelHeads | None:
+        """The drafter, where it has a path correction."""
+        return with_paths(self.drafter)
 
     @cached_property
     def target_probs(self) -> Tensor:
@@ -186,13 +196,15 @@ class _Part:
     @property
     def path_share(self) -> float:
         """1 where nothing is trained but the correction, or where nothing is trained."""
-        return self.config.path_share if torch.is_grad_enabled() and self.drafter.trains_heads else 1.0
+        trains_heads = self.corrected is not None and self.corrected.trains_heads
+        return self.config.path_share if torch.is_grad_enabled() and trains_heads else 1.0
 
     def scored(self, head: int, index: Tensor, *inputs: Tensor) -> tuple[Tensor, Tensor]:
         """(summed loss of a head's rows, whether each row's best token is the text's, as far as anybody asks)."""
         aim = index + head + 1
         labels, aim = self.labels[aim], aim - self.start - 1
-        num_corrections = 1 if head and self.drafter.path is not None else 0
+        corrected = self.corrected if head else None
+        num_corrections = 0 if corrected is None else 1
         frozen = self.frozen_head
         if frozen is not None and not num_corrections:
             return _frozen_losses(frozen, inputs[0], (self.target_probs, aim), labels, self.config)
@@ -202,8 +214,8 @@ class _Part:
             own = others[num_corrections:]
             logits = self.drafter.score(states, own)
             forms = [(1.0, logits)]
-            if num_corrections:
-                logits = self.drafter.given_above(logits, states, others[0], own)
+            if corrected is not None:
+                logits = corrected.given_above(logits, states, others[0], own)
                 forms = [(1 - self.path_share, forms[0][1]), (self.path_share, logits)]
             losses = [w * head_losses(form, target_probs, labels, self.config).sum() for w, form in forms if w]
             asked = self.config.accept_until_fail
@@ -311,7 +323,7 @@ def _is_best(logits: Tensor, index: Tensor, as_large: Tensor) -> Tensor:
     return best
 
 
-def draft_labels(drafter: ParallelHeads, token_ids: Tensor) -> Tensor:
+def draft_labels(drafter: ScoringDrafter, token_ids: Tensor) -> Tensor:
     """Token ids -> indices in the drafter's vocabulary, -1 outside it."""
     if drafter.draft_ids is None:
         return token_ids

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn import functional
 
 from amphista.errors import ConfigError
 
@@ -58,6 +59,11 @@ def hybrid_acceptance(log_probs: Tensor, target_probs: Tensor, eta: float) -> Te
     return blend * divergence + (1 - blend) * total_variation(log_probs, target_probs)
 
 
+def state_distance(states: Tensor, target_states: Tensor) -> Tensor:
+    """Smooth L1 of head states [M, D] to the target's own there, h_{t+k}, a mean over D -> [M] (arXiv 2401.15077)."""
+    return functional.smooth_l1_loss(widened(states), widened(target_states), reduction="none").mean(-1)
+
+
 # -- which positions count, how much ----------------------------------------------------------------------------------
 
 
@@ -93,10 +99,11 @@ class LossConfig:
     """Weights of the objectives (0 leaves one out) and which positions count, how much.
 
     A new objective is one function above and one line here. `soft_weight` and `text_weight` are lambda_1 and lambda_2
-    of ALGORITHM section 3; the next three (`hybrid_eta` belongs to the last) aim at sampled acceptance. `depth_decay`
-    1.0 is the paper's uniform. `path_share`: how much of a head's loss is that given the token above (drafters with a
-    path correction, heads behind the first); all of it where the heads are frozen. `chunk_rows` bounds memory, not the
-    loss: no more rows meet the vocabulary at once.
+    of ALGORITHM section 3; the next three (`hybrid_eta` belongs to the last) aim at sampled acceptance.
+    `feature_weight`: of `state_distance`, which looks at no token. `depth_decay` 1.0 is the paper's uniform.
+    `path_share`: how much of a head's loss is that given the token above (drafters with a path correction, heads behind
+    the first); all of it where the heads are frozen. `chunk_rows` bounds memory, not the loss: no more rows meet the
+    vocabulary at once.
     """
 
     soft_weight: float = weighs(lambda at: soft_cross_entropy(at.log_probs, at.target_probs), 1.0)
@@ -105,12 +112,15 @@ class LossConfig:
     acceptance_weight: float = weighs(lambda at: negative_log_acceptance(at.log_probs, at.target_probs))
     hybrid_weight: float = weighs(lambda at: hybrid_acceptance(at.log_probs, at.target_probs, at.config.hybrid_eta))
     hybrid_eta: float = 3.0
+    feature_weight: float = 0.0
     depth_decay: float = 1.0
     accept_until_fail: bool = False
     path_share: float = 0.5
     chunk_rows: int = 512
 
     def __post_init__(self) -> None:
+        if self.feature_weight < 0:
+            raise ConfigError(f"feature_weight is {self.feature_weight}: expected 0 or more")
         if min(self.weights.values()) < 0 or sum(self.weights.values()) == 0:
             raise ConfigError(f"{', '.join(self.weights)} must not be negative, nor all 0")
         if self.hybrid_eta < 0:

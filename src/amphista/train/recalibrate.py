@@ -23,8 +23,8 @@ from amphista.drafter.checkpoint import (
     make_drafter,
     save_drafter,
 )
-from amphista.drafter.convert import Published
-from amphista.drafter.heads import ParallelHeads
+from amphista.drafter.published import Published
+from amphista.drafter.scoring import ScoringDrafter
 from amphista.errors import ConfigError
 from amphista.target.loading import hub_name
 from amphista.target.target import Target
@@ -125,7 +125,7 @@ def _read(data: Sequence[Path], target: Target) -> list[TokenRow]:
     return read_rows(data, target.text, target.eos_ids, vocab_size=target.spec.vocab_size, max_len=limit)
 
 
-def _held_out_record(rows: Sequence[TokenRow], drafter: ParallelHeads) -> dict[str, Any]:
+def _held_out_record(rows: Sequence[TokenRow], drafter: ScoringDrafter) -> dict[str, Any]:
     return {
         "validation_rows": len(rows),
         "validation_answer_tokens": sum(row.num_answer_tokens for row in rows),
@@ -148,7 +148,7 @@ def _is_training_data(checkpoint: Checkpoint, data: Sequence[Path]) -> bool:
     return bool({path.name for path in data} & set(trained_on))
 
 
-def _with_draft_vocab(drafter: ParallelHeads, target: Target, rows: Sequence[TokenRow], size: int) -> ParallelHeads:
+def _with_draft_vocab(drafter: ScoringDrafter, target: Target, rows: Sequence[TokenRow], size: int) -> ScoringDrafter:
     """The same heads over the `size` most frequent tokens: with the shared LM head no weight depends on them."""
     if drafter.config.lm_head != "shared":
         raise ConfigError("--draft-vocab: this drafter's own LM heads are made for its draft vocabulary")

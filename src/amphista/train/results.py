@@ -15,7 +15,7 @@ from amphista import provenance
 from amphista.drafter.base import Calibration
 from amphista.drafter.card import write_card
 from amphista.drafter.checkpoint import make_drafter, save_drafter
-from amphista.drafter.heads import ParallelHeads
+from amphista.drafter.scoring import ScoringDrafter
 from amphista.target.loading import hub_name
 from amphista.train.calibrate import calibrate
 from amphista.train.run_folder import Progress
@@ -55,7 +55,7 @@ class Results:
         self._parts.accelerator.wait_for_everyone()
         return self._out / "last"
 
-    def _whole_drafter(self) -> ParallelHeads:
+    def _whole_drafter(self) -> ScoringDrafter:
         """The drafter with all its weights; where they are sharded, a copy on the main process (others: no use)."""
         parts = self._parts
         if not is_sharded(parts.accelerator):
@@ -67,7 +67,7 @@ class Results:
         copy.load_state_dict({name.removeprefix("drafter."): weight for name, weight in weights.items()})
         return copy.to(parts.accelerator.device)
 
-    def _save(self, drafter: ParallelHeads, folder: Path, progress: Progress) -> None:
+    def _save(self, drafter: ScoringDrafter, folder: Path, progress: Progress) -> None:
         """Calibrate and write; the best one of the last step is not measured twice."""
         parts, config = self._parts, self._parts.config
         if self._measured is None or self._measured[0] != progress.step:

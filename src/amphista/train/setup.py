@@ -19,7 +19,8 @@ from accelerate.utils import DistributedType, GradientAccumulationPlugin, InitPr
 
 from amphista.config import build
 from amphista.drafter.checkpoint import DRAFTERS, make_drafter
-from amphista.drafter.heads import ParallelHeads
+from amphista.drafter.heads import with_paths
+from amphista.drafter.scoring import ScoringDrafter
 from amphista.errors import ConfigError
 from amphista.target.target import Target
 from amphista.train.config import OptimizerConfig, TrainConfig
@@ -77,7 +78,7 @@ class RunData:
     validation_rows: list[TokenRow]
     left_out: LeftOut
 
-    def record(self, config: TrainConfig, drafter: ParallelHeads) -> dict[str, Any]:
+    def record(self, config: TrainConfig, drafter: ScoringDrafter) -> dict[str, Any]:
         """Of what a drafter was made, for its checkpoint."""
         return {
             "files": [Path(name).name for name in config.data.files],
@@ -89,7 +90,7 @@ class RunData:
             **({"left_out": self.left_out.record()} if self.left_out.count else {}),
         }
 
-    def summary(self, config: TrainConfig, drafter: ParallelHeads) -> str:
+    def summary(self, config: TrainConfig, drafter: ScoringDrafter) -> str:
         """One line for people."""
         record = self.record(config, drafter)
         return (
@@ -108,7 +109,7 @@ class Parts:
     config: TrainConfig
     data: RunData
     hidden: HiddenStates
-    drafter: ParallelHeads
+    drafter: ScoringDrafter
     before: dict[str, Any] | None  # of the drafter this run goes on from
 
     def identity(self) -> dict[str, Any]:
@@ -141,9 +142,10 @@ def assemble(target: Target, config: TrainConfig, out: Path) -> Parts:
         hidden = HiddenStates(target, every_row, _store_folder(accelerator, config, out))
     drafter, before = _first_drafter(target, config, data.rows, hidden)
     if config.freeze == "heads":
-        if drafter.path is None:
+        corrected = with_paths(drafter)
+        if corrected is None:
             raise ConfigError("freeze = 'heads' leaves nothing to train: give the drafter a model.path_rank")
-        drafter.freeze_heads()
+        corrected.freeze_heads()
     return Parts(accelerator, target, config, data, hidden, drafter.to(accelerator.device), before)
 
 
@@ -179,7 +181,7 @@ def _read_data(target: Target, config: TrainConfig) -> RunData:
 
 def _first_drafter(
     target: Target, config: TrainConfig, rows: list[TokenRow], hidden: HiddenStates
-) -> tuple[ParallelHeads, dict[str, Any] | None]:
+) -> tuple[ScoringDrafter, dict[str, Any] | None]:
     """The drafter at step 0, and what came before where it goes on from another one.
 
     A fresh one has its draft vocabulary from the rows, its scale from the target's hidden states.
@@ -199,7 +201,7 @@ def _first_drafter(
 
 
 def make_optimizer(
-    drafter: ParallelHeads, config: OptimizerConfig, *, on_one_device: bool = True
+    drafter: ScoringDrafter, config: OptimizerConfig, *, on_one_device: bool = True
 ) -> torch.optim.Optimizer:
     """AdamW, fused where no weight is shared out; norms, biases and position encodings are not decayed."""
     trained = [(name, p) for name, p in drafter.named_parameters() if p.requires_grad]

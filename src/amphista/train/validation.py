@@ -3,8 +3,9 @@
 A recorded answer is a walk the target really takes, so replaying it against the trees the heads would have grown gives
 the tau of decoding that answer (exactly, up to rounding). Tau counts the tokens committed per target forward.
 
-Of a drafter with a path correction, everything counts as it decodes: a head's ranks are those below the text's token at
-the depth above.
+Of a drafter with a path correction, or one that is asked in rounds, a head's ranks are those below the text's token at
+the depth above. What the latter would say below other tokens is not asked: its tau is that of the best static trees,
+fitted to these answers, where other drafters' is that of dynamic trees.
 
 Shapes: Q answer rows, K heads, R ranks, S shortlist, N draft vocabulary.
 """
@@ -12,22 +13,22 @@ Shapes: Q answer rows, K heads, R ranks, S shortlist, N draft vocabulary.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
-from itertools import pairwise
+from functools import partial
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from amphista.drafter.heads import ParallelHeads
-from amphista.engine.loops import loop_free_length
+from amphista.drafter.heads import ParallelHeads, with_paths
+from amphista.drafter.scoring import ScoringDrafter
 from amphista.train.dataset import HiddenStates, PaddedBatch, batches_of
 from amphista.train.head_loss import HeadLoss
 from amphista.train.losses import LossConfig
+from amphista.train.replay import AnswerReplay, NestedTemplates, Walks, answers_in, sizes_of_best_tree
 from amphista.train.token_row import TokenRow
 from amphista.tree.candidates import Candidates, ConditionalRanks
-from amphista.tree.dynamic import best_first
 
 NUM_RANKS = 10
 ROWS_AT_ONCE = 64
@@ -39,8 +40,8 @@ ACCEPTANCE_AT = 16
 class Validation:
     """Per-head accuracy at ranks 1..10 (cumulative), the loss, and tau by number of tree nodes.
 
-    `tau_loop_free` counts each answer until it begins to loop; `acceptance[d - 1]` is the share of steps that accept at
-    least d drafted tokens, with a tree of ACCEPTANCE_AT nodes.
+    `trees`: dynamic, or static ones fitted to these rows. `tau_loop_free` counts each answer until it begins to loop;
+    `acceptance[d - 1]` is the share of steps that accept at least d drafted tokens, with a tree of ACCEPTANCE_AT nodes.
     """
 
     loss: float
@@ -50,6 +51,7 @@ class Validation:
     tau_loop_free: dict[int, float]
     acceptance: list[float]
     num_positions: int
+    trees: Literal["dynamic", "static"] = "dynamic"
 
     def line(self) -> str:
         """One line for people."""
@@ -60,7 +62,7 @@ class Validation:
 
 @torch.inference_mode()
 def validate(
-    drafter: ParallelHeads,
+    drafter: ScoringDrafter,
     rows: Sequence[TokenRow],
     hidden: HiddenStates,
     loss_config: LossConfig,
@@ -78,18 +80,25 @@ def validate(
     hits = torch.zeros(drafter.num_heads, NUM_RANKS)
     counts = torch.zeros(drafter.num_heads)
     losses = torch.zeros(drafter.num_heads)
+    replays = Replays(drafter, max(*tree_sizes, ACCEPTANCE_AT))
     whole, loop_free = Walks(tree_sizes), Walks(tree_sizes)
     accepted: Counter[int] = Counter()
+
+    def add(answer: AnswerReplay) -> None:
+        whole.add(answer, len(answer))
+        loop_free.add(answer, answer.loop_free_length)
+        accepted.update(answer.walk(ACCEPTANCE_AT, len(answer)))
+
     for on_cpu in batches_of(rows, hidden, batch_size):
         batch = on_cpu.to(device)
         sums = loss_of(batch.hidden, batch.next_ids, batch.answer_rows)
-        ranked = ranked_heads(drafter, batch, max(NUM_RANKS, max(*tree_sizes, ACCEPTANCE_AT) - 1), temperature)
+        ranked = ranked_heads(drafter, batch, replays.num_ranks, temperature)
         count_hits(ranked, batch, hits, counts)
         losses += sums.losses.cpu()
-        for answer in replay_answers(ranked, batch):
-            whole.add(answer, len(answer))
-            loop_free.add(answer, answer.loop_free_length)
-            accepted.update(answer.walk(ACCEPTANCE_AT, len(answer)))
+        for answer in replays.of(ranked, batch):
+            add(answer)
+    for answer in replays.left(hits / counts[:, None].clamp_min(1)):
+        add(answer)
     mean = losses / counts.clamp_min(1)
     weights = torch.tensor([loss_config.depth_decay**k for k in range(drafter.num_heads)])
     return Validation(
@@ -100,6 +109,7 @@ def validate(
         tau_loop_free=loop_free.tau(),
         acceptance=[_share_above(accepted, depth) for depth in range(drafter.num_heads)],
         num_positions=int(counts[0]),
+        trees="static" if drafter.heads_a_round < drafter.num_heads else "dynamic",
     )
 
 
@@ -125,7 +135,10 @@ class RankedHeads:
 
     def candidates(self, row: int) -> Candidates:
         """What the drafter would offer at that row."""
-        below = None if self.below is None else ConditionalRanks(*(values[row].tolist() for values in self.below))
+        below = None
+        if self.below is not None:
+            ranks, log_probs = self.below
+            below = ConditionalRanks(ranks[row].tolist(), log_probs[row].tolist())
         return Candidates(self.tokens[row].tolist(), self.log_probs[row].tolist(), below=below)
 
     def ranked_tokens(self, head: int, index: Tensor, above: Tensor) -> Tensor:
@@ -141,12 +154,23 @@ class RankedHeads:
         given[:, : best.shape[-1]] = self.tokens[index, head].gather(-1, best)
         return torch.where(is_parent.any(-1, keepdim=True), given, plain)
 
+    def text_ranks(self, batch: PaddedBatch) -> list[list[int]]:
+        """The rank [Q, K] of the text's token at each depth, -1 where it has none or the answer has ended."""
+        next_ids = batch.answer_rows.next_ids.cpu()
+        ranks = torch.full(self.tokens.shape[:2], -1)
+        for k in range(self.tokens.shape[1]):
+            index = batch.answer_rows.aims(k).cpu()
+            is_text = self.tokens[index, k] == next_ids[index + k + 1][:, None]
+            ranks[index, k] = torch.where(is_text.any(-1), is_text.int().argmax(-1), -1)
+        return ranks.tolist()
 
-def ranked_heads(drafter: ParallelHeads, batch: PaddedBatch, num_ranks: int, temperature: float = 0.0) -> RankedHeads:
+
+def ranked_heads(drafter: ScoringDrafter, batch: PaddedBatch, num_ranks: int, temperature: float = 0.0) -> RankedHeads:
     """All heads of all answer rows, one head at a time so that Q x K x N never exists at once."""
     states = drafter(batch.hidden, batch.next_ids, batch.answer_rows.rows)
     divisors = torch.tensor(drafter.head_temperatures(temperature))
-    num_ranks = num_ranks if drafter.path is None else max(num_ranks, drafter.config.path_shortlist)
+    corrected = with_paths(drafter)
+    num_ranks = num_ranks if corrected is None else max(num_ranks, corrected.config.path_shortlist)
     tokens, log_probs = [], []
     for k in range(drafter.num_heads):
         logits = exact_logits(drafter, states[:, k], k) / float(divisors[k])
@@ -155,8 +179,8 @@ def ranked_heads(drafter: ParallelHeads, batch: PaddedBatch, num_ranks: int, tem
         log_probs.append(values)
     every_token, every_log_prob = torch.stack(tokens, 1), torch.stack(log_probs, 1)
     below = None
-    if drafter.path is not None and drafter.num_heads > 1:
-        below = _ranked_below(drafter, states, every_token, every_log_prob, divisors.to(states.device))
+    if corrected is not None and drafter.num_heads > 1:
+        below = _ranked_below(corrected, states, every_token, every_log_prob, divisors.to(states.device))
     return RankedHeads(every_token.cpu(), every_log_prob.cpu(), below)
 
 
@@ -175,7 +199,7 @@ def _ranked_below(
     return ranks, log_probs
 
 
-def exact_logits(drafter: ParallelHeads, states: Tensor, head: int) -> Tensor:
+def exact_logits(drafter: ScoringDrafter, states: Tensor, head: int) -> Tensor:
     """Float32 logits [M, N] of one head, whatever precision the states [M, D] were computed in.
 
     Bfloat16 logits of size 16 lie an eighth apart: ties would decide the ranks.
@@ -184,14 +208,49 @@ def exact_logits(drafter: ParallelHeads, states: Tensor, head: int) -> Tensor:
         return drafter.head_logits(states.to(drafter.dtype), head).float()
 
 
-def exact_logits_below(drafter: ParallelHeads, states: Tensor, head: int, above: Tensor) -> Tensor:
+def exact_logits_below(drafter: ScoringDrafter, states: Tensor, head: int, above: Tensor) -> Tensor:
     """The same, given the tokens [M] above, of a head behind the first of a drafter with a path correction."""
-    logits = exact_logits(drafter, states, head)
-    if drafter.path is None or head == 0:
+    logits, corrected = exact_logits(drafter, states, head), with_paths(drafter)
+    if corrected is None or head == 0:
         return logits
     with torch.autocast(states.device.type, enabled=False):
         states = states.to(drafter.dtype)
-        return drafter.given_above(logits, states, drafter.correction(states, above), drafter.own_weights(head))
+        return corrected.given_above(logits, states, corrected.correction(states, above), drafter.own_weights(head))
+
+
+class Replays:
+    """The answers of a drafter's batches as they would have been decoded, trees of up to `num_nodes` growing as they
+    do; of a drafter that is asked in rounds at the end, when it is known how good its ranks are."""
+
+    def __init__(self, drafter: ScoringDrafter, num_nodes: int) -> None:
+        self._in_rounds, self._num_nodes = drafter.heads_a_round < drafter.num_heads, num_nodes
+        self._left: list[tuple[list[int], list[list[int]]]] = []  # next tokens of an answer, their ranks at its rows
+
+    @property
+    def num_ranks(self) -> int:
+        """Ranks they want from each head."""
+        return NUM_RANKS if self._in_rounds else max(NUM_RANKS, self._num_nodes - 1)
+
+    def of(self, ranked: RankedHeads, batch: PaddedBatch) -> Iterator[AnswerReplay]:
+        """Those of a batch that can be replayed now."""
+        if self._in_rounds:
+            ranks = ranked.text_ranks(batch)
+            self._left += [(next_ids, ranks[start : start + len(next_ids)]) for start, next_ids in answers_in(batch)]
+            return
+
+        def sizes(row: int, start: int, next_ids: list[int]) -> list[int]:
+            return sizes_of_best_tree(ranked.candidates(start + row), next_ids[row:], ranked.num_ranks + 1)
+
+        for start, next_ids in answers_in(batch):
+            yield AnswerReplay(next_ids, partial(sizes, start=start, next_ids=next_ids))
+
+    def left(self, accuracy: Tensor) -> Iterator[AnswerReplay]:
+        """All others; accuracy [K, R]: how often each rank held the text's token."""
+        if not self._left:
+            return
+        trees = NestedTemplates(accuracy.tolist(), self._num_nodes)
+        for next_ids, ranks in self._left:
+            yield AnswerReplay(next_ids, lambda row, ranks=ranks: trees.sizes(ranks[row]))  # type: ignore[misc]
 
 
 def count_hits(ranked: RankedHeads, batch: PaddedBatch, hits: Tensor, counts: Tensor) -> None:
@@ -203,80 +262,3 @@ def count_hits(ranked: RankedHeads, batch: PaddedBatch, hits: Tensor, counts: Te
         offered = ranked.ranked_tokens(k, index, next_ids[index + k])
         hits[k] += (offered == wanted[:, None]).float().sum(0)
         counts[k] += index.numel()
-
-
-class Walks:
-    """Tokens and forwards of many answers, by tree size."""
-
-    def __init__(self, sizes: Sequence[int]) -> None:
-        self._tokens, self._forwards = dict.fromkeys(sizes, 0), dict.fromkeys(sizes, 0)
-
-    def add(self, answer: AnswerReplay, length: int) -> None:
-        """Count the first `length` tokens of an answer."""
-        for size in self._tokens:
-            accepted = answer.walk(size, length)
-            self._tokens[size] += sum(accepted) + len(accepted)
-            self._forwards[size] += len(accepted)
-
-    def tau(self) -> dict[int, float]:
-        """Tokens per forward by tree size."""
-        return {size: tokens / max(self._forwards[size], 1) for size, tokens in self._tokens.items()}
-
-
-class AnswerReplay:
-    """One recorded answer and, at each of its rows, the nodes the heads would have grown."""
-
-    def __init__(self, next_ids: list[int], ranked: RankedHeads, start: int) -> None:
-        """start: the row of `ranked` that is the answer's first."""
-        self._next_ids, self._ranked, self._start = next_ids, ranked, start
-        self._reached: dict[int, list[int]] = {}  # row -> for each depth, the tree size that first reaches it
-
-    def __len__(self) -> int:
-        return len(self._next_ids)
-
-    @cached_property
-    def loop_free_length(self) -> int:
-        """Tokens before the answer begins to loop."""
-        return loop_free_length(self._next_ids)
-
-    def walk(self, num_nodes: int, length: int) -> list[int]:
-        """Decode the first `length` tokens with trees of `num_nodes`: drafted tokens accepted in each forward.
-
-        The first token is the prefill's; a step that crosses the end counts up to it.
-        """
-        row, accepted = 0, []
-        last = length - 1
-        while row < last:
-            reached = sum(size <= num_nodes for size in self._sizes_needed(row))
-            accepted.append(min(reached, last - row - 1))
-            row += accepted[-1] + 1
-        return accepted
-
-    def _sizes_needed(self, row: int) -> list[int]:
-        """Best-first growth is nested: the smallest tree that holds the text's path to depth 1, 2, ..."""
-        if row not in self._reached:
-            candidates = self._ranked.candidates(self._start + row)
-            largest = self._ranked.num_ranks + 1
-            grown = best_first(self._next_ids[row], candidates, largest, candidates.num_heads)
-            at = 0
-            sizes: list[int] = []
-            for node in range(1, len(grown.tokens)):
-                ahead = row + len(sizes) + 1
-                is_next = ahead < len(self._next_ids) and grown.parents[node] == at
-                if is_next and grown.tokens[node] == self._next_ids[ahead]:
-                    at = node
-                    sizes.append(node + 1)
-            self._reached[row] = sizes
-        return self._reached[row]
-
-
-def replay_answers(ranked: RankedHeads, batch: PaddedBatch) -> list[AnswerReplay]:
-    """Split the rows of a batch into its answers."""
-    answers = batch.answer_rows.answers.cpu()
-    next_ids = batch.answer_rows.next_ids.tolist()
-    bounds = [0, *((answers[1:] != answers[:-1]).nonzero().squeeze(-1) + 1).tolist(), len(next_ids)]
-    replays = []
-    for start, end in pairwise(bounds):
-        if end - start > 1:
-            replays.append(AnswerReplay(next_ids[start:end], ranked, start))
-    return replays

@@ -11,7 +11,7 @@ from typing import Any
 from amphista.config import build
 from amphista.drafter.base import DrafterConfig
 from amphista.drafter.checkpoint import DRAFTERS, load_drafter, locate_checkpoint, make_drafter
-from amphista.drafter.heads import ParallelHeads
+from amphista.drafter.scoring import ScoringDrafter
 from amphista.errors import ConfigError
 from amphista.target.target import Target
 from amphista.train.config import TrainConfig
@@ -19,7 +19,7 @@ from amphista.train.config import TrainConfig
 PATH_SETTINGS = ("path_rank", "path_shortlist")
 
 
-def started_from(config: TrainConfig, target: Target) -> tuple[ParallelHeads, dict[str, Any]]:
+def started_from(config: TrainConfig, target: Target) -> tuple[ScoringDrafter, dict[str, Any]]:
     """(the drafter named by `config.init`, ready to be trained in float32; what its training record says).
 
     raises ConfigError when it is of another kind than `config.drafter`, or `config.model` asks for settings other than
@@ -30,7 +30,7 @@ def started_from(config: TrainConfig, target: Target) -> tuple[ParallelHeads, di
     if checkpoint.kind != config.drafter:
         raise ConfigError(f"init {config.init!r} is a drafter of kind {checkpoint.kind}: expected {config.drafter}")
     has, asked = asdict(checkpoint.config), asdict(build(DRAFTERS[checkpoint.kind][0], config.model, "model"))
-    new = {name: asked[name] for name in PATH_SETTINGS if name in config.model} if has["path_rank"] is None else {}
+    new = {name: asked[name] for name in PATH_SETTINGS if name in config.model} if has.get("path_rank") is None else {}
     different = [name for name in config.model if has[name] != asked[name] and name not in new]
     other = [f"{name} is {has[name]}, not {asked[name]}" for name in different]
     if other:
@@ -43,7 +43,7 @@ def started_from(config: TrainConfig, target: Target) -> tuple[ParallelHeads, di
     return drafter.float().requires_grad_(True).train(), before
 
 
-def _with_path(drafter: ParallelHeads, config: DrafterConfig, target: Target) -> ParallelHeads:
+def _with_path(drafter: ScoringDrafter, config: DrafterConfig, target: Target) -> ScoringDrafter:
     """The same drafter with an untrained path correction."""
     changed = make_drafter(drafter.name, config, target.spec, target.shared)
     weights = {name: tensor for name, tensor in changed.state_dict().items() if name.startswith("path.")}

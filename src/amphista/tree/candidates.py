@@ -1,6 +1,7 @@
 """Candidates: what a drafter offers a tree, per depth the best tokens and their log-probabilities; and an n-gram draft.
 
-A drafter that knows paths also says, below each of its tokens, which of the next depth's come how likely.
+A drafter that knows paths also says, below each of its tokens, which of the next depth's come how likely. One that is
+asked in rounds says nothing else: what stands at a depth then belongs to one token above each (`asking.py`).
 """
 
 from __future__ import annotations
@@ -35,25 +36,28 @@ def with_forced(graft: NgramDraft | None, forced: list[int]) -> NgramDraft | Non
 class ConditionalRanks:
     """The children of each token: below `tokens[k][i]`, the j-th best is `tokens[k + 1][ranks[k][i][j]]`.
 
-    Its natural log-probability, given `tokens[k][i]` above it, is `log_probs[k][i][j]`; best first.
+    Its natural log-probability, given `tokens[k][i]` above it, is `log_probs[k][i][j]`; best first. is_whole: nothing
+    is on offer at these depths but what stands below some token here.
     """
 
     ranks: list[list[list[int]]]
     log_probs: list[list[list[float]]]
+    is_whole: bool = False
 
 
 @dataclass(frozen=True)
 class Candidates:
     """`tokens[k][r]` at depth k + 1 with natural log-probability `log_probs[k][r]`, and at most one graft.
 
-    Ranks are in descending probability and a head never offers a token twice. `below`: of a drafter that knows paths;
-    `log_probs` then hold at depth 1, and wherever `below` says nothing.
+    Ranks are in descending probability and a head never offers a token twice below the same one. `below`: of a drafter
+    that knows paths; `log_probs` then hold at depth 1, and wherever `below` says nothing. `num_rounds`: of asking.
     """
 
     tokens: list[list[int]]
     log_probs: list[list[float]]
     graft: NgramDraft | None = None
     below: ConditionalRanks | None = None
+    num_rounds: int = 1
 
     @property
     def num_heads(self) -> int:

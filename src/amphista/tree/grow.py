@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import math
 import re
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
 from amphista.errors import ConfigError
+from amphista.tree.asking import UsualRounds, named_at
 from amphista.tree.budget import DraftRow, NodeBudget, Plan
 from amphista.tree.build import build_template
 from amphista.tree.candidates import Candidates
@@ -49,6 +51,14 @@ class Grower(ABC):
     def grow(self, pending: int, candidates: Candidates, max_depth: int) -> Growth:
         """A tree over the pending token, at most `max_depth` deep."""
 
+    @abstractmethod
+    def look_below(
+        self, rows: Sequence[DraftRow], candidates: Sequence[Candidates], asked: Sequence[int], plain: Forward
+    ) -> list[list[int]]:
+        """After a round of a drafter that is asked in rounds: of each sequence that was asked the places, among what is
+        on offer deepest, of the tokens below which it shall look next. None of any sequence ends the asking.
+        """
+
     def whom_to_ask(self, rows: Sequence[DraftRow], plain: Forward) -> list[int]:
         """Indices of the sequences of a batch whose heads shall be asked in this step; to be called once a step.
 
@@ -69,9 +79,14 @@ class Grower(ABC):
 
 @dataclass(frozen=True)
 class AutoGrower(Grower):
-    """As large as pays on this machine: best-first, cut where tokens per second are highest."""
+    """As large as pays on this machine: best-first, cut where tokens per second are highest.
+
+    accuracy: how often the best token of each depth is right, given the text above it; where that is not known, a
+    drafter that is asked in rounds is hoped to be always right in the next one.
+    """
 
     costs: Costs
+    accuracy: Sequence[float] = ()
 
     @property
     def num_ranks(self) -> int:
@@ -86,30 +101,88 @@ class AutoGrower(Grower):
         """It learns from the steps of this grower."""
         return NodeBudget(self.costs)
 
+    @cached_property
+    def rounds(self) -> UsualRounds:
+        """Of the drafts so far."""
+        return UsualRounds()
+
     def whom_to_ask(self, rows: Sequence[DraftRow], plain: Forward) -> list[int]:
-        return self.budget.whom_to_ask(rows, plain)
+        return self.budget.whom_to_ask(rows, replace(plain, num_rounds=self.rounds.number))
+
+    def look_below(
+        self, rows: Sequence[DraftRow], candidates: Sequence[Candidates], asked: Sequence[int], plain: Forward
+    ) -> list[list[int]]:
+        """What stands in the best trees, if it promises more tokens than another round takes time."""
+        plain = _in_rounds(plain, candidates, asked)
+        grown, sizes = self._best(rows, candidates, asked, plain)
+        depth = max(candidates[b].num_heads for b in asked)
+        able = {b for b in asked if candidates[b].num_heads == depth < rows[b].max_depth}
+        nodes = {b: named_at(grown[b], depth, sizes[b]) if b in able else [] for b in asked}
+        right, gain = self.accuracy[depth] if depth < len(self.accuracy) else 1.0, 0.0
+        for b in asked:
+            hoped = right * sum(math.exp(grown[b].scores[node]) for node in nodes[b])
+            gain += math.log1p(hoped / (1 + grown[b].expected(sizes[b])))
+        now = replace(plain, num_rows=plain.num_rows + sum(sizes) - len(sizes), num_asked=len(asked))
+        then = replace(now, num_rows=now.num_rows + sum(map(bool, nodes.values())), num_rounds=plain.num_rounds + 1)
+        seconds = self.budget.costs.seconds
+        pays = gain / len(rows) > math.log(seconds(then) / seconds(now))
+        return [[grown[b].ranks[node] for node in nodes[b]] if pays else [] for b in asked]
 
     def grow_batch(
         self, rows: Sequence[DraftRow], candidates: Sequence[Candidates], asked: Sequence[int], plain: Forward
     ) -> Plan:
-        grown = [GrownNodes.root(row.pending) for row in rows]
         if not self.max_depth:  # plain decoding weighs nothing, and learns nothing
-            return Plan(rows, [Growth.of(tree) for tree in grown], asked, plain)
+            return Plan(rows, [Growth.of(GrownNodes.root(row.pending)) for row in rows], asked, plain)
+        plain = _in_rounds(plain, candidates, asked)
+        pairs = zip(*self._best(rows, candidates, asked, plain), strict=True)
+        return Plan(rows, [Growth.of(tree, size) for tree, size in pairs], asked, plain)
+
+    def _best(
+        self, rows: Sequence[DraftRow], candidates: Sequence[Candidates], asked: Sequence[int], plain: Forward
+    ) -> tuple[list[GrownNodes], list[int]]:
+        """The nodes of each sequence, and how many of them its tree gets."""
+        grown = [GrownNodes.root(row.pending) for row in rows]
         nodes = [next_nodes(*parts) for parts in zip(grown, candidates, (row.max_depth for row in rows), strict=True)]
-        sizes = self.budget.share(rows, nodes, len(asked), plain)
-        return Plan(rows, [Growth.of(tree, size) for tree, size in zip(grown, sizes, strict=True)], asked, plain)
+        return grown, self.budget.share(rows, nodes, len(asked), plain)
 
     def observe(self, plan: Plan, accepted: Sequence[Sequence[int]], seconds: float) -> None:
         if self.max_depth:
             self.budget.observe(plan, accepted, seconds)
+            if plan.asked:
+                self.rounds.note(plan.plain.num_rounds)
 
     def grow(self, pending: int, candidates: Candidates, max_depth: int) -> Growth:
         row = DraftRow(DraftController(), candidates.graft, max_depth, pending)
         return self.grow_batch([row], [candidates], [0] if candidates.num_heads else [], ALONE).growths[0]
 
 
+class EachAlone(Grower):
+    """Grows the tree of a sequence by what is on offer for it, whatever the others'."""
+
+    @abstractmethod
+    def nodes(self, pending: int, candidates: Candidates, max_depth: int) -> GrownNodes:
+        """Its nodes."""
+
+    def inner(self, pending: int, candidates: Candidates, max_depth: int) -> GrownNodes:
+        """Those that may have children."""
+        return self.nodes(pending, candidates, max_depth)
+
+    def grow(self, pending: int, candidates: Candidates, max_depth: int) -> Growth:
+        return Growth.of(self.nodes(pending, candidates, max_depth))
+
+    def look_below(
+        self, rows: Sequence[DraftRow], candidates: Sequence[Candidates], asked: Sequence[int], plain: Forward
+    ) -> list[list[int]]:
+        """All that would have children in the tree that would grow, as far as can be seen."""
+        places = []
+        for b in asked:
+            grown = self.inner(rows[b].pending, candidates[b], rows[b].max_depth)
+            places.append([grown.ranks[node] for node in named_at(grown, candidates[b].num_heads)])
+        return places
+
+
 @dataclass(frozen=True)
-class DynamicGrower(Grower):
+class DynamicGrower(EachAlone):
     """Best-first under a node budget, root included."""
 
     num_nodes: int
@@ -126,12 +199,12 @@ class DynamicGrower(Grower):
     def max_depth(self) -> int:
         return self.num_nodes - 1
 
-    def grow(self, pending: int, candidates: Candidates, max_depth: int) -> Growth:
-        return Growth.of(best_first(pending, candidates, self.num_nodes, max_depth))
+    def nodes(self, pending: int, candidates: Candidates, max_depth: int) -> GrownNodes:
+        return best_first(pending, candidates, self.num_nodes, max_depth)
 
 
 @dataclass(frozen=True)
-class ChainGrower(Grower):
+class ChainGrower(EachAlone):
     """The best token of each depth, one below the other."""
 
     @property
@@ -142,13 +215,13 @@ class ChainGrower(Grower):
     def max_depth(self) -> int:
         return sys.maxsize
 
-    def grow(self, pending: int, candidates: Candidates, max_depth: int) -> Growth:
+    def nodes(self, pending: int, candidates: Candidates, max_depth: int) -> GrownNodes:
         chain = TreeTemplate.chain(min(candidates.max_depth, max_depth))
-        return Growth.of(chain.grow(pending, candidates, max_depth))
+        return chain.grow(pending, candidates, max_depth)
 
 
 @dataclass(frozen=True)
-class StaticGrower(Grower):
+class StaticGrower(EachAlone):
     """One template in every step."""
 
     template: TreeTemplate
@@ -165,8 +238,16 @@ class StaticGrower(Grower):
     def max_nodes(self) -> int:
         return self.template.num_nodes
 
-    def grow(self, pending: int, candidates: Candidates, max_depth: int) -> Growth:
-        return Growth.of(self.template.grow(pending, candidates, max_depth))
+    def nodes(self, pending: int, candidates: Candidates, max_depth: int) -> GrownNodes:
+        return self.template.grow(pending, candidates, max_depth)
+
+    def inner(self, pending: int, candidates: Candidates, max_depth: int) -> GrownNodes:
+        return self.template.inner.grow(pending, candidates, max_depth)
+
+
+def _in_rounds(plain: Forward, candidates: Sequence[Candidates], asked: Sequence[int]) -> Forward:
+    """The plain step, with the rounds of asking that were taken beside it."""
+    return replace(plain, num_rounds=max((candidates[b].num_rounds for b in asked), default=1))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,7 +270,7 @@ def parse_tree(text: str | int | None, measured: Measured = NOT_MEASURED) -> Gro
     if name == AUTO:
         if measured.costs is None:
             raise ConfigError("--tree auto needs measured costs: load the target and the drafter together")
-        return AutoGrower(measured.costs)
+        return AutoGrower(measured.costs, tuple(ranks[0] for ranks in measured.accuracy or () if ranks))
     if name == "chain":
         return ChainGrower()
     if re.fullmatch(r"[+-]?\d+", name):

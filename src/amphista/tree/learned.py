@@ -31,7 +31,8 @@ class Forward:
     """What a step's seconds depend on: rows of the target forward, of how many sequences, cached rows, heads asked.
 
     `num_rows`: those of prompts and of trees, roots included. `num_cached_rows`: keys and values that attention reads,
-    all sequences together. `num_asked`: sequences whose heads drafted.
+    all sequences together. `num_asked`: sequences whose heads drafted; `num_rounds`: of asking them, one unless drafted
+    tokens are read.
     """
 
     num_rows: int
@@ -39,6 +40,7 @@ class Forward:
     num_prompts: int = 0
     num_cached_rows: int = 0
     num_asked: int = 0
+    num_rounds: float = 1
 
 
 class StepCosts:
@@ -60,7 +62,7 @@ class StepCosts:
         costs, asked, known = self.costs, forward.num_asked, self._known
         beside = costs.sequence * (forward.num_decoding + forward.num_prompts - 1)
         beside += costs.cached_row * (forward.num_cached_rows - costs.context)
-        beside += costs.draft + (asked - 1) * costs.drafted if asked else 0.0
+        beside += costs.drafting(asked, forward.num_rounds) if asked else 0.0
         common = known[0] + (known[1] if asked else 0.0)
 
         def seconds(num_rows: int) -> float:

@@ -50,6 +50,8 @@ class ChildCandidates:
             return []
         if self._paths is None or depth == 1 or parent_rank >= len(self._paths.ranks[depth - 2]):
             parent_rank = NO_RANK
+        elif parent_rank == NO_RANK and self._paths.is_whole:
+            return []
         known = self._made.get((depth, parent_rank))
         if known is None:
             known = self._made[depth, parent_rank] = self._children(depth, parent_rank)
@@ -60,9 +62,9 @@ class ChildCandidates:
         if known is None:
             assert self._graft is not None
             tokens, log_probs = self._graft.tokens, self._graft.log_probs
-            above = self._rank(depth - 1, tokens[depth - 2]) if depth > 1 else NO_RANK
+            above = self._graft_rank(depth - 1) if depth > 1 else NO_RANK
             heads = self.below(depth, on_graft=False, parent_rank=above)
-            rank = self._rank(depth, tokens[depth - 1])
+            rank = self._rank(depth, tokens[depth - 1], heads)
             known = self._grafted[depth] = _joined(heads, tokens[depth - 1], log_probs[depth - 1], rank)
         return known
 
@@ -74,8 +76,17 @@ class ChildCandidates:
         ranks, log_probs = self._paths.ranks[depth - 2][parent_rank], self._paths.log_probs[depth - 2][parent_rank]
         return [ChildCandidate(tokens[rank], value, False, rank) for rank, value in zip(ranks, log_probs, strict=True)]
 
-    def _rank(self, depth: int, token: int) -> int:
-        """Where a token of the graft stands among what the head of its depth offers; asked only where paths are."""
+    def _graft_rank(self, depth: int) -> int:
+        """That of the graft's token at a depth."""
+        return next(offer.rank for offer in self._below_graft(depth) if offer.on_graft)
+
+    def _rank(self, depth: int, token: int, heads: list[ChildCandidate]) -> int:
+        """Where a token of the graft stands among what the head of its depth offers; asked only where paths are.
+
+        heads: what they offer below the graft's token above.
+        """
+        if self._paths is not None and self._paths.is_whole:
+            return next((offer.rank for offer in heads if offer.token == token), NO_RANK)
         if self._paths is None or depth > self._num_heads or token not in self._tokens[depth - 1]:
             return NO_RANK
         return self._tokens[depth - 1].index(token)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from amphista.errors import ConfigError
@@ -79,6 +80,12 @@ class TreeTemplate:
     def num_ranks(self) -> int:
         """Ranks a drafter must offer."""
         return max(self.ranks) + 1
+
+    @cached_property
+    def inner(self) -> TreeTemplate:
+        """The nodes that have children, and the root."""
+        above = set(self.parents)
+        return TreeTemplate.from_paths(path for node, path in enumerate(self.paths(), start=1) if node in above)
 
     def paths(self) -> list[list[int]]:
         """The rank path of every node but the root."""

@@ -16,7 +16,8 @@ class Costs:
     """Seconds of a step: `verify[n - 1]` with n rows, never falling; `draft` more where heads are asked.
 
     `sequence`: for each further sequence in the forward; `cached_row`: for each cached row it reads beyond `context`,
-    which `verify` was measured with; `drafted`: for each further sequence whose heads are asked.
+    which `verify` was measured with; `drafted`: for each further sequence whose heads are asked; `further_round`: where
+    heads are asked in rounds, for each behind the first.
     """
 
     verify: list[float]
@@ -25,6 +26,7 @@ class Costs:
     cached_row: float = 0.0
     context: int = 0
     drafted: float = 0.0
+    further_round: float = 0.0
 
     @classmethod
     def measured(cls, verify: Mapping[int, float], draft: float = 0.0, *, in_steps: bool = False) -> Costs:
@@ -36,6 +38,11 @@ class Costs:
     def max_nodes(self) -> int:
         """The most rows whose cost is known: no tree, and no trees of a batch together, grow larger."""
         return len(self.verify)
+
+    def drafting(self, num_asked: int, num_rounds: float) -> float:
+        """Seconds of asking the heads of some sequences; a further one takes the same share more of every round."""
+        first = self.draft + (num_asked - 1) * self.drafted
+        return first * (1 + (num_rounds - 1) * self.further_round / self.draft) if self.draft else first
 
     def forward(self, num_rows: int) -> float:
         """Seconds of a forward over so many rows; beyond what was measured on a straight line, at the mean slope."""

@@ -270,7 +270,9 @@ def test_the_licence_comes_from_the_published_card(target, tmp_path):
 def test_a_hub_id_is_fetched(target, tmp_path, monkeypatch):
     write_pt(tmp_path, random_heads())
     asked = []
-    monkeypatch.setattr(convert, "fetch", lambda name, patterns: asked.append((name, patterns)) or tmp_path)
+    monkeypatch.setattr(
+        "amphista.drafter.published.fetch", lambda name, patterns: asked.append((name, patterns)) or tmp_path
+    )
     published = read_medusa("owner/name", target.spec, target.shared)
     assert published.source == "owner/name" and asked == [("owner/name", convert.HUB_FILES)]
 
@@ -323,7 +325,7 @@ def test_hydra_is_refused_by_name(target, tmp_path, sign):
         (tmp_path / "medusa_lm_head.pt").rename(tmp_path / "hydra_lm_head.pt")
     else:
         torch.save({"hydra_mlp.0.1.linear.weight": torch.zeros(D, D)}, tmp_path / "medusa_lm_head.pt")
-    refused(tmp_path, target, "is a Hydra checkpoint.*train one for this target")
+    refused(tmp_path, target, "is a Hydra checkpoint.*convert hydra")
 
 
 def test_a_target_of_another_hidden_size_is_refused(tmp_path):

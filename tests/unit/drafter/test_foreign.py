@@ -15,6 +15,7 @@ from amphista.errors import DrafterError
 
 CAUSAL = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "num_hidden_layers": 2}
 MEDUSA = "amphista convert medusa {source} --target"
+HYDRA = "Hydra.*convert hydra"
 OTHER = "another kind of drafter, not supported"
 WHOLE = ["model.embed_tokens.weight", "model.layers.0.mlp.up_proj.weight", "lm_head.weight"]
 INDEX = "model.safetensors.index.json"
@@ -25,8 +26,8 @@ FOLDERS = {
     "medusa by bare tensors": ({}, {"heads.safetensors": ["0.0.linear.weight", "0.1.weight"]}, MEDUSA),
     "medusa in shards": (CAUSAL, {INDEX: {"weight_map": {"medusa_head.0.0.linear.weight": "x"}}}, MEDUSA),
     "medusa of vllm": ({"model_type": "medusa", "architectures": ["MedusaModel"]}, {}, MEDUSA),
-    "hydra": ({"hydra_num_heads": 2}, {}, "Hydra.*" + OTHER),
-    "hydra by its file": (None, {"hydra_lm_head.safetensors": ["0.0.linear.weight"]}, "Hydra.*" + OTHER),
+    "hydra": ({"hydra_num_heads": 2}, {}, HYDRA),
+    "hydra by its file": (None, {"hydra_lm_head.safetensors": ["0.0.linear.weight"]}, HYDRA),
     "eagle 3": ({"architectures": ["LlamaForCausalLMEagle3"], "model_type": "llama"}, {}, "EAGLE.*" + OTHER),
     "eagle by its tensors": (CAUSAL, {"model.safetensors": ["fc.weight", "layers.0.mlp.up_proj.weight"]}, "EAGLE"),
     "eagle by its one layer": ({**CAUSAL, "num_hidden_layers": 1}, {"pytorch_model.bin": None}, "EAGLE"),
@@ -70,7 +71,7 @@ def test_what_a_folder_is(target, tmp_path, case):
         sentence = told(name, target)
         assert sentence.startswith(str(folder)), sentence
         assert re.search(wanted.format(source=folder), sentence), sentence
-        assert ("convert" in sentence) is (wanted == MEDUSA)
+        assert ("convert" in sentence) is (wanted in (MEDUSA, HYDRA))
 
 
 @pytest.mark.parametrize(

@@ -11,11 +11,12 @@ import torch
 
 from amphista.drafter.amphista import Amphista, AmphistaConfig
 from amphista.drafter.captured_drafter import AskRegion, FeedRegion
+from amphista.drafter.hydra import Hydra, HydraConfig
 from amphista.drafter.medusa import Medusa, MedusaConfig
 from amphista.drafter.proposer import Proposer
 from amphista.engine import cost_cache, costs, timing
 from amphista.engine.costs import costs_for, target_key, tune
-from amphista.engine.timing import Cell, ForwardSeconds
+from amphista.engine.timing import Asking, Cell, ForwardSeconds
 from amphista.target.captured_forward import NODES, VerifyRegion
 from amphista.target.target import Target
 from amphista.tree.tune import NOTHING_PAYS, Costs
@@ -41,7 +42,7 @@ def measured(tmp_path, monkeypatch, spreads):
 
     def draft(target, drafter):
         calls.append("draft")
-        return 0.25, 0.05, spreads["draft"]
+        return Asking(0.25, 0.05, 0.1, spreads["draft"])
 
     monkeypatch.setattr(costs, "verify_seconds", verify)
     monkeypatch.setattr(costs, "draft_ratio", draft)
@@ -55,7 +56,7 @@ def medusa(target, *, lookup=False, **settings):
 def test_measured_once(target, measured, tmp_path):
     first = costs_for(target, medusa(target))
     assert first == costs_for(target, medusa(target)) and measured == ["verify", "draft"]
-    assert (first.draft, first.drafted) == (0.25, 0.05)
+    assert (first.draft, first.drafted, first.further_round) == (0.25, 0.05, 0.1)
     assert (first.sequence, first.cached_row, first.context) == (0.02, 0.001, 256)
     assert first.verify == [1.0, 1.5, 1.5, 1.5]
     assert len(list((tmp_path / "costs").glob("*.json"))) == len(list((tmp_path / "costs").iterdir())) == 2
@@ -282,5 +283,15 @@ def test_what_is_timed_is_what_decodes(static, monkeypatch):
     assert list(seconds) == [size for size in NODES if size <= 256]
     assert {size for kind, size in replayed if kind is VerifyRegion} == set(seconds)
     drafter = Amphista(AmphistaConfig(), fresh.spec, fresh.shared).eval()
-    timing.draft_ratio(fresh, drafter)
+    assert timing.draft_ratio(fresh, drafter).further_round == 0
     assert {kind for kind, _ in replayed} == {VerifyRegion, AskRegion, FeedRegion}
+
+
+def test_a_drafter_that_is_asked_in_rounds_is_timed_by_them(target, monkeypatch):
+    """Each round of one sequence, and the first of several; all heads of the others come in one."""
+    drafter = Hydra(HydraConfig(num_heads=3), target.spec, target.shared).eval()
+    assert (drafter.heads_a_round, Amphista(AmphistaConfig(), target.spec, target.shared).heads_a_round) == (1, 5)
+    sizes, following = set(), Hydra.next
+    monkeypatch.setattr(Hydra, "next", lambda *given: sizes.add(len(given[2])) or following(*given))
+    asking = timing.draft_ratio(target, drafter)
+    assert asking.further_round > 0 and asking.ratio > 0 and sizes == {timing.LOOKED}

@@ -1,0 +1,168 @@
+"""Sequential heads: each reads the tokens that were drafted above its own, so a draft is asked for in rounds.
+
+A drafter of this kind says where a path stands that has read the pending token alone (`first`), where it stands after
+one token more (`next`), and `first` again for all positions of a text at once (`first_along`). That is the training
+form: along a text the tokens that `next` reads are the text's. So head k means the same in both forms by construction,
+and what `next` computes for a path must depend on nothing but that path (tests/laws/test_rounds.py).
+
+Which tokens a round looks below is not the drafter's choice (`tree/grow.py`). What is made for drafted tokens lives in
+`Paths` and ends with the draft: no cache ever holds a row of it.
+
+Shapes: B sequences, T rows, P selected rows, M rows, n paths, K heads, D hidden size.
+"""
+
+from __future__ import annotations
+
+import logging
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any, Generic, Self, TypeVar
+
+import torch
+from torch import Tensor
+
+from amphista.cache.static import sent
+from amphista.drafter.base import Ask, DrafterConfig, DrafterState, Look
+from amphista.drafter.native_layers import NativeLayer, put_in
+from amphista.drafter.scoring import ScoringDrafter, StateOf
+from amphista.errors import NativeError
+from amphista.target.spec import SharedWeights, TargetSpec
+from amphista.tree.asking import Offered
+from amphista.tree.candidates import Candidates
+
+logger = logging.getLogger("amphista")
+
+
+@dataclass(frozen=True)
+class Paths:
+    """Where some paths stand: `states` [n, D] of the head that is next on each.
+
+    What else a drafter needs to go on is its own: tensors have a row a path, other fields are common to all.
+    """
+
+    states: Tensor
+
+    def at(self, index: Tensor | slice) -> Self:
+        """Some of them, as often as `index` names each."""
+        tensors = {f.name: value for f in fields(self) if isinstance(value := getattr(self, f.name), Tensor)}
+        chosen = {
+            name: value[index] if isinstance(index, slice) else value.index_select(0, index)
+            for name, value in tensors.items()
+        }
+        return replace(self, **chosen)
+
+
+PathsT = TypeVar("PathsT", bound=Paths)
+
+
+class SequentialHeads(ScoringDrafter, Generic[PathsT]):
+    """K heads, of which head k reads the k - 1 tokens drafted above its own."""
+
+    def __init__(self, config: DrafterConfig, spec: TargetSpec, shared: SharedWeights) -> None:
+        super().__init__(config, spec, shared)
+        self._native_heads: list[NativeLayer] = []  # one, or one for each head
+
+    @property
+    def heads_a_round(self) -> int:
+        return 1
+
+    def _go_native(self, *, exact: bool) -> None:
+        """Multiply in C, or say in a line why not."""
+        try:
+            if self.device.type != "cpu":
+                raise NativeError("it is for CPUs")
+            own = self.config.lm_head == "own"
+            weights = [self.own_weights(k) for k in range(self.num_heads)] if own else [self._gather_head()]
+            native_heads = [NativeLayer(*pair, exact=exact) for pair in weights]
+            put_in(self, exact=exact)
+        except NativeError as error:
+            self.why_not_native = str(error)
+            logger.warning("%s drafts without products in C, slower: %s", self.name, error)
+            return
+        self.why_not_native, self._native_heads = None, native_heads
+        self._frozen = (torch.float32, self.device, self.num_weights)
+        if own:
+            del self.own_head, self.own_bias
+
+    def head_logits(self, states: Tensor, head: int | None = None) -> Tensor:
+        if not self._native_heads or head is None:
+            return super().head_logits(states, head)
+        own = self._native_heads[head if len(self._native_heads) > 1 else 0]
+        return self._shared.transform(own(states))
+
+    @abstractmethod
+    def first(self, states: Sequence[DrafterState]) -> PathsT:
+        """The paths [B] that have read the pending token of each sequence, its last committed row."""
+
+    @abstractmethod
+    def first_along(self, hidden: Tensor, next_ids: Tensor, select: Tensor) -> PathsT:
+        """The same in training form: hidden [B, T, D], next ids [B, T], flat rows [P] -> paths [P]."""
+
+    @abstractmethod
+    def next(self, paths: PathsT, tokens: Tensor) -> PathsT:
+        """Where paths [n] stand once they have read one token [n] more each."""
+
+    def head_states(self, hidden: Tensor, next_ids: Tensor, select: Tensor) -> Tensor:
+        state, rows = self.states_of(hidden, next_ids, select)(slice(None)), torch.arange(len(select))
+        rows = rows.to(select.device)
+        return torch.stack([state(head, rows) for head in range(self.num_heads)], dim=1)
+
+    def states_of(self, hidden: Tensor, next_ids: Tensor, select: Tensor) -> Callable[[slice], StateOf]:
+        paths, ahead = self.first_along(hidden, next_ids, select), _tokens_ahead(next_ids, select, self.num_heads - 1)
+        return lambda some: _AlongText(self, paths.at(some), ahead[some]).state
+
+    @torch.inference_mode()
+    def draft_all(self, asks: Sequence[Ask], num_ranks: int, look: Look | None = None) -> list[Candidates]:
+        self.commit_all(asks)
+        drafts = [Offered() for _ in asks]
+        divisors = torch.tensor([self.head_temperatures(ask.temperature) for ask in asks], device=self.device)
+        paths = self.first([ask.state for ask in asks])
+        owners, places = list(range(len(asks))), [0] * len(asks)  # of each path: whose it is, what it has read last
+        for head in range(min(self.num_heads, max(ask.max_depth for ask in asks))):
+            logits = self.head_logits(paths.states, head).float() / divisors[sent(owners, self.device), head, None]
+            tokens, log_probs = (part.tolist() for part in self.top_ranks(logits, num_ranks))
+            starts = {b: owners.index(b) for b in dict.fromkeys(owners)}
+            for b, start in starts.items():
+                rows = slice(start, start + owners.count(b))
+                drafts[b].add(places[rows], tokens[rows], log_probs[rows])
+            able = [b for b in starts if head + 1 < min(asks[b].max_depth, self.num_heads)]
+            if not able:
+                break
+            if look is None:
+                named: Sequence[Sequence[int]] = [draft.likeliest(num_ranks) for draft in drafts]
+            else:
+                named = look([draft.candidates for draft in drafts])
+            chosen = [(b, place) for b in able for place in named[b]]
+            if not chosen:
+                break
+            above = [starts[b] + place // len(tokens[0]) for b, place in chosen]
+            read = [drafts[b].deepest[place] for b, place in chosen]
+            paths = self.next(paths.at(sent(above, self.device)), sent(read, self.device))
+            owners, places = (list(column) for column in zip(*chosen, strict=True))
+        return [draft.candidates for draft in drafts]
+
+
+class _AlongText:
+    """The states of one head after the other, where the tokens read are those of the text, `ahead` [M, K - 1]."""
+
+    def __init__(self, drafter: SequentialHeads[Any], paths: Paths, ahead: Tensor) -> None:
+        self._drafter, self._paths, self._ahead = drafter, paths, ahead
+        self._head, self._rows = 0, torch.arange(len(ahead), device=ahead.device)
+
+    def state(self, head: int, rows: Tensor) -> Tensor:
+        """Of rows, ascending, that the head before was asked for; heads are asked in their order."""
+        paths = self._paths.at(torch.searchsorted(self._rows, rows))
+        if head:
+            assert head == self._head + 1, "heads are asked one after the other"
+            paths = self._drafter.next(paths, self._ahead[rows, head - 1])
+        self._head, self._rows, self._paths = head, rows, paths
+        return paths.states
+
+
+def _tokens_ahead(next_ids: Tensor, select: Tensor, number: int) -> Tensor:
+    """x_{t+2} .. of the flat rows t [P] in next ids [B, T] -> [P, number]; behind the end the last one again, which no
+    head counts."""
+    length = next_ids.shape[1]
+    columns = select[:, None] % length + torch.arange(1, number + 1, device=select.device)
+    return next_ids.flatten()[(select - select % length)[:, None] + columns.clamp_max(length - 1)]
