@@ -211,10 +211,11 @@ def kind(number, content, **more) -> dict:
 def test_a_crowd_gets_what_each_would_get_alone(crowded, number):
     kinds = [kind(n, f"Number {n} " * (1 + n % 5), max_tokens=8 + n, temperature=float(n % 2)) for n in range(10)]
     expected = [alone(crowded, one) for one in kinds]
-    started = time.monotonic()
+    started, before = time.monotonic(), siege.held_by(os.getpid())["megabytes"]
     texts = asyncio.run(streams(crowded, [kinds[n % 10] for n in range(number)]))
     assert texts == [expected[n % 10] for n in range(number)]
     assert time.monotonic() - started < 60
+    assert siege.held_by(os.getpid())["megabytes"] - before < 150, "of clients and server together"
     settled(crowded)
 
 

@@ -124,7 +124,8 @@ class Scheduler:
                 f"prompt and answer may have {num_tokens} tokens, but the memory given to keys and values holds "
                 f"{limits.max_request_len}: shorten the prompt, lower the token limit or give more memory"
             )
-        if limits.max_waiting is not None and num_waiting >= limits.max_waiting:
+        num_free = max(0, limits.max_running - len(self.holding))  # who gets one of these does not wait
+        if limits.max_waiting is not None and num_waiting >= limits.max_waiting + num_free:
             seconds = self.retry_after
             raise QueueFullError(f"{num_waiting} requests wait already: try again in {seconds:.0f} s", seconds)
         request.state, request.number = State.WAITING, next(self._numbers)

@@ -73,7 +73,7 @@ def test_readers_hear_nothing_while_a_prompt_is_read():
 
 
 def test_a_refusal_is_its_own_and_drops_nobody():
-    loop = loop_of(max_waiting=2)
+    loop = loop_of(max_waiting=1, max_running=1)
     good, bad, other, late = (
         loop.submit(FakeSequence([n], tokens)) for n, tokens in ((1, 9), (2, 5000), (3, 9), (4, 9))
     )

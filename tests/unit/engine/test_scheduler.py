@@ -134,7 +134,7 @@ def test_limits_that_hold_nothing_are_refused(limits):
 
 
 def test_a_full_queue_says_when_to_come_again():
-    scheduler = scheduler_of(10_000, max_waiting=2)
+    scheduler = scheduler_of(10_000, max_waiting=1, max_running=1)
     submitted(scheduler, request_of(5, 100), request_of(5, 1000))
     with pytest.raises(QueueFullError) as caught:
         scheduler.submit(request_of(5, 5))
@@ -145,6 +145,16 @@ def test_a_full_queue_says_when_to_come_again():
         scheduler.submit(refused)
     assert caught.value.retry_after == pytest.approx((100 + GROWTH) / 10)
     assert refused.state is State.FAILED and len(scheduler.waiting) == 2
+
+
+def test_who_gets_a_free_place_does_not_wait():
+    scheduler = scheduler_of(10_000, max_waiting=0, max_running=2)
+    submitted(scheduler, request_of(5, 100), request_of(5, 100))
+    for _ in range(3):
+        with pytest.raises(QueueFullError):
+            scheduler.submit(request_of(5, 5))
+        iterate(scheduler)
+    assert len(scheduler.running) == 2
 
 
 def test_what_was_measured_lately_counts_most():
