@@ -160,7 +160,7 @@ def test_a_missing_key_is_refused(folder, target, key):
     [
         (lambda v: v.update(format=2), "has format 2; this version reads format 1"),
         (lambda v: v.pop("format"), "has format None"),
-        (lambda v: v.update(drafter="eagle"), "names the drafter 'eagle'"),
+        (lambda v: v.update(drafter="kingfisher"), "names the drafter 'kingfisher'"),
         (lambda v: v.update(drafter=["amphista"]), "damaged or not ours"),
         (lambda v: v["config"].update(num_head=2), "did you mean 'num_heads'"),
         (lambda v: v["config"].update(num_heads=0), "num_heads is 0"),
@@ -397,8 +397,8 @@ def test_no_shipped_folder_is_no_error(target, tmp_path, monkeypatch):
 
 
 def test_fresh_drafters_are_made_by_name(target):
-    with pytest.raises(ConfigError, match="unknown drafter 'eagle'"):
-        make_drafter("eagle", CONFIGS["medusa"], target.spec, target.shared)
+    with pytest.raises(ConfigError, match="unknown drafter 'kingfisher'"):
+        make_drafter("kingfisher", CONFIGS["medusa"], target.spec, target.shared)
     assert dataclasses.asdict(make_drafter("medusa", CONFIGS["medusa"], target.spec, target.shared).config)
 
 
