@@ -193,7 +193,8 @@ def storm(engine, expected, seed, monkeypatch):
     """Requests come at any time, some are cancelled, rows are short; returns how many were preempted and reused."""
     source = random.Random(seed)
     monkeypatch.setattr(scheduling, "GROWTH", 8)
-    monkeypatch.setattr(scheduling, "CHUNKS", range(6, 1, -1))
+    monkeypatch.setattr(scheduling, "LEAST_CHUNK", 2)
+    monkeypatch.setattr(scheduling, "MOST_CHUNK", 6)
     spare, row_bytes = engine.max_nodes, max(1, engine.row_bytes)
     limits = Limits(
         kv_bytes=row_bytes * (source.choice([150, 200, 260]) + 2 * spare),
@@ -205,7 +206,7 @@ def storm(engine, expected, seed, monkeypatch):
         max_wait_seconds=None,
     )
     ended, counts = {}, {"preempted": 0, "matched": 0, "cancelled": 0}
-    scheduler = Scheduler(limits, lambda chunk, running: 0.02 * chunk)
+    scheduler = Scheduler(limits, lambda seconds, running: seconds / 0.02)
     loop = EngineLoop(
         engine, scheduler, publish=lambda batch: ended.update({u.request: u for u in batch if u.state.has_ended})
     )
