@@ -323,6 +323,7 @@ def load(
     dtype: str | torch.dtype | None = None,
     fast: bool = True,
     native: bool = True,
+    tensor_parallel: bool = False,
     allow_other_target: bool = False,
     revision: str | None = None,
     token: str | None = None,
@@ -335,8 +336,10 @@ def load(
     what followed the same tokens before; or any of them with '+lookup'. By default 'amphista+lookup' where an Amphista
     drafter is shipped for the target, else 'lookup', which is logged. tree: see `parse_tree`; 'auto' measures this
     machine once. fast: the fast forward where the target qualifies (`llm.target.path`), on CUDA as captured graphs,
-    else the stock model. native: on a CPU in C, where a compiler is at hand, else in torch. revision (of the target),
-    token, cache_dir, local_files_only: for the hub; a drafter's revision is written behind its id: owner/name@revision.
+    else the stock model. native: on a CPU in C, where a compiler is at hand, else in torch. tensor_parallel: over all
+    processes that torchrun has started, of which only the first returns from here (target/sharded.py). revision (of a
+    target), token, cache_dir, local_files_only: for the hub; a drafter's revision is written behind its id:
+    owner/name@revision.
 
     Sampling settings in the model's generation_config are not applied unless asked for by params='model'; what it has
     of them is logged as a warning.
@@ -354,7 +357,12 @@ def load(
     }
     kind = None if dtype is None else str(dtype).removeprefix("torch.")
     source = {name: value for name, value in source.items() if value}
-    loaded = load_target(str(target), device=device, dtype=kind, fast=fast, native=native, **source)
+    if tensor_parallel:
+        from amphista.target.sharded import load_sharded
+
+        loaded: Target = load_sharded(str(target), dtype=kind, **source)
+    else:
+        loaded = load_target(str(target), device=device, dtype=kind, fast=fast, native=native, **source)
     tell_unused(loaded)
     name = None if drafter is None else str(drafter)
     return LLM(loaded, choose_drafter(loaded, name, allow_other_target=allow_other_target, hub=hub), tree=tree)

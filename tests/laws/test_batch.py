@@ -149,7 +149,7 @@ def test_steps_are_shared(target, expected):
     engine = Engine(target, knowing(expected), parse_tree("chain"))
     forwards, forward = [], target.forward
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(target, "forward", lambda spans: forwards.append(spans) or forward(spans))
+        patch.setattr(target, "forward", lambda spans, *taps: forwards.append(spans) or forward(spans, *taps))
         together(engine, size=9)
     trees = [span.tree for spans in forwards for span in spans if not span.only_last]
     steps = [spans for spans in forwards if not spans[0].only_last]
@@ -193,7 +193,8 @@ def storm(engine, expected, seed, monkeypatch):
     """Requests come at any time, some are cancelled, rows are short; returns how many were preempted and reused."""
     source = random.Random(seed)
     monkeypatch.setattr(scheduling, "GROWTH", 8)
-    monkeypatch.setattr(scheduling, "CHUNKS", range(6, 1, -1))
+    monkeypatch.setattr(scheduling, "LEAST_CHUNK", 2)
+    monkeypatch.setattr(scheduling, "MOST_CHUNK", 6)
     spare, row_bytes = engine.max_nodes, max(1, engine.row_bytes)
     limits = Limits(
         kv_bytes=row_bytes * (source.choice([150, 200, 260]) + 2 * spare),
@@ -205,7 +206,7 @@ def storm(engine, expected, seed, monkeypatch):
         max_wait_seconds=None,
     )
     ended, counts = {}, {"preempted": 0, "matched": 0, "cancelled": 0}
-    scheduler = Scheduler(limits, lambda chunk, running: 0.02 * chunk)
+    scheduler = Scheduler(limits, lambda seconds, running: seconds / 0.02)
     loop = EngineLoop(
         engine, scheduler, publish=lambda batch: ended.update({u.request: u for u in batch if u.state.has_ended})
     )

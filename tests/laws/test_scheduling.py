@@ -54,7 +54,7 @@ class Storm:
             max_wait_seconds=60.0,
         )
         self.engine = CountingEngine(lambda: self.rng.randint(1, 8))
-        scheduler = Scheduler(limits, lambda chunk, running: chunk * 1e-3 + running * 1e-2)
+        scheduler = Scheduler(limits, lambda seconds, running: max(seconds, running * 1e-2) * 1e3)
         self.loop = EngineLoop(self.engine, scheduler, publish=self.receive, clock=lambda: self.now)
         self.scheduler = scheduler
         self.requests, self.tokens, self.ends = [], {}, {}

@@ -14,6 +14,7 @@ from amphista.drafter.proposer import Proposer
 from amphista.errors import ConfigError
 from amphista.llm import LLM
 from amphista.serve.settings import Settings, read_keys
+from amphista.target.text import Text
 from tests.serve.serving import ASKED, KEYS, serving, talkative_llm
 from tests.talkative import talkative_target
 
@@ -154,6 +155,20 @@ def test_prompts_longer_than_the_context(served):
     assert checked(served.post(CHAT, {"messages": long}), 400)["code"] == "context_length_exceeded"
     error = checked(served.post(CHAT, {"messages": ASKED, "max_tokens": 500}), 400)
     assert error["code"] == "context_length_exceeded" and error["param"] == "max_tokens"
+
+
+@pytest.mark.parametrize(
+    "path, asked",
+    [
+        (CHAT, {"messages": [{"role": "user", "content": "word " * 200}, {"role": "user", "content": "word " * 400}]}),
+        ("/v1/completions", {"prompt": ["short", "word " * 600]}),
+        ("/tokenize", {"prompt": "word " * 600}),
+    ],
+)
+def test_what_can_be_no_prompt_is_never_tokenized(served, monkeypatch, path, asked):
+    for name in ("encode", "encode_part", "render"):
+        monkeypatch.setattr(Text, name, None)
+    assert checked(served.post(path, asked), 400)["code"] == "context_length_exceeded"
 
 
 def test_what_the_framework_refuses_has_the_same_shape(served):

@@ -6,18 +6,17 @@ import asyncio
 import gc
 import json
 import os
-import random
 import re
 import socket
 import threading
 import time
-from pathlib import Path
 
 import httpx
 import pytest
 
 from amphista.serve import guard
 from amphista.serve.server import PatientProtocol
+from benchmarks.lab import siege
 from tests.serve.serving import ASKED, KEYS, serving, talkative_llm
 
 CHAT = "/v1/chat/completions"
@@ -131,30 +130,31 @@ def test_clients_that_leave_are_decoded_no_further(served, stream):
     assert request.sequence.finish_reason is None and request.sequence.num_output < 450
 
 
-def test_a_storm_of_leaving_clients_frees_everything(served):
-    random_source = random.Random(0)
+def test_under_siege(monkeypatch):
+    """The long forms of this are commands of benchmarks/lab/siege.py."""
+    monkeypatch.setattr(guard, "BODY_SECONDS", 1.0)
+    with serving(talkative_llm(), api_keys=(), kv_gib=0.004) as served:
+        port = int(served.url.rpartition(":")[2])
+        stormed = asyncio.run(siege.storm(port, 1.5))
+        assert stormed["left"]["in mid-answer"] > 3 and len(stormed["left"]) > 3
+        settled(served)
 
-    def storm():
-        with served.client() as client:
-            for seed in range(12):
-                try:
-                    if random_source.random() < 0.5:
-                        with client.stream("POST", CHAT, json=body(seed, stream=True, n=2, max_tokens=200)) as response:
-                            for number, _ in enumerate(response.iter_lines()):
-                                if number > random_source.randrange(20):
-                                    break
-                    else:
-                        client.post(CHAT, json=body(seed, max_tokens=200), timeout=random_source.random() / 5)
-                except httpx.TimeoutException:
-                    pass
+        async def attacked():
+            attackers = asyncio.ensure_future(siege.attackers(port))
+            soaked = await siege.soak(port, os.getpid(), 2.0, num_clients=4)
+            assert not attackers.done(), "they have given up"
+            attackers.cancel()
+            await asyncio.gather(attackers, return_exceptions=True)
+            return soaked
 
-    threads = [threading.Thread(target=storm) for _ in range(6)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    settled(served)
-    assert served.chat(seed=1, max_tokens=24)["choices"] == served.chat(seed=1, max_tokens=24)["choices"]
+        assert asyncio.run(attacked())["answers"] > 3
+        settled(served)
+        soaked = asyncio.run(siege.soak(port, os.getpid(), 2.0))
+        settled(served)
+        gc.collect()
+    assert soaked["last"]["megabytes"] - soaked["first"]["megabytes"] < 8, soaked
+    assert soaked["last"]["threads"] <= soaked["first"]["threads"]
+    assert soaked["last"]["files"] <= soaked["first"]["files"] + 16, "of clients that come and go"
 
 
 def test_a_slow_reader_gets_longer_pieces_and_holds_nobody_up(served):
@@ -211,10 +211,11 @@ def kind(number, content, **more) -> dict:
 def test_a_crowd_gets_what_each_would_get_alone(crowded, number):
     kinds = [kind(n, f"Number {n} " * (1 + n % 5), max_tokens=8 + n, temperature=float(n % 2)) for n in range(10)]
     expected = [alone(crowded, one) for one in kinds]
-    started = time.monotonic()
+    started, before = time.monotonic(), siege.held_by(os.getpid())["megabytes"]
     texts = asyncio.run(streams(crowded, [kinds[n % 10] for n in range(number)]))
     assert texts == [expected[n % 10] for n in range(number)]
     assert time.monotonic() - started < 60
+    assert siege.held_by(os.getpid())["megabytes"] - before < 150, "of clients and server together"
     settled(crowded)
 
 
@@ -227,26 +228,6 @@ def test_no_word_of_one_is_in_anothers_answer(crowded):
         assert set(re.findall(r"Q\d\dZ", text)) <= {f"Q{number:02d}Z"}
     cached = crowded.chat(**kinds[0])["usage"]["prompt_tokens_details"]["cached_tokens"]
     assert cached >= 32, "nothing was reused: this test shows nothing"
-
-
-@pytest.mark.slow
-def test_a_soak_leaves_nothing_behind():
-    def held() -> tuple[int, int, float]:
-        status = Path("/proc/self/status").read_text()
-        resident = int(re.search(r"VmRSS:\s+(\d+)", status).group(1)) / 1024
-        return threading.active_count(), len(os.listdir("/proc/self/fd")), resident
-
-    with serving(talkative_llm(), kv_gib=0.004, max_waiting=200) as served:
-        marks = []
-        for wave in range(12):
-            kinds = [kind(100 * wave + n, f"Wave {wave}, number {n}", max_tokens=20) for n in range(100)]
-            asyncio.run(streams(served, kinds))
-            settled(served)
-            gc.collect()
-            marks.append(held())
-    (threads, files, before), (later_threads, later_files, after) = marks[3], marks[-1]
-    assert later_threads <= threads and later_files <= files
-    assert after - before < 8, marks
 
 
 def test_a_failing_step_fails_its_request_alone(monkeypatch):

@@ -14,6 +14,8 @@ from amphista.drafter.medusa import Medusa, MedusaConfig
 from amphista.drafter.proposer import Proposer
 from amphista.llm import LLM
 from amphista.serve.app import PAGE, PAGE_FILES
+from amphista.tree.learned import StepCosts
+from amphista.tree.tune import Costs
 from tests.serve.serving import KEYS, serving
 from tests.talkative import talkative_target
 from tests.tiny import shaken
@@ -53,6 +55,7 @@ def talking():
     target = talkative_target(end_bias=0.5)
     heads = shaken(Medusa(MedusaConfig(), target.spec, target.shared)).to(target.dtype)
     with serving(LLM(target, Proposer(heads, use_lookup=True), tree="12")) as served:
+        served.server._service._costs = StepCosts(Costs([1.0, 1.1, 1.2]))  # as with `auto`
         yield served
 
 
@@ -107,7 +110,8 @@ def test_an_answer_its_steps_and_plain_decoding(page, talking):
     ended(page)
     sources = page.eval_on_selector_all(".assistant .token", "all => [...new Set(all.map(one => one.classList[1]))]")
     assert "target" in sources and len(sources) > 1
-    assert "tokens/s" in page.inner_text(".figures") and "tokens a step" in page.inner_text(".figures")
+    told = page.inner_text(".figures")
+    assert all(what in told for what in ("tokens/s", "tokens a step", "1 request running", "a node costs"))
     step = page.locator(".assistant .step").nth(1)
     step.hover()
     assert page.inner_text("#step-text").startswith("Step 2:")
@@ -144,6 +148,7 @@ def test_the_keyboard_is_enough(page, talking):
 def test_stop_ends_it_and_frees_its_rows(page, talking):
     enter(page, talking)
     page.fill("#max_tokens", "440")
+    page.fill("#seed", "4")  # of a long answer
     slow, engine = talking.llm.engine.step, talking.llm.engine
     engine.step = lambda batch: (time.sleep(0.03), slow(batch))[1]
     try:
@@ -167,6 +172,7 @@ def test_hostile_text_stays_text(page, talking):
     ended(page)
     assert HOSTILE in page.inner_text(".user") and "onerror" in page.inner_text(".assistant .text")
     assert page.title() == "amphista" and page.locator("main img, main script").count() == 0
+    assert page.locator(".assistant .token.form").count() > 3
     page.locator(".assistant .step").first.hover()
     assert page.title() == "amphista"
 

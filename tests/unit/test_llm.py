@@ -34,9 +34,9 @@ def prefills(monkeypatch):
     """The number of rows of each chunk of a prompt that is read."""
     found, forward = [], Target.forward
 
-    def counted(target, spans):
+    def counted(target, spans, taps=()):
         found.extend(span.tree.num_nodes for span in spans if span.only_last)
-        return forward(target, spans)
+        return forward(target, spans, taps)
 
     monkeypatch.setattr(Target, "forward", counted)
     return found

@@ -60,9 +60,9 @@ class Sampling:
             if name == "seed" and value is None:
                 continue
             if isinstance(value, bool) or not isinstance(value, int if is_whole else (int, float)):
-                raise RequestError(f"{name} is {value!r}: expected a{' whole' if is_whole else ''} number")
+                raise RequestError(f"{name} is {shown(value)}: expected a{' whole' if is_whole else ''} number")
             if not NUMBERS[name][0](value):
-                raise RequestError(f"{name} is {value}: expected {NUMBERS[name][1]}")
+                raise RequestError(f"{name} is {shown(value)}: expected {NUMBERS[name][1]}")
             object.__setattr__(self, name, value)
         object.__setattr__(self, "logit_bias", _bias(self.logit_bias))
         object.__setattr__(self, "suppress_tokens", token_ids("suppress_tokens", self.suppress_tokens))
@@ -90,15 +90,31 @@ def fresh_seed() -> int:
     return secrets.randbits(53)
 
 
+def is_finite(value: float) -> bool:
+    """Whether a number is one of the floats; a whole one may be too large for that."""
+    try:
+        return math.isfinite(value)
+    except OverflowError:
+        return False
+
+
+def shown(value: Any) -> str:
+    """A value for a message; Python writes no number of thousands of digits."""
+    try:
+        return repr(value)
+    except ValueError:
+        return "a number of thousands of digits"
+
+
 Check = Callable[[Any], bool]
 NUMBERS: dict[str, tuple[Check, str]] = {
-    "temperature": (lambda value: math.isfinite(value) and value >= 0, "0 (greedy) or more"),
+    "temperature": (lambda value: is_finite(value) and value >= 0, "0 (greedy) or more"),
     "top_k": (lambda value: value >= -1, "0 or -1 (off) or more"),
     "top_p": (lambda value: 0 < value <= 1, "a number above 0 and at most 1 (off)"),
     "min_p": (lambda value: 0 <= value <= 1, "a number from 0 (off) to 1"),
-    "repetition_penalty": (lambda value: math.isfinite(value) and value > 0, "a number above 0; 1 is off"),
-    "frequency_penalty": (math.isfinite, "a finite number; 0 is off"),
-    "presence_penalty": (math.isfinite, "a finite number; 0 is off"),
+    "repetition_penalty": (lambda value: is_finite(value) and value > 0, "a number above 0; 1 is off"),
+    "frequency_penalty": (is_finite, "a finite number; 0 is off"),
+    "presence_penalty": (is_finite, "a finite number; 0 is off"),
     "min_tokens": (lambda value: value >= 0, "0 (off) or more"),
     "seed": (lambda value: 0 <= value < 2**64, "an integer from 0 to 2^64 - 1, or none for a fresh one"),
 }
@@ -110,7 +126,7 @@ def token_ids(name: str, value: Any) -> tuple[int, ...]:
     ids = plain(value)
     ids = (ids,) if type(ids) is int else ids
     if not isinstance(ids, list | tuple | set | frozenset) or not all(type(i) is int and i >= 0 for i in ids):
-        raise RequestError(f"{name} is {value!r}: expected a list of token ids (whole numbers)")
+        raise RequestError(f"{name} is {shown(value)}: expected a list of token ids (whole numbers)")
     return tuple(ids)
 
 
@@ -125,10 +141,10 @@ def _bias(value: Any) -> dict[int, float]:
     """Token id -> bias; the keys may be strings, as in JSON. raises RequestError."""
     try:
         bias = {int(token): float(added) for token, added in dict(value or {}).items()}
-    except (TypeError, ValueError) as error:
-        raise RequestError(f"logit_bias is {value!r}: expected {{token id: number}}") from error
+    except (TypeError, ValueError, OverflowError) as error:
+        raise RequestError(f"logit_bias is {shown(value)}: expected {{token id: number}}") from error
     if any(token < 0 for token in bias) or not all(map(math.isfinite, bias.values())):
-        raise RequestError(f"logit_bias is {value!r}: expected token ids from 0 and finite numbers")
+        raise RequestError(f"logit_bias is {shown(value)}: expected token ids from 0 and finite numbers")
     return bias
 
 
@@ -203,6 +219,9 @@ class Grammar(Protocol):
 
     def allowed(self, index: int) -> NDArray[np.bool_]:
         """Which tokens [V] may be number `index` of the answer; those before it were chosen."""
+
+    def forced(self, index: int) -> list[int]:
+        """What must come from number `index` on, as far as there is no choice: to be drafted, not to be trusted."""
 
     def chose(self, index: int, token: int) -> None:
         """Token number `index` was chosen; what was chosen there and behind it before is forgotten."""

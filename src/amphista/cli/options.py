@@ -104,6 +104,14 @@ class ModelOptions:
     dtype: Dtype = None
     fast: Fast = True
     native: Native = True
+    tensor_parallel: Annotated[
+        bool,
+        typer.Option(
+            "--tensor-parallel",
+            help="Spread the target over the processes that torchrun has started; the stock model.",
+            rich_help_panel=MODEL,
+        ),
+    ] = False
     tree: Tree = None
     revision: Annotated[
         str | None, typer.Option(help="Branch, tag or commit of a target on the hub.", rich_help_panel=MODEL)

@@ -68,6 +68,8 @@ def serve(
         kv_gib=kv_gib,
         drain=drain,
     )
+    if replicas > 1 and model.tensor_parallel:
+        raise typer.BadParameter("--replicas and --tensor-parallel do not go together: start torchrun once a replica")
     settings.check_address()
     if replicas > 1:
         run_replicas(asdict(model), settings, replicas, _told)

@@ -70,7 +70,9 @@ class Batch(Generic[Tag]):
             max_wait_seconds=None,
         )
         kept = PrefixStore(int(SHARE_OF_KEPT * self.limits.kv_bytes))
-        self.loop = EngineLoop(engine, Scheduler(self.limits, lambda chunk, running: 0.0, kept), publish=self._note)
+        self.loop = EngineLoop(
+            engine, Scheduler(self.limits, lambda seconds, running: math.inf, kept), publish=self._note
+        )
         self._ended: list[Update] = []
         self._open: dict[Request, Job[Tag]] = {}
         self._num_tokens = 0

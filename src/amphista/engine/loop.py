@@ -1,12 +1,12 @@
 """EngineLoop: the one thread that owns the engine; requests come in by a queue, what happens to each goes out by one.
 
-    loop = EngineLoop(engine, Scheduler(limits, iteration_seconds))
+    loop = EngineLoop(engine, Scheduler(limits, num_readable))
     loop.start()
     request = loop.submit(sequence)         # any thread
     for update in updates(request): ...     # its results, then one update with the state it ended in
     loop.close()
 
-An iteration: inbox, expiry, admission, at most one chunk of a prompt, one step of all that decode, publish. Without
+An iteration: inbox, expiry, admission, one step of all that decode and at most one chunk of a prompt, publish. Without
 `start` the same class runs in the caller's thread: `run_until_done`.
 
 Laws: every request gets each of its results once and ends once, whatever others do and whenever the loop is closed;
@@ -145,9 +145,10 @@ class EngineLoop:
             self._updates.append(Update(request, request.state, error=UnavailableError(waited)))
         for request in plan.preempted:
             request.sequence.release()
-        num_tokens = self._read_chunk(plan)
-        if plan.reader is None or not math.isinf(self.scheduler.limits.max_stall_seconds):
-            num_tokens += self._step(plan.running)  # else they wait until all prompts are read: steps are full then
+        batch = [plan.reader] if plan.reader is not None and self._can_read(plan.reader, plan) else []
+        if not (batch and math.isinf(self.scheduler.limits.max_stall_seconds)):
+            batch += plan.running  # else they wait until all prompts are read: steps are full then
+        num_tokens = self._step(batch)
         self.scheduler.measured(num_tokens, self._clock() - started)
         self._flush()
         return self.scheduler.has_work or not self._inbox.empty()
@@ -169,18 +170,16 @@ class EngineLoop:
         while not self._inbox.empty():  # only one thread takes out
             self._inbox.get()()
 
-    def _read_chunk(self, plan: Schedule) -> int:
-        """Read one chunk of a prompt; returns the tokens added to its answer."""
-        if plan.reader is None:
-            return 0
-        plan.reader.sequence.chunk_len = plan.chunk_len
+    def _can_read(self, reader: Request, plan: Schedule) -> bool:
+        """Give who reads next what is known of its prompt already; False where that fails."""
+        reader.sequence.chunk_len = plan.chunk_len
         try:
             if plan.match is not None:
-                plan.reader.sequence.adopt(plan.match)
+                reader.sequence.adopt(plan.match)
         except Exception as error:
-            self._end(plan.reader, State.FAILED, error=error)
-            return 0
-        return self._step([plan.reader])
+            self._end(reader, State.FAILED, error=error)
+            return False
+        return True
 
     def _step(self, requests: list[Request]) -> int:
         """One forward for some; what fails ends alone. Returns the tokens added to their answers."""

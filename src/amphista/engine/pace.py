@@ -1,10 +1,12 @@
 """Pace: an engine whose steps are timed, for those who plan the next ones, and those who ask whether it steps at all.
 
-A forward is the time of a plain step (the weights are read once) and what each token of a prompt adds to that.
+A forward is the time of a step of those that decode (the weights are read once) and what each token of a prompt that
+is read beside them adds to that.
 """
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -20,25 +22,33 @@ class PacedEngine:
     def __init__(self, engine: Stepper, clock: Callable[[], float] = time.monotonic) -> None:
         self._engine, self._clock = engine, clock
         self.stepped_at = clock()
-        self._step_seconds = 0.0
-        self._read_seconds, self._num_read = 0.0, 0.0  # beyond plain steps; older ones weigh less
+        self._step_seconds: dict[int, float] = {}  # by how many decoded
+        self._read_seconds, self._num_read = 0.0, 0.0  # beyond those steps; older ones weigh less
 
     def step(self, batch: Sequence[Any]) -> Sequence[Any]:
         """One step, timed."""
         num_read = sum(min(sequence.chunk_len, sequence.num_unread) for sequence in batch)
+        num_decoding = sum(not sequence.num_unread for sequence in batch)
         started = self._clock()
         results = self._engine.step(batch)
         self.stepped_at = self._clock()
         seconds = self.stepped_at - started
         if num_read:
-            self._read_seconds = KEPT * self._read_seconds + max(0.0, seconds - self._step_seconds)
+            self._read_seconds = KEPT * self._read_seconds + max(0.0, seconds - self._step(num_decoding))
             self._num_read = KEPT * self._num_read + num_read
         else:
-            known = self._step_seconds or seconds
-            self._step_seconds = KEPT * known + (1 - KEPT) * seconds
+            known = self._step_seconds.get(num_decoding, seconds)
+            self._step_seconds[num_decoding] = KEPT * known + (1 - KEPT) * seconds
         return results
 
-    def iteration_seconds(self, chunk_len: int, num_running: int) -> float:
-        """Predicted: reading a chunk of so many tokens, then one step of those that decode."""
-        token_seconds = self._read_seconds / self._num_read if self._num_read else 0.0
-        return self._step_seconds + chunk_len * token_seconds + (self._step_seconds if num_running else 0.0)
+    def _step(self, num_decoding: int) -> float:
+        """Seconds of a step in which nothing is read, by the nearest number of sequences known."""
+        nearest = min(self._step_seconds, key=lambda known: abs(known - num_decoding), default=0)
+        return self._step_seconds.get(nearest, 0.0)
+
+    def num_readable(self, seconds: float, num_running: int) -> float:
+        """Tokens of a prompt that can be read beside so many sequences in so many seconds or, where a step of theirs
+        takes longer, in as long: a slow machine reads as long as it decodes."""
+        if not self._read_seconds:
+            return math.inf
+        return max(seconds, self._step(num_running)) * self._num_read / self._read_seconds

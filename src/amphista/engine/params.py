@@ -6,7 +6,7 @@ from dataclasses import InitVar, dataclass
 from enum import StrEnum
 from typing import Any
 
-from amphista.accept.sampling import Sampling, plain, token_ids
+from amphista.accept.sampling import Sampling, plain, shown, token_ids
 from amphista.errors import RequestError
 from amphista.prompts import is_text
 
@@ -47,17 +47,17 @@ class SamplingParams(Sampling):
         if type(self.logprobs) is int:
             self._set("top_logprobs", self.logprobs)
         elif not isinstance(self.logprobs, bool | None):
-            raise RequestError(f"logprobs is {self.logprobs!r}: expected true, false or a number of tokens")
+            raise RequestError(f"logprobs is {shown(self.logprobs)}: expected true, false or a number of tokens")
         self._set("logprobs", type(self.logprobs) is int or bool(self.logprobs) or self.top_logprobs != 0)
         self._set("stop", _texts(self.stop))
         self._set("stop_token_ids", token_ids("stop_token_ids", self.stop_token_ids))
         for name, least in (("max_new_tokens", 1), ("top_logprobs", 0)):
             value = plain(getattr(self, name))
             if type(value) is not int or value < least:
-                raise RequestError(f"{name} is {value!r}: expected a whole number, at least {least}")
+                raise RequestError(f"{name} is {shown(value)}: expected a whole number, at least {least}")
             self._set(name, value)
         if type(self.ignore_eos) is not bool:
-            raise RequestError(f"ignore_eos is {self.ignore_eos!r}: expected true or false")
+            raise RequestError(f"ignore_eos is {shown(self.ignore_eos)}: expected true or false")
 
     def _set(self, name: str, value: Any) -> None:
         object.__setattr__(self, name, value)
@@ -67,17 +67,17 @@ class SamplingParams(Sampling):
         for name in ("logit_bias", "suppress_tokens", "stop_token_ids"):
             worst = max(getattr(self, name), default=0)
             if worst >= vocab_size:
-                raise RequestError(f"{name} names token id {worst}; the target has {vocab_size} tokens")
+                raise RequestError(f"{name} names token id {shown(worst)}; the target has {vocab_size} tokens")
         if self.top_logprobs > vocab_size:
-            raise RequestError(f"top_logprobs is {self.top_logprobs}; the target has {vocab_size} tokens")
+            raise RequestError(f"top_logprobs is {shown(self.top_logprobs)}; the target has {vocab_size} tokens")
 
 
 def _texts(value: Any) -> tuple[str, ...]:
     stops = () if value is None else (value,) if isinstance(value, str) else value
     if not isinstance(stops, list | tuple) or not all(isinstance(stop, str) for stop in stops):
-        raise RequestError(f"stop is {value!r}: expected a text or a list of texts")
+        raise RequestError(f"stop is {shown(value)}: expected a text or a list of texts")
     if any(not stop for stop in stops):
         raise RequestError("an empty stop string would end every answer at once")
     if not all(map(is_text, stops)):
-        raise RequestError(f"stop is {value!r}: it holds half a character (a lone surrogate)")
+        raise RequestError(f"stop is {shown(value)}: it holds half a character (a lone surrogate)")
     return tuple(stops)

@@ -21,7 +21,7 @@ from amphista.engine.request import Request, State
 from amphista.errors import CapacityError, ConfigError, QueueFullError
 
 GROWTH = 256  # rows
-CHUNKS = range(512, 15, -16)  # tokens of a prompt read at once, the most first
+LEAST_CHUNK, MOST_CHUNK = 16, 512  # tokens of a prompt read at once
 DECAY = 0.98  # of what was measured, with every iteration
 
 
@@ -30,7 +30,7 @@ class Limits:
     """What there is, and how long anybody may wait.
 
     kv_bytes: for running requests and kept prefixes together. row_bytes: of target and drafter. spare_rows: for a tree
-    beside the tokens. max_stall_seconds: of an iteration that reads a prompt while others decode.
+    beside the tokens. max_stall_seconds: that reading a prompt may add to a step of others; or as long as that takes.
     """
 
     kv_bytes: int
@@ -72,13 +72,13 @@ class Schedule:
 class Scheduler:
     """Plans iterations for requests within limits.
 
-    iteration_seconds: predicted for reading a chunk of so many tokens and then one step of so many sequences.
+    num_readable: tokens of a prompt that may be read within so many seconds beside a step of so many sequences.
     """
 
     def __init__(
-        self, limits: Limits, iteration_seconds: Callable[[int, int], float], prefixes: PrefixStore | None = None
+        self, limits: Limits, num_readable: Callable[[float, int], float], prefixes: PrefixStore | None = None
     ) -> None:
-        self.limits, self._iteration_seconds = limits, iteration_seconds
+        self.limits, self._num_readable = limits, num_readable
         self.prefixes = prefixes or PrefixStore(limits.kv_bytes)
         self.running: list[Request] = []
         self.reader: Request | None = None
@@ -124,7 +124,8 @@ class Scheduler:
                 f"prompt and answer may have {num_tokens} tokens, but the memory given to keys and values holds "
                 f"{limits.max_request_len}: shorten the prompt, lower the token limit or give more memory"
             )
-        if limits.max_waiting is not None and num_waiting >= limits.max_waiting:
+        num_free = max(0, limits.max_running - len(self.holding))  # who gets one of these does not wait
+        if limits.max_waiting is not None and num_waiting >= limits.max_waiting + num_free:
             seconds = self.retry_after
             raise QueueFullError(f"{num_waiting} requests wait already: try again in {seconds:.0f} s", seconds)
         request.state, request.number = State.WAITING, next(self._numbers)
@@ -240,11 +241,11 @@ class Scheduler:
         return len(sequence.token_ids) + min(sequence.num_left, GROWTH) + self.limits.spare_rows
 
     def _chunk_len(self) -> int:
-        """The longest chunk that keeps an iteration within the stall limit while anybody decodes."""
-        limit, num_running = self.limits.max_stall_seconds, len(self.running)
-        if num_running == 0:
-            return CHUNKS[0]
-        return next((n for n in CHUNKS if self._iteration_seconds(n, num_running) <= limit), CHUNKS[-1])
+        """The longest chunk that keeps within the stall limit while anybody decodes."""
+        if not self.running:
+            return MOST_CHUNK
+        readable = self._num_readable(self.limits.max_stall_seconds, len(self.running))
+        return int(max(LEAST_CHUNK, min(MOST_CHUNK, readable)))
 
     def _take_out(self, request: Request) -> None:
         """Free what is reserved for a request, and its place."""

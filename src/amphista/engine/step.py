@@ -37,7 +37,7 @@ from amphista.target.spans import Span
 from amphista.target.target import Target
 from amphista.target.text import IncrementalText
 from amphista.tree.budget import DraftRow, Plan
-from amphista.tree.candidates import Candidates
+from amphista.tree.candidates import Candidates, with_forced
 from amphista.tree.grow import Grower
 from amphista.tree.learned import Forward
 from amphista.tree.offers import Growth
@@ -269,6 +269,9 @@ class Engine:
     def _draft_row(self, sequence: Sequence) -> DraftRow:
         depth = min(sequence.max_depth, self.grower.max_depth) if sequence.drafts else 0
         graft = self.proposer.ngrams(sequence.lookup, sequence.token_ids, depth) if depth else None
+        grammar = sequence.chooser.grammar
+        if grammar is not None and depth:
+            graft = with_forced(graft, grammar.forced(sequence.num_output)[: min(depth, self.max_nodes - 1)])
         return DraftRow(sequence.controller, graft, depth, sequence.pending)
 
     def _ask(

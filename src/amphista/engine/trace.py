@@ -11,11 +11,13 @@ from amphista.tree.token_tree import TokenTree
 
 
 class Source(StrEnum):
-    """Who named a token first: the drafter's heads, the n-gram lookup, both, or nobody but the target."""
+    """Who named a token first: the drafter's heads, the n-gram lookup, both, the form an answer must have, where that
+    leaves no choice, or nobody but the target."""
 
     HEADS = "heads"
     LOOKUP = "lookup"
     BOTH = "both"
+    FORM = "form"
     TARGET = "target"
 
 
@@ -34,7 +36,7 @@ class StepTrace:
 def sources(tree: TokenTree, candidates: Candidates, nodes: Sequence[int]) -> list[Source]:
     """Who named each of some nodes, the first of which is the root: that is the target's. Parents come before children.
 
-    An n-gram draft is one path below the root; heads name tokens by depth.
+    A graft is one path below the root; heads name tokens by depth.
     """
     graft = [] if candidates.graft is None else candidates.graft.tokens
     on_graft, found = {nodes[0]}, [Source.TARGET]
@@ -43,7 +45,8 @@ def sources(tree: TokenTree, candidates: Candidates, nodes: Sequence[int]) -> li
         by_heads = depth <= candidates.num_heads and token in candidates.tokens[depth - 1]
         if tree.parents[node] in on_graft and graft[depth - 1 : depth] == [token]:
             on_graft.add(node)
-            found.append(Source.BOTH if by_heads else Source.LOOKUP)
+            is_forced = candidates.graft is not None and depth <= candidates.graft.num_forced
+            found.append(Source.FORM if is_forced else Source.BOTH if by_heads else Source.LOOKUP)
         else:
             found.append(Source.HEADS)
     return found

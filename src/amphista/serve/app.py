@@ -16,6 +16,7 @@ from fastapi.responses import JSONResponse, PlainTextResponse, Response, Streami
 from fastapi.sse import format_sse_event
 from starlette.types import Receive, Scope, Send
 
+from amphista.prompts import texts_in
 from amphista.provenance import versions
 from amphista.serve.errors import TELLING, add_handlers, body_of
 from amphista.serve.guard import Guard
@@ -184,6 +185,7 @@ def _add_texts(app: FastAPI, service: Service) -> None:
     @app.post("/tokenize")
     async def tokenize(body: TokenizeRequest) -> dict[str, Any]:
         service.check_model(body.model)
+        service.check_length(texts_in(body.model_dump(include={"prompt", "messages"})))
         tokens = await service.rendered(lambda: _tokens(service, body))
         return {"tokens": tokens, "count": len(tokens), "max_model_len": service.max_len}
 

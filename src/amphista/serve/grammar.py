@@ -2,6 +2,7 @@
 
 A matcher follows the target's own choices, one after the other, as plain decoding would make them; drafts never reach
 it. So it is asked for a mask only at nodes that the target visits, and nothing about it depends on a drafter or tree.
+Where it leaves no choice it drafts itself: brackets and names of a schema cost no forward of their own.
 """
 
 from __future__ import annotations
@@ -34,19 +35,27 @@ class Matched:
 
     def allowed(self, index: int) -> NDArray[np.bool_]:
         """Which tokens [V] may be number `index` of the answer."""
-        self._forget(index)
-        for token in self._tokens[self._num_consumed :]:
-            self._matcher.consume_token(token)
-            self._num_consumed += 1
+        self._go_to(index)
         bits = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8)
         if self._matcher.is_error():
             raise RequestError(f"response_format cannot be followed: {_first_line(self._matcher.get_error())}")
         return np.unpackbits(bits, count=self._vocab_size, bitorder="little").astype(bool)
 
+    def forced(self, index: int) -> list[int]:
+        """The tokens that the tokenizer would make of the characters about which there is no choice."""
+        self._go_to(index)
+        return list(self._matcher.compute_ff_tokens())
+
     def chose(self, index: int, token: int) -> None:
         """Token number `index` was chosen."""
         self._forget(index)
         self._tokens.append(token)
+
+    def _go_to(self, index: int) -> None:
+        self._forget(index)
+        for token in self._tokens[self._num_consumed :]:
+            self._matcher.consume_token(token)
+            self._num_consumed += 1
 
     def _forget(self, index: int) -> None:
         """What was chosen at `index` and behind it."""

@@ -4,6 +4,7 @@ them, behind `amphista:`."""
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
@@ -39,8 +40,8 @@ class Metrics:
         self.hits = self._counter("prefix_cache_hits", "Prompt tokens found there.")
         self.prompt_tokens = self._counter("prompt_tokens", "Prompt tokens of answered requests.")
         self.generation_tokens = self._counter("generation_tokens", "Tokens decoded.")
-        self.success = self._counter("request_success", "Answers that ended.", "finished_reason")
-        self.refused = self._counter("requests_refused", "Requests that were not answered.", "reason")
+        self.success = self._counters("request_success", "Answers that ended.", "finished_reason")
+        self.refused = self._counters("requests_refused", "Requests that were not answered.", "reason")
         self.first = self._histogram("time_to_first_token_seconds", "From the request to its first token.")
         self.between = self._histogram("inter_token_latency_seconds", "A step's time over its tokens.")
         self.whole = self._histogram("e2e_request_latency_seconds", "From the request to the end of its answer.")
@@ -51,8 +52,8 @@ class Metrics:
         self.nodes = self._histogram("step_nodes", "Nodes verified for a request in a step, the root included.", NODES)
         self.drafts = self._counter("spec_decode_num_drafts", "Trees with more than the root.")
         self.draft_tokens = self._counter("spec_decode_num_draft_tokens", "Nodes but the roots.")
-        self.accepted = self._counter("spec_decode_num_accepted_tokens", "Draft tokens accepted.", "source")
-        self.by_position = self._counter("spec_decode_num_accepted_tokens_per_pos", "By depth.", "position")
+        self.accepted = self._counters("spec_decode_num_accepted_tokens", "Draft tokens accepted.", "source")
+        self.by_position = self._counters("spec_decode_num_accepted_tokens_per_pos", "By depth.", "position")
 
     def text(self) -> bytes:
         """What a scrape gets."""
@@ -61,7 +62,7 @@ class Metrics:
     def note(self, updates: list[Update], now: float) -> None:
         """Count an iteration; `now` is when it ended."""
         num_tokens, num_preempted = 0, self._load().num_preempted
-        self.preemptions.labels(self._model).inc(num_preempted - self._num_preempted)
+        self.preemptions.inc(num_preempted - self._num_preempted)
         self._num_preempted = num_preempted
         for update in updates:
             if isinstance(update.result, StepResult) and update.result.token_ids:
@@ -70,51 +71,57 @@ class Metrics:
             if update.state.has_ended:
                 self._end(update, now)
         if num_tokens:
-            self.generation_tokens.labels(self._model).inc(num_tokens)
-            self.iteration.labels(self._model).observe(num_tokens)
+            self.generation_tokens.inc(num_tokens)
+            self.iteration.observe(num_tokens)
 
     def _step(self, request: Request, result: StepResult, now: float) -> None:
-        model, last = self._model, self._last.get(request)
+        last = self._last.get(request)
         self._last[request] = now
         if last is None:
-            self.first.labels(model).observe(now - request.submitted_at)
+            self.first.observe(now - request.submitted_at)
             return
-        self.between.labels(model).observe((now - last) / len(result.token_ids))
-        self.nodes.labels(model).observe(result.num_nodes)
+        self.between.observe((now - last) / len(result.token_ids))
+        self.nodes.observe(result.num_nodes)
         if result.num_nodes > 1:
-            self.drafts.labels(model).inc()
-            self.draft_tokens.labels(model).inc(result.num_nodes - 1)
+            self.drafts.inc()
+            self.draft_tokens.inc(result.num_nodes - 1)
         for position, source in enumerate(result.sources[:-1]):
-            self.accepted.labels(model, source.value).inc()
-            self.by_position.labels(model, str(min(position, MAX_POSITIONS))).inc()
+            self.accepted(source.value).inc()
+            self.by_position(str(min(position, MAX_POSITIONS))).inc()
 
     def _end(self, update: Update, now: float) -> None:
-        request, model = update.request, self._model
+        request = update.request
         self._last.pop(request, None)
         if update.state is not State.FINISHED:
-            self.refused.labels(model, _reason(update)).inc()
+            self.refused(_reason(update)).inc()
             return
         sequence = request.sequence
         assert isinstance(sequence, Sequence) and sequence.finish_reason is not None and request.admitted_at is not None
         stats = sequence.stats
-        self.success.labels(model, sequence.finish_reason.value).inc()
-        self.prompt_tokens.labels(model).inc(stats.num_prompt_tokens)
-        self.queries.labels(model).inc(stats.num_prompt_tokens)
-        self.hits.labels(model).inc(stats.num_cached_tokens)
-        self.whole.labels(model).observe(now - request.submitted_at)
-        self.queued.labels(model).observe(request.admitted_at - request.submitted_at)
-        self.reading.labels(model).observe(stats.prefill_seconds)
-        self.decoding.labels(model).observe(stats.decode_seconds)
+        self.success(sequence.finish_reason.value).inc()
+        self.prompt_tokens.inc(stats.num_prompt_tokens)
+        self.queries.inc(stats.num_prompt_tokens)
+        self.hits.inc(stats.num_cached_tokens)
+        self.whole.observe(now - request.submitted_at)
+        self.queued.observe(request.admitted_at - request.submitted_at)
+        self.reading.observe(stats.prefill_seconds)
+        self.decoding.observe(stats.decode_seconds)
 
     def _gauge(self, name: str, text: str, read: Callable[[], float]) -> None:
         gauge = Gauge(f"amphista:{name}", text, ["model_name"], registry=self._registry)
         gauge.labels(self._model).set_function(read)
 
-    def _counter(self, name: str, text: str, *labels: str) -> Counter:
-        return Counter(f"amphista:{name}", text, ["model_name", *labels], registry=self._registry)
+    def _counter(self, name: str, text: str) -> Counter:
+        return Counter(f"amphista:{name}", text, ["model_name"], registry=self._registry).labels(self._model)
+
+    def _counters(self, name: str, text: str, label: str) -> Callable[[str], Counter]:
+        """One for each value of a label."""
+        counter = Counter(f"amphista:{name}", text, ["model_name", label], registry=self._registry)
+        return cache(lambda value: counter.labels(self._model, value))
 
     def _histogram(self, name: str, text: str, buckets: tuple[float, ...] = SECONDS) -> Histogram:
-        return Histogram(f"amphista:{name}", text, ["model_name"], registry=self._registry, buckets=buckets)
+        histogram = Histogram(f"amphista:{name}", text, ["model_name"], registry=self._registry, buckets=buckets)
+        return histogram.labels(self._model)
 
 
 def _reason(update: Update) -> str:

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import secrets
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -19,6 +19,7 @@ from amphista.engine.scheduler import Limits
 from amphista.engine.sequence import Sequence as Decoded
 from amphista.errors import ConfigError, RequestError
 from amphista.llm import LLM
+from amphista.prompts import texts_in
 from amphista.serve.answers import Piece, Reader
 from amphista.serve.errors import ApiError
 from amphista.serve.grammar import Grammars
@@ -26,6 +27,7 @@ from amphista.serve.metrics import Metrics
 from amphista.serve.schema import ChatRequest, CompletionRequest, Message, Sampled
 from amphista.serve.worker import Ticket, Worker
 from amphista.tree.grow import ALONE, AutoGrower
+from amphista.tree.learned import Forward, StepCosts
 
 GRAMMAR_SECONDS = 2.0
 PING_SECONDS = 15.0
@@ -42,6 +44,7 @@ class Call:
     body: Sampled
     ticket: Ticket
     readers: dict[Request, Reader]
+    traced: Callable[[], dict[str, Any]]  # what is told beside traced steps
     prompts: list[str] = field(default_factory=list)  # where they are to be echoed
     created: int = field(default_factory=lambda: int(time.time()))
     _first: list[Update] | None = None
@@ -83,8 +86,10 @@ class Service:
             raise ConfigError("the server needs a tokenizer, and this target was loaded without one")
         self.llm, self.text, self.name = llm, llm.target.text, name
         self.worker = Worker(llm.engine, limits)
-        self.metrics = Metrics(name, lambda: self.worker.load, _cost_ratio(llm))
+        self._costs = costs = _step_costs(llm)
+        self.metrics = Metrics(name, lambda: self.worker.load, None if costs is None else lambda: _cost_ratio(costs))
         self.is_ready = False
+        self._most_characters = self.max_len * max(map(len, self.text.vocabulary))
         self._grammars = Grammars(llm.target)
         self._renderer = ThreadPoolExecutor(1, thread_name_prefix="amphista-text")
         self._compiler = ThreadPoolExecutor(1, thread_name_prefix="amphista-grammar")
@@ -125,6 +130,7 @@ class Service:
     async def chat(self, body: ChatRequest, tenant: int) -> Call:
         """Start answers to a conversation."""
         self.check_model(body.model)
+        self.check_length(texts_in(body.model_dump(include={"messages", "tools"})))
         tools = body.told_tools
         if tools and not self.text.takes_tools:
             raise ApiError(400, "this model's chat template knows no tools: leave them out", param="tools")
@@ -135,11 +141,31 @@ class Service:
     async def complete(self, body: CompletionRequest, tenant: int) -> Call:
         """Start answers to prompts as they are."""
         self.check_model(body.model)
+        for prompt in body.prompts:
+            if isinstance(prompt, str):
+                self.check_length([prompt])
         prompts = await self.rendered(lambda: [self._ids(prompt) for prompt in body.prompts])
         call = await self._call("cmpl", body, prompts, tenant)
         if body.echo:
             call.prompts = [p if isinstance(p, str) else self.text.decode(p) for p in body.prompts]
         return call
+
+    def traced(self) -> dict[str, Any]:
+        """What a trace tells beside its steps: requests that run now, and the tokens of theirs that a plain step would
+        give in the time of one more node: None where no costs are known."""
+        num_running = max(1, self.worker.load.num_running)
+        price = None
+        if self._costs is not None:
+            seconds = self._costs.by_rows(Forward(num_running, num_running))
+            price = round(num_running * (seconds(num_running + 1) / seconds(num_running) - 1), 3)
+        return {"running": num_running, "node_price": price}
+
+    def check_length(self, texts: Iterable[str]) -> None:
+        """raises ApiError for texts that can be no prompt, were every token the longest: counting the tokens of
+        megabytes takes seconds, and who comes next would wait for it."""
+        if sum(map(len, texts)) > self._most_characters:
+            message = f"a prompt of more than {self._most_characters} characters is longer than the context"
+            raise ApiError(400, message, code="context_length_exceeded")
 
     async def rendered(self, work: Callable[[], Result]) -> Result:
         """The result of some work on texts, which does not hold up asyncio."""
@@ -189,7 +215,8 @@ class Service:
         readers = [Reader(self.text, sequence, parse()) for sequence in sequences]
         ticket = self.worker.submit(sequences, tenant, (tenant, body.cache_salt, body.prompt_cache_key))
         name = f"{kind}-{secrets.token_hex(12)}"
-        return Call(name, self.name, seed, body, ticket, dict(zip(ticket.requests, readers, strict=True)))
+        readers_of = dict(zip(ticket.requests, readers, strict=True))
+        return Call(name, self.name, seed, body, ticket, readers_of, self.traced)
 
     def _num_new_tokens(self, num_prompt: int, asked: int | None) -> int:
         """What is asked for, or all there is room for. raises ApiError."""
@@ -218,9 +245,11 @@ class Service:
         return await loop.run_in_executor(self._compiler, self._grammars.compiled, response_format)
 
 
-def _cost_ratio(llm: LLM) -> Callable[[], float] | None:
+def _step_costs(llm: LLM) -> StepCosts | None:
+    """What steps are known to cost, where trees are grown by that."""
     grower = llm.engine.grower
-    if not isinstance(grower, AutoGrower):
-        return None
-    costs = grower.budget.costs
-    return lambda: costs.seconds(ALONE) / costs.costs.forward(1)
+    return grower.budget.costs if isinstance(grower, AutoGrower) else None
+
+
+def _cost_ratio(costs: StepCosts) -> float:
+    return costs.seconds(ALONE) / costs.costs.forward(1)

@@ -89,7 +89,7 @@ class Shape:
         if self._call.body.return_token_ids:
             choice["token_ids"] = piece.token_ids
         if piece.steps:
-            choice["amphista"] = {"steps": piece.steps}
+            choice["amphista"] = {"steps": piece.steps, **self._call.traced()}
         return choice
 
     def _echoed(self, index: int, offset: int) -> str:

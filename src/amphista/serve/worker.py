@@ -65,7 +65,7 @@ class Worker:
     def __init__(self, engine: Engine, limits: Limits) -> None:
         self.limits = limits
         self._paced = PacedEngine(engine)
-        self._scheduler = Scheduler(limits, self._paced.iteration_seconds)
+        self._scheduler = Scheduler(limits, self._paced.num_readable)
         self._loop = EngineLoop(self._paced, self._scheduler, publish=self._publish)
         self._tickets: dict[Request, Ticket] = {}
         self._asyncio: asyncio.AbstractEventLoop | None = None

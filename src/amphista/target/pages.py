@@ -8,14 +8,17 @@ changes nothing: whoever reads them again gets them from the file again. On othe
 from __future__ import annotations
 
 import ctypes
+import math
 import mmap
 import os
 import sys
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+CGROUP = Path("/sys/fs/cgroup")
 MADV_PAGEOUT = 21  # Linux 5.4: take the pages away, whatever is needed of them is read back
 
 
@@ -51,6 +54,17 @@ def free_bytes(place: torch.device) -> int:
         return int(free)
     try:
         with open("/proc/meminfo", encoding="ascii") as lines:  # what the kernel could free counts as free
-            return next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
+            free = next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
     except (OSError, StopIteration):
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return int(min(free, _left_to_container()))
+
+
+def _left_to_container() -> float:
+    """Of the memory that a container may have (cgroup v2), what is not taken by programs: files can be read again."""
+    try:
+        limit = int((CGROUP / "memory.max").read_text())
+        lines = (CGROUP / "memory.stat").read_text().splitlines()
+    except (OSError, ValueError):  # no container, or "max"
+        return math.inf
+    return max(0, limit - sum(int(line.split()[1]) for line in lines if line.startswith(("anon ", "shmem "))))

@@ -13,11 +13,23 @@ from dataclasses import dataclass
 class NgramDraft:
     """One chain of tokens, grafted on the tree below its root.
 
-    `log_probs[d]` is that of the token d + 1 deep, those above being right.
+    `log_probs[d]` is that of the token d + 1 deep, those above being right. num_forced: how many of the first are all
+    that an answer's form allows.
     """
 
     tokens: list[int]
     log_probs: list[float]
+    num_forced: int = 0
+
+
+def with_forced(graft: NgramDraft | None, forced: list[int]) -> NgramDraft | None:
+    """A graft that begins with what is certain, and goes on as it said where it agrees with that."""
+    if not forced:
+        return graft
+    length = len(forced)
+    if graft is None or graft.tokens[:length] != forced:
+        return NgramDraft(forced, [0.0] * length, length)
+    return NgramDraft(graft.tokens, [0.0] * length + graft.log_probs[length:], length)
 
 
 @dataclass(frozen=True)

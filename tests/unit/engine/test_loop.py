@@ -17,7 +17,7 @@ from tests.scheduled import FakeEngine, FakeSequence, answer_alone
 
 def loop_of(engine=None, *, num_rows=3000, clock=time.monotonic, publish=None, **limits):
     limits = {"max_waiting": None, "max_wait_seconds": None, "spare_rows": 8, **limits}
-    scheduler = Scheduler(Limits(kv_bytes=10 * num_rows, row_bytes=10, **limits), lambda chunk, running: 0.0)
+    scheduler = Scheduler(Limits(kv_bytes=10 * num_rows, row_bytes=10, **limits), lambda seconds, running: 512)
     keywords = {} if publish is None else {"publish": publish}
     return EngineLoop(engine or FakeEngine(), scheduler, clock=clock, **keywords)
 
@@ -73,7 +73,7 @@ def test_readers_hear_nothing_while_a_prompt_is_read():
 
 
 def test_a_refusal_is_its_own_and_drops_nobody():
-    loop = loop_of(max_waiting=2)
+    loop = loop_of(max_waiting=1, max_running=1)
     good, bad, other, late = (
         loop.submit(FakeSequence([n], tokens)) for n, tokens in ((1, 9), (2, 5000), (3, 9), (4, 9))
     )
@@ -128,16 +128,14 @@ def test_a_step_that_raises_ends_its_requests_and_the_loop_goes_on():
     requests = [loop.submit(long(20, n)) for n in range(3)]
     for _ in range(3):
         loop.step_once()
-    waiting = loop.submit(FakeSequence([7], 5))
+    reading, waiting = loop.submit(FakeSequence([7], 5)), loop.submit(FakeSequence([9], 5))
     loop._read_inbox()
-    engine.step_error = MemoryError("no room")  # meets the chunk of the last one: nobody else's step
-    loop.step_once()
-    assert waiting.state is State.FAILED and [r.state for r in requests] == [State.RUNNING] * 3
     engine.step_error = MemoryError("no room")
     loop.step_once()
-    assert [r.state for r in requests] == [State.FAILED] * 3
+    assert engine.batches[-1] == 4, "a chunk and the decoding are one step"
+    assert [r.state for r in [*requests, reading]] == [State.FAILED] * 4 and waiting.state is State.WAITING
     assert loop.scheduler.free_bytes == 30_000
-    assert all(isinstance(gathered(request)[2], MemoryError) for request in [*requests, waiting])
+    assert all(isinstance(gathered(request)[2], MemoryError) for request in [*requests, reading])
     later = loop.submit(FakeSequence([8], 5))
     loop.run_until_done()
     assert gathered(later)[:2] == (answer_alone([8], 5), State.FINISHED)

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import math
+
 import pytest
 
 from amphista.engine.pace import PacedEngine
@@ -7,25 +9,31 @@ from tests.scheduled import FakeSequence
 
 
 class Timed:
-    """A forward of 0.02 s and 0.001 s for each token of a prompt, by a clock of its own."""
+    """A forward of 0.02 s, 0.001 s for each token of a prompt, 0.01 for each that decodes, by a clock of its own."""
 
     now = 100.0
 
     def step(self, batch):
         num_read = sum(min(sequence.chunk_len, sequence.num_unread) for sequence in batch)
-        self.now += 0.02 + 0.001 * num_read
+        self.now += 0.02 + 0.001 * num_read + 0.01 * sum(not sequence.num_unread for sequence in batch)
         return [sequence.step(1) for sequence in batch]
 
 
-def test_it_learns_what_an_iteration_takes():
+def test_it_learns_what_may_be_read():
     engine = Timed()
     paced = PacedEngine(engine, clock=lambda: engine.now)
-    assert paced.iteration_seconds(512, 4) == 0  # nothing is known: whoever is first is read at once
-    for _ in range(60):
-        sequence = FakeSequence([1] * 100, 9, ignore_eos=True)
-        sequence.chunk_len = 50
-        for _ in range(4):
-            assert paced.step([sequence])
-    assert paced.iteration_seconds(100, 3) == pytest.approx(0.02 + 0.1 + 0.02, rel=0.02)
-    assert paced.iteration_seconds(100, 0) == pytest.approx(0.02 + 0.1, rel=0.02)
+    assert paced.num_readable(0.1, 4) == math.inf  # nothing is known: whoever is first is read at once
+    decoding = [FakeSequence([1], 10_000, ignore_eos=True) for _ in range(4)]
+    for sequence in decoding:
+        sequence.chunk_len = 1
+    paced.step(decoding)  # their prompts
+    for _ in range(30):
+        for num_decoding in (4, 2):
+            sequence = FakeSequence([1] * 100, 9, ignore_eos=True)
+            sequence.chunk_len = 50
+            paced.step([sequence, *decoding[:num_decoding]])
+            paced.step(decoding[:num_decoding])
+    assert paced.num_readable(0.1, 4) == pytest.approx(100, rel=0.02)
+    assert paced.num_readable(0.01, 4) == pytest.approx(60, rel=0.02)  # as long as a step
+    assert paced.num_readable(0.01, 1) == pytest.approx(40, rel=0.02)  # of the nearest number known
     assert paced.stepped_at == engine.now

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import json
 from dataclasses import asdict, replace
 
@@ -95,3 +97,13 @@ def test_numbers_of_numpy_and_torch_are_numbers():
         logit_bias={3: 1.0},
     )
     assert json.dumps(asdict(given))
+
+
+@pytest.mark.parametrize("digits", [400, 5000])
+@pytest.mark.parametrize("name", [field.name for field in dataclasses.fields(SamplingParams)])
+def test_numbers_beyond_all_bounds_are_refused_or_taken(name, digits):
+    """They are too large for a float, and the larger ones too long for Python to write down."""
+    for number in (10**digits, -(10**digits)):
+        for value in (number, [number], {5: number}, {number: 1.0}):
+            with contextlib.suppress(RequestError):
+                SamplingParams(**{name: value}).check_ids(300)

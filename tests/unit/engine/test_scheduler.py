@@ -6,16 +6,16 @@ import pytest
 
 from amphista.engine.prefixes import BLOCK, PrefixStore
 from amphista.engine.request import Request, State
-from amphista.engine.scheduler import CHUNKS, GROWTH, Limits, Scheduler
+from amphista.engine.scheduler import GROWTH, LEAST_CHUNK, MOST_CHUNK, Limits, Scheduler
 from amphista.errors import CapacityError, ConfigError, QueueFullError
 from tests.scheduled import FakeEngine, FakeSequence
 
 SPARE = 8
 
 
-def scheduler_of(num_rows, *, seconds=lambda chunk, running: 0.0, prefixes=None, **limits):
+def scheduler_of(num_rows, *, readable=lambda seconds, running: 512.0, prefixes=None, **limits):
     limits = {"max_waiting": None, "max_wait_seconds": None, "spare_rows": SPARE, **limits}
-    return Scheduler(Limits(kv_bytes=10 * num_rows, row_bytes=10, **limits), seconds, prefixes)
+    return Scheduler(Limits(kv_bytes=10 * num_rows, row_bytes=10, **limits), readable, prefixes)
 
 
 def request_of(num_prompt, max_tokens, *, key="", at=0.0, namespace="", first=1):
@@ -73,17 +73,19 @@ def test_one_prompt_is_read_at_a_time():
 
 def test_the_chunk_is_the_longest_within_the_stall_limit():
     scheduler = scheduler_of(
-        10_000, seconds=lambda chunk, running: chunk * 0.001 + running * 0.010, max_stall_seconds=0.1
+        10_000, readable=lambda seconds, running: max(seconds, running * 0.01) * 1000, max_stall_seconds=0.08
     )
     submitted(scheduler, request_of(10, 300), request_of(10, 300), request_of(5000, 3))
     assert iterate(scheduler).chunk_len == 512  # nobody decodes
-    assert iterate(scheduler).chunk_len == 80  # 0.08 + 0.01 <= 0.1
+    assert iterate(scheduler).chunk_len == 80
     assert iterate(scheduler).chunk_len == 80
     assert len(scheduler.running) == 2
-    scheduler.limits.__dict__["max_stall_seconds"] = 0.02  # not even the shortest: it goes on nevertheless
-    assert iterate(scheduler).chunk_len == CHUNKS[-1] == 16
-    scheduler.limits.__dict__["max_stall_seconds"] = 100.0
-    assert iterate(scheduler).chunk_len == CHUNKS[0] == 512
+    scheduler.limits.__dict__["max_stall_seconds"] = 0.002
+    assert iterate(scheduler).chunk_len == 20  # as long as a step
+    scheduler._num_readable = lambda seconds, running: 3.0  # not even the shortest: it goes on nevertheless
+    assert iterate(scheduler).chunk_len == LEAST_CHUNK
+    scheduler._num_readable = lambda seconds, running: float("inf")
+    assert iterate(scheduler).chunk_len == MOST_CHUNK
 
 
 def test_keys_take_turns_and_within_one_the_first_comes_first():
@@ -132,7 +134,7 @@ def test_limits_that_hold_nothing_are_refused(limits):
 
 
 def test_a_full_queue_says_when_to_come_again():
-    scheduler = scheduler_of(10_000, max_waiting=2)
+    scheduler = scheduler_of(10_000, max_waiting=1, max_running=1)
     submitted(scheduler, request_of(5, 100), request_of(5, 1000))
     with pytest.raises(QueueFullError) as caught:
         scheduler.submit(request_of(5, 5))
@@ -143,6 +145,16 @@ def test_a_full_queue_says_when_to_come_again():
         scheduler.submit(refused)
     assert caught.value.retry_after == pytest.approx((100 + GROWTH) / 10)
     assert refused.state is State.FAILED and len(scheduler.waiting) == 2
+
+
+def test_who_gets_a_free_place_does_not_wait():
+    scheduler = scheduler_of(10_000, max_waiting=0, max_running=2)
+    submitted(scheduler, request_of(5, 100), request_of(5, 100))
+    for _ in range(3):
+        with pytest.raises(QueueFullError):
+            scheduler.submit(request_of(5, 5))
+        iterate(scheduler)
+    assert len(scheduler.running) == 2
 
 
 def test_what_was_measured_lately_counts_most():

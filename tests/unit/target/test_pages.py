@@ -8,10 +8,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from amphista.target import lean
+from amphista.target import lean, pages
 from amphista.target import target as targets
 from amphista.target.loading import _converted, _is_only_weights, load_target
-from amphista.target.pages import give_back, trim_allocator
+from amphista.target.pages import free_bytes, give_back, trim_allocator
 from amphista.target.target import Target
 from benchmarks.lab.memory import resident_bytes
 from tests.tiny import tiny_model
@@ -35,6 +35,16 @@ def test_memory_of_its_own_keeps_what_it_holds():
     give_back(numbers, torch.empty(0), torch.ones(3), numbers[5:9])
     trim_allocator()
     assert torch.equal(numbers, torch.arange(NUMBERS))
+
+
+def test_a_container_has_no_more_than_its_own(tmp_path, monkeypatch):
+    monkeypatch.setattr(pages, "CGROUP", tmp_path)
+    whole = free_bytes(torch.device("cpu"))
+    (tmp_path / "memory.max").write_text("90000000\n")
+    (tmp_path / "memory.stat").write_text("anon 50000000\nfile 30000000\nanon_thp 7\nshmem 1000000\n")
+    assert free_bytes(torch.device("cpu")) == 39_000_000 < whole
+    (tmp_path / "memory.max").write_text("max\n")
+    assert free_bytes(torch.device("cpu")) > 39_000_000
 
 
 def test_elsewhere_nothing_is_done(monkeypatch):

@@ -99,13 +99,15 @@ function moveFocus(event) {
 
 function figures(state) {
   const seconds = (performance.now() - state.first) / 1000;
-  const { ids, steps, usage, timings } = state;
+  const { ids, steps, usage, timings, load } = state;
   const parts = [counted(ids.length, "token")];
   const rate = timings?.predicted_per_second ?? (seconds > 0.05 ? (ids.length - 1) / seconds : null);
   if (rate) parts.push(`${rate.toFixed(1)} tokens/s`);
   if (steps > 1) parts.push(`${((ids.length - 1) / (steps - 1)).toFixed(2)} tokens a step`);
   parts.push(`first after ${Math.round(state.first - state.started)} ms`);
   if (usage) parts.push(`${usage.prompt_tokens_details.cached_tokens} of ${usage.prompt_tokens} prompt tokens known`);
+  if (load) parts.push(`${counted(load.running, "request")} running`);
+  if (load?.node_price != null) parts.push(`a node costs ${load.node_price.toFixed(2)} tokens`);
   return parts.join(" · ");
 }
 
@@ -122,6 +124,7 @@ async function answer(asked, holder, told) {
       for (const choice of chunk.choices) {
         state.text += choice.delta.content ?? "";
         state.ids.push(...(choice.token_ids ?? []));
+        state.load = choice.amphista ?? state.load;
         for (const step of choice.amphista?.steps ?? []) showStep(holder, step, ++state.steps);
         if (state.ids.length && !state.first) state.first = performance.now();
       }
