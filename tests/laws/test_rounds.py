@@ -324,7 +324,7 @@ COSTS = Costs([1.0 + 0.02 * n for n in range(24)], draft=0.1)
 def test_a_round_is_taken_as_far_as_it_pays(target, drafters, seconds, least, most):
     drafter = drafters["hydra-staged"]
     state = fed(target, drafter)
-    grower = AutoGrower(Costs(COSTS.verify, draft=0.1, further_round=seconds), [0.6] * 4)
+    grower = AutoGrower(Costs(COSTS.verify, draft=0.1, further_round=seconds))
     (found,) = drafter.draft_all([Ask(state, 4, 0.2)], 6, looks_of(grower, 4))
     assert least <= found.num_rounds <= most
 
@@ -351,7 +351,7 @@ def test_what_rounds_cost_is_weighed_and_learned(target, drafters):
 def test_expected_equals_realised_where_the_target_is_the_drafter(target, drafters, name, tree):
     """Sampled from the drafter's own words along the path, tokens are accepted as often as promised."""
     drafter = drafters[name]
-    grower = AutoGrower(COSTS, [0.5] * 4) if tree == "auto" else parse_tree(tree)
+    grower = AutoGrower(COSTS) if tree == "auto" else parse_tree(tree)
     source, expected, realised, draws = torch.Generator().manual_seed(0), 0.0, 0, 150
     for length in (5, 7, 9, 12):
         state = fed(target, drafter, length, (2, 1))

@@ -84,14 +84,9 @@ class Grower(ABC):
 
 @dataclass(frozen=True)
 class AutoGrower(Grower):
-    """As large as pays on this machine: best-first, cut where tokens per second are highest.
-
-    accuracy: how often the best token of each depth is right, given the text above it; where that is not known, a
-    drafter that is asked in rounds is hoped to be always right in the next one.
-    """
+    """As large as pays on this machine: best-first, cut where tokens per second are highest."""
 
     costs: Costs
-    accuracy: Sequence[float] = ()
 
     @property
     def num_ranks(self) -> int:
@@ -117,16 +112,16 @@ class AutoGrower(Grower):
     def look_below(
         self, rows: Sequence[DraftRow], candidates: Sequence[Candidates], asked: Sequence[int], plain: Forward
     ) -> list[list[int]]:
-        """What stands in the best trees, if it promises more tokens than another round takes time."""
+        """What stands in the best trees, if it promises more tokens than another round takes time.
+
+        Below a token the next is hoped to be as likely as that token was: where a draft is sure it mostly stays so.
+        """
         plain = _in_rounds(plain, candidates, asked)
         grown, sizes = self._best(rows, candidates, asked, plain)
         depth = max(candidates[b].num_heads for b in asked)
         able = {b for b in asked if candidates[b].num_heads == depth < rows[b].max_depth}
         nodes = {b: named_at(grown[b], depth, sizes[b]) if b in able else [] for b in asked}
-        right, gain = self.accuracy[depth] if depth < len(self.accuracy) else 1.0, 0.0
-        for b in asked:
-            hoped = right * sum(math.exp(grown[b].scores[node]) for node in nodes[b])
-            gain += math.log1p(hoped / (1 + grown[b].expected(sizes[b])))
+        gain = sum(math.log1p(_hoped(grown[b], nodes[b]) / (1 + grown[b].expected(sizes[b]))) for b in asked)
         now = replace(plain, num_rows=plain.num_rows + sum(sizes) - len(sizes), num_asked=len(asked))
         then = replace(now, num_rows=now.num_rows + sum(map(bool, nodes.values())), num_rounds=plain.num_rounds + 1)
         seconds = self.budget.costs.seconds
@@ -254,6 +249,12 @@ class StaticGrower(EachAlone):
         return self.template.inner.grow(pending, candidates, max_depth)
 
 
+def _hoped(grown: GrownNodes, nodes: Sequence[int]) -> float:
+    """Tokens accepted below some nodes, each followed by one as likely as itself."""
+    scores, parents = grown.scores, grown.parents
+    return sum(math.exp(2 * scores[node] - scores[parents[node]]) for node in nodes)
+
+
 def _in_rounds(plain: Forward, candidates: Sequence[Candidates], asked: Sequence[int]) -> Forward:
     """The plain step, with the rounds of asking that were taken beside it."""
     return replace(plain, num_rounds=max((candidates[b].num_rounds for b in asked), default=1))
@@ -279,7 +280,7 @@ def parse_tree(text: str | int | None, measured: Measured = NOT_MEASURED) -> Gro
     if name == AUTO:
         if measured.costs is None:
             raise ConfigError("--tree auto needs measured costs: load the target and the drafter together")
-        return AutoGrower(measured.costs, tuple(ranks[0] for ranks in measured.accuracy or () if ranks))
+        return AutoGrower(measured.costs)
     if name == "chain":
         return ChainGrower()
     if re.fullmatch(r"[+-]?\d+", name):
