@@ -32,7 +32,7 @@ from amphista.tree.learned import Forward
 from amphista.tree.template import TreeTemplate
 from amphista.tree.tune import Costs
 from tests.decoding import begin, decode, heads_along, step
-from tests.tiny import SEQUENTIAL, real_drafters
+from tests.tiny import SEQUENTIAL, Steady, real_drafters
 
 IDS = [5, 17, 230, 44, 9, 61, 62, 63, 99, 100, 7, 250]
 PATH = [30, 31, 200]
@@ -332,10 +332,12 @@ def test_a_round_is_taken_as_far_as_it_pays(target, drafters, seconds, least, mo
 def test_what_rounds_cost_is_weighed_and_learned(target, drafters):
     """Steps know how many rounds they took; a batch asks all its sequences in the same ones."""
     drafter = drafters["hydra-staged"]
-    grower = AutoGrower(Costs([1.0 + 0.01 * n for n in range(40)], draft=0.01, further_round=0.001))
+    grower = Steady(Costs([1.0 + 0.01 * n for n in range(40)], draft=0.01, further_round=0.001))
     engine = Engine(target, drafter, grower)
     calls, following = [], Hydra.next
-    sequences = [begin(engine, [9 + i, 17, 30], SamplingParams(max_new_tokens=9)) for i in range(3)]
+    sequences = [
+        begin(engine, [9 + i, 17, 30], SamplingParams(max_new_tokens=9, temperature=0.1, seed=i)) for i in range(3)
+    ]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Hydra, "next", lambda *given: calls.append(len(given[2])) or following(*given))
         engine.step(sequences)
