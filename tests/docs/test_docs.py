@@ -23,7 +23,7 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 OTHERS = [ROOT / "benchmarks" / "README.md", *ROOT.glob("*.md")]
 PROGRAMS = {"curl", "lm_eval", "git", "hf"}  # other people's
 LAUNCHERS = {"accelerate", "torchrun", "python"}
-NEEDS = {"transformers.md": "a hub", "serve.md": "a server"}  # tested elsewhere, in full
+NEEDS = {"transformers.md": "a hub", "vllm.md": "vLLM", "serve.md": "a server"}  # tested elsewhere, in full
 ARXIV = re.compile(r"\b(\d{4}\.\d{5})\b")
 
 

@@ -96,7 +96,8 @@ def test_measuring_costs_keeps_no_graphs(tmp_path, monkeypatch):
     from amphista.engine import costs
 
     target = static_target()
-    monkeypatch.setattr(costs, "kept", lambda key, measure, is_usable, refresh: {"seconds": {"1": 1.0}, "spread": 1.0})
+    measured = {"seconds": {"1": 1.0}, "context": 256, "sequence": 0.0, "cached_row": 0.0, "spread": 1.0}
+    monkeypatch.setattr(costs, "load_or_measure", lambda key, measure, is_usable, refresh: measured)
     target.verify(TREE, filled(target))
     costs.tune(target, Proposer(use_lookup=True))
     assert elsewhere(lambda: forward(target))[0]

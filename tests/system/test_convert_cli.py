@@ -46,7 +46,7 @@ def test_converted_calibrated_and_compared(theirs, answers, target_folder, tmp_p
     assert result.returncode == 0, result.stderr
     record = json.loads(result.stdout)
     assert record["num_heads"] == 3 and record["lm_head"] == "own" and set(record["tau"]) == {"greedy", "sampled"}
-    assert "3 heads of 1 blocks with own LM heads" in result.stderr
+    assert "3 heads with own LM heads" in result.stderr
     stored = json.loads((ours / "config.json").read_text())
     assert stored["calibration"]["coverage"] == 1.0 and len(stored["calibration"]["greedy"]) == 3
     assert stored["training"]["converted"]["source"] == "theirs"

@@ -3,20 +3,25 @@ batch, through chunks, rejected drafts, preemption, shared prefixes. `make test-
 
 from __future__ import annotations
 
+import json
 import random
+import runpy
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
+from amphista.cli.export import Program, export
 from amphista.drafter.base import Ask
+from amphista.errors import AmphistaError, ConfigError
 from amphista.tree.template import TreeTemplate
-from amphista.vllm_proposer import ChainDrafts, StepRows
+from amphista.vllm_proposer import ChainDrafts, ChainProposer, StepRows
 from tests.tiny import VOCAB, real_drafters, tiny_target
 
 NUM_TOKENS = 4
-NAMES = ["amphista-full", "amphista-one-stage", "medusa-shared"]
+NAMES = ["amphista-full", "amphista-paths", "medusa-shared", "hydra-staged", "eagle-full"]
 
 
 @pytest.fixture(scope="module")
@@ -131,3 +136,30 @@ def test_rows_of_the_wrong_next_token_would_be_seen(precise, monkeypatch):
     monkeypatch.setattr(StepRows, "next_ids", property(lambda r: r.token_ids[r.start :][: len(r.hidden)].tolist()))
     drafts = ChainDrafts(heads, NUM_TOKENS, capacity=8)
     assert not take_steps(drafts, heads, [request(target, text, 20) for text in (one, twin, other)], chance)
+
+
+def test_the_export_names_its_drafter(tmp_path, capsys):
+    out = tmp_path / "out"
+    export(Program.VLLM, out, str(tmp_path))
+    settings = json.loads(capsys.readouterr().out.partition("'")[2].rpartition("'")[0])
+    module, name = settings["model"].split(".")
+    proposer = runpy.run_path(str(out / f"{module}.py"))[name]
+    assert issubclass(proposer, ChainProposer) and proposer.drafter == str(tmp_path)
+    with pytest.raises(ConfigError, match="not empty"):
+        export(Program.VLLM, out, None)
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"), [({"devices": 2}, "several devices"), ({"family": "gemma2"}, "gemma2"), ({}, "ngram")]
+)
+def test_what_it_cannot_draft_for_is_refused(monkeypatch, changes, reason):
+    asked = {"devices": 1, "family": "llama", **changes}
+    config = SimpleNamespace(
+        model_config=SimpleNamespace(hf_config=SimpleNamespace(model_type=asked["family"])),
+        speculative_config=SimpleNamespace(num_speculative_tokens=4),
+        scheduler_config=SimpleNamespace(max_num_seqs=4),
+        parallel_config=SimpleNamespace(tensor_parallel_size=asked["devices"], pipeline_parallel_size=1),
+    )
+    monkeypatch.setattr(ChainProposer, "drafter", "amphista+lookup")
+    with pytest.raises(AmphistaError, match=reason):
+        ChainProposer(config)

@@ -8,9 +8,9 @@
 The context is cached as that of a staged adaptation layer is: its keys come from the target's own states. Certain:
 the fused state and token, one decoder layer, its output fed back; trees chosen by the drafter's own confidence are
 EAGLE-2's. Training runs all K steps on the drafter's own states, as EAGLE-3 does (arXiv 2503.01840): at step i the
-row of position t sees the context up to t and its own earlier steps. With `loss.depth_decay` close to 0 the first
-step alone is trained, on the target's states, as in EAGLE-1. Ours: the norms, the start at LM(h_t), and objectives on
-tokens in place of EAGLE-1's regression of states.
+row of position t sees the context up to t and its own earlier steps. With `loss.depth_decay` close to 0 and
+`loss.feature_weight` the first step alone is trained, on the target's states and toward them, as in EAGLE-1, but for
+its noise. Ours: the norms and the start at LM(h_t).
 
 Shapes: B sequences, T rows, P selected rows, n or m paths, i drafted rows of a path, J key-value heads, G query heads
 for each, H = J * G, S rows of a context, E head size, D hidden size.

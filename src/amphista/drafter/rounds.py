@@ -116,6 +116,7 @@ class SequentialHeads(ScoringDrafter, Generic[PathsT]):
     def draft_all(self, asks: Sequence[Ask], num_ranks: int, look: Look | None = None) -> list[Candidates]:
         self.commit_all(asks)
         drafts = [Offered() for _ in asks]
+        look = look or (lambda _: [draft.likeliest(num_ranks) for draft in drafts])
         divisors = torch.tensor([self.head_temperatures(ask.temperature) for ask in asks], device=self.device)
         paths = self.first([ask.state for ask in asks])
         owners, places = list(range(len(asks))), [0] * len(asks)  # of each path: whose it is, what it has read last
@@ -127,12 +128,7 @@ class SequentialHeads(ScoringDrafter, Generic[PathsT]):
                 rows = slice(start, start + owners.count(b))
                 drafts[b].add(places[rows], tokens[rows], log_probs[rows])
             able = [b for b in starts if head + 1 < min(asks[b].max_depth, self.num_heads)]
-            if not able:
-                break
-            if look is None:
-                named: Sequence[Sequence[int]] = [draft.likeliest(num_ranks) for draft in drafts]
-            else:
-                named = look([draft.candidates for draft in drafts])
+            named = look([draft.candidates for draft in drafts]) if able else []
             chosen = [(b, place) for b in able for place in named[b]]
             if not chosen:
                 break

@@ -102,8 +102,10 @@ def verify_seconds(target: Target) -> ForwardSeconds:
     full, short = (_several(target, cache, num_cached) for num_cached in (rows, rows // 4))
     every = [*cells.values(), full, short]
     _time(target, every)
-    most = cells[1].shortest  # however disturbed: neither costs more than a forward of its own
-    cached_row = min(most / rows, max(0.0, full.shortest - short.shortest) / (SEVERAL * (rows - rows // 4)))
+    most = cells[
+        1
+    ].shortest  # however disturbed: no sequence costs more than a forward, all cached rows no more than half
+    cached_row = min(most / (2 * rows), max(0.0, full.shortest - short.shortest) / (SEVERAL * (rows - rows // 4)))
     alone = cells[min(SEVERAL, max(cells))].shortest
     sequence = min(most, max(0.0, full.shortest - alone - (SEVERAL - 1) * rows * cached_row) / (SEVERAL - 1))
     by_rows = {size: cell.shortest for size, cell in cells.items()}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from amphista.engine.costs import costs_for, target_key, tune
 from amphista.engine.timing import Asking, Cell, ForwardSeconds
 from amphista.target.captured_forward import NODES, VerifyRegion
 from amphista.target.target import Target
+from amphista.tree.learned import Forward, StepCosts
 from amphista.tree.tune import NOTHING_PAYS, Costs
 from tests.tiny import tiny_model, tiny_target
 
@@ -238,6 +240,20 @@ def test_sizes_end_where_a_tree_costs_too_much(target, monkeypatch, blip):
     )
     found = timing.verify_seconds(target)
     assert found.by_rows == {1: 1, 2: 2, 3: 3, 4: 4, 6: 6}
+
+
+def test_disturbed_rates_leave_every_step_its_time(target, monkeypatch):
+    """A step is divided by what it should have taken: with no row cached that is less, and never nothing."""
+    monkeypatch.setattr(timing, "BUDGET_SECONDS", 0.1)
+    monkeypatch.setattr(
+        timing, "_several", lambda target, cache, num_cached: Cell(lambda: time.sleep(num_cached / 5e3))
+    )
+    found = timing.verify_seconds(target)
+    expected = StepCosts(
+        replace(Costs.measured(found.by_rows, 0.0), cached_row=found.cached_row, context=found.context)
+    )
+    assert found.cached_row * found.context == found.by_rows[1] / 2
+    assert expected.seconds(Forward(num_rows=1)) > 0
 
 
 def test_measuring_leaves_cache_and_drafter_as_they_were(target):
