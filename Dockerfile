@@ -1,5 +1,6 @@
 # The server on a CPU:
-#   docker build -t amphista .
+#   docker build -t amphista --build-arg PIP_EXTRA_INDEX_URL=INDEX --build-arg TORCH=torch==2.13.0+cpu .
+# INDEX: PyTorch's own index of CPU builds (pytorch.org, "Get Started"); without both arguments pip brings CUDA, too.
 #   docker run -p 8000:8000 -e AMPHISTA_API_KEY=SECRET -v amphista:/home/amphista/.cache amphista
 # What follows the image's name goes to `amphista serve`. The volume keeps the default target and what was measured.
 FROM python:3.11-slim
@@ -11,7 +12,9 @@ RUN apt-get update \
 WORKDIR /src
 COPY pyproject.toml constraints.txt README.md LICENSE ./
 COPY src src
-RUN pip install --no-cache-dir -c constraints.txt --extra-index-url https://download.pytorch.org/whl/cpu 'torch==2.13.0+cpu' \
+ARG PIP_EXTRA_INDEX_URL
+ARG TORCH=torch==2.13.0
+RUN pip install --no-cache-dir -c constraints.txt "$TORCH" \
  && pip install --no-cache-dir -c constraints.txt '.[serve]'
 USER amphista
 WORKDIR /home/amphista
