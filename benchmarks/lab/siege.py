@@ -264,6 +264,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     asked = parser.parse_args()
     if asked.kind == "attackers":
+        os.nice(19)  # elsewhere they would have cores of their own
         asyncio.run(attackers(asked.port))
         return
     with besieged(asked) as (port, process):

@@ -158,10 +158,19 @@ def test_prompts_longer_than_the_context(served):
 
 
 @pytest.mark.parametrize(
+    "many", [{"messages": ASKED * 90_000}, {"messages": [{"role": "user", "content": [{}] * 90_000}]}]
+)
+def test_many_small_messages_are_refused_before_they_are_checked(served, many):
+    started = time.monotonic()
+    assert checked(served.post(CHAT, many), 400)["param"] == "messages"
+    assert time.monotonic() - started < 5
+
+
+@pytest.mark.parametrize(
     "path, asked",
     [
         (CHAT, {"messages": [{"role": "user", "content": "word " * 200}, {"role": "user", "content": "word " * 400}]}),
-        ("/v1/completions", {"prompt": ["short", "word " * 600]}),
+        ("/v1/completions", {"prompt": ["word " * 600, "short"]}),
         ("/tokenize", {"prompt": "word " * 600}),
     ],
 )

@@ -185,7 +185,6 @@ def _add_texts(app: FastAPI, service: Service) -> None:
     @app.post("/tokenize")
     async def tokenize(body: TokenizeRequest) -> dict[str, Any]:
         service.check_model(body.model)
-        service.check_length(texts_in(body.model_dump(include={"prompt", "messages"})))
         tokens = await service.rendered(lambda: _tokens(service, body))
         return {"tokens": tokens, "count": len(tokens), "max_model_len": service.max_len}
 
@@ -205,6 +204,7 @@ def _add_texts(app: FastAPI, service: Service) -> None:
 
 
 def _tokens(service: Service, body: TokenizeRequest) -> list[int]:
+    service.check_length(texts_in(body.model_dump(include={"prompt", "messages"})))
     if body.messages is not None:
         return service.render(body.messages, add_generation_prompt=body.add_generation_prompt)
     assert body.prompt is not None

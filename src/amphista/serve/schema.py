@@ -13,6 +13,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstr
 from amphista.engine.params import SamplingParams
 
 MAX_CHOICES = 32  # of one request, prompts times n
+MAX_PARTS = 2048  # of a conversation, or of one message: to check many small ones would hold up everybody
 
 
 def _whole(value: Any) -> Any:
@@ -49,7 +50,7 @@ class ToolCall(Body):
 
 class Message(Body):
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[TextPart] | None = None
+    content: str | Annotated[list[TextPart], Field(max_length=MAX_PARTS)] | None = None
     name: str | None = None
     tool_calls: list[ToolCall] | None = None
     tool_call_id: str | None = None
@@ -69,6 +70,9 @@ class Message(Body):
         for call in plain.get("tool_calls", []):
             call["function"]["arguments"] = _object(call["function"]["arguments"])
         return plain
+
+
+Messages = Annotated[list[Message], Field(min_length=1, max_length=MAX_PARTS)]
 
 
 def _object(text: str) -> Any:
@@ -202,7 +206,7 @@ class Sampled(Body):
 
 
 class ChatRequest(Sampled):
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: Messages
     max_completion_tokens: Annotated[Whole, Field(ge=1, lt=2**31)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[Whole, Field(ge=0, le=20)] | None = None
@@ -268,7 +272,7 @@ class TokenizeRequest(Body):
 
     model: str | None = None
     prompt: str | None = None
-    messages: Annotated[list[Message], Field(min_length=1)] | None = None
+    messages: Messages | None = None
     add_special_tokens: bool = True
     add_generation_prompt: bool = True
 
@@ -286,5 +290,5 @@ class DetokenizeRequest(Body):
 
 class TemplateRequest(Body):
     model: str | None = None
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: Messages
     add_generation_prompt: bool = True

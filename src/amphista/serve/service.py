@@ -130,7 +130,6 @@ class Service:
     async def chat(self, body: ChatRequest, tenant: int) -> Call:
         """Start answers to a conversation."""
         self.check_model(body.model)
-        self.check_length(texts_in(body.model_dump(include={"messages", "tools"})))
         tools = body.told_tools
         if tools and not self.text.takes_tools:
             raise ApiError(400, "this model's chat template knows no tools: leave them out", param="tools")
@@ -141,9 +140,6 @@ class Service:
     async def complete(self, body: CompletionRequest, tenant: int) -> Call:
         """Start answers to prompts as they are."""
         self.check_model(body.model)
-        for prompt in body.prompts:
-            if isinstance(prompt, str):
-                self.check_length([prompt])
         prompts = await self.rendered(lambda: [self._ids(prompt) for prompt in body.prompts])
         call = await self._call("cmpl", body, prompts, tenant)
         if body.echo:
@@ -176,6 +172,7 @@ class Service:
         return self.text.render([message.for_template() for message in messages], **settings)
 
     def _prompt(self, body: ChatRequest, tools: list[dict[str, Any]] | None) -> list[int]:
+        self.check_length(texts_in(body.model_dump(include={"messages", "tools"})))
         settings: dict[str, Any] = dict(body.chat_template_kwargs or {})
         if taken := sorted(settings.keys() & self.text.template_settings):  # a template is a program: nobody sends one
             raise ApiError(400, f"{taken[0]!r} is no variable of a chat template", param="chat_template_kwargs")
@@ -188,6 +185,8 @@ class Service:
         return self.render(body.messages, **settings)
 
     def _ids(self, prompt: str | list[int]) -> list[int]:
+        if isinstance(prompt, str):
+            self.check_length([prompt])
         ids = self.text.encode(prompt) if isinstance(prompt, str) else prompt
         if not ids:
             raise ApiError(400, "the prompt is empty: give some text", param="prompt")
