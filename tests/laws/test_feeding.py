@@ -192,7 +192,7 @@ def test_heads_are_divided_by_the_requests_temperature(precise, monkeypatch):
     engine = Engine(target, drafter, parse_tree(9))
     sequence = begin(engine, PROMPTS[0], SamplingParams(max_new_tokens=6, temperature=0.6, seed=0))
     step(engine, sequence)
-    ((ask,), num_ranks), *others = asked
+    ((ask,), num_ranks, _), *others = asked
     assert not others and num_ranks == 8
     assert (ask.temperature, ask.max_depth) == (0.6, 4)  # the heads that 6 tokens leave room for
 
