@@ -251,15 +251,6 @@ def test_without_a_compiler_the_torch_form_drafts_and_a_line_says_why(monkeypatc
     assert distance(drafted(drafter, [5]), expected) < 1e-5
 
 
-def test_drafts_in_c_that_are_wrong_are_found_at_load(monkeypatch):
-    """Turned by twice the angle: the heads then draft in torch."""
-    rotary_angles = native_drafter.rotary_angles
-    monkeypatch.setattr(native_drafter, "rotary_angles", lambda *given: 2 * rotary_angles(*given))
-    drafter = copy.deepcopy(drafters()["amphista-full"]).freeze(native=True)
-    assert "differ from those in torch" in drafter.why_not_native
-    assert distance(drafted(drafter, [5]), drafted(drafters()["amphista-full"], [5])) < 1e-5
-
-
 # -- in service -------------------------------------------------------------------------------------------------------
 
 
