@@ -24,6 +24,7 @@ from amphista.tree.offers import Growth
 from amphista.tree.tune import Costs, chain_scores
 
 FIRST_STREAK, LONGEST_STREAK = 8, 128  # steps, all plain or all drafted, until one of the other kind is taken
+SELDOM = 4  # of a long plain streak, one step in so many is learned from: it says what the last one said
 FIRST_GAINS = (0.45, 0.65, 0.8)  # accepted tokens of a tree of 2, 3, 4 nodes, before anything is known
 
 
@@ -90,15 +91,18 @@ def share(
         offer(b)
     wary = [b for b, claim in enumerate(claims) if claim.is_wary]
     taken: list[tuple[int, float]] = []
-    best, best_rate = 0, 0.0 if nodes.start else 1 / seconds(0)
+    times = list(map(seconds, range(nodes.stop)))
+    best, best_rate = 0, 0.0 if nodes.start else 1 / times[0]
     while frontier and len(taken) + 1 in nodes:
+        if best_rate and not wary and math.log1p(-frontier[0][0]) <= len(claims) * _least_rise(times, len(taken)):
+            break  # nodes come best first: none of the later ones can make up for its rows either
         _, b, probability = heapq.heappop(frontier)
         product /= tokens[b]
         tokens[b] += probability
         product *= tokens[b]
         taken.append((b, probability))
         offer(b)
-        took = seconds(len(taken))
+        took = times[len(taken)]
         rate = product ** (1 / len(claims)) / took
         if rate > best_rate and all(tokens[w] * plain_seconds >= took for w in wary):
             best, best_rate = len(taken), rate
@@ -106,6 +110,12 @@ def share(
     for b, probability in taken[:best]:
         shares[b].append(probability)
     return shares
+
+
+def _least_rise(times: Sequence[float], start: int) -> float:
+    """Of the logarithm of what steps take, a node, from so many nodes to any larger number."""
+    logs = [math.log(times[number] / times[start]) / (number - start) for number in range(start + 1, len(times))]
+    return min(logs, default=math.inf)
 
 
 def best_size(scores: Sequence[float], costs: Costs, *, drafted: bool) -> int:
@@ -158,8 +168,10 @@ class NodeBudget:
     def observe(self, plan: Plan, accepted: Sequence[Sequence[int]], seconds: float) -> None:
         """Learn from a step: the draft tokens each row accepted, and its seconds, asking the heads included."""
         forward, plain = plan.forward, plan.plain
-        self._note(is_plain=forward == plain)
-        self.costs.observe(forward, seconds)
+        is_plain = forward == plain
+        self._note(is_plain=is_plain)
+        if not is_plain or self._streak < FIRST_STREAK or self._streak % SELDOM == 0:
+            self.costs.observe(forward, seconds)
         plain_steps = self.costs.seconds(forward) / self.costs.seconds(plain)
         for row, tokens in zip(plan.rows, accepted, strict=True):
             row.controller.account.book(1 + len(tokens), plain_steps)
