@@ -343,25 +343,27 @@ def test_a_disturbed_curve_does_not_steer_for_ever(disturbance):
 
 
 def worst_shortfalls(disturbance, *, learns=True):
-    """Of nine mixtures of requests; sorted."""
-    worst = []
+    """Of nine mixtures of requests, by their seeds."""
+    worst = {}
     for seed in range(9):
         requests = [request for size in (1, 4) for request in mixed(size, seed)]
         budget = NodeBudget(DISTURBED[disturbance])
         if not learns:
             budget.costs.observe = lambda forward, seconds: None
         serve(requests, 4, seed=seed, noise=0.05, budget=budget)
-        worst.append(max(map(shortfall, requests)))
-    return sorted(worst)
+        worst[seed] = max(map(shortfall, requests))
+    return worst
 
 
 @pytest.mark.parametrize("disturbance", DISTURBED)
 def test_a_disturbed_curve_costs_a_request_little_more(disturbance):
-    assert worst_shortfalls(disturbance)[4] <= 6
+    """One mixture as a bound, and the middle one of nine: that bound alone could be luck."""
+    worst = worst_shortfalls(disturbance)
+    assert worst[7] <= 12 and sorted(worst.values())[4] <= 6
 
 
 def test_without_learning_it_would():
-    assert worst_shortfalls("larger trees seem cheap", learns=False)[4] > 12
+    assert sorted(worst_shortfalls("larger trees seem cheap", learns=False).values())[4] > 12
 
 
 def test_what_a_plain_step_costs_is_never_forgotten():

@@ -135,7 +135,7 @@ class NodeBudget:
     def __init__(self, costs: Costs) -> None:
         self.costs = StepCosts(costs)
         self._lately = DraftController()  # of all sequences
-        self._streak, self._streak_is_plain, self._longest = 0, True, FIRST_STREAK
+        self._streak, self._streak_is_plain, self._longest, self._turn = 0, True, FIRST_STREAK, 0
 
     def whom_to_ask(self, rows: Sequence[DraftRow], plain: Forward) -> list[int]:
         """Indices of the rows whose heads are worth asking, or due for a trial; to be called once a step."""
@@ -149,7 +149,8 @@ class NodeBudget:
         missed = [1 - (nodes[0] if nodes else 0.0) for nodes in shares]
         gains = {b: missed[b] * row.controller.gain for b, row in enumerate(rows) if row.max_depth > 0}
         if self._is_drafted(rows):
-            return sorted(gains, key=lambda b: -gains[b])[:1]
+            self._turn += 1  # one by one: what asking costs need not be shown by all at once
+            return [list(gains)[self._turn % len(gains)]] if gains else []
         asked = self._best_prefix(rows, shares, gains, plain)
         if not any(claim.is_wary for claim in claims):
             asked += [b for b in gains if b not in asked and self._tries(rows[b].controller, missed[b], plain)]
