@@ -227,7 +227,7 @@ def test_a_fault_is_seen(fault, monkeypatch):
         make(patch)
         try:
             worst = max(changed(target, probes), apart(target, probes))
-        except Exception:
+        except AssertionError:  # rows that were counted
             return
     assert worst > 1e-3
 

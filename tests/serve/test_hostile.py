@@ -135,6 +135,9 @@ def test_under_siege(monkeypatch):
     monkeypatch.setattr(guard, "BODY_SECONDS", 1.0)
     with serving(talkative_llm(), api_keys=(), kv_gib=0.004) as served:
         port = int(served.url.rpartition(":")[2])
+        assert served.chat(max_tokens=4)["choices"]
+        settled(served)
+        files = len(os.listdir("/proc/self/fd"))
         stormed = asyncio.run(siege.storm(port, 1.5))
         assert stormed["left"]["in mid-answer"] > 3 and len(stormed["left"]) > 3
         settled(served)
@@ -152,6 +155,10 @@ def test_under_siege(monkeypatch):
         soaked = asyncio.run(siege.soak(port, os.getpid(), 2.0))
         settled(served)
         gc.collect()
+        deadline = time.monotonic() + 20
+        while len(os.listdir("/proc/self/fd")) > files:
+            assert time.monotonic() < deadline, "a file is left open"
+            time.sleep(0.05)
     assert soaked["last"]["megabytes"] - soaked["first"]["megabytes"] < 8, soaked
     assert soaked["last"]["threads"] <= soaked["first"]["threads"]
     assert soaked["last"]["files"] <= soaked["first"]["files"] + 16, "of clients that come and go"

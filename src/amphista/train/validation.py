@@ -249,8 +249,12 @@ class Replays:
         if not self._left:
             return
         trees = NestedTemplates(accuracy.tolist(), self._num_nodes)
+
+        def sizes(row: int, ranks: list[list[int]]) -> list[int]:
+            return trees.sizes(ranks[row])
+
         for next_ids, ranks in self._left:
-            yield AnswerReplay(next_ids, lambda row, ranks=ranks: trees.sizes(ranks[row]))  # type: ignore[misc]
+            yield AnswerReplay(next_ids, partial(sizes, ranks=ranks))
 
 
 def count_hits(ranked: RankedHeads, batch: PaddedBatch, hits: Tensor, counts: Tensor) -> None:
