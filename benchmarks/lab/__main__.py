@@ -71,6 +71,7 @@ def _parser() -> argparse.ArgumentParser:
     ablate.add_argument("--only", type=lambda text: text.split(","), default=[], help="names of runs")
     ablate.add_argument("--target", default=DEFAULT_TARGET)
     ablate.add_argument("--device")
+    ablate.add_argument("--dtype", help="type of the target's weights")
     return parser
 
 
@@ -116,7 +117,7 @@ def _ablate(asked: argparse.Namespace) -> str:
     """Train every variant of a plan on the same data and steps; returns the table, tau side by side."""
     plan = Plan.read(asked.plan)
     with StepProgress() as progress:
-        target = load_target(asked.target, device=asked.device)
+        target = load_target(asked.target, device=asked.device, dtype=asked.dtype)
         ablations = Ablations(target, plan, asked.data, asked.out, progress.line, progress.step)
         rows = rows_of(ablations.run(asked.only))
     add_drafting(rows, ablations.drafters(), target)

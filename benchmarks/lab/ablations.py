@@ -2,9 +2,10 @@
 
     python -m benchmarks.lab ablate recipes/ablations.toml --data answers.jsonl.gz --out runs/ablations
 
-A plan holds `[base]` (a training recipe), `[runs.NAME]` (what differs) and `seeds`; with `[search]` the named runs
-first find their learning rate on a few steps of the first seed, and all others take that of `follow`. Every run sees
-the same rows, batches and steps. OUT/<run>-seed<n>/ is a training folder; result.json in it says that it is finished.
+A plan holds `[base]` (a training recipe), `[runs.NAME]` (what differs) and `seeds`; runs that `[search.rates]` names
+first find their learning rate on a few steps of the first seed, for themselves and for the others of their drafter.
+Every run sees the same rows, batches and steps. OUT/<run>-seed<n>/ is a training folder; result.json in it says that
+it is finished.
 """
 
 from __future__ import annotations
@@ -32,11 +33,9 @@ RESULT = "result.json"
 
 @dataclass(frozen=True, kw_only=True)
 class SearchConfig:
-    """Learning rates tried for `runs`, `max_steps` each; all other runs take the best one of `follow`."""
+    """Learning rates to try by run, `max_steps` each. Other runs take that found for the first run of their drafter."""
 
-    rates: tuple[float, ...] = ()
-    runs: tuple[str, ...] = ()
-    follow: str = ""
+    rates: dict[str, tuple[float, ...]] = field(default_factory=dict)
     max_steps: int = 250
 
 
@@ -52,13 +51,9 @@ class Plan:
     def __post_init__(self) -> None:
         if not self.runs or not self.seeds:
             raise ConfigError("a plan of ablations needs [runs.NAME] sections and seeds")
-        named = [*self.search.runs, *([self.search.follow] if self.search.rates else [])]
-        unknown = [name for name in named if name not in self.runs]
-        if unknown or (self.search.rates and self.search.follow not in self.search.runs):
-            raise ConfigError(
-                f"[search] names {unknown or [self.search.follow]}: expected some of the runs {', '.join(self.runs)}, "
-                "`follow` among search.runs"
-            )
+        unknown = [name for name in self.search.rates if name not in self.runs]
+        if unknown:
+            raise ConfigError(f"[search.rates] names {unknown[0]!r}: expected some of the runs {', '.join(self.runs)}")
         for name in self.runs:
             config = self.config(name, 0, None, ())  # unknown settings are found before anything runs
             if config.drafter not in DRAFTERS:
@@ -137,22 +132,28 @@ class Ablations:
 
     def _search(self, only: Sequence[str]) -> dict[str, float]:
         """The learning rate of each run."""
-        search = self.plan.search
-        if not search.rates:
-            return {}
         found: dict[str, float] = {}
-        for name in search.runs:
-            if only and name not in only and name != search.follow:
+        wanted = {self._searched(name) for name in only or self.plan.runs}
+        for name, rates in self.plan.search.rates.items():
+            if name not in wanted:
                 continue
             taus: dict[float, float] = {}
-            for rate in search.rates:
-                config = self.plan.config(name, self.plan.seeds[0], rate, self._files, max_steps=search.max_steps)
+            for rate in rates:
+                steps = self.plan.search.max_steps
+                config = self.plan.config(name, self.plan.seeds[0], rate, self._files, max_steps=steps)
                 folder = self.out / f"search-{name}-{rate:g}"
                 taus[rate] = _tau(self._finished(folder, name, config), CHOSEN_AT_NODES)
             found[name] = max(taus, key=lambda rate: taus[rate])
             tried = ", ".join(f"{rate:g}: {tau:.3f}" for rate, tau in taus.items())
             self.report(f"{name}: learning rate {found[name]:g} (tau at {CHOSEN_AT_NODES} nodes by rate: {tried})")
-        return {name: found.get(name, found[search.follow]) for name in self.plan.runs}
+        return {name: found[run] for name in self.plan.runs if (run := self._searched(name)) in found}
+
+    def _searched(self, name: str) -> str | None:
+        """The run whose search decides the learning rate of this one."""
+        if name in self.plan.search.rates:
+            return name
+        kinds = {run: self.plan.config(run, 0, None, ()).drafter for run in self.plan.runs}
+        return next((run for run in self.plan.search.rates if kinds[run] == kinds[name]), None)
 
     def _finished(self, folder: Path, name: str, config: TrainConfig) -> dict[str, Any]:
         """The result in a folder, trained now where it is missing; refuses one of other settings or data."""

@@ -23,10 +23,10 @@ validation_share = 0.3
 [base.optimizer]
 max_steps = 3
 [search]
-rates = [1e-3, 1e-2]
-runs = ["full", "medusa"]
-follow = "full"
 max_steps = 2
+[search.rates]
+full = [1e-3, 1e-2]
+medusa = [1e-3, 1e-2]
 [runs.full]
 [runs.medusa]
 drafter = "medusa"
@@ -130,8 +130,7 @@ def test_results_of_other_settings_or_data_are_refused(target, tmp_path, data):
         (PLAN.replace("stages = 1", "stage = 1"), "runs.one-stage.model.stage'.*stages"),
         (PLAN.replace('"medusa"\n[runs.one', '"madusa"\n[runs.one'), "unknown drafter 'madusa'"),
         (PLAN.replace('drafter = "medusa"', 'drafters = "medusa"'), "drafter"),
-        (PLAN.replace('runs = ["full", "medusa"]', 'runs = ["full", "madusa"]'), "madusa"),
-        (PLAN.replace('follow = "full"', 'follow = "one-stage"'), "one-stage"),
+        (PLAN.replace("medusa = [1e-3", "madusa = [1e-3"), "madusa"),
         ("seeds = [0]\n[base]\n[runs]\n", "runs.NAME"),
     ],
 )
