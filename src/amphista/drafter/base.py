@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from amphista.cache.static import sent
+from amphista.cache.static import KVCache, sent
 from amphista.errors import ConfigError
 from amphista.target.spec import Probes
 from amphista.tree.candidates import Candidates
@@ -48,12 +48,16 @@ def check_taps(taps: tuple[int, ...], num_layers: int) -> None:
 
 @dataclass
 class DrafterState:
-    """What a drafter remembers of one sequence; belongs to one generation, never to the drafter."""
+    """What a drafter remembers of one sequence; belongs to one generation, never to the drafter.
+
+    target_cache: the target's own of that sequence, to be read alone, and no more of it than `num_rows` rows.
+    """
 
     num_rows: int = 0
     features: Any = None
     pending: Tensor | None = None
     caches: list[Any] = field(default_factory=list)
+    target_cache: KVCache | None = None
 
     @property
     def num_bytes(self) -> int:

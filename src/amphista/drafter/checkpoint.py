@@ -29,6 +29,7 @@ from amphista.drafter.amphista import Amphista, AmphistaConfig
 from amphista.drafter.base import Calibration, DrafterConfig
 from amphista.drafter.bita import Bita, BitaConfig
 from amphista.drafter.eagle import Eagle, EagleConfig
+from amphista.drafter.early_exit import EarlyExit, EarlyExitConfig
 from amphista.drafter.foreign import what_it_is
 from amphista.drafter.hub import HubAccess, fetch
 from amphista.drafter.hydra import Hydra, HydraConfig
@@ -51,6 +52,7 @@ DRAFTERS: dict[str, tuple[type[DrafterConfig], type[ScoringDrafter]]] = {
     "hydra": (HydraConfig, Hydra),
     "eagle": (EagleConfig, Eagle),
     "tandem": (TandemConfig, Tandem),
+    "early-exit": (EarlyExitConfig, EarlyExit),
 }
 WEIGHTS_ONLY_DIFFER = {"lm_head_sha256"}
 MAX_CONFIG_BYTES = 1 << 24

@@ -38,7 +38,8 @@ def step(
     rotary = rotary_tables(positions[:, None], sizes.head_size, sizes.rope_theta)
     normed = layer.attention_norm(x)[:, None]
     keys, values = (torch.cat(pair, dim=2) for pair in zip(own, attention.keys_values(normed, rotary), strict=True))
-    mixed = _mix(attention.queries(normed, rotary)[:, :, 0], keys, values, before)
+    queries = attention.queries(normed, rotary)[:, :, 0] * sizes.head_size**-0.5
+    mixed = mix(queries, keys, values, before)
     return layer.widened(x + attention.output(mixed)), keys, values
 
 
@@ -55,8 +56,9 @@ class MadeRows:
         return keys, values
 
 
-def _mix(queries: Tensor, keys: Tensor, values: Tensor, before: Contexts) -> Tensor:
-    """Attention of one query [H, E] a path over the rows it sees of its context, and its own [J, i, E]; [n, H * E]."""
+def mix(queries: Tensor, keys: Tensor, values: Tensor, before: Contexts) -> Tensor:
+    """Attention of one query [H, E] a path, scaled, over the rows it sees of its context, and its own [J, i, E];
+    [n, H * E]."""
     mixed, counts = [], torch.bincount(before.owners, minlength=len(before.rows)).tolist()
     parts = (part.split(counts) for part in (queries, keys, values, before.seen))
     for query, own_keys, own_values, seen, context in zip(*parts, before.rows, strict=True):
@@ -68,7 +70,7 @@ def _mix(queries: Tensor, keys: Tensor, values: Tensor, before: Contexts) -> Ten
 def _mix_of_one(query: Tensor, keys: Tensor, values: Tensor, seen: Tensor, context: tuple[Tensor, Tensor]) -> Tensor:
     """The same of paths [m] below one context: their queries lie one below the other over its keys."""
     (context_keys, context_values), (number, num_kv_heads, _, size) = context, keys.shape
-    grouped = query.view(number, num_kv_heads, -1, size) * size**-0.5  # [m, J, G, E]
+    grouped = query.reshape(number, num_kv_heads, -1, size)  # [m, J, G, E]
     below = grouped.transpose(0, 1).flatten(1, 2)  # [J, m * G, E]
     of_context = (below @ context_keys.transpose(1, 2)).unflatten(1, (number, -1)).transpose(0, 1)  # [m, J, G, S]
     is_hidden = torch.arange(context_keys.shape[1], device=seen.device) >= seen[:, None]

@@ -23,6 +23,7 @@ class SequenceCache:
         self._target, self._heads, self.token_ids = target, heads, token_ids
         self.cache = target.new_cache()
         self.draft_state = DrafterState() if heads is None else heads.start()
+        self.draft_state.target_cache = self.cache
         self.unfed: list[tuple[Tensor, list[int], Tensor | None]] = []  # with what probes below the last row gave
 
     @property
@@ -108,4 +109,5 @@ class SequenceCache:
         self._target.copy_rows(self.cache, copy.cache, num_rows)
         if self._heads is not None:
             copy.draft_state = self._heads.copy(self.draft_state, num_rows)
+            copy.draft_state.target_cache = copy.cache
         return copy

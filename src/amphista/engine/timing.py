@@ -130,9 +130,10 @@ def draft_ratio(target: Target, drafter: Drafter) -> Asking:
     hidden = torch.randn(rows, width, generator=torch.Generator().manual_seed(0))
     hidden = hidden.to(target.device, target.dtype)
     ids = torch.arange(rows, device=target.device) % target.spec.vocab_size
-    states = [drafter.start() for _ in range(SEVERAL)]
+    states, start = [drafter.start() for _ in range(SEVERAL)], max(1, rows - FED_ROWS)
     for state in states:
-        drafter.commit(state, hidden, ids)
+        state.target_cache = cache
+        drafter.commit(state, hidden[:start], ids[:start])
     probed = None if drafter.probes is None else hidden[: drafter.probes.num_rows, : target.spec.hidden_size]
     fed = hidden[-FED_ROWS:], ids[-FED_ROWS:].tolist(), probed
 
@@ -142,7 +143,7 @@ def draft_ratio(target: Target, drafter: Drafter) -> Asking:
             for drafted in drafter.draft_all(asks, MAX_RANKS, _look):
                 best_first(0, drafted, GROWN_NODES, drafter.num_heads)
 
-        return Cell(draft, lambda: [drafter.trim(state, rows) for state in states])
+        return Cell(draft, lambda: [drafter.trim(state, start) for state in states])
 
     num_rounds = drafter.num_heads // drafter.heads_a_round
     cells = [cell(1), cell(SEVERAL), _forward(target, 1, cache, rows)]

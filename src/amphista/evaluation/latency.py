@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from amphista import provenance
+from amphista.cache.static import KVCache
 from amphista.drafter.base import Ask, Drafter
 from amphista.drafter.captured_drafter import captured
 from amphista.drafter.scoring import ScoringDrafter
@@ -149,7 +150,7 @@ def _cells(target: Target, config: LatencyConfig, drafters: Mapping[str, Scoring
     for name, drafter in drafters.items():
         around = [captured(drafter, is_static=target.is_static) for _ in range(2)]
         hidden = target.prefill(ids, target.new_cache(), drafter.taps).hidden
-        cells += _drafter_cells(name, around, hidden, ids, config.nodes)
+        cells += _drafter_cells(name, around, (ids, cache, hidden), config.nodes)
     return cells
 
 
@@ -167,14 +168,16 @@ def typical_tree(vocab_size: int, num_nodes: int) -> TokenTree:
 
 
 def _drafter_cells(
-    name: str, drafters: Sequence[Drafter], hidden: torch.Tensor, ids: list[int], sizes: Sequence[int]
+    name: str, drafters: Sequence[Drafter], read: tuple[list[int], KVCache, torch.Tensor], sizes: Sequence[int]
 ) -> list[Keyed]:
-    """drafters: the same one twice, so that what is asked and what is fed keep their places where those are fixed."""
-    drafter, feeder = drafters
+    """drafters: the same one twice, so that what is asked and what is fed keep their places where those are fixed.
+    read: a text, the target's cache of it, and its hidden states."""
+    (ids, cache, hidden), (drafter, feeder) = read, drafters
     context = len(ids)
     next_ids = torch.tensor([*ids[1:], 0], device=hidden.device)
     key = {"drafter": name, "context": context}
     ready, fed = drafter.start(), feeder.start()  # feeding is undone by a trim, after which no draft may follow
+    ready.target_cache = cache
     probed = None if drafter.probes is None else hidden[-1:].expand(drafter.probes.num_rows, -1)
     drafter.commit_all([Ask(ready, 0, 0.0, hidden, next_ids.tolist(), probed)])
     feeder.commit(fed, hidden, next_ids)

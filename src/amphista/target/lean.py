@@ -29,6 +29,7 @@ from amphista.target.kept import Taps
 from amphista.target.pages import give_back
 from amphista.target.probe_rows import embedded, layers_of
 from amphista.target.spans import Span
+from amphista.target.spec import Mix
 
 # From so many scores a sequence on, torch's own attention is faster than two products and a softmax.
 FUSED_ATTENTION_SCORES = {
@@ -213,6 +214,22 @@ class LeanModel:
         return torch.cat([hidden, *tapped], dim=-1) if taps else hidden
 
     @torch.inference_mode()
+    def read_early(self, token_ids: Tensor, positions: Sequence[int], num_layers: int, mix: Mix) -> list[Tensor]:
+        """As `EarlyLayers` says; scaled queries, and keys as the model's caches hold them."""
+        self.rotary.reserve(max(positions) + 1)
+        turn, residuals = self._rotation(sent(positions, self.device)), [self.embed(token_ids)]
+        for number, layer in enumerate(self.layers[:num_layers]):
+            states = residuals[-1]
+            residuals.append(self._behind(layer, states, mix(number, *self._projected(layer, states, turn))))
+        return residuals
+
+    def first_seen(self, layer: int, position: int) -> int:
+        """As `EarlyLayers` says; what a row sees ends with itself, whatever the rule."""
+        rule, zero = self.rules[self.layers[layer].rule], torch.zeros((), dtype=torch.int64)
+        seen = rule(zero, zero, zero + position, torch.arange(position + 1)).expand(position + 1)
+        return position + 1 - int(seen.sum())
+
+    @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
         """Hidden states [..., D] -> logits [..., V]."""
         return self.head(hidden.reshape(-1, hidden.shape[-1])).view(*hidden.shape[:-1], -1)
@@ -225,6 +242,11 @@ class LeanModel:
         attention: Sequence[_Attention],
         caches: Sequence[LayerKV],
     ) -> Tensor:
+        mixed = _mixed(attention, self._projected(layer, states, turn), caches)
+        return self._behind(layer, states, mixed)
+
+    def _projected(self, layer: LeanLayer, states: Tensor, turn: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries [N, H, E], keys and values [N, J, E]."""
         heads, key_heads, size = self.num_heads, self.num_key_value_heads, self.head_size
         num_rows, parts = states.shape[0], (heads, key_heads, key_heads)
         projected = layer.qkv(layer.attention_norm(states)).view(num_rows, -1, size)
@@ -236,7 +258,10 @@ class LeanModel:
         pairs.narrow(1, 0, heads + key_heads).mul_(turn)  # in place: nobody else reads the projections
         projected = exact if exact.dtype is states.dtype else exact.to(states.dtype)
         queries, keys, values = projected.split_with_sizes(parts, 1)
-        mixed = _mixed(attention, (queries, keys, values), caches)
+        return queries, keys, values
+
+    def _behind(self, layer: LeanLayer, states: Tensor, mixed: Tensor) -> Tensor:
+        """States behind a layer, of those before it and what its attention gave [N, H * E]."""
         states = layer.output.added(mixed, states)
         gate, up = layer.gate_up(layer.mlp_norm(states)).chunk(2, dim=-1)
         return layer.down.added(functional.silu(gate) * up, states)

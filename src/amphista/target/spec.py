@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,7 @@ from amphista.native.weights import Weight
 from amphista.target.blocks import BlockedLinear, native_of, rows_of
 
 NUM_FINGERPRINT_ROWS = 64
+Mix = Callable[[int, Tensor, Tensor, Tensor], Tensor]  # a layer's attention: `EarlyLayers`
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,11 +169,32 @@ class LogitTransform:
         return logits if self.softcap is None else torch.tanh(logits / self.softcap) * self.softcap
 
 
+class EarlyLayers(Protocol):
+    """The target's first layers, for rows that stand in no cache of its: what these see is up to who runs them."""
+
+    def read_early(self, token_ids: Tensor, positions: Sequence[int], num_layers: int, mix: Mix) -> list[Tensor]:
+        """Residuals [n, D] before the first and behind each of so many layers, of tokens [n].
+
+        mix: a layer's attention, given its number, from 0, and the rows' queries [n, H, E], to be multiplied with keys
+        as they are, keys and values [n, J, E], as the target's cache holds them -> [n, H * E].
+        """
+
+    def first_seen(self, layer: int, position: int) -> int:
+        """The first position that a row at `position` sees in a layer."""
+
+
 class SharedWeights:
-    """The target's frozen embedding and LM head, lent to drafters."""
+    """The target's frozen embedding and LM head, lent to drafters; the same wherever a drafter is copied to.
+
+    early_layers: lent, too, where the target is on its fast path.
+    """
 
     def __init__(self, embedding: nn.Module, lm_head: nn.Linear, transform: LogitTransform) -> None:
         self._embedding, self._lm_head, self._transform = embedding, lm_head, transform
+        self.early_layers: EarlyLayers | None = None
+
+    def __deepcopy__(self, memo: object) -> SharedWeights:
+        return self
 
     @torch.no_grad()
     def embed(self, token_ids: Tensor) -> Tensor:
