@@ -38,6 +38,14 @@ def decode(engine: Engine, prompt: list[int], params: SamplingParams, after: Seq
     return sequence
 
 
+def started(target, drafter, token_ids):
+    """A drafter's state of a sequence of which the target has read these tokens, and the drafter nothing."""
+    state = drafter.start()
+    state.target_cache = target.new_cache()
+    target.prefill(token_ids, state.target_cache)
+    return state
+
+
 @torch.inference_mode()
 def heads_along(drafter, state, tokens):
     """What each head says behind the last row of a state, decoding: states [K, D], where `tokens` [K - 1] follow the

@@ -26,6 +26,7 @@ from transformers import (
 from amphista.drafter.amphista import Amphista, AmphistaConfig
 from amphista.drafter.base import Drafter
 from amphista.drafter.eagle import Eagle, EagleConfig
+from amphista.drafter.early_exit import EarlyExit, EarlyExitConfig
 from amphista.drafter.hydra import Hydra, HydraConfig
 from amphista.drafter.medusa import Medusa, MedusaConfig
 from amphista.drafter.proposer import Proposer
@@ -326,10 +327,11 @@ EAGLE_SWITCHES = {
 
 
 TANDEM_SWITCHES = {"taps": {"taps": (1,), "num_heads": 3}, "alone": {"reads_target": False, "draft_vocab": 100}}
+EARLY_EXIT_SWITCHES = {"full": {"exit_layer": 2, "rank": 8, "num_heads": 3}, "bare": {"rank": 0, "draft_vocab": 100}}
 
 
 def real_drafters(target: Target) -> dict[str, Drafter | Proposer]:
-    """Every real drafter with every switch, on random weights, alone; some beside lookup."""
+    """Every real drafter with every switch that the target can have, on random weights, alone; some beside lookup."""
     heads: dict[str, Drafter] = {}
     for name, switches in AMPHISTA_SWITCHES.items():
         heads[f"amphista-{name}"] = shaken(Amphista(AmphistaConfig(**switches), target.spec, target.shared))
@@ -341,6 +343,8 @@ def real_drafters(target: Target) -> dict[str, Drafter | Proposer]:
         heads[f"eagle-{name}"] = shaken(Eagle(EagleConfig(**switches), target.spec, target.shared))
     for name, switches in TANDEM_SWITCHES.items():
         heads[f"tandem-{name}"] = shaken(Tandem(TandemConfig(**switches), target.spec, target.shared))
+    for name, switches in EARLY_EXIT_SWITCHES.items() if target.shared.early_layers is not None else ():
+        heads[f"early-exit-{name}"] = shaken(EarlyExit(EarlyExitConfig(**switches), target.spec, target.shared))
     heads = {name: one.to(target.dtype) for name, one in heads.items()}
     beside = {f"{name}+lookup": Proposer(heads.get(name), use_lookup=True) for name in BESIDE_LOOKUP}
     return {"none": Proposer(), **heads, **beside}
@@ -351,6 +355,7 @@ SEQUENTIAL = [
     *(f"hydra-{name}" for name in HYDRA_SWITCHES),
     *(f"eagle-{name}" for name in EAGLE_SWITCHES),
     *(f"tandem-{name}" for name in TANDEM_SWITCHES),
+    *(f"early-exit-{name}" for name in EARLY_EXIT_SWITCHES),
 ]
 
 

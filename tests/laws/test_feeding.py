@@ -25,6 +25,7 @@ NAMES = [
     "medusa-shared",
     "medusa-own",
     "eagle-full",
+    "early-exit-full",
 ]
 
 
@@ -32,6 +33,7 @@ NAMES = [
 def precise():
     """A target in float64, so that equality can be asked for to 1e-9."""
     target = tiny_target(dtype=torch.float64)
+    assert target.speed_up()
     return target, real_drafters(target)
 
 
@@ -51,8 +53,8 @@ def difference(target, drafter, sequence):
     ids, state = sequence.token_ids, sequence.rows.draft_state
     rows = state.num_rows
     assert rows == len(ids) - 1 == sequence.rows.cache.num_committed
-    ahead = [7] * (drafter.num_heads - 1)  # what heads read that read drafted tokens
-    hidden = target.hidden_states(torch.tensor([ids + ahead]), drafter.taps)[:, : len(ids + ahead) - 1].clone()
+    ahead = [7] * drafter.num_heads  # what heads read that read drafted tokens
+    hidden = target.hidden_states(torch.tensor([ids + ahead]), drafter.taps)[:, :-1].clone()
     states = heads_along(drafter, state, ahead)
     with torch.inference_mode():
         expected = drafter.head_states(hidden, torch.tensor([ids[1:] + ahead]), torch.tensor([rows - 1]))[0]
@@ -98,7 +100,9 @@ def test_state_in_service_equals_training_form(precise, name, temperature):
 
 
 @pytest.mark.parametrize("every", [1, 6, 999])  # 999: only after the next request has rewound
-@pytest.mark.parametrize("name", ["amphista-full", "amphista-draft-vocabulary", "medusa-own", "eagle-full"])
+@pytest.mark.parametrize(
+    "name", ["amphista-full", "amphista-draft-vocabulary", "medusa-own", "eagle-full", "early-exit-bare"]
+)
 def test_rows_fed_late_make_the_same_state(precise, name, every):
     target, drafters = precise
     waited = []

@@ -17,6 +17,7 @@ import torch
 from amphista.config import build
 from amphista.drafter.amphista import Amphista, AmphistaConfig
 from amphista.drafter.eagle import Eagle, EagleConfig
+from amphista.drafter.early_exit import EarlyExit, EarlyExitConfig
 from amphista.drafter.frozen_head import FrozenHead
 from amphista.drafter.hydra import Hydra, HydraConfig
 from amphista.drafter.medusa import Medusa, MedusaConfig
@@ -193,12 +194,17 @@ DRAFTERS = {
         target.shared,
     ),
     "eagle": lambda target: Eagle(EagleConfig(num_heads=NUM_HEADS, draft_vocab=120), target.spec, target.shared),
+    "early-exit": lambda target: EarlyExit(
+        EarlyExitConfig(num_heads=NUM_HEADS, draft_vocab=120, exit_layer=2), target.spec, target.shared
+    ),
 }
 
 
 @pytest.fixture(scope="module")
 def precise():
-    return tiny_target(dtype=torch.float64)
+    target = tiny_target(dtype=torch.float64)
+    assert target.speed_up()
+    return target
 
 
 def case(target, kind):
@@ -206,7 +212,7 @@ def case(target, kind):
     drafter = shaken(DRAFTERS[kind](target).double(), scale=0.2)
     if drafter.draft_ids is not None:
         drafter.set_draft_ids(frequent_tokens(ROWS, 120, [EOS]))
-    hidden = [target.hidden_states(torch.tensor([row.token_ids]))[0].clone() for row in ROWS]
+    hidden = [target.hidden_states(torch.tensor([row.token_ids]), drafter.taps)[0].clone() for row in ROWS]
     batch = collate(ROWS, hidden)
     rows = batch.answer_rows
     with torch.no_grad():
@@ -338,7 +344,7 @@ def test_every_parameters_gradient_is_that_of_the_plain_graph(precise, kind, nam
         torch.testing.assert_close(parameter.grad, 3 * gradient, atol=1e-10, rtol=1e-8, msg=where)
 
 
-@pytest.mark.parametrize("kind", ["draft-vocabulary", "eagle"])
+@pytest.mark.parametrize("kind", ["draft-vocabulary", "eagle", "early-exit"])
 def test_states_are_drawn_to_the_targets_own(precise, kind):
     """Smooth L1 by hand: head k's state of row q and the target's of row q + k + 1, of the rows that count."""
     drafter, batch, rows = case(precise, kind)
@@ -402,7 +408,7 @@ def test_heads_asked_one_by_one_are_heads_asked_at_once(precise, monkeypatch, sw
     check_one_by_one(precise, "switched", until_fail)
 
 
-@pytest.mark.parametrize("kind", ["hydra", "eagle"])
+@pytest.mark.parametrize("kind", ["hydra", "eagle", "early-exit"])
 @pytest.mark.parametrize("until_fail", [False, True])
 def test_heads_that_go_on_from_each_other_are_asked_for_fewer_and_fewer_rows(precise, kind, until_fail):
     check_one_by_one(precise, kind, until_fail)

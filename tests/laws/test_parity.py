@@ -11,11 +11,12 @@ import torch
 
 from amphista.drafter.base import Ask
 from amphista.errors import DrafterError
-from tests.decoding import heads_along
+from tests.decoding import heads_along, started
 from tests.tiny import REAL_DRAFTERS, real_drafters
 
 IDS = [5, 17, 230, 44, 9, 61, 62, 63, 99, 100, 7, 250]
 HEADS = [name for name in REAL_DRAFTERS if name != "none" and not name.endswith("+lookup")]
+BEHIND = [1, 40, 41, 42, 43, 44, 45]
 PIECES = [[12], [1] * 12, [5, 1, 3, 2, 1]]
 
 
@@ -25,16 +26,18 @@ def drafters(target):
 
 
 def training_logits(target, drafter):
-    hidden = target.hidden_states(torch.tensor([IDS + [1]]), drafter.taps)[:, :-1].clone()
-    next_ids = torch.tensor([IDS[1:] + [1]])
+    """Hidden states and next tokens of some rows, what heads say of them, and those of a text that goes on behind."""
+    ids = IDS + BEHIND
+    hidden = target.hidden_states(torch.tensor([ids]), drafter.taps)[:, :-1].clone()
+    next_ids = torch.tensor([ids[1:]])
     with torch.no_grad():
         states = drafter.head_states(hidden, next_ids, torch.arange(len(IDS)))
-        return hidden[0], next_ids[0], drafter.head_logits(states)
+        return hidden[0, : len(IDS)], next_ids[0, : len(IDS)], drafter.head_logits(states)
 
 
 def decoded(drafter, state, next_ids, row):
-    """Logits [K, N] behind `row` rows, along the text; behind its end the last token again, as in training."""
-    ahead = [next_ids[min(row + i, len(next_ids) - 1)] for i in range(drafter.num_heads - 1)]
+    """Logits [K, N] behind `row` rows, along the text."""
+    ahead = [*next_ids, *torch.tensor(BEHIND[1:])][row:]
     states = heads_along(drafter, state, ahead)
     with torch.inference_mode():
         return drafter.head_logits(states)
@@ -49,7 +52,7 @@ def test_training_logits_equal_decoding_logits(target, drafters, name, pieces, f
     if frozen:  # as it decodes: packed once it is trained
         drafter = copy.deepcopy(drafter).freeze()
         assert drafter.num_weights == drafters[name].num_weights
-    state, row = drafter.start(), 0
+    state, row = started(target, drafter, IDS), 0
     for size in pieces:
         drafter.commit(state, hidden[row : row + size], next_ids[row : row + size])
         row += size
@@ -63,7 +66,7 @@ def test_drafters_of_half_precision_decode(target, drafters, name, dtype):
     """A target in half precision makes its drafter so, too: committed in pieces, close to what float32 says."""
     hidden, next_ids, expected = training_logits(target, drafters[name])
     drafter = copy.deepcopy(drafters[name]).to(dtype).freeze()
-    state = drafter.start()
+    state = started(target, drafter, IDS)
     for rows in (slice(0, 5), slice(5, 6), slice(6, 12)):
         drafter.commit(state, hidden[rows].to(dtype), next_ids[rows])
     logits = decoded(drafter, state, next_ids, len(IDS))
@@ -84,7 +87,7 @@ def test_trimmed_rows_leave_no_trace(target, drafters, name):
     """Commit wrong rows, trim, commit the right ones: as if the wrong ones had never been there."""
     drafter = drafters[name]
     hidden, next_ids, expected = training_logits(target, drafter)
-    state = drafter.start()
+    state = started(target, drafter, IDS)
     drafter.commit(state, hidden[:4], next_ids[:4])
     drafter.commit(state, hidden[:5] * -1, next_ids[:5])
     drafter.trim(state, 4)
@@ -96,22 +99,28 @@ def test_trimmed_rows_leave_no_trace(target, drafters, name):
 def test_staged_adaptation_is_causal_and_sees_the_context(target, drafters, name):
     """A later token changes no earlier row; an earlier one changes later rows."""
     drafter = drafters[name]
-    hidden, next_ids, expected = training_logits(target, drafter)
+    hidden, next_ids, _ = training_logits(target, drafter)
     with torch.no_grad():
         changed = hidden.clone()
         changed[6] += 1.0
-        changed_logits = drafter.head_logits(drafter.head_states(changed[None], next_ids[None], torch.arange(len(IDS))))
+        expected, changed_logits = (
+            drafter.head_logits(drafter.head_states(rows[None], next_ids[None], torch.arange(len(IDS))))
+            for rows in (hidden, changed)
+        )
     difference = (changed_logits - expected).abs().amax(dim=(1, 2))
     assert difference[:6].max() == 0 and difference[6:].min() > 1e-4
 
 
 def test_medusa_sees_nothing_but_its_own_row(target, drafters):
     drafter = drafters["medusa-shared"]
-    hidden, next_ids, expected = training_logits(target, drafter)
+    hidden, next_ids, _ = training_logits(target, drafter)
     with torch.no_grad():
         changed = hidden.clone()
         changed[6] += 1.0
-        changed_logits = drafter.head_logits(drafter.head_states(changed[None], next_ids[None], torch.arange(len(IDS))))
+        expected, changed_logits = (
+            drafter.head_logits(drafter.head_states(rows[None], next_ids[None], torch.arange(len(IDS))))
+            for rows in (hidden, changed)
+        )
     difference = (changed_logits - expected).abs().amax(dim=(1, 2))
     assert difference[[*range(6), *range(7, 12)]].max() == 0 and difference[6] > 1e-4
 
@@ -160,7 +169,7 @@ def test_several_sequences_draft_as_each_alone(target, drafters, name, frozen):
     hidden, next_ids, _ = training_logits(target, drafters[name])
     asks = []
     for number, given in enumerate([(drafter.num_heads, 0.0), (1, 0.7), (2, 1.3)]):
-        state, end = drafter.start(), 4 + 3 * number
+        state, end = started(target, drafter, IDS), 4 + 3 * number
         drafter.commit(state, hidden[: end - number], next_ids[: end - number])
         waiting = (hidden[end - number : end], next_ids[end - number : end].tolist()) if number else ()
         asks.append(Ask(state, *given, *waiting))
@@ -179,7 +188,7 @@ def test_several_sequences_draft_as_each_alone(target, drafters, name, frozen):
 @pytest.mark.parametrize("name", HEADS)
 def test_copied_rows_go_on_as_the_ones_they_were_copied_from(target, drafters, name):
     hidden, next_ids, _ = training_logits(target, drafters[name])
-    drafter, state = drafters[name], drafters[name].start()
+    drafter, state = drafters[name], started(target, drafters[name], IDS)
     drafter.commit(state, hidden[:9], next_ids[:9])
     copied = drafter.copy(state, 6)
     drafter.commit(state, hidden[9:], next_ids[9:])

@@ -18,12 +18,14 @@ import torch.nn.functional as F
 from amphista.drafter import hydra, path_rows, rounds
 from amphista.drafter.base import Ask
 from amphista.drafter.eagle import Eagle
+from amphista.drafter.early_exit import EarlyExit
 from amphista.drafter.hydra import Hydra
 from amphista.drafter.layers import rotary_tables
 from amphista.drafter.proposer import Proposer
 from amphista.engine.params import SamplingParams
 from amphista.engine.step import Engine
 from amphista.errors import NativeError
+from amphista.target.lean import LeanModel
 from amphista.tree.budget import DraftRow
 from amphista.tree.controller import DraftController
 from amphista.tree.dynamic import best_first
@@ -31,7 +33,7 @@ from amphista.tree.grow import AutoGrower, ChainGrower, DynamicGrower, StaticGro
 from amphista.tree.learned import Forward
 from amphista.tree.template import TreeTemplate
 from amphista.tree.tune import Costs
-from tests.decoding import begin, decode, heads_along, step
+from tests.decoding import begin, decode, heads_along, started, step
 from tests.tiny import SEQUENTIAL, Steady, real_drafters
 
 IDS = [5, 17, 230, 44, 9, 61, 62, 63, 99, 100, 7, 250]
@@ -49,7 +51,7 @@ def context(target, length=12, taps=()):
 
 
 def fed(target, drafter, length=12, pieces=(4, 1)):
-    state, (hidden, next_ids) = drafter.start(), context(target, length, drafter.taps)
+    state, (hidden, next_ids) = started(target, drafter, IDS), context(target, length, drafter.taps)
     for rows in (slice(0, pieces[0]), slice(pieces[0], sum(pieces)), slice(sum(pieces), length)):
         drafter.commit(state, hidden[rows], next_ids[rows])
     return state
@@ -120,9 +122,30 @@ def tandem_plainly(target, drafter, tokens):
     return drafter.output_norm(x)
 
 
+def early_exit_plainly(target, drafter, tokens):
+    """The stream beside the stock model's own residuals, over the whole text and path; read at the path's rows."""
+    given, size = [*IDS, 1, *tokens], (32,)
+    model, kept = target.model.get_decoder(), []
+    hooks = [layer.register_forward_hook(lambda *given: kept.append(given[-1][0])) for layer in model.layers]
+    model(input_ids=torch.tensor([given]), use_cache=False)
+    for hook in hooks:
+        hook.remove()
+    before, stream = target.shared.embed(torch.tensor(given)), target.shared.embed(torch.tensor(given))
+    for number, after in enumerate(kept[: drafter.exit_layer]):
+        added = 0.0
+        if drafter.config.rank:
+            adapter, inputs = drafter.adapters[number], (F.rms_norm(x, size, eps=1e-6) for x in (stream, after))
+            added = F.linear(F.silu(F.linear(torch.cat([*inputs], -1), adapter.down.weight)), adapter.up.weight)
+        stream, before = stream + (after - before) + added, after
+    return drafter.output_norm(stream)[len(IDS) :][: drafter.num_heads]
+
+
+PLAINLY = {"eagle": eagle_plainly, "hydra": hydra_plainly, "tandem": tandem_plainly, "early-exit": early_exit_plainly}
+
+
 def check_equations(target, drafters, name):
     drafter = drafters[name]
-    plainly = {"eagle": eagle_plainly, "hydra": hydra_plainly, "tandem": tandem_plainly}[drafter.name]
+    plainly = PLAINLY[drafter.name]
     with torch.inference_mode():
         expected = plainly(target, drafter, PATH[: drafter.num_heads - 1])
     found = heads_along(drafter, fed(target, drafter), PATH)
@@ -184,7 +207,10 @@ def test_a_node_in_a_wide_tree_is_as_alone_on_its_path(target, drafters, name):
 
 
 def snapshot(state):
+    """The target's cache is among those of a drafter that reads it: all its layers, and what was never written."""
     caches = [(cache.num_rows, cache.storage[..., : cache.num_rows, :].clone()) for cache in state.caches]
+    for layer in state.target_cache.layers:
+        caches += [(layer.num_rows, rows.nan_to_num().clone()) for rows in (layer.keys, layer.values)]
     return state.num_rows, copy.deepcopy(state.features), caches
 
 
@@ -241,6 +267,28 @@ def _a_drafted_row_is_kept(monkeypatch):
     monkeypatch.setattr(Eagle, "next", keep)
 
 
+def _positions_of_the_target_off_by_one(monkeypatch):
+    read = LeanModel.read_early
+    monkeypatch.setattr(
+        LeanModel, "read_early", lambda lean, ids, at, *given: read(lean, ids, [place + 1 for place in at], *given)
+    )
+
+
+def _residuals_a_layer_off(monkeypatch):
+    read = LeanModel.read_early
+    monkeypatch.setattr(LeanModel, "read_early", lambda *given: (lambda found: [found[0], *found[:-1]])(read(*given)))
+
+
+def _a_row_of_the_targets_cache_is_written(monkeypatch):
+    before = EarlyExit._before
+
+    def written(drafter, layer, paths, firsts):
+        paths.sequences[0].target_cache.layers[layer].append(*(rows[:1, layer] for rows in (paths.keys, paths.values)))
+        return before(drafter, layer, paths, firsts)
+
+    monkeypatch.setattr(EarlyExit, "_before", written)
+
+
 def _reads_the_token_before(monkeypatch):
     monkeypatch.setattr(Hydra, "next", lambda drafter, paths, tokens: hydra.Hydra._paths(
         drafter, paths.base, torch.cat([paths.read, paths.read[:, -drafter.spec.embedding_size :]], -1)))  # fmt: skip
@@ -257,6 +305,13 @@ MUTATIONS = [
     (_a_sibling_is_seen, check_wide_trees, "eagle-full"),
     (_position_off_by_one, check_equations, "tandem-taps"),
     (_a_sibling_is_seen, check_wide_trees, "tandem-taps"),
+    (_positions_of_the_target_off_by_one, check_equations, "early-exit-full"),
+    (_residuals_a_layer_off, check_equations, "early-exit-full"),
+    (_residuals_a_layer_off, check_equations, "early-exit-bare"),
+    (_a_row_of_the_context_too_few, check_equations, "early-exit-full"),
+    (_a_sibling_is_seen, check_wide_trees, "early-exit-full"),
+    (_another_path_is_gone_on_from, check_wide_trees, "early-exit-full"),
+    (_a_row_of_the_targets_cache_is_written, check_leaves_nothing, "early-exit-full"),
     (_a_drafted_row_is_kept, check_leaves_nothing, "eagle-full"),
     (_reads_the_token_before, check_equations, "hydra-staged"),
     (_another_path_is_gone_on_from, check_wide_trees, "hydra-hidden"),
@@ -349,7 +404,7 @@ def test_what_rounds_cost_is_weighed_and_learned(target, drafters):
 
 
 @pytest.mark.parametrize("tree", ["chain", "9", "auto"])
-@pytest.mark.parametrize("name", ["hydra-staged", "eagle-full"])
+@pytest.mark.parametrize("name", ["hydra-staged", "eagle-full", "early-exit-bare"])
 def test_expected_equals_realised_where_the_target_is_the_drafter(target, drafters, name, tree):
     """Sampled from the drafter's own words along the path, tokens are accepted as often as promised."""
     drafter = drafters[name]
@@ -377,7 +432,7 @@ def test_expected_equals_realised_where_the_target_is_the_drafter(target, drafte
     assert expected > 0
 
 
-@pytest.mark.parametrize("name", ["hydra-staged", "eagle-full"])
+@pytest.mark.parametrize("name", ["hydra-staged", "eagle-full", "early-exit-full"])
 def test_a_draft_that_is_broken_off_is_as_if_it_had_never_begun(target, drafters, name, monkeypatch):
     """In the second round, when rows were fed already."""
     drafter = drafters[name]

@@ -302,8 +302,9 @@ def test_a_run_killed_after_its_last_step_takes_no_other(target, data_file, tmp_
         ("amphista", {}, 3e-3, 0.8),
         ("amphista", {"taps": [1, 2]}, 3e-3, 0.8),
         ("bita", {"prefix_len": 4}, 2e-2, 0.97),
+        ("early-exit", {"exit_layer": 1}, 1e-2, 0.9),
     ],
-    ids=["amphista", "taps", "bita"],
+    ids=["amphista", "taps", "bita", "early-exit"],
 )
 def test_training_lowers_the_loss_and_ships_a_working_drafter(target, data_file, tmp_path, kind, model, rate, share):
     config = config_for(
@@ -317,7 +318,7 @@ def test_training_lowers_the_loss_and_ships_a_working_drafter(target, data_file,
     assert sum(losses[-5:]) < share * sum(losses[:5])
     for where in (folder, tmp_path / "run" / "best"):
         drafter = load_drafter(str(where), target.spec, target.shared, target.fingerprint)
-        assert drafter.taps == tuple(model.get("taps", ()))
+        assert drafter.taps == ((1,) if kind == "early-exit" else tuple(model.get("taps", ())))
         prompt = [31, 32, 33, 34]
         params = SamplingParams(max_new_tokens=12)
         expected = decode(Engine(target, _none(), parse_tree(1)), prompt, params).output_ids

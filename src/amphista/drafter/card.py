@@ -48,6 +48,13 @@ OPEN_NOTE = {
         "one layer a source, sizes, norms, the random start (the published one is pretrained), objectives. The small "
         "model never decodes by itself: its tokens would not be the target's."
     ),
+    "early-exit": (
+        "Early-exit self-drafting after M2R2 (arXiv 2502.02040), asked in rounds: drafted tokens go through the first "
+        "layers of the target itself, on its own keys and values, and a second stream of residuals runs ahead of them "
+        "to an exit. Known, from the abstract: that. Chosen here: adapters of low rank, norms, one exit for all depths "
+        "and its start at plain early exit, objectives; no router, and the verification does not go on from what was "
+        "drafted with. Each round pays for the first layers anew, which is slow beside a drafter of one layer."
+    ),
 }
 TAPS_NOTE = " It also reads the target's states after layers {taps} (cf. EAGLE-3, arXiv 2503.01840)."
 PATH_NOTE = (
@@ -61,6 +68,7 @@ ARXIV = {
     "hydra": "2402.05109",
     "eagle": "2401.15077",
     "tandem": "2402.08644",
+    "early-exit": "2502.02040",
 }
 
 LITTLE_TOKENS = 5_000_000
@@ -120,7 +128,8 @@ def write_card(
 
 
 def _taps_note(drafter: ScoringDrafter) -> str:
-    return TAPS_NOTE.format(taps=", ".join(map(str, drafter.taps))) if drafter.taps else ""
+    taps = getattr(drafter.config, "taps", ())
+    return TAPS_NOTE.format(taps=", ".join(map(str, taps))) if taps else ""
 
 
 def front_matter(kind: str, base_model: str, training: dict[str, Any], config: CardConfig) -> str:

@@ -4,14 +4,14 @@
     p_l         = p_{l-1} + (a_l - a_{l-1}) + U_l SiLU(V_l [n(p_{l-1}) ; n(a_l)]),    p_0 = a_0
     z           = LM(n_o(p_X))
 
-The exit of x_{t+k} scores x_{t+1+k}: head 1 is the exit of the pending token, head k that of the token drafted above it,
+The exit of x_{t+k} scores x_{t+1+k}: head 1 is the exit of the pending token, head k that of the token drafted above,
 by the same weights. Drafted tokens go through the X layers in rounds. They see the target's own keys and values of the
 text and, beside them, those made for their path, which end with the draft: the target's cache is read, never written.
 Only a target on its fast path lends its layers.
 
 Known, from the abstract: a second stream of residuals, ahead of the target's, that shares its keys and values, and
 self-speculation by it. Ours: the adapters' form, norms, one exit for all depths, objectives, the start at U = 0, which
-is plain early exit (`rank = 0` stays there). Not here: routers, and a verification that goes on from the residuals which
+is plain early exit (`rank = 0` stays there). Not here: routers, and a verification that goes on from the residuals that
 were drafted with; it would save X/L of one forward a step.
 
 Shapes: B sequences, T rows, P selected rows, n paths, i drafted rows of a path, X of the target's L layers, K heads, H
@@ -102,7 +102,7 @@ class EarlyExit(SequentialHeads[DraftedPaths | TextPaths]):
                 "an early-exit drafter runs layers of the target, which are lent on its fast path alone: load a model "
                 "of the Llama family (Llama, Mistral, Qwen2, Qwen3) with fast=True, or take another drafter"
             )
-        self._early, self.exit_layer = shared.early_layers, config.exit_layer or max(1, spec.num_layers // 3)
+        self.exit_layer = config.exit_layer or max(1, spec.num_layers // 3)
         self.taps = tuple(range(1, self.exit_layer + 1))  # the residuals of a text, for training
         number = self.exit_layer if config.rank else 0
         self.adapters = nn.ModuleList(Adapter(spec.hidden_size, config.rank, spec.norm_eps) for _ in range(number))
@@ -156,20 +156,22 @@ class EarlyExit(SequentialHeads[DraftedPaths | TextPaths]):
 
     def _drafted(self, paths: DraftedPaths, tokens: Tensor) -> DraftedPaths:
         """The first layers for one token more on each path."""
+        early = self._shared.early_layers
+        assert early is not None
         ends = [state.num_rows + paths.keys.shape[3] for state in paths.sequences]
         made: list[list[Tensor]] = []
 
         def mix(layer: int, queries: Tensor, *new: Tensor) -> Tensor:
             olds = paths.keys[:, layer], paths.values[:, layer]
             made.append([torch.cat([old, row[:, :, None]], dim=2) for old, row in zip(olds, new, strict=True)])
-            firsts = [self._early.first_seen(layer, end) for end in ends]
+            firsts = [early.first_seen(layer, end) for end in ends]
             before = self._before(layer, paths, firsts)
             beyond = max(0, firsts[0] - paths.sequences[0].num_rows)  # of its own rows, where a window is that short
             keys, values = (rows[:, :, beyond:] for rows in made[-1])
             return path_rows.mix(queries, keys, values, before)
 
         positions = [ends[owner] for owner in paths.owners.tolist()]
-        residuals = self._early.read_early(tokens, positions, self.exit_layer, mix)
+        residuals = early.read_early(tokens, positions, self.exit_layer, mix)
         keys, values = (torch.stack(column, dim=1) for column in zip(*made, strict=True))
         states = self._exit([residual.to(self.dtype) for residual in residuals])
         return DraftedPaths(states, paths.owners, keys, values, paths.sequences)
