@@ -35,8 +35,8 @@ FAMILIES = {
     "llama": ("llama", {}),
     "mistral-windowed": ("mistral-windowed", {}),
     "mistral-narrow": ("mistral-windowed", {"sliding_window": 2}),  # a path does not see its own first rows
-    "qwen2-windowed": ("qwen2-windowed", {}),
-    "qwen3": ("qwen3", {}),
+    "qwen2-windowed": ("qwen2-windowed", {"layer_types": ["full_attention", "sliding_attention"] * 2}),
+    "qwen3": ("qwen3", {"layer_types": ["full_attention"] * 4}),
 }
 PROMPT = [5, 17, 230, 44, 9, 61, 62, 63, 99, 100, 7, 250]
 PARAMS = SamplingParams(max_new_tokens=24)
@@ -79,7 +79,8 @@ def worst_distance(target, drafter) -> float:
 @pytest.mark.parametrize("form", FORMS)
 def test_what_is_drafted_in_service_is_what_training_sees(form, family):
     target = target_for(form, family)
-    assert worst_distance(target, drafter_for(target)) < 1e-4
+    allowed = 0.1 if form == "native-int8" else 1e-4  # where a bit less is another whole number here and there
+    assert worst_distance(target, drafter_for(target)) < allowed
 
 
 @pytest.mark.parametrize("family", ["mistral-windowed", "mistral-narrow"])
@@ -89,9 +90,9 @@ def test_a_window_that_is_not_kept_is_seen(family, monkeypatch):
     assert worst_distance(target, drafter_for(target)) > 1e-3
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("form", FORMS)
-def test_the_targets_tokens(form, dtype):
+@pytest.mark.parametrize("form", [*FORMS, pytest.param("native-bfloat16", marks=NEEDS_COMPILER)])
+def test_the_targets_tokens(form):
+    form, dtype = ("native", torch.bfloat16) if form == "native-bfloat16" else (form, torch.float32)
     target = target_for(form, dtype=dtype)
     drafter, accepted = drafter_for(target).freeze(native=target.is_native), 0
     assert drafter.taps == () and Engine(target, drafter, parse_tree(2))._taps == ()
@@ -112,7 +113,7 @@ def test_batches_are_each_sequence_alone_and_plain(tree):
     assert together(Engine(target, drafter_for(target), anew(TREES[tree]))) == plainly(target)
 
 
-@pytest.mark.parametrize("shared", [1, 5, 12])
+@pytest.mark.parametrize("shared", [2, 6, 12])
 def test_the_next_turn_goes_on_from_the_caches_of_the_last(shared):
     """Rows that are rewound, and kept by another: the drafter reads the cache of its own sequence."""
     target = target_for()
@@ -121,7 +122,7 @@ def test_the_next_turn_goes_on_from_the_caches_of_the_last(shared):
     first = decode(engine, PROMPT, PARAMS)
     prompt = [*PROMPT[:shared], 8, 9, 10]
     fresh, after = decode(engine, prompt, PARAMS), begin(engine, prompt, PARAMS, first)
-    assert after.stats.num_cached_tokens == shared
+    assert after.stats.num_cached_tokens == shared - 1
     copied = engine.new_sequence(PROMPT[:9], PARAMS)
     copied.rows = after.rows.copied(shared, copied.token_ids)
     assert copied.rows.draft_state.target_cache is copied.rows.cache
@@ -148,7 +149,7 @@ def test_what_it_costs_is_measured():
     drafter = drafter_for(target)
     asking = draft_ratio(target, drafter)
     assert asking.ratio > 0 and asking.further_round > 0 and drafter.row_bytes == 0
-    measured = measure_latency(target, {"it": drafter}, LatencyConfig(contexts=(16,), nodes=(1, 4), rounds=1))
+    measured = measure_latency(target, LatencyConfig(contexts=(16,), nodes=(1, 4), rounds=1), {"it": drafter})
     assert all(row["ms"] > 0 for row in measured["draft"])
 
 

@@ -264,12 +264,17 @@ def number_of_aims(rows, head):
     return sum(q + head + 1 < len(answers) and answers[q + head + 1] == answers[q] for q in range(len(answers)))
 
 
+def own_rows(batch, rows):
+    """The target's hidden states of answer rows, without what a drafter reads beside them."""
+    return batch.hidden.flatten(0, 1)[rows.rows, :32]
+
+
 def loss_by_hand(drafter, batch, rows, config):
     """The loss and each head's, in plain Python floats."""
     vocabulary = list(range(VOCAB)) if drafter.draft_ids is None else drafter.draft_ids.tolist()
     with torch.no_grad():
         forms = forms_of(drafter, batch, rows, config)
-        aims = drafter.target_logits(batch.hidden.flatten(0, 1)[rows.rows])
+        aims = drafter.target_logits(own_rows(batch, rows))
     sums, numbers = [0.0] * NUM_HEADS, [0] * NUM_HEADS
     for q, k in counted(drafter, forms[-1][1], rows, config):
         p = probabilities(aims[q + k + 1].tolist())
@@ -305,7 +310,7 @@ def reference_loss(drafter, batch, rows, config):
     """The same in one plain graph of all logits at once, none of the code under test."""
     forms = forms_of(drafter, batch, rows, config)
     with torch.no_grad():
-        aims = torch.softmax(drafter.target_logits(batch.hidden.flatten(0, 1)[rows.rows]), -1)
+        aims = torch.softmax(drafter.target_logits(own_rows(batch, rows)), -1)
     vocabulary = list(range(VOCAB)) if drafter.draft_ids is None else drafter.draft_ids.tolist()
     terms, numbers = [[] for _ in range(NUM_HEADS)], [0] * NUM_HEADS
     for q, k in counted(drafter, forms[-1][1].detach(), rows, config):
@@ -353,7 +358,7 @@ def test_states_are_drawn_to_the_targets_own(precise, kind):
     with torch.no_grad():
         states = drafter(batch.hidden, batch.next_ids, rows.rows)
         logits = drafter.head_logits(states)
-    own, sums = batch.hidden.flatten(0, 1)[rows.rows], [0.0] * NUM_HEADS
+    own, sums = own_rows(batch, rows), [0.0] * NUM_HEADS
     for q, k in counted(drafter, logits, rows, plain):
         gaps = (states[q, k] - own[q + k + 1]).abs().tolist()
         sums[k] += 0.5 * sum(gap**2 / 2 if gap < 1 else gap - 0.5 for gap in gaps) / len(gaps)
