@@ -38,6 +38,15 @@ def decode(engine: Engine, prompt: list[int], params: SamplingParams, after: Seq
     return sequence
 
 
+def training_rows(target, drafter, token_ids):
+    """What training gives a drafter of a text, a row for each of its tokens: [1, T, W]."""
+    ids = torch.tensor([token_ids])
+    rows = [target.hidden_states(ids, drafter.taps)]
+    if drafter.num_early:
+        rows.append(target.early_states(ids, drafter.num_early))
+    return torch.cat(rows, dim=-1).clone()
+
+
 def started(target, drafter, token_ids):
     """A drafter's state of a sequence of which the target has read these tokens, and the drafter nothing."""
     state = drafter.start()

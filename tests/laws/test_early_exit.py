@@ -22,7 +22,7 @@ from amphista.evaluation.latency import LatencyConfig, measure_latency
 from amphista.target.lean import LeanModel
 from amphista.target.target import Target
 from amphista.tree.grow import parse_tree
-from tests.decoding import begin, decode, heads_along, step
+from tests.decoding import begin, decode, heads_along, step, training_rows
 from tests.laws.test_batch import TREES, plainly, together
 from tests.laws.test_fast_path import shaken_model
 from tests.laws.test_native import NEEDS_COMPILER
@@ -59,7 +59,7 @@ def distance_from_training(target, drafter, sequence) -> float:
     sequence.rows.feed()
     ids, ahead = sequence.token_ids, [7, 8, 9, 10]
     found = heads_along(drafter, sequence.rows.draft_state, ahead)
-    hidden = target.hidden_states(torch.tensor([[*ids, *ahead]]), tuple(range(1, drafter.exit_layer + 1)))[:, :-1]
+    hidden = training_rows(target, drafter, [*ids, *ahead])[:, :-1]
     row = torch.tensor([len(ids) - 2])
     with torch.inference_mode():
         expected = drafter.head_states(hidden, torch.tensor([[*ids[1:], *ahead]]), row)[0]
@@ -95,7 +95,6 @@ def test_the_targets_tokens(form):
     form, dtype = ("native", torch.bfloat16) if form == "native-bfloat16" else (form, torch.float32)
     target = target_for(form, dtype=dtype)
     drafter, accepted = drafter_for(target).freeze(native=target.is_native), 0
-    assert drafter.taps == () and Engine(target, drafter, parse_tree(2))._taps == ()
     for tree in ("chain", 7, 60):
         for params in (PARAMS, SamplingParams(max_new_tokens=24, temperature=0.8, seed=3)):
             expected = decode(Engine(target, Proposer(), parse_tree(1)), PROMPT, params).output_ids
@@ -157,12 +156,12 @@ def test_what_it_costs_is_measured():
 def test_a_checkpoint_comes_back(tmp_path, rank):
     target = target_for()
     drafter = drafter_for(target, rank=rank, exit_layer=None)
-    assert drafter.exit_layer == 1 and drafter.num_weights == 32 + 3 * 32 * rank
+    assert drafter.num_early == 1 and drafter.num_weights == 32 + 3 * 32 * rank
     card = write_card(drafter, "someone/llama", {})
-    assert "after M2R2" in card and "arxiv:2502.02040" in card and "EAGLE-3" not in card
+    assert "after M2R2" in card and "arxiv:2502.02040" in card
     save_drafter(drafter, tmp_path / "exit", target.fingerprint, card=card, training={})
     loaded = load_drafter(tmp_path / "exit", target.spec, target.shared, target.fingerprint)
-    assert isinstance(loaded, EarlyExit) and loaded.config == drafter.config and loaded.taps == (1,)
+    assert isinstance(loaded, EarlyExit) and loaded.config == drafter.config and loaded.num_early == 1
     for name, tensor in drafter.state_dict().items():
         assert torch.equal(loaded.state_dict()[name], tensor)
     stock = Target(target.model)

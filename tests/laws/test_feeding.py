@@ -13,7 +13,7 @@ from amphista.engine.params import SamplingParams
 from amphista.engine.sequence_cache import SequenceCache
 from amphista.engine.step import Engine
 from amphista.tree.grow import DynamicGrower, parse_tree
-from tests.decoding import begin, heads_along, step
+from tests.decoding import begin, heads_along, step, training_rows
 from tests.tiny import SEQUENTIAL, real_drafters, tiny_target
 
 PROMPTS = [[5, 17, 230, 44, 9, 61, 3, 4], [5, 17, 230, 44, 80, 81, 82, 83, 84]]  # the second rewinds into the first
@@ -54,7 +54,7 @@ def difference(target, drafter, sequence):
     rows = state.num_rows
     assert rows == len(ids) - 1 == sequence.rows.cache.num_committed
     ahead = [7] * drafter.num_heads  # what heads read that read drafted tokens
-    hidden = target.hidden_states(torch.tensor([ids + ahead]), drafter.taps)[:, :-1].clone()
+    hidden = training_rows(target, drafter, ids + ahead)[:, :-1]
     states = heads_along(drafter, state, ahead)
     with torch.inference_mode():
         expected = drafter.head_states(hidden, torch.tensor([ids[1:] + ahead]), torch.tensor([rows - 1]))[0]

@@ -29,6 +29,7 @@ from amphista.train.head_loss import AnswerRows, HeadLoss
 from amphista.train.losses import LossConfig
 from amphista.train.prompts import TokenRow
 from amphista.train.validation import validate
+from tests.decoding import training_rows
 from tests.tiny import EOS, VOCAB, shaken, tiny_target
 
 # -- every objective alone, written out -------------------------------------------------------------------------------
@@ -212,7 +213,7 @@ def case(target, kind):
     drafter = shaken(DRAFTERS[kind](target).double(), scale=0.2)
     if drafter.draft_ids is not None:
         drafter.set_draft_ids(frequent_tokens(ROWS, 120, [EOS]))
-    hidden = [target.hidden_states(torch.tensor([row.token_ids]), drafter.taps)[0].clone() for row in ROWS]
+    hidden = [training_rows(target, drafter, row.token_ids)[0] for row in ROWS]
     batch = collate(ROWS, hidden)
     rows = batch.answer_rows
     with torch.no_grad():

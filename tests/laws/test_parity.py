@@ -11,7 +11,7 @@ import torch
 
 from amphista.drafter.base import Ask
 from amphista.errors import DrafterError
-from tests.decoding import heads_along, started
+from tests.decoding import heads_along, started, training_rows
 from tests.tiny import REAL_DRAFTERS, real_drafters
 
 IDS = [5, 17, 230, 44, 9, 61, 62, 63, 99, 100, 7, 250]
@@ -28,7 +28,7 @@ def drafters(target):
 def training_logits(target, drafter):
     """Hidden states and next tokens of some rows, what heads say of them, and those of a text that goes on behind."""
     ids = IDS + BEHIND
-    hidden = target.hidden_states(torch.tensor([ids]), drafter.taps)[:, :-1].clone()
+    hidden = training_rows(target, drafter, ids)[:, :-1]
     next_ids = torch.tensor([ids[1:]])
     with torch.no_grad():
         states = drafter.head_states(hidden, next_ids, torch.arange(len(IDS)))

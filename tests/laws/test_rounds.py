@@ -131,7 +131,7 @@ def early_exit_plainly(target, drafter, tokens):
     for hook in hooks:
         hook.remove()
     before, stream = target.shared.embed(torch.tensor(given)), target.shared.embed(torch.tensor(given))
-    for number, after in enumerate(kept[: drafter.exit_layer]):
+    for number, after in enumerate(kept[: drafter.num_early]):
         added = 0.0
         if drafter.config.rank:
             adapter, inputs = drafter.adapters[number], (F.rms_norm(x, size, eps=1e-6) for x in (stream, after))

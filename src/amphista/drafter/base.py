@@ -131,11 +131,13 @@ class Drafter(nn.Module):
     """A proposer: subclasses implement `commit`, `draft` and `trim`. Those that score tokens have `scoring.py`.
 
     taps: after how many of the target's layers (1..L, ascending) it reads states, too: they stand in a row of hidden
-    states behind h_t, as they are.
+    states behind h_t, as they are. num_early: behind how many of its first layers it is trained on residuals: in
+    training these stand there, too, at the end.
     """
 
     name: str
     taps: tuple[int, ...] = ()
+    num_early: int = 0
     config: DrafterConfig
     calibration: Calibration | None = None
 

@@ -128,8 +128,7 @@ def write_card(
 
 
 def _taps_note(drafter: ScoringDrafter) -> str:
-    taps = getattr(drafter.config, "taps", ())
-    return TAPS_NOTE.format(taps=", ".join(map(str, taps))) if taps else ""
+    return TAPS_NOTE.format(taps=", ".join(map(str, drafter.taps))) if drafter.taps else ""
 
 
 def front_matter(kind: str, base_model: str, training: dict[str, Any], config: CardConfig) -> str:

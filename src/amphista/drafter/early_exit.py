@@ -102,20 +102,17 @@ class EarlyExit(SequentialHeads[DraftedPaths | TextPaths]):
                 "an early-exit drafter runs layers of the target, which are lent on its fast path alone: load a model "
                 "of the Llama family (Llama, Mistral, Qwen2, Qwen3) with fast=True, or take another drafter"
             )
-        self.exit_layer = config.exit_layer or max(1, spec.num_layers // 3)
-        self.taps = tuple(range(1, self.exit_layer + 1))  # the residuals of a text, for training
-        number = self.exit_layer if config.rank else 0
+        self.num_early = config.exit_layer or max(1, spec.num_layers // 3)
+        number = self.num_early if config.rank else 0
         self.adapters = nn.ModuleList(Adapter(spec.hidden_size, config.rank, spec.norm_eps) for _ in range(number))
         self.output_norm = RMSNorm(spec.hidden_size, spec.norm_eps)
 
     def match_scale(self, hidden_rms: float) -> None:
-        """The LM head expects post-norm states of a certain size: give the output norm the measured rms of h."""
-        nn.init.constant_(self.output_norm.weight, hidden_rms)
-
-    def freeze(self, *, native: bool = False, exact: bool = False) -> EarlyExit:
-        super().freeze(native=native, exact=exact)
-        self.taps = ()  # drafting reads the target's cache, not its rows
-        return self
+        """The exit begins as a plain one: with the norm that stands before the target's LM head."""
+        early = self._shared.early_layers
+        assert early is not None
+        with torch.no_grad():
+            self.output_norm.weight.copy_(early.final_norm)
 
     def _exit(self, residuals: Sequence[Tensor]) -> Tensor:
         """n_o(p_X) of a_0 .. a_X [n, D]; what the adapters add up to is p_l - a_l."""
@@ -134,8 +131,8 @@ class EarlyExit(SequentialHeads[DraftedPaths | TextPaths]):
         ahead = (select - select % length)[:, None] + columns.clamp_max(length - 1)
         rows, ahead = ahead.unique(return_inverse=True)
         first = self._shared.embed(next_ids.flatten()[(rows - 1).clamp_min(0)])
-        tapped = hidden.flatten(0, 1).index_select(0, rows).split(self.spec.hidden_size, dim=-1)[1:]
-        exits = self._exit([first.to(hidden.dtype), *tapped])
+        behind = hidden.flatten(0, 1).index_select(0, rows).split(self.spec.hidden_size, dim=-1)[1:]
+        exits = self._exit([first.to(hidden.dtype), *behind])
         return TextPaths.along(ahead, [exits])
 
     # -- drafting -----------------------------------------------------------------------------------------------------
@@ -143,7 +140,7 @@ class EarlyExit(SequentialHeads[DraftedPaths | TextPaths]):
     def first(self, states: Sequence[DrafterState]) -> DraftedPaths:
         if any(state.target_cache is None for state in states):
             raise DrafterError("an early-exit drafter reads the target's cache, and was given a sequence without one")
-        shape = (len(states), self.exit_layer, self.spec.num_key_value_heads, 0, self.spec.head_size)
+        shape = (len(states), self.num_early, self.spec.num_key_value_heads, 0, self.spec.head_size)
         none = torch.empty(shape, dtype=self._shared.head_weight.dtype, device=self.device)
         pending = torch.stack([state.pending for state in states if state.pending is not None])
         owners = torch.arange(len(states), device=self.device)
@@ -171,7 +168,7 @@ class EarlyExit(SequentialHeads[DraftedPaths | TextPaths]):
             return path_rows.mix(queries, keys, values, before)
 
         positions = [ends[owner] for owner in paths.owners.tolist()]
-        residuals = early.read_early(tokens, positions, self.exit_layer, mix)
+        residuals = early.read_early(tokens, positions, self.num_early, mix)
         keys, values = (torch.stack(column, dim=1) for column in zip(*made, strict=True))
         states = self._exit([residual.to(self.dtype) for residual in residuals])
         return DraftedPaths(states, paths.owners, keys, values, paths.sequences)

@@ -103,7 +103,7 @@ class ScoringDrafter(Drafter):
     @property
     def row_width(self) -> int:
         """Numbers in a row of hidden states as training gives them."""
-        return self.spec.row_width(self.taps)
+        return self.spec.row_width(self.taps) + self.num_early * self.spec.hidden_size
 
     def check_weights(self) -> None:
         """Raise DrafterError for weights that would harm more than the drafts; most cannot."""

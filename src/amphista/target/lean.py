@@ -148,12 +148,17 @@ class LeanModel:
         device: torch.device = self._embedding.device
         return device
 
+    @property
+    def final_norm(self) -> Tensor:
+        """Weight [D] of the norm before the LM head."""
+        return self._norm.weight
+
     @torch.inference_mode()
-    def hidden(self, token_ids: Tensor, taps: Taps = ()) -> Tensor:
-        """Post-norm hidden states and taps [B, T, W] of ids [B, T] without a cache."""
+    def hidden(self, token_ids: Tensor, taps: Taps = (), num_layers: int | None = None) -> Tensor:
+        """Post-norm hidden states and taps [B, T, W] of ids [B, T] without a cache, behind all layers or the first."""
         layout = Layout.causal(token_ids.shape[1], self.device)
         self.rotary.reserve(token_ids.shape[1])
-        return self.states(token_ids, layout, [[NoCache()] for _ in self.layers], taps)
+        return self.states(token_ids, layout, [[NoCache()] for _ in self.layers[:num_layers]], taps)
 
     @torch.inference_mode()
     def hidden_of(self, spans: Sequence[Span], taps: Taps = ()) -> Tensor:
@@ -206,7 +211,7 @@ class LeanModel:
     ) -> Tensor:
         """Flat rows [N, W] of embeddings. attention: by rule, then by span; rows: by layer, then by span."""
         tapped = []
-        for layer, caches in zip(self.layers, rows, strict=False):  # layers may be taken away to time the rest
+        for layer, caches in zip(self.layers, rows, strict=False):  # either may have been cut
             states = self._layer(layer, states, turn, attention[layer.rule], caches)
             if layer.number in taps:
                 tapped.append(states)

@@ -172,6 +172,10 @@ class LogitTransform:
 class EarlyLayers(Protocol):
     """The target's first layers, for rows that stand in no cache of its: what these see is up to who runs them."""
 
+    @property
+    def final_norm(self) -> Tensor:
+        """Weight [D] of the norm before the LM head."""
+
     def read_early(self, token_ids: Tensor, positions: Sequence[int], num_layers: int, mix: Mix) -> list[Tensor]:
         """Residuals [n, D] before the first and behind each of so many layers, of tokens [n].
 

@@ -371,6 +371,13 @@ class Target:
             return self._lean.hidden(token_ids, taps)
         return self._stock_forward.hidden(token_ids, taps)
 
+    @torch.inference_mode()
+    def early_states(self, token_ids: Tensor, num_layers: int) -> Tensor:
+        """Residuals behind each of the first layers, side by side [B, T, num_layers * D], of rows as above."""
+        if self._lean is None:
+            raise TargetError(f"{self.name} runs on the stock path, which lends no early layers: {self.why_stock}")
+        return self._lean.hidden(token_ids, tuple(range(1, num_layers + 1)), num_layers)[..., self.spec.hidden_size :]
+
     def probe_rows(self, token_ids: Sequence[int], positions: Tensor, probes: Probes) -> Tensor:
         """Hidden states [Q, M, D] of a group of probes behind each of the rows `positions` [Q] of a text, for training:
         with a gradient for the probes where it is enabled."""

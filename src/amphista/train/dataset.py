@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -91,8 +92,8 @@ class HiddenStates:
     def __init__(
         self, target: Target, rows: Sequence[TokenRow], folder: Path | None, drafter: Drafter | None = None
     ) -> None:
-        """folder: of the stores, or None; rows: all that will ever be asked for; drafter: whose taps and probes are
-        read, too."""
+        """folder: of the stores, or None; rows: all that will ever be asked for; drafter: whose taps, early layers and
+        probes are read, too."""
         self._target, self._drafter = target, drafter
         self._taps = () if drafter is None else drafter.taps
         self.store = None if folder is None else HiddenStore(folder, rows, target.identity, self._taps)
@@ -105,6 +106,9 @@ class HiddenStates:
         """
         found = self._compute(rows) if self.store is None else self._stored(self.store, rows)
         probes = None if self._drafter is None else self._drafter.probes
+        if self._drafter is not None and self._drafter.num_early:
+            early = self._forward(rows, partial(self._target.early_states, num_layers=self._drafter.num_early))
+            found = [torch.cat(parts, dim=1) for parts in zip(found, early, strict=True)]
         return found if probes is None else [self._probed(*parts, probes) for parts in zip(rows, found, strict=True)]
 
     def _stored(self, store: HiddenStore, rows: Sequence[TokenRow]) -> list[Tensor]:
@@ -120,11 +124,14 @@ class HiddenStates:
         return torch.cat([hidden, every.index_copy(0, positions.to(hidden.device), states)], dim=1)
 
     def _compute(self, rows: Sequence[TokenRow]) -> list[Tensor]:
+        return self._forward(rows, partial(self._target.hidden_states, taps=self._taps))
+
+    def _forward(self, rows: Sequence[TokenRow], read: Callable[[Tensor], Tensor]) -> list[Tensor]:
         if not rows:
             return []
         ids = _pad([row.token_ids for row in rows]).to(self._target.device)
         with torch.autocast(ids.device.type, enabled=False):  # the target keeps its own precision, whoever asks
-            hidden = self._target.hidden_states(ids, self._taps).float().clone()
+            hidden = read(ids).float().clone()
         states = [hidden[i, : len(row.token_ids)] for i, row in enumerate(rows)]
         for row, state in zip(rows, states, strict=True):
             if not torch.isfinite(state).all():
