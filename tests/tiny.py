@@ -332,7 +332,6 @@ EARLY_EXIT_SWITCHES = {"full": {"exit_layer": 2, "rank": 8, "num_heads": 3}, "ba
 
 def real_drafters(target: Target) -> dict[str, Drafter | Proposer]:
     """Every real drafter with every switch that the target can have, on random weights, alone; some beside lookup."""
-    torch.manual_seed(0)  # the same ones whatever was made before
     heads: dict[str, Drafter] = {}
     for name, switches in AMPHISTA_SWITCHES.items():
         heads[f"amphista-{name}"] = shaken(Amphista(AmphistaConfig(**switches), target.spec, target.shared))
