@@ -29,7 +29,11 @@ from amphista.target.spec import SharedWeights, TargetSpec
 from benchmarks.lab.shapes import SHAPES
 
 SIZES = (4, 8, 16)
-AGAIN = {"eagle": ("stage.",), "tandem": ("layers.", "widen."), "early-exit": ("",)}  # what every round reads, all else is read once
+AGAIN = {
+    "eagle": ("stage.",),
+    "tandem": ("layers.", "widen."),
+    "early-exit": ("",),
+}  # what every round reads, all else is read once
 HEADERS = ["", "weights", "positions", "rate", "draft", "tau at 4 / 8 / 16", "sampled", "possible", "realised", "7B"]
 
 
