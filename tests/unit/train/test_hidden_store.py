@@ -7,7 +7,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from amphista.errors import ConfigError, DataError
+from amphista.errors import ConfigError, DataError, TargetError
+from amphista.target.target import Target
 from amphista.train import hidden_store
 from amphista.train.dataset import HiddenStates
 from amphista.train.hidden_store import HiddenStore
@@ -73,7 +74,7 @@ def test_taps_have_a_store_of_their_own(target, tmp_path):
     """Beside that of the hidden states alone, which an earlier run may have filled; in the order they are read in."""
     plain, tapped = (
         HiddenStates(target, ROWS, tmp_path),
-        HiddenStates(target, ROWS, tmp_path, SimpleNamespace(taps=(1, 2), probes=None)),
+        HiddenStates(target, ROWS, tmp_path, SimpleNamespace(taps=(1, 2), probes=None, num_early=0)),
     )
     assert plain.store.folder != tapped.store.folder
     alone, rows = plain.get(ROWS), tapped.get(ROWS)
@@ -82,6 +83,18 @@ def test_taps_have_a_store_of_their_own(target, tmp_path):
     assert all(torch.equal(row[:, :size], states) for row, states in zip(rows, alone, strict=True))
     expected = target.hidden_states(torch.tensor([ROWS[1].token_ids]), (1, 2))[0]
     torch.testing.assert_close(rows[1], expected, atol=0, rtol=1e-3)
+
+
+def test_early_residuals_stand_behind_states_that_all_drafters_store(target, tmp_path):
+    """They are those of the stock model, as `output_hidden_states` shows them, and never stored."""
+    plain = HiddenStates(target, ROWS, tmp_path)
+    early = HiddenStates(target, ROWS, tmp_path, SimpleNamespace(taps=(), probes=None, num_early=1))
+    assert plain.store.folder == early.store.folder
+    for row, alone, found in zip(ROWS, plain.get(ROWS), early.get(ROWS), strict=True):
+        _, first, *_ = target.model(torch.tensor([row.token_ids]), output_hidden_states=True).hidden_states
+        torch.testing.assert_close(found, torch.cat([alone, first[0]], dim=1), atol=1e-5, rtol=1e-5)
+    with pytest.raises(TargetError, match="stock path, which lends no early layers"):
+        Target(target.model).early_states(torch.tensor([[1]]), 1)
 
 
 @pytest.mark.parametrize("lost", ["hidden.f16", "done.u1"])
