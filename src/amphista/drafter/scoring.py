@@ -218,6 +218,13 @@ class ScoringDrafter(Drafter):
         """Same as `head_states`; the name that distributed wrappers call."""
         return self.head_states(hidden, next_ids, select)
 
+    def glance(self, share: float, step: int) -> None:
+        """In this step of training read the answer in the place of `share` of what would be missed."""
+        if share:
+            raise ConfigError(
+                f"loss.glance_share is for drafters that give blocks of tokens: leave it 0 for {self.name}"
+            )
+
     @abstractmethod
     def match_scale(self, hidden_rms: float) -> None:
         """Scale the start so that every head's first logits are close to the target's own, LM(h_t)."""
