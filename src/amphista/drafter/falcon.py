@@ -9,7 +9,7 @@ The k rows of a block see each other, whatever their order, the blocks above on 
 below the tokens of one block knows nothing of them but their depth. F is linear, as EAGLE's, or that with an LSTM on
 top (`mixer`). With k = 1 this is EAGLE (a law).
 
-Glancing (`loss.glance_share`, the paper's coupled sequential glancing distillation): in training a first pass without
+Glancing (`glance_share`, the paper's coupled sequential glancing distillation): in training a first pass without
 gradient tells which tokens of a block would be missed, and a share of these rows, the last one aside, reads the answer
 in the place of its own input: u_{t+i}, of the target's state and token. The share falls to 0.
 
@@ -44,15 +44,19 @@ MIXERS, SLOTS = ("linear", "lstm"), ("previous", "last")
 
 @dataclass(frozen=True, kw_only=True)
 class FalconConfig(EagleConfig):
-    """`num_heads` depths, `block_size` k of them a pass."""
+    """`num_heads` depths, `block_size` k of them a pass. `glance_share`: of the missed tokens, how many are shown in
+    training at its start; it falls to 0 along the run."""
 
     block_size: int = 2
     mixer: Literal["linear", "lstm"] = "linear"
     slots: Literal["previous", "last"] = "previous"
+    glance_share: float = 0.4
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_range("block_size", self.block_size, 1, MAX_HEADS)
+        if not 0 <= self.glance_share <= 1:
+            raise ConfigError(f"glance_share is {self.glance_share}: expected a number from 0 to 1")
         for name, known in (("mixer", MIXERS), ("slots", SLOTS)):
             if getattr(self, name) not in known:
                 raise ConfigError(f"{name} is {getattr(self, name)!r}: expected one of {', '.join(known)}")
@@ -120,7 +124,7 @@ class Falcon(FusedHeads[FalconPaths]):
         slots = torch.zeros(config.block_size, spec.hidden_size)
         self.slot_positions = nn.Parameter(slots) if config.slots == "last" else None
         self._memory_size = spec.hidden_size * (1 if self.recurrence is None else 2)
-        self._glance = 0.0, 0
+        self.at_step(0, 1)
 
     @property
     def heads_a_round(self) -> int:
@@ -148,7 +152,7 @@ class Falcon(FusedHeads[FalconPaths]):
 
     def _passed(self, rows: Tensor, paths: FalconPaths) -> FalconPaths:
         """Behind a pass over a block more on each path, memory [n, k, M]."""
-        if self.training and self._glance[0] and paths.text is not None:
+        if self.training and self._share > 0 and paths.text is not None:
             rows = self._glanced(rows, paths, paths.text)
         return self._of_layer(rows, paths)
 
@@ -170,8 +174,8 @@ class Falcon(FusedHeads[FalconPaths]):
 
     # -- glancing ------------------------------------------------------------------------------------------------------
 
-    def glance(self, share: float, step: int) -> None:
-        self._glance = share, step
+    def at_step(self, step: int, num_steps: int) -> None:
+        self._step, self._share = step, self.config.glance_share * (1 - step / num_steps)
 
     def _glanced(self, rows: Tensor, paths: FalconPaths, text: Text) -> Tensor:
         """Blocks [n, k, M], the answer's rows in the place of a share of those whose token would be missed. Which ones
@@ -184,8 +188,7 @@ class Falcon(FusedHeads[FalconPaths]):
         tokens, answers = text.next_ids.flatten()[index], text.rows.flatten(0, 1)[index]
         with torch.no_grad():
             logits = self._scores(self._of_layer(rows, paths), heads)
-        share, step = self._glance
-        is_shown = (self._token_ids(logits.argmax(-1)) != tokens) & (_chance(columns, tokens, step) < share)
+        is_shown = (self._token_ids(logits.argmax(-1)) != tokens) & (_chance(columns, tokens, self._step) < self._share)
         shown = torch.where(is_shown[..., None], answers, rows[:, : len(ahead)])
         return torch.cat([shown, rows[:, len(ahead) :]], dim=1)
 
@@ -236,7 +239,7 @@ class Falcon(FusedHeads[FalconPaths]):
 def _chance(*parts: Tensor | int) -> Tensor:
     """A number from 0 to 1 for each, which depends on nothing else."""
     mixed = torch.zeros((), dtype=torch.long)
-    for part in parts:
+    for part in (*parts, 0):
         mixed = (mixed ^ part) * -0x61C8864680B583EB
         mixed = mixed ^ (mixed >> 29)
     return (mixed & 0xFFFFFF) / float(1 << 24)

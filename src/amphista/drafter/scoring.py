@@ -218,12 +218,8 @@ class ScoringDrafter(Drafter):
         """Same as `head_states`; the name that distributed wrappers call."""
         return self.head_states(hidden, next_ids, select)
 
-    def glance(self, share: float, step: int) -> None:
-        """In this step of training read the answer in the place of `share` of what would be missed."""
-        if share:
-            raise ConfigError(
-                f"loss.glance_share is for drafters that give blocks of tokens: leave it 0 for {self.name}"
-            )
+    def at_step(self, step: int, num_steps: int) -> None:
+        """Told before each step of training, for those that are trained otherwise as it goes on."""
 
     @abstractmethod
     def match_scale(self, hidden_rms: float) -> None:

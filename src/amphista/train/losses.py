@@ -101,10 +101,9 @@ class LossConfig:
     A new objective is one function above and one line here. `soft_weight` and `text_weight` are lambda_1 and lambda_2
     of ALGORITHM section 3; the next three (`hybrid_eta` belongs to the last) aim at sampled acceptance.
     `feature_weight`: of `state_distance`, which looks at no token. `depth_decay` 1.0 is the paper's uniform.
-    `glance_share`: of the missed tokens whose answer a drafter of blocks is shown (`drafter/falcon.py`), at the start;
-    it falls to 0 along the run. `path_share`: how much of a head's loss is that given the token above (drafters with a
-    path correction, heads behind the first); all of it where the heads are frozen. `chunk_rows` bounds memory, not the
-    loss: no more rows meet the vocabulary at once.
+    `path_share`: how much of a head's loss is that given the token above (drafters with a path correction, heads behind
+    the first); all of it where the heads are frozen. `chunk_rows` bounds memory, not the loss: no more rows meet the
+    vocabulary at once.
     """
 
     soft_weight: float = weighs(lambda at: soft_cross_entropy(at.log_probs, at.target_probs), 1.0)
@@ -114,7 +113,6 @@ class LossConfig:
     hybrid_weight: float = weighs(lambda at: hybrid_acceptance(at.log_probs, at.target_probs, at.config.hybrid_eta))
     hybrid_eta: float = 3.0
     feature_weight: float = 0.0
-    glance_share: float = 0.0
     depth_decay: float = 1.0
     accept_until_fail: bool = False
     path_share: float = 0.5
@@ -123,8 +121,6 @@ class LossConfig:
     def __post_init__(self) -> None:
         if self.feature_weight < 0:
             raise ConfigError(f"feature_weight is {self.feature_weight}: expected 0 or more")
-        if not 0 <= self.glance_share <= 1:
-            raise ConfigError(f"glance_share is {self.glance_share}: expected a number from 0 to 1")
         if min(self.weights.values()) < 0 or sum(self.weights.values()) == 0:
             raise ConfigError(f"{', '.join(self.weights)} must not be negative, nor all 0")
         if self.hybrid_eta < 0:

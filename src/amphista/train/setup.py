@@ -139,7 +139,6 @@ def assemble(target: Target, config: TrainConfig, out: Path) -> Parts:
     data = _read_data(target, config)
     every_row = [*data.rows, *data.validation_rows]
     drafter, before = _first_drafter(target, config, data.rows)
-    drafter.glance(config.loss.glance_share, 0)  # refused before minutes of hidden states
     if drafter.probes is not None and is_sharded(accelerator):
         raise ConfigError(
             f"{drafter.name} lends its weights to the target, which cannot read them sharded: leave FSDP out"
