@@ -9,43 +9,42 @@ The k rows of a block see each other, whatever their order, the blocks above on 
 below the tokens of one block knows nothing of them but their depth. F is linear, as EAGLE's, or that with an LSTM on
 top (`mixer`). With k = 1 this is EAGLE (a law).
 
-Glancing (`glance_share`, the paper's coupled sequential glancing distillation): in training a first pass without
-gradient tells which tokens of a block would be missed, and a share of these rows, the last one aside, reads the answer
-in the place of its own input: u_{t+i}, of the target's state and token. The share falls to 0.
+Glancing (`glance_share`, the paper's coupled sequential glancing distillation): in training, of the slots i < k of a
+first pass whose token would be missed, a share reads the answer's row, u_{t+i}, in the place of its own, and the block
+sees it. The share falls to 0 along the run.
 
 Certain, from the published code: k rows a pass under that mask, from states k positions before, and glancing by such
 rows. Not to be had from there: F, an LSTM whose output cannot be used as written. Ours: F, norms, the start at LM(h),
-taps as in `eagle.py`, glancing at every missed row by the same chance, objectives, training over all passes, and
+taps as in `eagle.py`, training over all passes, glancing at each missed token by the same chance, objectives, and
 `slots = "last"`, where all rows of a block start from its last one and a vector of their own.
 
-Shapes: B sequences, T rows, P selected rows, n paths, i drafted rows of a path, k rows of a block, J key-value heads, S
-rows of a context, E head size, D hidden size, W = (1 + taps) D, M numbers of memory: D, or 2 D with an LSTM.
+Shapes: B sequences, T rows, P selected rows, n paths, k rows of a block, J key-value heads, E head size, D hidden size,
+M numbers of memory: D, or 2 D with an LSTM.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from amphista.drafter.base import MAX_HEADS, DrafterState, check_range
-from amphista.drafter.eagle import EagleConfig, FusedHeads
-from amphista.drafter.layers import LayerCache, rotary_tables
-from amphista.drafter.path_rows import Contexts, step
-from amphista.drafter.rounds import Paths
+from amphista.drafter.base import DrafterState, check_range
+from amphista.drafter.eagle import EagleConfig, EaglePaths, FusedHeads
+from amphista.drafter.layers import LayerCache, mix, rotary_tables
+from amphista.drafter.path_rows import Contexts, looked_up, step
 from amphista.errors import ConfigError
 from amphista.target.spec import SharedWeights, TargetSpec
 
-MIXERS, SLOTS = ("linear", "lstm"), ("previous", "last")
+CHOICES = {"mixer": ("linear", "lstm"), "slots": ("previous", "last")}
 
 
 @dataclass(frozen=True, kw_only=True)
 class FalconConfig(EagleConfig):
-    """`num_heads` depths, `block_size` k of them a pass. `glance_share`: of the missed tokens, how many are shown in
-    training at its start; it falls to 0 along the run."""
+    """`num_heads` depths, `block_size` k of them a pass. `glance_share`: of the missed tokens, how many are shown when
+    training starts."""
 
     block_size: int = 2
     mixer: Literal["linear", "lstm"] = "linear"
@@ -54,37 +53,22 @@ class FalconConfig(EagleConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_range("block_size", self.block_size, 1, MAX_HEADS)
+        check_range("block_size", self.block_size, 1, self.num_heads)
+        for name, known in CHOICES.items():
+            if getattr(self, name) not in known:
+                raise ConfigError(f"{name} is {getattr(self, name)!r}: expected {' or '.join(known)}")
         if not 0 <= self.glance_share <= 1:
             raise ConfigError(f"glance_share is {self.glance_share}: expected a number from 0 to 1")
-        for name, known in (("mixer", MIXERS), ("slots", SLOTS)):
-            if getattr(self, name) not in known:
-                raise ConfigError(f"{name} is {getattr(self, name)!r}: expected one of {', '.join(known)}")
-
-
-class Text(NamedTuple):
-    """What is trained on: memory of all rows [B, T, M], next ids [B, T]."""
-
-    rows: Tensor
-    next_ids: Tensor
 
 
 @dataclass(frozen=True)
-class FalconPaths(Paths):
+class FalconPaths(EaglePaths):
     """`outputs` g [n, k, D] of the last pass and their states, `block` [n, k, D]; `read`, the tokens drafted since [n,
-    0..k-1]; `memory` [n, M] of the last row; `owners` [n], ascending; `ends` [n], the position of each path's first own
-    row; keys and values [n, J, i, E] of its own. contexts: keys, values [J, S, E] of each owner."""
+    0..k-1]; `memory` [n, M] of the last row."""
 
-    outputs: Tensor
     block: Tensor
     read: Tensor
     memory: Tensor
-    owners: Tensor
-    ends: Tensor
-    keys: Tensor
-    values: Tensor
-    contexts: Sequence[tuple[Tensor, Tensor]]
-    text: Text | None = None
 
     @property
     def of_round(self) -> Tensor:
@@ -109,7 +93,7 @@ class Recurrence(nn.Module):
             c = keep.sigmoid() * c + write.sigmoid() * new.tanh()
             u = row + show.sigmoid() * c.tanh()
             found.append(torch.cat([u, c], dim=-1))
-        return torch.stack(found, dim=1)
+        return torch.stack(found, dim=1).to(rows.dtype)
 
 
 class Falcon(FusedHeads[FalconPaths]):
@@ -135,84 +119,100 @@ class Falcon(FusedHeads[FalconPaths]):
         mixed: Tensor = rows if self.recurrence is None else self.recurrence(rows, memory)
         return mixed
 
+    def _rotary(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        return rotary_tables(positions, self.spec.head_size, self.spec.rope_theta)
+
     def _keys_values(self, memory: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values [B, J, T, E] of rows of the context [B, T, M] at positions [1, T]."""
-        layer, size = self.stage.layer, self.spec.hidden_size
-        rotary = rotary_tables(positions, layer.sizes.head_size, layer.sizes.rope_theta)
-        return layer.attention.keys_values(layer.attention_norm(memory[..., :size]), rotary)
+        layer, u = self.stage.layer, memory[..., : self.spec.hidden_size]
+        return layer.attention.keys_values(layer.attention_norm(u), self._rotary(positions))
 
-    def _begun(
-        self, blocks: Tensor, owners: Tensor, ends: Tensor, contexts: Sequence[tuple[Tensor, Tensor]], *text: Text
+    def _none(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values of paths without rows of their own."""
+        none = rows.new_empty(len(rows), self.spec.num_key_value_heads, 0, self.spec.head_size)
+        return none, none
+
+    def _asking(self, u: Tensor) -> Tensor:
+        """What the outputs of blocks u [n, k, D] start from."""
+        return u if self.slot_positions is None else u[:, -1:] + self.slot_positions
+
+    def _behind(
+        self, outputs: Tensor, memory: Tensor, before: Contexts, own: tuple[Tensor, Tensor] | None = None
     ) -> FalconPaths:
-        """Behind the first pass, over blocks of the context [n, k, M], the first row of each at `ends` [n]."""
-        none = blocks.new_empty(len(blocks), self.spec.num_key_value_heads, 0, self.spec.head_size)
-        unread = torch.empty(len(blocks), 0, dtype=torch.long, device=blocks.device)
-        paths = FalconPaths(none, none, none, unread, none, owners, ends, none, none, contexts, *text)
-        return self._passed(blocks, paths)
-
-    def _passed(self, rows: Tensor, paths: FalconPaths) -> FalconPaths:
-        """Behind a pass over a block more on each path, memory [n, k, M]."""
-        if self.training and self._share > 0 and paths.text is not None:
-            rows = self._glanced(rows, paths, paths.text)
-        return self._of_layer(rows, paths)
-
-    def _of_layer(self, rows: Tensor, paths: FalconPaths) -> FalconPaths:
-        u = rows[..., : self.spec.hidden_size]
-        asking = None if self.slot_positions is None else u[:, -1:] + self.slot_positions
-        before = Contexts(paths.contexts, paths.owners, paths.ends.clamp_min(0), paths.ends)
-        outputs, keys, values = step(self.stage.layer, u, (paths.keys, paths.values), before, asking)
-        block, read = self.output_norm(outputs), paths.read[:, :0]
-        paths = replace(paths, read=read, memory=rows[:, -1], keys=keys, values=values)
-        return replace(paths, states=block[:, 0], outputs=outputs, block=block)
+        """Behind a pass, outputs [n, k, D], and the last row that it has read [n, M]."""
+        block, own = self.output_norm(outputs), own or self._none(outputs)
+        unread = before.owners.new_empty(len(outputs), 0)
+        common = (before.owners, before.seen, *own, before.rows)
+        return FalconPaths(block[:, 0], outputs, *common, block=block, read=unread, memory=memory)
 
     def next(self, paths: FalconPaths, tokens: Tensor) -> FalconPaths:
         read = torch.cat([paths.read, tokens[:, None]], dim=1)
-        if read.shape[1] < self.config.block_size:
+        if read.shape[1] < self.heads_a_round:
             return replace(paths, states=paths.block[:, read.shape[1]], read=read)
-        rows = self.stage.fused(paths.outputs, self._embedded(read))
-        return self._passed(self._mixed(rows, paths.memory), paths)
+        memory = self._mixed(self.stage.fused(paths.outputs, self._embedded(read)), paths.memory)
+        u, before = memory[..., : self.spec.hidden_size], Contexts(paths.contexts, paths.owners, paths.seen)
+        outputs, *own = step(self.stage.layer, u, (paths.keys, paths.values), before, self._asking(u))
+        return self._behind(outputs, memory[:, -1], before, (own[0], own[1]))
 
-    # -- glancing ------------------------------------------------------------------------------------------------------
+    def first(self, states: Sequence[DrafterState]) -> FalconPaths:
+        memory, contexts, back = [], [], torch.arange(-self.heads_a_round, 0, device=self.device)
+        for state in states:
+            (keys, values), halves = (cache.storage[:, 0, :, : state.num_rows] for cache in state.caches)
+            memory.append(halves[:, 0, (state.num_rows + back).clamp_min(0)].transpose(0, 1).flatten(1))
+            contexts.append((keys, values))
+        seen = torch.tensor([state.num_rows for state in states], device=self.device)
+        before = Contexts(contexts, torch.arange(len(states), device=self.device), seen)
+        blocks = torch.stack(memory)
+        asking, rotary = self._asking(blocks[..., : self.spec.hidden_size]), self._rotary(seen[:, None] + back)
+        outputs = looked_up(self.stage.layer, asking, rotary, self._none(asking), before)
+        return self._behind(outputs, blocks[:, -1], before)
+
+    # -- training form: every row ends a block ------------------------------------------------------------------------
+
+    def first_along(self, hidden: Tensor, next_ids: Tensor, select: Tensor) -> FalconPaths:
+        number, length = next_ids.shape
+        memory = self._mixed(self.fused(hidden, next_ids), hidden.new_zeros(number, self._memory_size))
+        kept = self._keys_values(memory, torch.arange(length, device=hidden.device)[None])
+        before = Contexts(list(zip(*kept, strict=True)), select // length, select % length + 1)
+        u = memory[..., : self.spec.hidden_size]
+        outputs = torch.stack([self._slot(slot, u, kept, select) for slot in range(self.heads_a_round)], dim=1)
+        if self.training and self._share > 0 and self.heads_a_round > 1:
+            outputs = self._glanced(outputs, u, next_ids, before)
+        return self._behind(outputs, memory.flatten(0, 1).index_select(0, select), before)
+
+    def _slot(self, slot: int, u: Tensor, kept: tuple[Tensor, Tensor], select: Tensor) -> Tensor:
+        """g [P, D] of one slot of the blocks that end at flat rows [P], from u [B, T, D]."""
+        layer = self.stage.layer
+        places = torch.arange(u.shape[1], device=u.device) - (self.heads_a_round - 1 - slot)
+        x = u[:, places.clamp_min(0)] if self.slot_positions is None else u + self.slot_positions[slot]
+        queries = layer.attention.queries(layer.attention_norm(x), self._rotary(places[None]))
+        mixed = mix(queries, *kept, None, is_causal=True).transpose(1, 2).flatten(2)
+        x, mixed = (rows.flatten(0, 1).index_select(0, select) for rows in (x, mixed))
+        return layer.widened(x + layer.attention.output(mixed))
 
     def at_step(self, step: int, num_steps: int) -> None:
         self._step, self._share = step, self.config.glance_share * (1 - step / num_steps)
 
-    def _glanced(self, rows: Tensor, paths: FalconPaths, text: Text) -> Tensor:
-        """Blocks [n, k, M], the answer's rows in the place of a share of those whose token would be missed. Which ones
-        is told from the position, the token and the step, however a batch is split."""
-        head, size = paths.keys.shape[2], self.config.block_size
-        heads, length = slice(head, min(head + size - 1, self.num_heads)), text.next_ids.shape[1]
-        ahead = torch.arange(size, size + heads.stop - heads.start, device=rows.device)
-        columns = (paths.ends[:, None] + head + ahead).clamp_max(length - 1)
-        index = paths.owners[:, None] * length + columns
-        tokens, answers = text.next_ids.flatten()[index], text.rows.flatten(0, 1)[index]
+    def _glanced(self, outputs: Tensor, u: Tensor, next_ids: Tensor, before: Contexts) -> Tensor:
+        """g [P, k, D], anew of the blocks in which an answer is shown. What is shown hangs on position, token and step
+        alone, however a batch is split."""
+        places = before.seen[:, None] + torch.arange(-self.heads_a_round, self.heads_a_round - 1, device=u.device)
+        rows = before.owners[:, None] * u.shape[1] + places.clamp(0, u.shape[1] - 1)
+        block, answers = rows.split([self.heads_a_round, self.heads_a_round - 1], dim=1)
+        tokens, columns = next_ids.flatten()[answers], places[:, self.heads_a_round :]
         with torch.no_grad():
-            logits = self._scores(self._of_layer(rows, paths), heads)
-        is_shown = (self._token_ids(logits.argmax(-1)) != tokens) & (_chance(columns, tokens, self._step) < self._share)
-        shown = torch.where(is_shown[..., None], answers, rows[:, : len(ahead)])
-        return torch.cat([shown, rows[:, len(ahead) :]], dim=1)
+            best = self._token_ids(self.head_logits(self.output_norm(outputs[:, :-1])).argmax(-1))
+        shown = (best != tokens) & (_chance(columns, tokens, self._step) < self._share) & (places[:, :1] >= 0)
+        some = shown.any(-1).nonzero().squeeze(-1)
+        if not len(some):
+            return outputs
+        block = torch.cat([torch.where(shown, answers, block[:, :-1]), block[:, -1:]], dim=1)[some]
+        x = u.flatten(0, 1)[block]
+        above = Contexts(before.rows, before.owners[some], before.seen[some] - self.heads_a_round)
+        glanced, *_ = step(self.stage.layer, x, self._none(x), above, self._asking(x))
+        return outputs.index_copy(0, some, glanced.to(outputs.dtype))
 
-    # -- rows of the context -------------------------------------------------------------------------------------------
-
-    def first_along(self, hidden: Tensor, next_ids: Tensor, select: Tensor) -> FalconPaths:
-        (number, length), size = next_ids.shape, self.config.block_size
-        rows = self._mixed(self.fused(hidden, next_ids), hidden.new_zeros(number, self._memory_size))
-        keys, values = self._keys_values(rows, torch.arange(length, device=hidden.device)[None])
-        ends = select % length + 1 - size
-        columns = (ends[:, None] + torch.arange(size, device=hidden.device)).clamp_min(0)
-        blocks = rows.flatten(0, 1)[(select - select % length)[:, None] + columns]
-        contexts = list(zip(keys, values, strict=True))
-        return self._begun(blocks, select // length, ends, contexts, Text(rows, next_ids))
-
-    def first(self, states: Sequence[DrafterState]) -> FalconPaths:
-        size, blocks, contexts = self.config.block_size, [], []
-        for state in states:
-            (keys, values), (first, second) = (cache.storage[:, 0, :, : state.num_rows] for cache in state.caches)
-            index = torch.arange(state.num_rows - size, state.num_rows, device=self.device).clamp_min(0)
-            blocks.append(torch.cat([first[0, index], second[0, index]], dim=-1))
-            contexts.append((keys, values))
-        ends = torch.tensor([state.num_rows - size for state in states], device=self.device)
-        return self._begun(torch.stack(blocks), torch.arange(len(states), device=self.device), ends, contexts)
+    # -- what is kept -------------------------------------------------------------------------------------------------
 
     @property
     def row_bytes(self) -> int:

@@ -36,17 +36,25 @@ def step(
 
     asking: what the outputs start from in the place of x, which others still see there.
     """
-    attention, sizes = layer.attention, layer.sizes
     starts = (before.seen if before.ends is None else before.ends) + own[0].shape[2]
     positions = starts[:, None] + torch.arange(x.shape[1], device=x.device)
-    rotary = rotary_tables(positions, sizes.head_size, sizes.rope_theta)
-    normed = layer.attention_norm(x)
-    keys, values = (torch.cat(pair, dim=2) for pair in zip(own, attention.keys_values(normed, rotary), strict=True))
-    if asking is not None:
-        x, normed = asking, layer.attention_norm(asking)
-    queries = attention.queries(normed, rotary)
-    mixed = _mix(queries.flatten(1, 2), keys, values, before).view(queries.shape)
-    return layer.widened(x + attention.output(mixed.transpose(1, 2).flatten(2))), keys, values
+    rotary = rotary_tables(positions, layer.sizes.head_size, layer.sizes.rope_theta)
+    made = layer.attention.keys_values(layer.attention_norm(x), rotary)
+    keys, values = (torch.cat(pair, dim=2) for pair in zip(own, made, strict=True))
+    return looked_up(layer, x if asking is None else asking, rotary, (keys, values), before), keys, values
+
+
+def looked_up(
+    layer: TransformerLayer,
+    x: Tensor,
+    rotary: tuple[Tensor, Tensor],
+    own: tuple[Tensor, Tensor],
+    before: Contexts,
+) -> Tensor:
+    """The layer for rows x [n, r, D] that see what there is, and are seen by none."""
+    queries = layer.attention.queries(layer.attention_norm(x), rotary)
+    mixed = _mix(queries.flatten(1, 2), *own, before).view(queries.shape)
+    return layer.widened(x + layer.attention.output(mixed.transpose(1, 2).flatten(2)))
 
 
 class MadeRows:
