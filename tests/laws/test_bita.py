@@ -187,12 +187,12 @@ def test_a_step_that_is_broken_off_leaves_the_group_before(target, drafters, mon
     engine = Engine(target, drafters["full"], parse_tree(9))
     sequence = begin(engine, PROMPT, SamplingParams(max_new_tokens=24))
     step(engine, sequence), step(engine, sequence)
-    before = sequence.rows.unfed[-1][2]
+    before = sequence.rows.unfed[-1].probed
     with monkeypatch.context() as patch:
         patch.setattr(type(engine.grower), "observe", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             step(engine, sequence)
-    assert sequence.rows.unfed[-1][2] is before is not None
+    assert sequence.rows.unfed[-1].probed is before is not None
     while not sequence.is_finished:
         step(engine, sequence)
     assert sequence.output_ids == decode_plainly(target.model, PROMPT, SamplingParams(max_new_tokens=24), {EOS})

@@ -9,10 +9,11 @@ import math
 import random
 from dataclasses import dataclass, field, replace
 
+import numpy as np
 import pytest
 
 from amphista.tree.account import FORGIVEN, SPENT, Account
-from amphista.tree.budget import LONGEST_STREAK, Claim, DraftRow, NodeBudget, Plan, share
+from amphista.tree.budget import EARLY, LONGEST_STREAK, Claim, DraftRow, NodeBudget, Plan, share
 from amphista.tree.candidates import Candidates, NgramDraft
 from amphista.tree.controller import DraftController
 from amphista.tree.dynamic import best_first
@@ -145,7 +146,7 @@ def test_no_other_split_has_a_higher_mean_rate(seed):
     source = random.Random(seed)
     rows = [sorted((source.random() for _ in range(4)), reverse=True) for _ in range(source.choice([1, 2, 3]))]
     steps = list(itertools.accumulate((source.choice([0.0, 0.05, 0.4]) for _ in range(12)), initial=1.0))
-    found = share([Claim(map(math.log, row)) for row in rows], steps.__getitem__, range(13), 1.0)
+    found = share([Claim(map(math.log, row)) for row in rows], np.array(steps), 1.0)
     every = itertools.product(*([row[:count] for count in range(len(row) + 1)] for row in rows))
     assert mean_rate(found, steps.__getitem__) == pytest.approx(
         max(mean_rate(nodes, steps.__getitem__) for nodes in every)
@@ -155,10 +156,10 @@ def test_no_other_split_has_a_higher_mean_rate(seed):
 
 def test_the_plain_sum_would_be_another_rule():
     """Two rows for one sequence would raise the batch's tokens per second, at the cost of the other: not done."""
-    seconds, sure = [1.0, 1.4, 1.75].__getitem__, [0.9, 0.85]
-    assert (2 + sum(sure)) / seconds(2) > 2 / seconds(0)
-    assert share([Claim(map(math.log, sure)), Claim(iter(()))], seconds, range(3), 1.0) == [[], []]
-    assert share([Claim(map(math.log, sure))] * 1, seconds, range(3), 1.0) == [pytest.approx(sure)]
+    seconds, sure = np.array([1.0, 1.4, 1.75]), [0.9, 0.85]
+    assert (2 + sum(sure)) / seconds[2] > 2 / seconds[0]
+    assert share([Claim(map(math.log, sure)), Claim(iter(()))], seconds, 1.0) == [[], []]
+    assert share([Claim(map(math.log, sure))] * 1, seconds, 1.0) == [pytest.approx(sure)]
 
 
 @pytest.mark.parametrize("seed", range(10))
@@ -168,7 +169,7 @@ def test_dearer_rows_and_more_sequences_never_make_more_nodes(seed):
 
     def total(price, num_sequences):
         claims = [Claim(map(math.log, row)) for _ in range(num_sequences)]
-        return sum(map(len, share(claims, lambda drafts: 1 + price * drafts, range(61), 1.0)))
+        return sum(map(len, share(claims, 1 + price * np.arange(61), 1.0)))
 
     by_price = [total(price, 2) for price in (0.01, 0.1, 0.2, 0.5, 2.0)]
     assert by_price == sorted(by_price, reverse=True) and by_price[0] > by_price[-1] == 0
@@ -177,13 +178,13 @@ def test_dearer_rows_and_more_sequences_never_make_more_nodes(seed):
 
 
 def test_a_wary_row_refuses_what_it_would_lose_by():
-    seconds = [1.0, 1.2, 1.4, 1.6].__getitem__
+    seconds = np.array([1.0, 1.2, 1.4, 1.6])
 
     def claims(wary):
         return [Claim(map(math.log, [0.99, 0.98, 0.97])), Claim(map(math.log, [0.1]), is_wary=wary)]
 
-    assert list(map(len, share(claims(False), seconds, range(4), 1.0))) == [3, 0]
-    assert list(map(len, share(claims(True), seconds, range(4), 1.0))) == [0, 0]
+    assert list(map(len, share(claims(False), seconds, 1.0))) == [3, 0]
+    assert list(map(len, share(claims(True), seconds, 1.0))) == [0, 0]
 
 
 # -- the account, under a clock of its own ----------------------------------------------------------------------------
@@ -204,6 +205,7 @@ class Request:
     plain_tokens: float = 0.0  # that plain decoding would have had by now
     worst_step: float = 0.0
     accepted: set[int] = field(default_factory=set)
+    num_asked: int = 0
 
     @property
     def row(self):
@@ -239,6 +241,8 @@ def serve(requests, size, *, seed, prompts=(0, 0, 0, 16), noise=0.0, budget=None
         plain = Forward(len(running) + prompt, len(running), num_prompts=int(prompt > 0))
         rows = [request.row for request in running]
         asked = budget.whom_to_ask(rows, plain)
+        for b in asked:
+            running[b].num_asked += 1
         offered = [request.scores(asked=b in asked) for b, request in enumerate(running)]
         sizes = budget.share(rows, list(map(iter, offered)), len(asked), plain)
         growths = [
@@ -307,6 +311,20 @@ def test_noise_does_not_break_the_promise_by_more_than_itself():
     requests = mixed(4, 5)
     serve(requests, 4, seed=5, noise=0.1)
     assert max(shortfall(request) - 0.03 * request.plain_tokens for request in requests) <= 1
+
+
+def test_heads_that_failed_others_are_tried_seldom_and_not_given_up():
+    """A trial costs a new sequence the reading of its prompt, too."""
+    budget = NodeBudget(COSTS)
+
+    def share_asked(kind):
+        requests = [Request(kind, 60) for _ in range(48)]
+        serve(requests, 1, seed=0, prompts=(0,), budget=budget)
+        return sum(request.num_asked > 0 for request in requests[:24]) / 24  # served last
+
+    assert share_asked("honest heads") > 0.9
+    assert 1 / (2 * EARLY) <= share_asked("lying heads") <= 2 / EARLY
+    assert share_asked("honest heads") > 0.9
 
 
 # -- learning ---------------------------------------------------------------------------------------------------------

@@ -12,8 +12,6 @@ default target; each request moves it by its own outcomes.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from itertools import pairwise
 
 from amphista.drafter.ngrams import LONGEST_MATCH, NgramIndex
@@ -31,12 +29,16 @@ class Lookup:
     def __init__(self) -> None:
         self.index = NgramIndex()
         self._outcomes = {start: [0, 0] for start in PRIOR}  # right, all
+        self._log_probs = [math.log(self.likelihood(length)) for length in range(1, LONGEST_MATCH + 1)]  # by agreeing
         self._proposed: tuple[int, int, list[int]] | None = None  # tokens known then, the match's length, what it said
 
     def propose(self, token_ids: list[int], max_depth: int) -> NgramDraft | None:
         """The chain that may follow `token_ids`, which begin with what was given before."""
-        with self._whole():
+        try:
             self.index.extend(token_ids[len(self.index) :])
+        except BaseException:  # broken off in mid-change (Ctrl-C): the next proposal builds it anew
+            self.index, self._proposed = NgramIndex(), None
+            raise
         self._learn()
         found = self.index.match()
         depth = min(max_depth, DEEPEST)
@@ -45,22 +47,14 @@ class Lookup:
         place, length = found
         tokens = self.index.continuation(place, depth)
         self._proposed = (len(self.index), length, tokens)
-        return NgramDraft(tokens, [math.log(self.likelihood(length + ahead)) for ahead in range(depth)])
+        log_probs = self._log_probs[length - 1 : length - 1 + depth]
+        return NgramDraft(tokens, log_probs + self._log_probs[-1:] * (depth - len(log_probs)))
 
     def likelihood(self, num_agreeing: int) -> float:
         """How likely the next token is the one that followed before, so many tokens having agreed."""
         start = _bucket(num_agreeing)
         right, total = self._outcomes[start]
         return (right + PRIOR_WEIGHT * PRIOR[start]) / (total + PRIOR_WEIGHT)
-
-    @contextmanager
-    def _whole(self) -> Iterator[None]:
-        """An index that is broken off in mid-change (Ctrl-C) is given up; the next proposal builds it anew."""
-        try:
-            yield
-        except BaseException:
-            self.index, self._proposed = NgramIndex(), None
-            raise
 
     def _learn(self) -> None:
         """Compare the last proposal with the tokens that have come since, up to its first mistake."""
@@ -69,9 +63,11 @@ class Lookup:
         known, length, tokens = self._proposed
         self._proposed = None
         for ahead, (said, came) in enumerate(zip(tokens, self.index.tokens[known:], strict=False)):
-            outcome = self._outcomes[_bucket(length + ahead)]
-            outcome[0] += said == came
-            outcome[1] += 1
+            start = _bucket(length + ahead)
+            self._outcomes[start][0] += said == came
+            self._outcomes[start][1] += 1
+            value = math.log(self.likelihood(start))
+            self._log_probs[start - 1 : _ENDS[start]] = [value] * (_ENDS[start] + 1 - start)
             if said != came:
                 return
 
@@ -81,4 +77,5 @@ def _bucket(num_agreeing: int) -> int:
 
 
 _STARTS = [*PRIOR, LONGEST_MATCH + 1]
+_ENDS = {start: after - 1 for start, after in pairwise(_STARTS)}
 _BUCKETS = {length: start for start, after in pairwise(_STARTS) for length in range(start, after)}

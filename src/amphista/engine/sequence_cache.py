@@ -6,6 +6,8 @@ first asked, which may be never: until then hidden states wait in `unfed`, and a
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -16,6 +18,18 @@ from amphista.target.target import Target
 MAX_UNFED, MAX_PIECES = 2048, 32
 
 
+class Unfed(NamedTuple):
+    """Rows that wait for the drafter: hidden states, the tokens that followed, what probes below the last gave.
+
+    `end`: how many rows wait up to here, those before included; it is asked several times a step.
+    """
+
+    hidden: Tensor
+    next_ids: list[int]
+    probed: Tensor | None
+    end: int
+
+
 class SequenceCache:
     """The caches of one sequence, and the tokens they are made of: the sequence's own list, which may be longer."""
 
@@ -23,7 +37,7 @@ class SequenceCache:
         self._target, self._heads, self.token_ids = target, heads, token_ids
         self.cache = target.new_cache()
         self.draft_state = DrafterState() if heads is None else heads.start()
-        self.unfed: list[tuple[Tensor, list[int], Tensor | None]] = []  # with what probes below the last row gave
+        self.unfed: list[Unfed] = []
 
     @property
     def num_rows(self) -> int:
@@ -34,15 +48,12 @@ class SequenceCache:
     @property
     def num_bytes(self) -> int:
         """Bytes allocated."""
-        waiting = sum(hidden.numel() * hidden.element_size() for hidden, *_ in self.unfed)
+        waiting = sum(piece.hidden.nbytes for piece in self.unfed)
         return self.cache.num_bytes + self.draft_state.num_bytes + waiting
 
     @property
     def _num_unfed(self) -> int:
-        number = 0
-        for _, ids, _ in self.unfed:  # a loop: this is asked several times a step
-            number += len(ids)
-        return number
+        return self.unfed[-1].end if self.unfed else 0
 
     def empty(self, token_ids: list[int]) -> SequenceCache:
         """None, for a sequence of these tokens."""
@@ -51,23 +62,26 @@ class SequenceCache:
     @property
     def is_probed(self) -> bool:
         """Of a drafter with probes: whether they were read below the last row."""
-        return (self.unfed[-1][2] if self.unfed else self.draft_state.features) is not None
+        return (self.unfed[-1].probed if self.unfed else self.draft_state.features) is not None
 
     def defer(self, hidden: Tensor, path: list[int], next_ids: list[int], probed: Tensor | None = None) -> None:
         """Keep the hidden states of a committed path for the drafter, with the tokens that followed each node; they do
         not pile up without end. probed: what probes below its last node gave."""
         if self._heads is not None:
-            self.unfed.append((hidden[sent(path, hidden.device)], next_ids, probed))
+            end = self._num_unfed + len(next_ids)
+            is_start = path[-1] == len(path) - 1  # of the tree, mostly: no indices to send
+            states = hidden[: len(path)].clone() if is_start else hidden[sent(path, hidden.device)]
+            self.unfed.append(Unfed(states, next_ids, probed, end))
             if self._num_unfed > MAX_UNFED:
                 self.feed()
             elif len(self.unfed) > MAX_PIECES:
                 self.unfed[:] = [self._joined()]
 
-    def _joined(self) -> tuple[Tensor, list[int], Tensor | None]:
+    def _joined(self) -> Unfed:
         if len(self.unfed) == 1:
             return self.unfed[0]
-        next_ids = [token for _, ids, _ in self.unfed for token in ids]
-        return torch.cat([rows for rows, *_ in self.unfed]), next_ids, self.unfed[-1][2]
+        next_ids = [token for piece in self.unfed for token in piece.next_ids]
+        return self.unfed[-1]._replace(hidden=torch.cat([piece.hidden for piece in self.unfed]), next_ids=next_ids)
 
     def ask(self, temperature: float, max_depth: int) -> Ask:
         """What the drafter is asked, every row it has not read going with it. Row j is made of h_j and x_{j+1}."""
@@ -76,7 +90,7 @@ class SequenceCache:
         num_fed = self.cache.num_committed - self._num_unfed
         if self._heads is not None and self.draft_state.num_rows > num_fed:  # fed, and broken off before that was noted
             self._heads.trim(self.draft_state, num_fed)
-        return Ask(self.draft_state, max_depth, temperature, *self._joined())
+        return Ask(self.draft_state, max_depth, temperature, *self._joined()[:3])
 
     def catch_up(self) -> None:
         """Give the drafter a prompt, or what came while it rested: no part of what asking it costs."""

@@ -173,7 +173,8 @@ def costs_of(method: Method) -> dict[str, Any] | None:
         return None
     grower = method.llm.engine.grower
     costs = grower.costs if isinstance(grower, AutoGrower) else costs_for(method.llm.target, method.llm.drafter)
-    return {"verify_ms": [round(1000 * seconds, 3) for seconds in costs.verify], "draft_ms": 1000 * costs.draft}
+    verify = [round(1000 * seconds, 3) for seconds in costs.verify]
+    return {"verify_ms": verify, "draft_ms": 1000 * costs.draft, "round_ms": 1000 * costs.further_round}
 
 
 def _none(spec: MethodSpec, target: Target, settings: MethodSettings) -> Method:

@@ -17,6 +17,8 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
+
 from amphista.tree.candidates import NgramDraft
 from amphista.tree.controller import HOPE, DraftController
 from amphista.tree.learned import Forward, StepCosts
@@ -25,6 +27,7 @@ from amphista.tree.tune import Costs, chain_scores
 
 FIRST_STREAK, LONGEST_STREAK = 8, 128  # steps, all plain or all drafted, until one of the other kind is taken
 SELDOM = 4  # of a long plain streak, one step in so many is learned from: it says what the last one said
+EARLY = 4  # one new sequence in so many tries its heads early, though they failed others lately
 FIRST_GAINS = (0.45, 0.65, 0.8)  # accepted tokens of a tree of 2, 3, 4 nodes, before anything is known
 
 
@@ -72,12 +75,11 @@ class Claim:
     is_wary: bool = False
 
 
-def share(
-    claims: Sequence[Claim], seconds: Callable[[int], float], nodes: range, plain_seconds: float
-) -> list[list[float]]:
-    """The probabilities of the nodes each sequence is to verify, the root's not; `seconds` of a step by their number.
+def share(claims: Sequence[Claim], seconds: np.ndarray, plain_seconds: float, least: int = 0) -> list[list[float]]:
+    """The probabilities of the nodes each sequence is to verify, the root's not.
 
-    nodes: how many there may be altogether; fewer where no more are claimed. plain_seconds: of a step without any.
+    seconds: of a step with 0, 1, ... of them, the most there may be altogether; fewer where no more are claimed.
+    plain_seconds: of a step without any. least: how many there must be, if claimed.
     """
     tokens, product = [1.0] * len(claims), 1.0
     frontier: list[tuple[float, int, float]] = []  # (-by how much it raises the mean, whose, probability)
@@ -91,10 +93,10 @@ def share(
         offer(b)
     wary = [b for b, claim in enumerate(claims) if claim.is_wary]
     taken: list[tuple[int, float]] = []
-    times = list(map(seconds, range(nodes.stop)))
-    best, best_rate = 0, 0.0 if nodes.start else 1 / times[0]
-    while frontier and len(taken) + 1 in nodes:
-        if best_rate and not wary and math.log1p(-frontier[0][0]) <= len(claims) * _least_rise(times, len(taken)):
+    times, logs = seconds.tolist(), np.log(seconds)
+    best, best_rate = 0, 0.0 if least else 1 / times[0]
+    while frontier and len(taken) + 1 < len(times):
+        if best_rate and not wary and math.log1p(-frontier[0][0]) <= len(claims) * _least_rise(logs[len(taken) :]):
             break  # nodes come best first: none of the later ones can make up for its rows either
         _, b, probability = heapq.heappop(frontier)
         product /= tokens[b]
@@ -104,7 +106,7 @@ def share(
         offer(b)
         took = times[len(taken)]
         rate = product ** (1 / len(claims)) / took
-        if rate > best_rate and all(tokens[w] * plain_seconds >= took for w in wary):
+        if rate > best_rate and len(taken) >= least and all(tokens[w] * plain_seconds >= took for w in wary):
             best, best_rate = len(taken), rate
     shares: list[list[float]] = [[] for _ in claims]
     for b, probability in taken[:best]:
@@ -112,16 +114,15 @@ def share(
     return shares
 
 
-def _least_rise(times: Sequence[float], start: int) -> float:
-    """Of the logarithm of what steps take, a node, from so many nodes to any larger number."""
-    logs = [math.log(times[number] / times[start]) / (number - start) for number in range(start + 1, len(times))]
-    return min(logs, default=math.inf)
+def _least_rise(logs: np.ndarray) -> float:
+    """Of what steps take, as logarithms, a node: from the first number of nodes to any larger one."""
+    return float(((logs[1:] - logs[0]) / np.arange(1, len(logs))).min())
 
 
 def best_size(scores: Sequence[float], costs: Costs, *, drafted: bool) -> int:
     """How many of one tree's first nodes to verify: scores[i] is the log-score of node i, the root's comes first."""
-    seconds = StepCosts(costs).by_rows(Forward(1, num_asked=int(drafted)))
-    (taken,) = share([Claim(iter(scores[1:]))], lambda drafts: seconds(1 + drafts), range(costs.max_nodes), seconds(1))
+    seconds = StepCosts(costs).by_drafts(Forward(1, num_asked=int(drafted)), costs.max_nodes - 1)
+    (taken,) = share([Claim(iter(scores[1:]))], seconds, seconds[0])
     return 1 + len(taken)
 
 
@@ -134,14 +135,17 @@ class NodeBudget:
 
     def __init__(self, costs: Costs) -> None:
         self.costs = StepCosts(costs)
-        self._lately = DraftController()  # of all sequences
+        self._lately, self._num_new = DraftController(), 0  # of all sequences
         self._streak, self._streak_is_plain, self._longest, self._turn = 0, True, FIRST_STREAK, 0
 
     def whom_to_ask(self, rows: Sequence[DraftRow], plain: Forward) -> list[int]:
         """Indices of the rows whose heads are worth asking, or due for a trial; to be called once a step."""
         for row in rows:
             if row.controller.is_new:
+                self._num_new += 1
                 row.controller.expect(*self._expected(plain))
+                if self._num_new % EARLY:
+                    row.controller.rest = self._lately.rest
         if self._is_plain(rows):
             return []
         claims = [_claim(row, iter(_chain(row.graft)[1:])) for row in rows]
@@ -152,8 +156,12 @@ class NodeBudget:
             self._turn += 1  # one by one: what asking costs need not be shown by all at once
             return [list(gains)[self._turn % len(gains)]] if gains else []
         asked = self._best_prefix(rows, shares, gains, plain)
-        if not any(claim.is_wary for claim in claims):
-            asked += [b for b in gains if b not in asked and self._tries(rows[b].controller, missed[b], plain)]
+        pays = self._paying(plain)
+        if not any(claim.is_wary for claim in claims) and pays(HOPE, self._first(plain)[1]):  # else trials only cost
+            for b in set(gains).difference(asked):
+                controller = rows[b].controller  # where heads pay but for their n-gram draft, there is nothing to try
+                if not pays(controller.gain, controller.row_seconds) and controller.try_again(missed[b]):
+                    asked.append(b)
         return sorted(asked)
 
     def share(
@@ -192,7 +200,8 @@ class NodeBudget:
         row_seconds = seconds(forward.num_rows) - seconds(forward.num_rows - num_nodes + 1)
         for record in (controller, self._lately):
             record.record(num_accepted, row_seconds)
-        controller.update_backoff(pays=self._pays(controller, plain))
+        controller.update_backoff(pays=self._paying(plain)(controller.gain, controller.row_seconds))
+        self._lately.rest = controller.rest
 
     def _note(self, *, is_plain: bool) -> None:
         if is_plain == self._streak_is_plain:
@@ -212,10 +221,8 @@ class NodeBudget:
         return self._streak >= self._longest and self._streak_is_plain and has_room and not wary
 
     def _share(self, claims: Sequence[Claim], forward: Forward, *, least: int = 0) -> list[list[float]]:
-        seconds, num_rows = self.costs.by_rows(forward), forward.num_rows
-        nodes = range(least, max(0, self.costs.costs.max_nodes - len(claims)) + 1)
-        plain_seconds = self.costs.seconds(replace(forward, num_asked=0))
-        return share(claims, lambda drafts: seconds(num_rows + drafts), nodes, plain_seconds)
+        seconds = self.costs.by_drafts(forward, max(0, self.costs.costs.max_nodes - len(claims)))
+        return share(claims, seconds, self.costs.seconds(replace(forward, num_asked=0)), least)
 
     def _best_prefix(
         self, rows: Sequence[DraftRow], shares: list[list[float]], gains: dict[int, float], plain: Forward
@@ -238,19 +245,11 @@ class NodeBudget:
                 best, best_rate = count, rate
         return order[:best]
 
-    def _tries(self, controller: DraftController, missed: float, plain: Forward) -> bool:
-        """Whether a trial is on: never where heads pay but for their n-gram draft, nor where they hardly could."""
-        of_use = not self._pays(controller, plain) and self._would_pay(HOPE, self._first(plain)[1], plain)
-        return of_use and controller.try_again(missed)
-
-    def _pays(self, controller: DraftController, plain: Forward) -> bool:
-        return self._would_pay(controller.gain, controller.row_seconds, plain)
-
-    def _would_pay(self, gain: float, row_seconds: float, plain: Forward) -> bool:
+    def _paying(self, plain: Forward) -> Callable[[float, float], bool]:
         """Whether asking beats plain decoding, were all sequences alike: tokens gained, seconds of rows, by each."""
-        plain_seconds = self.costs.seconds(plain)
-        drafting = self.costs.seconds(replace(plain, num_asked=plain.num_decoding)) - plain_seconds
-        return gain * plain_seconds > drafting + plain.num_decoding * row_seconds
+        plain_seconds, number = self.costs.seconds(plain), plain.num_decoding
+        drafting = self.costs.seconds(replace(plain, num_asked=number)) - plain_seconds
+        return lambda gain, row_seconds: gain * plain_seconds > drafting + number * row_seconds
 
     def _expected(self, plain: Forward) -> tuple[float, float]:
         """Of a new sequence: what heads brought others lately, and the seconds of their rows."""

@@ -25,7 +25,8 @@ class DraftController:
     def __init__(self) -> None:
         self.account = Account()
         self._weight = self._gain = self._rows = 0.0  # sums over drafts, older ones weigh less
-        self._rested, self._rest, self._trial = 0, FIRST_REST, 0
+        self.rest = FIRST_REST  # plain steps before a trial
+        self._rested, self._trial = 0, 0
 
     @property
     def is_new(self) -> bool:
@@ -54,9 +55,9 @@ class DraftController:
         if self._trial:
             return missed >= 0.5
         self._rested += 1
-        if self._rested < self._rest:
+        if self._rested < self.rest:
             return False
-        self._rested, self._rest, self._trial = 0, min(2 * self._rest, LONGEST_REST), PROBE
+        self._rested, self.rest, self._trial = 0, min(2 * self.rest, LONGEST_REST), PROBE
         self._fade(FADING)
         return False
 
@@ -72,7 +73,7 @@ class DraftController:
         if self._trial:
             self._trial -= 1
         elif pays:
-            self._rested, self._rest = 0, FIRST_REST
+            self._rested, self.rest = 0, FIRST_REST
 
     def _fade(self, share: float) -> None:
         self._weight *= share

@@ -59,11 +59,8 @@ class StepCosts:
 
     def by_rows(self, forward: Forward) -> Callable[[int], float]:
         """Seconds of the same step with another number of rows; quick to call."""
-        costs, asked, known = self.costs, forward.num_asked, self._known
-        beside = costs.sequence * (forward.num_decoding + forward.num_prompts - 1)
-        beside += costs.cached_row * (forward.num_cached_rows - costs.context)
-        beside += costs.drafting(asked, forward.num_rounds) if asked else 0.0
-        common = known[0] + (known[1] if asked else 0.0)
+        costs, known = self.costs, self._known
+        beside, common = self._beside(forward), self._common(forward)
 
         def seconds(num_rows: int) -> float:
             below, share = _power(num_rows)
@@ -71,6 +68,23 @@ class StepCosts:
             return math.exp(correction) * (costs.forward(num_rows) + beside)
 
         return seconds
+
+    def by_drafts(self, forward: Forward, most: int) -> np.ndarray:
+        """Seconds of the same step with 0, 1, ... `most` further rows."""
+        rows = np.arange(forward.num_rows, forward.num_rows + most + 1)
+        terms = np.interp(np.log2(rows), np.arange(POWERS), self._terms[2:])
+        return np.exp(self._common(forward) + terms) * (self.costs.forwards(rows) + self._beside(forward))
+
+    def _beside(self, forward: Forward) -> float:
+        """Seconds of what is not rows of the forward."""
+        costs, asked = self.costs, forward.num_asked
+        beside = costs.sequence * (forward.num_decoding + forward.num_prompts - 1)
+        beside += costs.cached_row * (forward.num_cached_rows - costs.context)
+        return beside + (costs.drafting(asked, forward.num_rounds) if asked else 0.0)
+
+    def _common(self, forward: Forward) -> float:
+        """The terms that rows have no part in."""
+        return self._known[0] + (self._known[1] if forward.num_asked else 0.0)
 
     def observe(self, forward: Forward, seconds: float) -> None:
         """Learn from a step that took so many seconds."""

@@ -8,7 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import accumulate, pairwise
+
+import numpy as np
 
 
 @dataclass(frozen=True)
@@ -47,10 +50,22 @@ class Costs:
     def forward(self, num_rows: int) -> float:
         """Seconds of a forward over so many rows; beyond what was measured on a straight line, at the mean slope."""
         beyond = num_rows - len(self.verify)
-        if beyond <= 0:
-            return self.verify[num_rows - 1]
-        slope = (self.verify[-1] - self.verify[0]) / max(1, len(self.verify) - 1)
-        return self.verify[-1] + beyond * slope
+        return self.verify[num_rows - 1] if beyond <= 0 else self.verify[-1] + beyond * self._slope
+
+    def forwards(self, num_rows: np.ndarray) -> np.ndarray:
+        """The same of several numbers of rows."""
+        most = len(self.verify)
+        seconds: np.ndarray = self._measured[np.minimum(num_rows, most) - 1]
+        seconds = seconds + np.maximum(num_rows - most, 0) * self._slope
+        return seconds
+
+    @cached_property
+    def _measured(self) -> np.ndarray:
+        return np.array(self.verify)
+
+    @cached_property
+    def _slope(self) -> float:
+        return (self.verify[-1] - self.verify[0]) / max(1, len(self.verify) - 1)
 
 
 NOTHING_PAYS = Costs([1.0])

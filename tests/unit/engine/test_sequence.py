@@ -12,7 +12,7 @@ from amphista.engine.loops import LoopWatch
 from amphista.engine.params import FinishReason, SamplingParams
 from amphista.engine.prefixes import taken_over
 from amphista.engine.sequence import Sequence, whole_step
-from amphista.engine.sequence_cache import SequenceCache
+from amphista.engine.sequence_cache import SequenceCache, Unfed
 from amphista.errors import CapacityError
 from amphista.target.text import IncrementalText, Text
 from tests.tiny import EOS, byte_tokenizer
@@ -161,7 +161,7 @@ def test_a_step_broken_off_has_done_nothing():
     before = deepcopy(found.stats)
     with pytest.raises(KeyboardInterrupt), whole_step([found]):
         filled(found.rows, 7)
-        found.rows.unfed.append((torch.zeros(2, 2), [1, 2]))
+        found.rows.unfed.append(Unfed(torch.zeros(2, 2), [1, 2], None, 2))
         take(found, tokens_of("YZ"))
         assert found.finish_reason is FinishReason.STOP and found.stops.stopped
         raise KeyboardInterrupt

@@ -27,6 +27,16 @@ def test_what_a_batch_costs_before_anything_is_learned():
     assert StepCosts(COSTS).by_rows(Forward(1, num_asked=1))(4) == COSTS.draft + COSTS.verify[3]
 
 
+def test_a_whole_curve_is_what_its_sizes_are_one_by_one():
+    source = random.Random(1)
+    forwards = [Forward(source.randint(1, 30), num_asked=source.randint(0, 2)) for _ in range(40)]
+    costs = learned(COSTS, [(forward, source.uniform(0.5, 5.0)) for forward in forwards])
+    for forward in (Forward(1), Forward(5, 3, 1, 200, 2), Forward(600, 2, 1)):
+        one_by_one = costs.by_rows(forward)
+        expected = [one_by_one(forward.num_rows + drafts) for drafts in range(13)]
+        assert costs.by_drafts(forward, 12) == pytest.approx(expected)
+
+
 @pytest.mark.parametrize("factor", [1 / 3, 3.0, 10.0])
 def test_another_clock_is_learned_at_once_and_bends_nothing(factor):
     source = random.Random(0)

@@ -1,0 +1,99 @@
+"""The table of `docs/drafters.md`: trained drafters side by side, from their plan's folder and two evaluations.
+
+    python -m benchmarks.lab ablate recipes/drafters.toml --dtype bfloat16 --data runs/answers --out runs/drafters
+    amphista evaluate mt_bench --dtype int8 --out greedy --methods none,eagle=runs/drafters/eagle-seed0/last,\
+eagle=runs/drafters/eagle-seed0/last@4, ... and @8, @16; the same with --temperature 0.7 --out sampled
+    python -m benchmarks.lab.drafters_table runs/drafters greedy/summary.json sampled/summary.json
+
+Cost of a draft: of its first round and of a further one, in forwards of one row, as measured in the first evaluation.
+Possible: the highest of tau / (forward of n rows + draft) over the fixed sizes n, greedy; realised: decoding under
+`auto` over plain decoding. 7B: tau at 16 nodes over 1 + (weights that K rounds read / weights of a target of Llama 7B's
+shape), where rows cost nothing and a drafter built for that shape accepts as much as this one: a bound, not a promise.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from amphista.config import build
+from amphista.drafter.checkpoint import DRAFTERS, make_drafter
+from amphista.files import read_json
+from amphista.target import DEFAULT_TARGET
+from amphista.target.loading import load_target
+from amphista.target.spec import SharedWeights, TargetSpec
+from benchmarks.lab.shapes import SHAPES
+
+SIZES = (4, 8, 16)
+AGAIN = {"eagle": ("stage.",), "tandem": ("layers.", "widen.")}  # what every round reads, all else is read once
+HEADERS = ["", "weights", "positions", "rate", "draft", "tau at 4 / 8 / 16", "sampled", "possible", "realised", "7B"]
+
+
+def projected(kind: str, model: dict[str, Any], tau: float, spec: TargetSpec, shared: SharedWeights) -> float:
+    """Speedup where a forward costs what reading its weights does."""
+    shape = SHAPES["llama-7b"]
+    wide = replace(
+        spec,
+        hidden_size=shape.hidden_size,
+        embedding_size=shape.hidden_size,
+        num_layers=shape.num_layers,
+        num_attention_heads=shape.num_attention_heads,
+        num_key_value_heads=shape.num_key_value_heads,
+        head_size=shape.hidden_size // shape.num_attention_heads,
+        intermediate_size=shape.intermediate_size,
+    )
+    config = build(DRAFTERS[kind][0], model, kind)
+    with torch.device("meta"):
+        drafter = make_drafter(kind, config, wide, shared)
+    sizes = {name: parameter.numel() for name, parameter in drafter.named_parameters()}
+    again = sum(size for name, size in sizes.items() if name.startswith(AGAIN.get(kind, ())))
+    rounds = config.num_heads if kind in AGAIN or kind == "hydra" else 1
+    head = (config.draft_vocab or spec.vocab_size) * shape.hidden_size
+    read = sum(sizes.values()) + (rounds - 1) * again + rounds * head
+    return tau / (1 + read / shape.num_parameters())
+
+
+def cells(result: dict[str, Any], greedy: dict[str, Any], sampled: dict[str, Any], seven_b: float) -> list[str]:
+    """One row."""
+    name = result["run"]
+    costs, found = greedy["run"]["costs"][f"{name}@auto"], [s["measures"]["all"] for s in (greedy, sampled)]
+    one = costs["verify_ms"][0]
+    taus = [[measures[f"{name}@{size}"]["tau"] for size in SIZES] for measures in found]
+    draft = costs["draft_ms"] + costs["round_ms"] * (result["identity"]["config"]["model"]["num_heads"] - 1)
+    possible = max(tau * one / (costs["verify_ms"][n - 1] + draft) for n, tau in zip(SIZES, taus[0], strict=True))
+    asked = f"{costs['draft_ms'] / one:.2f}" + (f" + {costs['round_ms'] / one:.2f}" if costs["round_ms"] else "")
+    measured = found[0][f"{name}@auto"]
+    low, high = measured["decode_speedup_interval"]
+    return [
+        name,
+        f"{result['parameters'] / 1e6:.1f} M",
+        f"{result['progress']['positions'] / 1e6:.2f} M",
+        f"{result['identity']['config']['optimizer']['learning_rate']:g}",
+        asked,
+        *(" / ".join(f"{tau:.2f}" for tau in row) for row in taus),
+        f"{possible:.2f}",
+        f"{measured['decode_speedup']:.2f} ({low:.2f} to {high:.2f})",
+        f"{seven_b:.2f}",
+    ]
+
+
+def main() -> None:
+    folder, *records = map(Path, sys.argv[1:])
+    greedy, sampled = map(read_json, records)
+    target = load_target(DEFAULT_TARGET)
+    print("| " + " | ".join(HEADERS) + " |\n" + "|---" * len(HEADERS) + "|")
+    for place in sorted(folder.glob("*-seed0/result.json")):
+        result = read_json(place)
+        config, name = result["identity"]["config"], result["run"]
+        if f"{name}@16" in greedy["measures"]["all"]:
+            tau = greedy["measures"]["all"][f"{name}@16"]["tau"]
+            seven_b = projected(config["drafter"], config["model"], tau, target.spec, target.shared)
+            print("| " + " | ".join(cells(result, greedy, sampled, seven_b)) + " |")
+
+
+if __name__ == "__main__":
+    main()
