@@ -43,11 +43,11 @@ OPEN_NOTE = {
         "on tokens alone. It is not the published EAGLE of any version, and its figures are not theirs."
     ),
     "falcon": (
-        "After arXiv 2412.12639, asked in rounds: one layer that gives a block of tokens a pass, whose rows see each other "
-        "and know nothing of the tokens beside them, and goes on from its own states. Certain, from the published code: "
-        "that, and training that shows a share of the missed tokens. Not to be had from there: how states and tokens are "
-        "fused (an LSTM whose output cannot be used as written). Chosen here: that, norms, start, draft vocabulary, "
-        "objectives, all passes trained on the drafter's own states."
+        "After arXiv 2412.12639, asked in rounds: one layer that gives a block of tokens a pass and goes on from its "
+        "own states; rows of a block see each other, its tokens know nothing of each other. Certain, from the "
+        "published code: that, and training that shows a share of what would be missed. Not from there: how states and "
+        "tokens are fused (an LSTM whose output cannot be used as written). Chosen here: that, norms, start, draft "
+        "vocabulary, objectives, all passes trained on the drafter's own states."
     ),
     "tandem": (
         "After arXiv 2402.08644, asked in rounds: a small model whose layers attend to projected states of the target "
