@@ -163,8 +163,9 @@ class Falcon(FusedHeads[FalconPaths]):
         seen = torch.tensor([state.num_rows for state in states], device=self.device)
         before = Contexts(contexts, torch.arange(len(states), device=self.device), seen)
         blocks = torch.stack(memory)
-        asking, rotary = self._asking(blocks[..., : self.spec.hidden_size]), self._rotary(seen[:, None] + back)
-        outputs = looked_up(self.stage.layer, asking, rotary, self._none(asking), before)
+        x, layer = self._asking(blocks[..., : self.spec.hidden_size]), self.stage.layer
+        queries = layer.attention.queries(layer.attention_norm(x), self._rotary(seen[:, None] + back))
+        outputs = looked_up(layer, x, queries, self._none(x), before)
         return self._behind(outputs, blocks[:, -1], before)
 
     # -- training form: every row ends a block ------------------------------------------------------------------------

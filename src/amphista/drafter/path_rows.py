@@ -39,20 +39,18 @@ def step(
     starts = (before.seen if before.ends is None else before.ends) + own[0].shape[2]
     positions = starts[:, None] + torch.arange(x.shape[1], device=x.device)
     rotary = rotary_tables(positions, layer.sizes.head_size, layer.sizes.rope_theta)
-    made = layer.attention.keys_values(layer.attention_norm(x), rotary)
+    normed = layer.attention_norm(x)
+    made = layer.attention.keys_values(normed, rotary)
     keys, values = (torch.cat(pair, dim=2) for pair in zip(own, made, strict=True))
-    return looked_up(layer, x if asking is None else asking, rotary, (keys, values), before), keys, values
+    if asking is not None:
+        x, normed = asking, layer.attention_norm(asking)
+    return looked_up(layer, x, layer.attention.queries(normed, rotary), (keys, values), before), keys, values
 
 
 def looked_up(
-    layer: TransformerLayer,
-    x: Tensor,
-    rotary: tuple[Tensor, Tensor],
-    own: tuple[Tensor, Tensor],
-    before: Contexts,
+    layer: TransformerLayer, x: Tensor, queries: Tensor, own: tuple[Tensor, Tensor], before: Contexts
 ) -> Tensor:
-    """The layer for rows x [n, r, D] that see what there is, and are seen by none."""
-    queries = layer.attention.queries(layer.attention_norm(x), rotary)
+    """The layer for rows x [n, r, D], whose queries [n, H, r, E] see what there is, and which are seen by none."""
     mixed = _mix(queries.flatten(1, 2), *own, before).view(queries.shape)
     return layer.widened(x + layer.attention.output(mixed.transpose(1, 2).flatten(2)))
 
