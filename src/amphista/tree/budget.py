@@ -14,8 +14,10 @@ from __future__ import annotations
 
 import heapq
 import math
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 
 import numpy as np
 
@@ -126,6 +128,28 @@ def best_size(scores: Sequence[float], costs: Costs, *, drafted: bool) -> int:
     return 1 + len(taken)
 
 
+@dataclass
+class Streak:
+    """Steps all plain, or all drafted: after a long one a step of the other kind is due, to see what it takes."""
+
+    length: int = 0
+    is_plain: bool = True
+    longest: int = FIRST_STREAK
+
+    @property
+    def is_long(self) -> bool:
+        return self.length >= self.longest
+
+    def note(self, *, is_plain: bool) -> None:
+        """Count a step."""
+        if is_plain == self.is_plain:
+            self.length += 1
+            return
+        if self.is_long:
+            self.longest = min(2 * self.longest, LONGEST_STREAK)
+        self.length, self.is_plain = 1, is_plain
+
+
 class NodeBudget:
     """Decides whose heads are asked and how many nodes each tree gets, and learns from every step.
 
@@ -136,7 +160,8 @@ class NodeBudget:
     def __init__(self, costs: Costs) -> None:
         self.costs = StepCosts(costs)
         self._lately, self._num_new = DraftController(), 0  # of all sequences
-        self._streak, self._streak_is_plain, self._longest, self._turn = 0, True, FIRST_STREAK, 0
+        self._unasked: list[int] = []  # nodes of each row in the step under way, if no heads are asked
+        self._streaks, self._turn = defaultdict[int, Streak](Streak), 0  # by the power of two of a plain step's rows
 
     def whom_to_ask(self, rows: Sequence[DraftRow], plain: Forward) -> list[int]:
         """Indices of the rows whose heads are worth asking, or due for a trial; to be called once a step."""
@@ -146,13 +171,14 @@ class NodeBudget:
                 row.controller.expect(*self._expected(plain))
                 if self._num_new % EARLY:
                     row.controller.rest = self._lately.rest
-        if self._is_plain(rows):
+        if self._is_plain(rows, plain):
             return []
         claims = [_claim(row, iter(_chain(row.graft)[1:])) for row in rows]
         shares = self._share(claims, plain)
+        self._unasked = [len(nodes) for nodes in shares]
         missed = [1 - (nodes[0] if nodes else 0.0) for nodes in shares]
         gains = {b: missed[b] * row.controller.gain for b, row in enumerate(rows) if row.max_depth > 0}
-        if self._is_drafted(rows):
+        if self._is_drafted(rows, plain):
             self._turn += 1  # one by one: what asking costs need not be shown by all at once
             return [list(gains)[self._turn % len(gains)]] if gains else []
         asked = self._best_prefix(rows, shares, gains, plain)
@@ -168,18 +194,21 @@ class NodeBudget:
         self, rows: Sequence[DraftRow], scores: Sequence[Iterator[float]], num_asked: int, plain: Forward
     ) -> list[int]:
         """How many nodes, root included, each row's tree gets; `scores` of their nodes as they are grown."""
-        if self._is_plain(rows):
+        if self._is_plain(rows, plain):
             return [1] * len(rows)
+        if num_asked == 0 and self._unasked and not self._is_drafted(rows, plain):
+            return [1 + sum(1 for _ in islice(nodes, n)) for nodes, n in zip(scores, self._unasked, strict=True)]
         claims = [_claim(row, nodes) for row, nodes in zip(rows, scores, strict=True)]
-        least = int(self._is_drafted(rows))
+        least = int(self._is_drafted(rows, plain))
         return [1 + len(nodes) for nodes in self._share(claims, replace(plain, num_asked=num_asked), least=least)]
 
     def observe(self, plan: Plan, accepted: Sequence[Sequence[int]], seconds: float) -> None:
         """Learn from a step: the draft tokens each row accepted, and its seconds, asking the heads included."""
-        forward, plain = plan.forward, plan.plain
+        forward, plain, self._unasked = plan.forward, plan.plain, []
         is_plain = forward == plain
-        self._note(is_plain=is_plain)
-        if not is_plain or self._streak < FIRST_STREAK or self._streak % SELDOM == 0:
+        streak = self._streak(plain)
+        streak.note(is_plain=is_plain)
+        if not is_plain or streak.length < FIRST_STREAK or streak.length % SELDOM == 0:
             self.costs.observe(forward, seconds)
         plain_steps = self.costs.seconds(forward) / self.costs.seconds(plain)
         for row, tokens in zip(plan.rows, accepted, strict=True):
@@ -203,22 +232,18 @@ class NodeBudget:
         controller.update_backoff(pays=self._paying(plain)(controller.gain, controller.row_seconds))
         self._lately.rest = controller.rest
 
-    def _note(self, *, is_plain: bool) -> None:
-        if is_plain == self._streak_is_plain:
-            self._streak += 1
-            return
-        if self._streak >= self._longest:
-            self._longest = min(2 * self._longest, LONGEST_STREAK)
-        self._streak, self._streak_is_plain = 1, is_plain
+    def _streak(self, plain: Forward) -> Streak:
+        """That of steps like this one: what other steps take says little about it."""
+        return self._streaks[plain.num_rows.bit_length()]
 
-    def _is_plain(self, rows: Sequence[DraftRow]) -> bool:
+    def _is_plain(self, rows: Sequence[DraftRow], plain: Forward) -> bool:
         spent = any(row.controller.account.is_spent for row in rows)
-        return not rows or spent or (self._streak >= self._longest and not self._streak_is_plain)
+        return not rows or spent or (self._streak(plain).is_long and not self._streak(plain).is_plain)
 
-    def _is_drafted(self, rows: Sequence[DraftRow]) -> bool:
+    def _is_drafted(self, rows: Sequence[DraftRow], plain: Forward) -> bool:
         wary = any(row.controller.account.is_wary for row in rows)
         has_room = self.costs.costs.max_nodes > len(rows)
-        return self._streak >= self._longest and self._streak_is_plain and has_room and not wary
+        return self._streak(plain).is_long and self._streak(plain).is_plain and has_room and not wary
 
     def _share(self, claims: Sequence[Claim], forward: Forward, *, least: int = 0) -> list[list[float]]:
         seconds = self.costs.by_drafts(forward, max(0, self.costs.costs.max_nodes - len(claims)))
