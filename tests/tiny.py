@@ -326,8 +326,8 @@ EAGLE_SWITCHES = {
 }
 TANDEM_SWITCHES = {"taps": {"taps": (1,), "num_heads": 3}, "alone": {"reads_target": False, "draft_vocab": 100}}
 FALCON_SWITCHES = {
-    "pairs": {"num_heads": 4},
-    "triples": {"num_heads": 5, "block_size": 3, "mixer": "lstm", "taps": (1, 2), "draft_vocab": 100},
+    "pairs": {"num_heads": 5, "mixer": "lstm"},
+    "triples": {"num_heads": 4, "block_size": 3, "taps": (1, 2), "draft_vocab": 100},
     "last": {"num_heads": 3, "slots": "last", "lm_head": "own", "intermediate_size": 16},
 }
 

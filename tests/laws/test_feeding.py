@@ -25,7 +25,7 @@ NAMES = [
     "medusa-shared",
     "medusa-own",
     "eagle-full",
-    "falcon-triples",
+    "falcon-pairs",
 ]
 
 

@@ -328,7 +328,7 @@ MUTATIONS = [
     (_a_row_of_the_context_too_few, check_equations, "falcon-last"),
     (_a_row_of_the_block_is_unseen, check_equations, "falcon-pairs"),
     (_taps_a_layer_off, check_equations, "falcon-triples"),
-    (_memory_is_forgotten, check_equations, "falcon-triples"),
+    (_memory_is_forgotten, check_equations, "falcon-pairs"),
     (_a_sibling_is_seen, check_wide_trees, "falcon-pairs"),
     (_another_path_is_gone_on_from, check_wide_trees, "falcon-pairs"),
     (_a_drafted_row_is_kept, check_leaves_nothing, "falcon-triples"),
