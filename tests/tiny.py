@@ -26,6 +26,7 @@ from transformers import (
 from amphista.drafter.amphista import Amphista, AmphistaConfig
 from amphista.drafter.base import Drafter
 from amphista.drafter.eagle import Eagle, EagleConfig
+from amphista.drafter.falcon import Falcon, FalconConfig
 from amphista.drafter.hydra import Hydra, HydraConfig
 from amphista.drafter.medusa import Medusa, MedusaConfig
 from amphista.drafter.proposer import Proposer
@@ -323,9 +324,12 @@ EAGLE_SWITCHES = {
     "taps": {"taps": (1, 2), "num_heads": 3},
     "draft-vocabulary": {"draft_vocab": 100, "num_heads": 3, "intermediate_size": 16},
 }
-
-
 TANDEM_SWITCHES = {"taps": {"taps": (1,), "num_heads": 3}, "alone": {"reads_target": False, "draft_vocab": 100}}
+FALCON_SWITCHES = {
+    "pairs": {"num_heads": 5, "mixer": "lstm"},
+    "triples": {"num_heads": 4, "block_size": 3, "taps": (1, 2), "draft_vocab": 100},
+    "last": {"num_heads": 3, "slots": "last", "lm_head": "own", "intermediate_size": 16},
+}
 
 
 def real_drafters(target: Target) -> dict[str, Drafter | Proposer]:
@@ -341,6 +345,8 @@ def real_drafters(target: Target) -> dict[str, Drafter | Proposer]:
         heads[f"eagle-{name}"] = shaken(Eagle(EagleConfig(**switches), target.spec, target.shared))
     for name, switches in TANDEM_SWITCHES.items():
         heads[f"tandem-{name}"] = shaken(Tandem(TandemConfig(**switches), target.spec, target.shared))
+    for name, switches in FALCON_SWITCHES.items():
+        heads[f"falcon-{name}"] = shaken(Falcon(FalconConfig(**switches), target.spec, target.shared))
     heads = {name: one.to(target.dtype) for name, one in heads.items()}
     beside = {f"{name}+lookup": Proposer(heads.get(name), use_lookup=True) for name in BESIDE_LOOKUP}
     return {"none": Proposer(), **heads, **beside}
@@ -351,6 +357,7 @@ SEQUENTIAL = [
     *(f"hydra-{name}" for name in HYDRA_SWITCHES),
     *(f"eagle-{name}" for name in EAGLE_SWITCHES),
     *(f"tandem-{name}" for name in TANDEM_SWITCHES),
+    *(f"falcon-{name}" for name in FALCON_SWITCHES),
 ]
 
 

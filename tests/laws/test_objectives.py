@@ -17,6 +17,7 @@ import torch
 from amphista.config import build
 from amphista.drafter.amphista import Amphista, AmphistaConfig
 from amphista.drafter.eagle import Eagle, EagleConfig
+from amphista.drafter.falcon import Falcon, FalconConfig
 from amphista.drafter.frozen_head import FrozenHead
 from amphista.drafter.hydra import Hydra, HydraConfig
 from amphista.drafter.medusa import Medusa, MedusaConfig
@@ -193,6 +194,9 @@ DRAFTERS = {
         target.shared,
     ),
     "eagle": lambda target: Eagle(EagleConfig(num_heads=NUM_HEADS, draft_vocab=120), target.spec, target.shared),
+    "falcon": lambda target: Falcon(
+        FalconConfig(num_heads=NUM_HEADS, draft_vocab=120, mixer="lstm"), target.spec, target.shared
+    ),
 }
 
 
@@ -402,7 +406,7 @@ def test_heads_asked_one_by_one_are_heads_asked_at_once(precise, monkeypatch, sw
     check_one_by_one(precise, "switched", until_fail)
 
 
-@pytest.mark.parametrize("kind", ["hydra", "eagle"])
+@pytest.mark.parametrize("kind", ["hydra", "eagle", "falcon"])
 @pytest.mark.parametrize("until_fail", [False, True])
 def test_heads_that_go_on_from_each_other_are_asked_for_fewer_and_fewer_rows(precise, kind, until_fail):
     check_one_by_one(precise, kind, until_fail)

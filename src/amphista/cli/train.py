@@ -32,7 +32,9 @@ def train(
     target: options.Target = DEFAULT_TARGET,
     drafter: Annotated[
         str | None,
-        typer.Option(help="amphista, medusa, hydra, eagle, tandem or bita. Default: the recipe's, else amphista."),
+        typer.Option(
+            help="amphista, medusa, hydra, eagle, falcon, tandem or bita. Default: the recipe's, else amphista."
+        ),
     ] = None,
     recipe: Annotated[Path | None, typer.Option(help="TOML file with what differs from the defaults.")] = None,
     settings: Annotated[

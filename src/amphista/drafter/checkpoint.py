@@ -29,6 +29,7 @@ from amphista.drafter.amphista import Amphista, AmphistaConfig
 from amphista.drafter.base import Calibration, DrafterConfig
 from amphista.drafter.bita import Bita, BitaConfig
 from amphista.drafter.eagle import Eagle, EagleConfig
+from amphista.drafter.falcon import Falcon, FalconConfig
 from amphista.drafter.foreign import what_it_is
 from amphista.drafter.hub import HubAccess, fetch
 from amphista.drafter.hydra import Hydra, HydraConfig
@@ -50,6 +51,7 @@ DRAFTERS: dict[str, tuple[type[DrafterConfig], type[ScoringDrafter]]] = {
     "bita": (BitaConfig, Bita),
     "hydra": (HydraConfig, Hydra),
     "eagle": (EagleConfig, Eagle),
+    "falcon": (FalconConfig, Falcon),
     "tandem": (TandemConfig, Tandem),
 }
 WEIGHTS_ONLY_DIFFER = {"lm_head_sha256"}
