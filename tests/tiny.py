@@ -334,6 +334,7 @@ FALCON_SWITCHES = {
 
 def real_drafters(target: Target) -> dict[str, Drafter | Proposer]:
     """Every real drafter with every switch, on random weights, alone; some beside lookup."""
+    torch.manual_seed(1)  # whatever was drawn before
     heads: dict[str, Drafter] = {}
     for name, switches in AMPHISTA_SWITCHES.items():
         heads[f"amphista-{name}"] = shaken(Amphista(AmphistaConfig(**switches), target.spec, target.shared))
