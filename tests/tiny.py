@@ -27,6 +27,7 @@ from amphista.drafter.amphista import Amphista, AmphistaConfig
 from amphista.drafter.base import Drafter
 from amphista.drafter.eagle import Eagle, EagleConfig
 from amphista.drafter.early_exit import EarlyExit, EarlyExitConfig
+from amphista.drafter.falcon import Falcon, FalconConfig
 from amphista.drafter.hydra import Hydra, HydraConfig
 from amphista.drafter.medusa import Medusa, MedusaConfig
 from amphista.drafter.proposer import Proposer
@@ -324,14 +325,18 @@ EAGLE_SWITCHES = {
     "taps": {"taps": (1, 2), "num_heads": 3},
     "draft-vocabulary": {"draft_vocab": 100, "num_heads": 3, "intermediate_size": 16},
 }
-
-
 TANDEM_SWITCHES = {"taps": {"taps": (1,), "num_heads": 3}, "alone": {"reads_target": False, "draft_vocab": 100}}
+FALCON_SWITCHES = {
+    "pairs": {"num_heads": 5, "mixer": "lstm"},
+    "triples": {"num_heads": 4, "block_size": 3, "taps": (1, 2), "draft_vocab": 100},
+    "last": {"num_heads": 3, "slots": "last", "lm_head": "own", "intermediate_size": 16},
+}
 EARLY_EXIT_SWITCHES = {"full": {"exit_layer": 2, "rank": 8, "num_heads": 3}, "bare": {"rank": 0, "draft_vocab": 100}}
 
 
 def real_drafters(target: Target) -> dict[str, Drafter | Proposer]:
     """Every real drafter with every switch that the target can have, on random weights, alone; some beside lookup."""
+    torch.manual_seed(1)  # whatever was drawn before
     heads: dict[str, Drafter] = {}
     for name, switches in AMPHISTA_SWITCHES.items():
         heads[f"amphista-{name}"] = shaken(Amphista(AmphistaConfig(**switches), target.spec, target.shared))
@@ -343,6 +348,8 @@ def real_drafters(target: Target) -> dict[str, Drafter | Proposer]:
         heads[f"eagle-{name}"] = shaken(Eagle(EagleConfig(**switches), target.spec, target.shared))
     for name, switches in TANDEM_SWITCHES.items():
         heads[f"tandem-{name}"] = shaken(Tandem(TandemConfig(**switches), target.spec, target.shared))
+    for name, switches in FALCON_SWITCHES.items():
+        heads[f"falcon-{name}"] = shaken(Falcon(FalconConfig(**switches), target.spec, target.shared))
     for name, switches in EARLY_EXIT_SWITCHES.items() if target.shared.early_layers is not None else ():
         heads[f"early-exit-{name}"] = shaken(EarlyExit(EarlyExitConfig(**switches), target.spec, target.shared))
     heads = {name: one.to(target.dtype) for name, one in heads.items()}
@@ -355,6 +362,7 @@ SEQUENTIAL = [
     *(f"hydra-{name}" for name in HYDRA_SWITCHES),
     *(f"eagle-{name}" for name in EAGLE_SWITCHES),
     *(f"tandem-{name}" for name in TANDEM_SWITCHES),
+    *(f"falcon-{name}" for name in FALCON_SWITCHES),
     *(f"early-exit-{name}" for name in EARLY_EXIT_SWITCHES),
 ]
 

@@ -31,14 +31,17 @@ from benchmarks.lab.shapes import SHAPES
 SIZES = (4, 8, 16)
 AGAIN = {
     "eagle": ("stage.",),
+    "falcon": ("stage.", "recurrence."),
     "tandem": ("layers.", "widen."),
     "early-exit": ("",),
 }  # what every round reads, all else is read once
 HEADERS = ["", "weights", "positions", "rate", "draft", "tau at 4 / 8 / 16", "sampled", "possible", "realised", "7B"]
 
 
-def projected(kind: str, model: dict[str, Any], tau: float, spec: TargetSpec, shared: SharedWeights) -> float:
-    """Speedup where a forward costs what reading its weights does."""
+def projected(
+    kind: str, model: dict[str, Any], tau: float, spec: TargetSpec, shared: SharedWeights
+) -> tuple[float, int]:
+    """Speedup where a forward costs what reading its weights does; and the rounds of a whole draft."""
     shape = SHAPES["llama-7b"]
     wide = replace(
         spec,
@@ -55,20 +58,22 @@ def projected(kind: str, model: dict[str, Any], tau: float, spec: TargetSpec, sh
         drafter = make_drafter(kind, config, wide, shared)
     sizes = {name: parameter.numel() for name, parameter in drafter.named_parameters()}
     again = sum(size for name, size in sizes.items() if name.startswith(AGAIN.get(kind, ())))
-    rounds = config.num_heads if kind in AGAIN or kind == "hydra" else 1
+    rounds = -(-drafter.num_heads // drafter.heads_a_round)
     head = (config.draft_vocab or spec.vocab_size) * shape.hidden_size
     read = sum(sizes.values()) + (rounds - 1) * again + rounds * head
     lent = rounds * drafter.num_early / spec.num_layers  # of the target itself
-    return tau / (1 + read / shape.num_parameters() + lent)
+    return tau / (1 + read / shape.num_parameters() + lent), rounds
 
 
-def cells(result: dict[str, Any], greedy: dict[str, Any], sampled: dict[str, Any], seven_b: float) -> list[str]:
+def cells(
+    result: dict[str, Any], greedy: dict[str, Any], sampled: dict[str, Any], seven_b: float, rounds: int
+) -> list[str]:
     """One row."""
     name = result["run"]
     costs, found = greedy["run"]["costs"][f"{name}@auto"], [s["measures"]["all"] for s in (greedy, sampled)]
     one = costs["verify_ms"][0]
     taus = [[measures[f"{name}@{size}"]["tau"] for size in SIZES] for measures in found]
-    draft = costs["draft_ms"] + costs["round_ms"] * (result["identity"]["config"]["model"]["num_heads"] - 1)
+    draft = costs["draft_ms"] + costs["round_ms"] * (rounds - 1)
     possible = max(tau * one / (costs["verify_ms"][n - 1] + draft) for n, tau in zip(SIZES, taus[0], strict=True))
     asked = f"{costs['draft_ms'] / one:.2f}" + (f" + {costs['round_ms'] / one:.2f}" if costs["round_ms"] else "")
     measured = found[0][f"{name}@auto"]
@@ -96,8 +101,8 @@ def main() -> None:
         config, name = result["identity"]["config"], result["run"]
         if f"{name}@16" in greedy["measures"]["all"]:
             tau = greedy["measures"]["all"][f"{name}@16"]["tau"]
-            seven_b = projected(config["drafter"], config["model"], tau, target.spec, target.shared)
-            print("| " + " | ".join(cells(result, greedy, sampled, seven_b)) + " |")
+            bound = projected(config["drafter"], config["model"], tau, target.spec, target.shared)
+            print("| " + " | ".join(cells(result, greedy, sampled, *bound)) + " |")
 
 
 if __name__ == "__main__":

@@ -132,7 +132,7 @@ def test_equals_decoding_without_any_cache(target, expected):
 # -- drafters, trees, sizes -------------------------------------------------------------------------------------------
 
 DRAFTERS = ["none", "amphista-full", "amphista-own-paths", "medusa-own", "none+lookup", "amphista-paths+lookup"]
-DRAFTERS += ["hydra-staged", "eagle-full+lookup"]
+DRAFTERS += ["hydra-staged", "eagle-full+lookup", "falcon-pairs"]
 
 
 @pytest.mark.parametrize("tree", TREES)

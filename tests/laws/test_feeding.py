@@ -25,6 +25,7 @@ NAMES = [
     "medusa-shared",
     "medusa-own",
     "eagle-full",
+    "falcon-pairs",
     "early-exit-full",
 ]
 
@@ -101,7 +102,8 @@ def test_state_in_service_equals_training_form(precise, name, temperature):
 
 @pytest.mark.parametrize("every", [1, 6, 999])  # 999: only after the next request has rewound
 @pytest.mark.parametrize(
-    "name", ["amphista-full", "amphista-draft-vocabulary", "medusa-own", "eagle-full", "early-exit-bare"]
+    "name",
+    ["amphista-full", "amphista-draft-vocabulary", "medusa-own", "eagle-full", "falcon-pairs", "early-exit-bare"],
 )
 def test_rows_fed_late_make_the_same_state(precise, name, every):
     target, drafters = precise

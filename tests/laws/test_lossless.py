@@ -21,7 +21,18 @@ from amphista.tree.template import TreeTemplate
 from amphista.tree.token_tree import TokenTree
 from tests.decoding import begin, decode, step
 from tests.oracle.decode import decode_plainly
-from tests.tiny import AUTO_TREES, EOS, GRAFTS, HOSTILE, REAL_DRAFTERS, SEQUENTIAL, Grafting, real_drafters, tiny_target
+from tests.tiny import (
+    AUTO_TREES,
+    EOS,
+    GRAFTS,
+    HOSTILE,
+    REAL_DRAFTERS,
+    SEQUENTIAL,
+    Grafting,
+    anew,
+    real_drafters,
+    tiny_target,
+)
 
 PROMPT = [5, 17, 230, 44, 9]
 TREES = {
@@ -72,7 +83,7 @@ def first_difference(ours, theirs):
 
 
 def check(target, drafter, tree, sampling, expected):
-    sequence = decode(Engine(target, drafter, TREES[tree]), PROMPT, SAMPLINGS[sampling])
+    sequence = decode(Engine(target, drafter, anew(TREES[tree])), PROMPT, SAMPLINGS[sampling])
     at = first_difference(sequence.output_ids, expected[sampling])
     assert sequence.output_ids == expected[sampling], f"first divergent position {at}"
     stats = sequence.stats

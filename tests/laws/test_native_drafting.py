@@ -77,7 +77,7 @@ def drafted(drafter: ParallelHeads, cuts: list[int], num_ranks: int = 5, tempera
     *before, (start, end) = pairwise([0, *cuts])
     for first, last in before:
         drafter.commit(state, hidden[first:last], torch.tensor(ids[first:last]))
-    ask = Ask(state, min(depth, drafter.num_heads), temperature, hidden[start:end], ids[start:end])
+    ask = Ask(state, depth, temperature, hidden[start:end], ids[start:end])
     return drafter.draft_all([ask], num_ranks)[0]
 
 
@@ -97,7 +97,7 @@ def distance(ours: Candidates, theirs: Candidates) -> float:
 @pytest.mark.parametrize("flags", FLAGS)
 @pytest.mark.parametrize("name", HEADS)
 def test_what_the_torch_form_says(name, flags):
-    """At a temperature of its own, less deep, with more ranks than there are tokens."""
+    """At a temperature of its own, less deep or deeper than heads go, with more ranks than there are tokens."""
     if not runs_here(flags):
         pytest.skip("this processor has no AVX2")
     ours, theirs = in_c(name, flags=FLAGS[flags]), drafters()[name]

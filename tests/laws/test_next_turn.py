@@ -25,7 +25,7 @@ FORGETFUL = (  # drops the text of all earlier answers, as templates of reasonin
 )
 PARAMS = SamplingParams(max_new_tokens=12, temperature=0.8, seed=5)
 NAMES = ["none", "amphista-full", "amphista-one-stage", "medusa-shared", "none+lookup", "amphista-full+lookup"]
-NAMES += ["hydra-prefix", "eagle-full"]
+NAMES += ["hydra-prefix", "eagle-full", "falcon-pairs"]
 TREES = {"7": parse_tree(7), **AUTO_TREES}
 
 

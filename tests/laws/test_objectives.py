@@ -18,6 +18,7 @@ from amphista.config import build
 from amphista.drafter.amphista import Amphista, AmphistaConfig
 from amphista.drafter.eagle import Eagle, EagleConfig
 from amphista.drafter.early_exit import EarlyExit, EarlyExitConfig
+from amphista.drafter.falcon import Falcon, FalconConfig
 from amphista.drafter.frozen_head import FrozenHead
 from amphista.drafter.hydra import Hydra, HydraConfig
 from amphista.drafter.medusa import Medusa, MedusaConfig
@@ -197,6 +198,9 @@ DRAFTERS = {
     "eagle": lambda target: Eagle(EagleConfig(num_heads=NUM_HEADS, draft_vocab=120), target.spec, target.shared),
     "early-exit": lambda target: EarlyExit(
         EarlyExitConfig(num_heads=NUM_HEADS, draft_vocab=120, exit_layer=2), target.spec, target.shared
+    ),
+    "falcon": lambda target: Falcon(
+        FalconConfig(num_heads=NUM_HEADS, draft_vocab=120, mixer="lstm"), target.spec, target.shared
     ),
 }
 
@@ -414,7 +418,7 @@ def test_heads_asked_one_by_one_are_heads_asked_at_once(precise, monkeypatch, sw
     check_one_by_one(precise, "switched", until_fail)
 
 
-@pytest.mark.parametrize("kind", ["hydra", "eagle", "early-exit"])
+@pytest.mark.parametrize("kind", ["hydra", "eagle", "falcon", "early-exit"])
 @pytest.mark.parametrize("until_fail", [False, True])
 def test_heads_that_go_on_from_each_other_are_asked_for_fewer_and_fewer_rows(precise, kind, until_fail):
     check_one_by_one(precise, kind, until_fail)

@@ -17,8 +17,9 @@ import torch.nn.functional as F
 
 from amphista.drafter import hydra, path_rows, rounds
 from amphista.drafter.base import Ask
-from amphista.drafter.eagle import Eagle
+from amphista.drafter.eagle import Eagle, FusedHeads
 from amphista.drafter.early_exit import EarlyExit
+from amphista.drafter.falcon import Falcon
 from amphista.drafter.hydra import Hydra
 from amphista.drafter.layers import rotary_tables
 from amphista.drafter.proposer import Proposer
@@ -37,12 +38,11 @@ from tests.decoding import begin, decode, heads_along, started, step
 from tests.tiny import SEQUENTIAL, Steady, real_drafters
 
 IDS = [5, 17, 230, 44, 9, 61, 62, 63, 99, 100, 7, 250]
-PATH = [30, 31, 200]
+PATH = [30, 31, 200, 62]
 
 
 @pytest.fixture(scope="module")
 def drafters(target):
-    torch.manual_seed(1)  # the same ones whatever was made before
     return real_drafters(target)
 
 
@@ -141,7 +141,56 @@ def early_exit_plainly(target, drafter, tokens):
     return drafter.output_norm(stream)[len(IDS) :][: drafter.num_heads]
 
 
-PLAINLY = {"eagle": eagle_plainly, "hydra": hydra_plainly, "tandem": tandem_plainly, "early-exit": early_exit_plainly}
+def falcon_plainly(target, drafter, tokens):
+    """Pass by pass: k rows of all there are ask all there are, and what they become makes the next k."""
+    (hidden, *taps), next_ids = context(target, taps=drafter.taps)[0].split(32, -1), context(target)[1]
+    stage, size, layer, cell = drafter.stage, drafter.config.block_size, drafter.stage.layer, torch.nn.LSTMCell(32, 32)
+    embed = lambda ids: drafter.embedding_norm(target.shared.embed(ids))  # noqa: E731
+    if drafter.recurrence is not None:  # torch's own order of gates: write, keep, new, show
+        for rows, weight in zip(
+            (cell.weight_ih, cell.weight_hh, cell.bias_ih),
+            (drafter.recurrence.read.weight, drafter.recurrence.carry.weight, drafter.recurrence.read.bias),
+            strict=True,
+        ):
+            rows.data = weight[[*range(32, 64), *range(32), *range(96, 128), *range(64, 96)]]
+        cell.bias_hh.data.zero_()
+
+    def mixed(states, ids, memory, extra=0):
+        found = []
+        for row in F.linear(torch.cat([stage.state_norm(states), embed(ids)], -1), stage.fuse.weight) + extra:
+            if drafter.recurrence is not None:
+                added, cell_state = cell(row, memory)
+                row = row + added
+                memory = row, cell_state
+            found.append(row)
+        return torch.stack(found), memory
+
+    extra, states = 0, []
+    if taps:
+        normed = [norm(tap) for norm, tap in zip(drafter.tap_norms, taps, strict=True)]
+        extra = F.linear(torch.cat(normed, -1), drafter.fuse_taps.weight)
+    rows, memory = mixed(hidden, next_ids, (torch.zeros(32), torch.zeros(32)), extra)
+    while len(states) < drafter.num_heads:
+        asking = rows[-size:] if drafter.slot_positions is None else rows[-1:] + drafter.slot_positions
+        tables = rotary_tables(torch.arange(len(rows))[None], layer.sizes.head_size, layer.sizes.rope_theta)
+        keys, values = layer.attention.keys_values(layer.attention_norm(rows)[None], tables)
+        padded = torch.cat([rows[:-size] * 0, layer.attention_norm(asking)])
+        queries = layer.attention.queries(padded[None], tables)[:, :, -size:]
+        mix = F.scaled_dot_product_attention(queries, keys, values, enable_gqa=True)
+        made = layer.widened(asking + layer.attention.output(mix[0].transpose(0, 1).flatten(1)))
+        read, tokens = torch.tensor([*tokens[:size], *[0] * size][:size]), tokens[size:]
+        further, memory = mixed(made, read, memory)
+        rows, states = torch.cat([rows, further]), [*states, *drafter.output_norm(made)]
+    return torch.stack(states[: drafter.num_heads])
+
+
+PLAINLY = {
+    "eagle": eagle_plainly,
+    "falcon": falcon_plainly,
+    "hydra": hydra_plainly,
+    "tandem": tandem_plainly,
+    "early-exit": early_exit_plainly,
+}
 
 
 def check_equations(target, drafters, name):
@@ -187,7 +236,8 @@ def check_wide_trees(target, drafters, name):
     some = lambda drafts: [[0, 2, len(draft.tokens[-1]) - 1] for draft in drafts]  # noqa: E731
     for ask, candidates in zip(asks, drafter.draft_all(asks, 9, some), strict=True):
         divisors = drafter.head_temperatures(ask.temperature)
-        assert candidates.num_heads == candidates.num_rounds == ask.max_depth
+        assert candidates.num_heads == ask.max_depth
+        assert candidates.num_rounds == math.ceil(ask.max_depth / drafter.heads_a_round)
         for number, (path, tokens, logs) in enumerate(paths_looked_below(candidates)):
             head = len(path)
             state = heads_along(drafter, ask.state, path)[-1 if head else 0]
@@ -253,19 +303,19 @@ def _a_sibling_is_seen(monkeypatch):
 
 
 def _a_drafted_row_is_kept(monkeypatch):
-    following, first = Eagle.next, Eagle.first
+    for kind in (Eagle, Falcon):
 
-    def begin(drafter, states):
-        drafter.__dict__["asked"] = states
-        return first(drafter, states)
+        def begin(drafter, states, first=kind.first):
+            drafter.__dict__["asked"] = states
+            return first(drafter, states)
 
-    def keep(drafter, paths, tokens):
-        found = following(drafter, paths, tokens)
-        drafter.__dict__["asked"][0].caches[0].append(found.keys[:1, :, -1:], found.values[:1, :, -1:])
-        return found
+        def keep(drafter, paths, tokens, following=kind.next):
+            found = following(drafter, paths, tokens)
+            drafter.__dict__["asked"][0].caches[0].append(found.keys[:1, :, -1:], found.values[:1, :, -1:])
+            return found
 
-    monkeypatch.setattr(Eagle, "first", begin)
-    monkeypatch.setattr(Eagle, "next", keep)
+        monkeypatch.setattr(kind, "first", begin)
+        monkeypatch.setattr(kind, "next", keep)
 
 
 def _positions_of_the_target_off_by_one(monkeypatch):
@@ -300,6 +350,24 @@ def _another_path_is_gone_on_from(monkeypatch):
     monkeypatch.setattr(rounds.Paths, "at", lambda paths, index: at(paths, (index - 1).clamp_min(0)))
 
 
+def _a_row_of_the_block_is_unseen(monkeypatch):
+    of_one = path_rows._mix_of_one
+    monkeypatch.setattr(
+        path_rows, "_mix_of_one", lambda q, k, v, *others: of_one(q, k[:, :, :-1], v[:, :, :-1], *others)
+    )
+
+
+def _taps_a_layer_off(monkeypatch):
+    fused = FusedHeads.fused
+    off = lambda drafter, hidden, ids: fused(drafter, hidden.roll(drafter.spec.hidden_size, -1), ids)  # noqa: E731
+    monkeypatch.setattr(FusedHeads, "fused", off)
+
+
+def _memory_is_forgotten(monkeypatch):
+    mixed = Falcon._mixed
+    monkeypatch.setattr(Falcon, "_mixed", lambda drafter, rows, memory: mixed(drafter, rows, memory * 0))
+
+
 MUTATIONS = [
     (_position_off_by_one, check_equations, "eagle-full"),
     (_a_row_of_the_context_too_few, check_equations, "eagle-full"),
@@ -314,6 +382,14 @@ MUTATIONS = [
     (_another_path_is_gone_on_from, check_wide_trees, "early-exit-full"),
     (_a_row_of_the_targets_cache_is_written, check_leaves_nothing, "early-exit-full"),
     (_a_drafted_row_is_kept, check_leaves_nothing, "eagle-full"),
+    (_position_off_by_one, check_equations, "falcon-pairs"),
+    (_a_row_of_the_context_too_few, check_equations, "falcon-last"),
+    (_a_row_of_the_block_is_unseen, check_equations, "falcon-pairs"),
+    (_taps_a_layer_off, check_equations, "falcon-triples"),
+    (_memory_is_forgotten, check_equations, "falcon-pairs"),
+    (_a_sibling_is_seen, check_wide_trees, "falcon-pairs"),
+    (_another_path_is_gone_on_from, check_wide_trees, "falcon-pairs"),
+    (_a_drafted_row_is_kept, check_leaves_nothing, "falcon-triples"),
     (_reads_the_token_before, check_equations, "hydra-staged"),
     (_another_path_is_gone_on_from, check_wide_trees, "hydra-hidden"),
 ]
@@ -336,7 +412,7 @@ def everything(drafter, state, num_ranks, max_depth):
 
 
 @pytest.mark.parametrize("num_nodes", [2, 5, 9])
-@pytest.mark.parametrize("name", ["hydra-staged", "eagle-full"])
+@pytest.mark.parametrize("name", ["hydra-staged", "eagle-full", "falcon-pairs"])
 def test_the_rounds_find_the_best_tree_of_all(target, drafters, name, num_nodes):
     drafter, grower = drafters[name], DynamicGrower(num_nodes)
     state = fed(target, drafter)
@@ -385,6 +461,21 @@ def test_a_round_is_taken_as_far_as_it_pays(target, drafters, seconds, least, mo
     assert least <= found.num_rounds <= most
 
 
+@pytest.mark.parametrize(("seconds", "depth", "num_rounds"), [(1e-4, 4, 2), (9.0, 2, 1)])
+def test_a_depth_of_the_same_pass_costs_no_round(target, drafters, seconds, depth, num_rounds):
+    drafter = drafters["falcon-pairs"]
+    grower = AutoGrower(Costs(COSTS.verify, draft=0.1, further_round=seconds))
+    (found,) = drafter.draft_all([Ask(fed(target, drafter), 4, 0.2)], 6, looks_of(grower, 4))
+    assert (found.num_heads, found.num_rounds, found.further_round) == (depth, num_rounds, True)
+
+
+def test_tokens_of_a_block_have_the_same_children(target, drafters):
+    drafter = drafters["falcon-pairs"]
+    found = everything(drafter, fed(target, drafter), 3, 4)
+    assert [len(tokens) for tokens in found.tokens] == [3, 9, 27, 81]
+    assert [len({*map(tuple, given)}) for given in found.below.log_probs] == [1, 9, 9]
+
+
 def test_what_rounds_cost_is_weighed_and_learned(target, drafters):
     """Steps know how many rounds they took; a batch asks all its sequences in the same ones."""
     drafter = drafters["hydra-staged"]
@@ -405,7 +496,7 @@ def test_what_rounds_cost_is_weighed_and_learned(target, drafters):
 
 
 @pytest.mark.parametrize("tree", ["chain", "9", "auto"])
-@pytest.mark.parametrize("name", ["hydra-staged", "eagle-full", "early-exit-bare"])
+@pytest.mark.parametrize("name", ["hydra-staged", "eagle-full", "falcon-pairs", "early-exit-bare"])
 def test_expected_equals_realised_where_the_target_is_the_drafter(target, drafters, name, tree):
     """Sampled from the drafter's own words along the path, tokens are accepted as often as promised."""
     drafter = drafters[name]
@@ -433,7 +524,7 @@ def test_expected_equals_realised_where_the_target_is_the_drafter(target, drafte
     assert expected > 0
 
 
-@pytest.mark.parametrize("name", ["hydra-staged", "eagle-full", "early-exit-full"])
+@pytest.mark.parametrize("name", ["hydra-staged", "eagle-full", "falcon-pairs", "early-exit-full"])
 def test_a_draft_that_is_broken_off_is_as_if_it_had_never_begun(target, drafters, name, monkeypatch):
     """In the second round, when rows were fed already."""
     drafter = drafters[name]

@@ -259,11 +259,14 @@ def losses_of(run):
 
 
 @pytest.mark.parametrize(
-    ("kind", "store"), [("amphista", False), ("amphista", True), ("medusa", True), ("eagle", False), ("bita", True)]
+    ("kind", "store"),
+    [("amphista", False), ("amphista", True), ("medusa", True), ("eagle", False), ("falcon", True), ("bita", True)],
 )
 def test_resumed_run_equals_uninterrupted_run(target, data_file, tmp_path, kind, store):
     config = config_for(
-        data_file, drafter=kind, data=DataConfig(files=(str(data_file),), validation_share=0.2, store=store)
+        data_file,
+        drafter=kind,
+        data=DataConfig(files=(str(data_file),), validation_share=0.2, store=store),
     )
     whole = Trainer(target, config, tmp_path / "whole" / "run", lambda line: None)
     whole.run()
@@ -339,13 +342,20 @@ def gradients_of(trainer, rows):
 
 
 @pytest.mark.parametrize("parts", [2, 3, 7])
-@pytest.mark.parametrize("loss", [LossConfig(), LossConfig(accept_until_fail=True, depth_decay=0.7)])
-def test_a_step_in_parts_is_the_step_of_its_batch(target, data_file, tmp_path, parts, loss):
+@pytest.mark.parametrize(
+    ("kind", "loss"),
+    [
+        ("amphista", LossConfig()),
+        ("amphista", LossConfig(accept_until_fail=True, depth_decay=0.7)),
+        ("falcon", LossConfig(accept_until_fail=True)),
+    ],
+)
+def test_a_step_in_parts_is_the_step_of_its_batch(target, data_file, tmp_path, parts, kind, loss):
     """Parts of unequal answers, some without a row at all, give the loss and the gradient of the batch at once."""
     whole, split = (
         Trainer(
             target,
-            config_for(data_file, loss=loss, optimizer=OptimizerConfig(batch_size=5, accumulate=count)),
+            config_for(data_file, drafter=kind, loss=loss, optimizer=OptimizerConfig(batch_size=5, accumulate=count)),
             tmp_path / str(count),
             lambda line: None,
         )

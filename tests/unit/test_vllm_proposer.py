@@ -21,7 +21,7 @@ from amphista.vllm_proposer import ChainDrafts, ChainProposer, StepRows
 from tests.tiny import VOCAB, real_drafters, tiny_target
 
 NUM_TOKENS = 4
-NAMES = ["amphista-full", "amphista-paths", "medusa-shared", "hydra-staged", "eagle-full"]
+NAMES = ["amphista-full", "amphista-paths", "medusa-shared", "hydra-staged", "eagle-full", "falcon-pairs"]
 
 
 @pytest.fixture(scope="module")

@@ -33,7 +33,7 @@ def train(
     drafter: Annotated[
         str | None,
         typer.Option(
-            help="amphista, medusa, hydra, eagle, tandem, early-exit or bita. Default: the recipe's, else amphista."
+            help="amphista, medusa, hydra, eagle, falcon, tandem, early-exit, bita. Default: the recipe's, or amphista."
         ),
     ] = None,
     recipe: Annotated[Path | None, typer.Option(help="TOML file with what differs from the defaults.")] = None,

@@ -42,6 +42,13 @@ OPEN_NOTE = {
         "on the drafter's own states, as in arXiv 2503.01840. Chosen here: norms, start, draft vocabulary, objectives "
         "on tokens alone. It is not the published EAGLE of any version, and its figures are not theirs."
     ),
+    "falcon": (
+        "After arXiv 2412.12639, asked in rounds: one layer that gives a block of tokens a pass and goes on from its "
+        "own states; rows of a block see each other, its tokens know nothing of each other. Certain, from the "
+        "published code: that, and training that shows a share of what would be missed. Not from there: how states and "
+        "tokens are fused (an LSTM whose output cannot be used as written). Chosen here: that, norms, start, draft "
+        "vocabulary, objectives, all passes trained on the drafter's own states."
+    ),
     "tandem": (
         "After arXiv 2402.08644, asked in rounds: a small model whose layers attend to projected states of the target "
         "for the text, and to their own for what is drafted. Likely, from the abstract and a summary: that. Chosen: "
@@ -67,6 +74,7 @@ ARXIV = {
     "medusa": "2401.10774",
     "hydra": "2402.05109",
     "eagle": "2401.15077",
+    "falcon": "2412.12639",
     "tandem": "2402.08644",
     "early-exit": "2502.02040",
 }

@@ -30,6 +30,7 @@ from amphista.drafter.base import Calibration, DrafterConfig
 from amphista.drafter.bita import Bita, BitaConfig
 from amphista.drafter.eagle import Eagle, EagleConfig
 from amphista.drafter.early_exit import EarlyExit, EarlyExitConfig
+from amphista.drafter.falcon import Falcon, FalconConfig
 from amphista.drafter.foreign import what_it_is
 from amphista.drafter.hub import HubAccess, fetch
 from amphista.drafter.hydra import Hydra, HydraConfig
@@ -51,6 +52,7 @@ DRAFTERS: dict[str, tuple[type[DrafterConfig], type[ScoringDrafter]]] = {
     "bita": (BitaConfig, Bita),
     "hydra": (HydraConfig, Hydra),
     "eagle": (EagleConfig, Eagle),
+    "falcon": (FalconConfig, Falcon),
     "tandem": (TandemConfig, Tandem),
     "early-exit": (EarlyExitConfig, EarlyExit),
 }

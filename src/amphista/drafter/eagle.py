@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from amphista.drafter.base import MAX_SIZE, DrafterConfig, DrafterState, check_range, check_taps
 from amphista.drafter.layers import LayerCache, LayerSizes, RMSNorm, RowCache
 from amphista.drafter.path_rows import Contexts, MadeRows, step
-from amphista.drafter.rounds import Paths, SequentialHeads
+from amphista.drafter.rounds import Paths, PathsT, SequentialHeads
 from amphista.drafter.staged import StagedAdaptation, causally
 from amphista.target.spec import SharedWeights, TargetSpec
 
@@ -60,10 +60,9 @@ class EaglePaths(Paths):
     contexts: Sequence[tuple[Tensor, Tensor]]
 
 
-class Eagle(SequentialHeads[EaglePaths]):
-    """The full drafter; see the module's equations."""
+class FusedHeads(SequentialHeads[PathsT]):
+    """What reads rows u_j, of states fused with tokens, through one layer."""
 
-    name = "eagle"
     config: EagleConfig
 
     def __init__(self, config: EagleConfig, spec: TargetSpec, shared: SharedWeights) -> None:
@@ -86,16 +85,31 @@ class Eagle(SequentialHeads[EaglePaths]):
         embedded: Tensor = self.embedding_norm(self._shared.embed(token_ids).to(self.dtype))
         return embedded
 
-    def _context(
-        self, hidden: Tensor, next_ids: Tensor, positions: Tensor, cache: RowCache, select: Tensor | None = None
-    ) -> Tensor:
-        """g behind rows of the context, hidden states and taps [B, T, W] at positions [1, T]; into the cache."""
+    def fused(self, hidden: Tensor, next_ids: Tensor) -> Tensor:
+        """u of rows of the context, hidden states and taps [B, T, W] -> [B, T, D]."""
         states, *taps = hidden.split(self.spec.hidden_size, dim=-1)
         rows = self.stage.fused(states, self._embedded(next_ids))
         if self.fuse_taps is not None:
             normed = [norm(tap) for norm, tap in zip(self.tap_norms, taps, strict=True)]
             rows = rows + self.fuse_taps(torch.cat(normed, dim=-1))
-        return causally(self.stage.layer, rows, positions, cache, select)
+        return rows
+
+    def trim(self, state: DrafterState, num_rows: int) -> None:
+        state.num_rows = min(state.num_rows, num_rows)
+        for cache in state.caches:
+            cache.trim(num_rows)
+
+
+class Eagle(FusedHeads[EaglePaths]):
+    """The full drafter; see the module's equations."""
+
+    name = "eagle"
+
+    def _context(
+        self, hidden: Tensor, next_ids: Tensor, positions: Tensor, cache: RowCache, select: Tensor | None = None
+    ) -> Tensor:
+        """g behind rows of the context [B, T, W] at positions [1, T]; into the cache."""
+        return causally(self.stage.layer, self.fused(hidden, next_ids), positions, cache, select)
 
     def _begun(
         self, outputs: Tensor, owners: Tensor, seen: Tensor, contexts: Sequence[tuple[Tensor, Tensor]]
@@ -123,7 +137,8 @@ class Eagle(SequentialHeads[EaglePaths]):
     def next(self, paths: EaglePaths, tokens: Tensor) -> EaglePaths:
         rows = self.stage.fused(paths.outputs, self._embedded(tokens))
         before = Contexts(paths.contexts, paths.owners, paths.seen)
-        outputs, keys, values = step(self.stage.layer, rows, (paths.keys, paths.values), before)
+        made, keys, values = step(self.stage.layer, rows[:, None], (paths.keys, paths.values), before)
+        outputs = made[:, 0]
         return EaglePaths(self.output_norm(outputs), outputs, paths.owners, paths.seen, keys, values, paths.contexts)
 
     @property
@@ -140,7 +155,3 @@ class Eagle(SequentialHeads[EaglePaths]):
         rows = self._context(hidden.to(self.dtype)[None], next_ids[None], positions, cache)
         state.features = rows[0, -1]
         state.num_rows += len(hidden)
-
-    def trim(self, state: DrafterState, num_rows: int) -> None:
-        state.num_rows = min(state.num_rows, num_rows)
-        state.caches[0].trim(num_rows)

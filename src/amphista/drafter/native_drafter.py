@@ -127,7 +127,7 @@ class NativeDrafter:
         self, asks: Sequence[Ask], num_ranks: int, divisors: Sequence[list[float]], log_coverage: float
     ) -> list[Candidates]:
         """Feed and ask; divisors of all heads' logits, of each sequence."""
-        depths = [ask.max_depth for ask in asks]
+        depths = [min(ask.max_depth, len(divisors[0])) for ask in asks]
         deepest = max(depths)
         table = np.array([row[:deepest] for row in divisors], dtype=np.float32)
         return candidates_of(

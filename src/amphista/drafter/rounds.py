@@ -5,10 +5,13 @@ one token more (`next`), and `first` again for all positions of a text at once (
 form: along a text the tokens that `next` reads are the text's. So head k means the same in both forms by construction,
 and what `next` computes for a path must depend on nothing but that path (tests/laws/test_rounds.py).
 
+One pass may give several depths (`heads_a_round`): then their heads are scored together, what stands below a token of
+the block is the same below all of its depth, and a new round begins behind the last of them alone.
+
 Which tokens a round looks below is not the drafter's choice (`tree/grow.py`). What is made for drafted tokens lives in
 `Paths` and ends with the draft: no cache ever holds a row of it.
 
-Shapes: B sequences, T rows, P selected rows, M rows, n paths, K heads, D hidden size.
+Shapes: B sequences, T rows, P selected rows, M rows, n paths, K heads, r heads a round, R ranks, D hidden size.
 """
 
 from __future__ import annotations
@@ -42,6 +45,11 @@ class Paths:
     """
 
     states: Tensor
+
+    @property
+    def of_round(self) -> Tensor:
+        """Right behind a pass: the states [n, r, D] of all heads that it gives, the next one's first."""
+        return self.states[:, None]
 
     def at(self, index: Tensor | slice) -> Self:
         """Some of them, as often as `index` names each."""
@@ -112,17 +120,30 @@ class SequentialHeads(ScoringDrafter, Generic[PathsT]):
         paths, ahead = self.first_along(hidden, next_ids, select), _tokens_ahead(next_ids, select, self.num_heads - 1)
         return lambda some: _AlongText(self, paths.at(some), ahead[some]).state
 
+    def _scores(self, paths: PathsT, heads: slice) -> Tensor:
+        """Logits [n, r, N] of some heads, the next ones, right behind a pass."""
+        states = paths.of_round[:, : heads.stop - heads.start]
+        if self.config.lm_head == "shared":
+            return self.head_logits(states, heads.start).float()
+        each = zip(states.unbind(1), range(heads.start, heads.stop), strict=True)
+        return torch.stack([self.head_logits(state, head) for state, head in each], dim=1).float()
+
     @torch.inference_mode()
     def draft_all(self, asks: Sequence[Ask], num_ranks: int, look: Look | None = None) -> list[Candidates]:
         self.commit_all(asks)
-        drafts = [Offered() for _ in asks]
+        drafts = [Offered(self.heads_a_round) for _ in asks]
         look = look or (lambda _: [draft.likeliest(num_ranks) for draft in drafts])
         divisors = torch.tensor([self.head_temperatures(ask.temperature) for ask in asks], device=self.device)
         paths = self.first([ask.state for ask in asks])
         owners, places = list(range(len(asks))), [0] * len(asks)  # of each path: whose it is, what it has read last
-        for head in range(min(self.num_heads, max(ask.max_depth for ask in asks))):
-            logits = self.head_logits(paths.states, head).float() / divisors[sent(owners, self.device), head, None]
-            tokens, log_probs = (part.tolist() for part in self.top_ranks(logits, num_ranks))
+        for head in range(deepest := min(self.num_heads, max(ask.max_depth for ask in asks))):
+            slot = head % self.heads_a_round
+            if slot == 0:
+                heads = slice(head, min(head + self.heads_a_round, deepest))
+                logits = self._scores(paths, heads) / divisors[sent(owners, self.device), heads, None]
+                ranked = [part.transpose(0, 1).tolist() for part in self.top_ranks(logits, num_ranks)]
+                blocks = list(range(len(owners)))  # of each path: which of those that were scored
+            tokens, log_probs = ([part[slot][block] for block in blocks] for part in ranked)
             starts = {b: owners.index(b) for b in dict.fromkeys(owners)}
             for b, start in starts.items():
                 rows = slice(start, start + owners.count(b))
@@ -134,6 +155,7 @@ class SequentialHeads(ScoringDrafter, Generic[PathsT]):
                 break
             above = [starts[b] + place // len(tokens[0]) for b, place in chosen]
             read = [drafts[b].deepest[place] for b, place in chosen]
+            blocks = [blocks[path] for path in above]
             paths = self.next(paths.at(sent(above, self.device)), sent(read, self.device))
             owners, places = (list(column) for column in zip(*chosen, strict=True))
         return [draft.candidates for draft in drafts]

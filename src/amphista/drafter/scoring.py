@@ -218,6 +218,9 @@ class ScoringDrafter(Drafter):
         """Same as `head_states`; the name that distributed wrappers call."""
         return self.head_states(hidden, next_ids, select)
 
+    def at_step(self, step: int, num_steps: int) -> None:
+        """Told before each step of training, for those that are trained otherwise as it goes on."""
+
     @abstractmethod
     def match_scale(self, hidden_rms: float) -> None:
         """Scale the start so that every head's first logits are close to the target's own, LM(h_t)."""

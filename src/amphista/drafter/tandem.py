@@ -116,7 +116,7 @@ class Tandem(SequentialHeads[TandemPaths]):
         return self.next(begun, next_ids.flatten().index_select(0, select))
 
     def next(self, paths: TandemPaths, tokens: Tensor) -> TandemPaths:
-        x = self.widen(self.embedding_norm(self._shared.embed(tokens).to(self.dtype)))
+        x = self.widen(self.embedding_norm(self._shared.embed(tokens).to(self.dtype)))[:, None]
         seen, made = paths.seen * int(self.config.reads_target), []
         for number, (layer, rows) in enumerate(zip(self.layers, paths.contexts, strict=True)):
             assert isinstance(layer, TransformerLayer)
@@ -124,7 +124,7 @@ class Tandem(SequentialHeads[TandemPaths]):
             x, *both = step(layer, x, own, Contexts(rows, paths.owners, seen, paths.seen))
             made.append(both)
         keys, values = (torch.stack(column, dim=1) for column in zip(*made, strict=True))
-        return TandemPaths(self.output_norm(x), paths.owners, paths.seen, keys, values, paths.contexts)
+        return TandemPaths(self.output_norm(x[:, 0]), paths.owners, paths.seen, keys, values, paths.contexts)
 
     @property
     def row_bytes(self) -> int:

@@ -145,7 +145,7 @@ def draft_ratio(target: Target, drafter: Drafter) -> Asking:
 
         return Cell(draft, lambda: [drafter.trim(state, start) for state in states])
 
-    num_rounds = drafter.num_heads // drafter.heads_a_round
+    num_rounds = -(-drafter.num_heads // drafter.heads_a_round)
     cells = [cell(1), cell(SEVERAL), _forward(target, 1, cache, rows)]
     cells += [cell(1, drafter.num_heads)] if num_rounds > 1 else []
     for timed in cells:

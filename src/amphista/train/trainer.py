@@ -73,6 +73,7 @@ class Trainer:
         self._begin()
         started, spent = time.perf_counter(), self.progress.seconds
         for taken, rows in enumerate(islice(self._batches(), self.num_steps - self.progress.step), start=1):
+            self.drafter.at_step(self.progress.step, self.num_steps)
             sums = self._gradient(rows)
             self.accelerator.clip_grad_norm_(self.model.parameters(), self.config.optimizer.clip)
             self.optimizer.step()

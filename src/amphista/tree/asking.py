@@ -16,9 +16,11 @@ MEMORY = 0.9  # what a past draft still counts after a further one
 
 
 class Offered:
-    """What was offered of one sequence, round by round. A token's place is its index among all of its depth."""
+    """What was offered of one sequence, depth by depth, of which one round gives several. A token's place is its index
+    among all of its depth."""
 
-    def __init__(self) -> None:
+    def __init__(self, depths_a_round: int = 1) -> None:
+        self._depths_a_round = depths_a_round
         self._tokens: list[list[int]] = []
         self._scores: list[float] = []  # of the deepest: sums of log-probabilities along their paths
         self._log_probs: list[list[float]] = []
@@ -26,7 +28,7 @@ class Offered:
         self._given: list[list[list[float]]] = []
 
     def add(self, parents: Sequence[int], tokens: Sequence[list[int]], log_probs: Sequence[list[float]]) -> None:
-        """A round: the children of some places of the deepest depth, best first; in the first round of the root alone,
+        """A depth more: the children of some places of the deepest one, best first; at first of the root alone,
         whatever `parents` says."""
         scores = self._scores or [0.0]
         above = parents if self._tokens else [0]
@@ -46,18 +48,20 @@ class Offered:
 
     @property
     def deepest(self) -> list[int]:
-        """The tokens of the last round, by their places."""
+        """The tokens of the last depth, by their places."""
         return self._tokens[-1]
 
     def likeliest(self, number: int) -> list[int]:
-        """The places of the likeliest tokens of the last round, as EAGLE-2 (arXiv 2406.16858) chooses them."""
+        """The places of the likeliest tokens of the last depth, as EAGLE-2 (arXiv 2406.16858) chooses them."""
         return sorted(sorted(range(len(self._scores)), key=lambda place: -self._scores[place])[:number])
 
     @property
     def candidates(self) -> Candidates:
-        """For trees to grow from; `num_rounds` of them were needed."""
+        """For trees to grow from, with the rounds that were needed, and whether the next depth needs another."""
         below = ConditionalRanks(self._places[:], self._given[:], is_whole=True)
-        return Candidates(self._tokens[:], self._log_probs[:], below=below, num_rounds=len(self._tokens))
+        whole, begun = divmod(len(self._tokens), self._depths_a_round)
+        rounds = whole + bool(begun)
+        return Candidates(self._tokens[:], self._log_probs[:], None, below, rounds, further_round=not begun)
 
 
 def named_at(grown: GrownNodes, depth: int, num_nodes: int | None = None) -> list[int]:

@@ -50,7 +50,8 @@ class Candidates:
     """`tokens[k][r]` at depth k + 1 with natural log-probability `log_probs[k][r]`, and at most one graft.
 
     Ranks are in descending probability and a head never offers a token twice below the same one. `below`: of a drafter
-    that knows paths; `log_probs` then hold at depth 1, and wherever `below` says nothing. `num_rounds`: of asking.
+    that knows paths; `log_probs` then hold at depth 1, and wherever `below` says nothing. `num_rounds`: of asking;
+    `further_round`: whether the next depth takes one more.
     """
 
     tokens: list[list[int]]
@@ -58,6 +59,7 @@ class Candidates:
     graft: NgramDraft | None = None
     below: ConditionalRanks | None = None
     num_rounds: int = 1
+    further_round: bool = True
 
     @property
     def num_heads(self) -> int:

@@ -112,7 +112,7 @@ class AutoGrower(Grower):
     def look_below(
         self, rows: Sequence[DraftRow], candidates: Sequence[Candidates], asked: Sequence[int], plain: Forward
     ) -> list[list[int]]:
-        """What stands in the best trees, if it promises more tokens than another round takes time.
+        """What stands in the best trees, if it promises more tokens than another round, where it takes one, takes time.
 
         Below a token the next is hoped to be as likely as that token was: where a draft is sure it mostly stays so.
         """
@@ -123,7 +123,8 @@ class AutoGrower(Grower):
         nodes = {b: named_at(grown[b], depth, sizes[b]) if b in able else [] for b in asked}
         gain = sum(math.log1p(_hoped(grown[b], nodes[b]) / (1 + grown[b].expected(sizes[b]))) for b in asked)
         now = replace(plain, num_rows=plain.num_rows + sum(sizes) - len(sizes), num_asked=len(asked))
-        then = replace(now, num_rows=now.num_rows + sum(map(bool, nodes.values())), num_rounds=plain.num_rounds + 1)
+        rounds = plain.num_rounds + any(candidates[b].further_round for b in able)
+        then = replace(now, num_rows=now.num_rows + sum(map(bool, nodes.values())), num_rounds=rounds)
         seconds = self.budget.costs.seconds
         pays = gain / len(rows) > math.log(seconds(then) / seconds(now))
         return [[grown[b].ranks[node] for node in nodes[b]] if pays else [] for b in asked]

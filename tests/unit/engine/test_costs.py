@@ -12,6 +12,7 @@ import torch
 
 from amphista.drafter.amphista import Amphista, AmphistaConfig
 from amphista.drafter.captured_drafter import AskRegion, FeedRegion
+from amphista.drafter.falcon import Falcon, FalconConfig
 from amphista.drafter.hydra import Hydra, HydraConfig
 from amphista.drafter.medusa import Medusa, MedusaConfig
 from amphista.drafter.proposer import Proposer
@@ -311,3 +312,5 @@ def test_a_drafter_that_is_asked_in_rounds_is_timed_by_them(target, monkeypatch)
     monkeypatch.setattr(Hydra, "next", lambda *given: sizes.add(len(given[2])) or following(*given))
     asking = timing.draft_ratio(target, drafter)
     assert asking.further_round > 0 and asking.ratio > 0 and sizes == {timing.LOOKED}
+    pairs = Falcon(FalconConfig(num_heads=3), target.spec, target.shared).eval()
+    assert timing.draft_ratio(target, pairs).further_round > 0, "the last pass gives one depth of two"

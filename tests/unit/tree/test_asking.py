@@ -86,6 +86,14 @@ def test_everything_on_offer_is_a_node_once_with_its_own_value():
     assert named_at(grown, 2, 3) == [node for node in named_at(grown, 2) if node < 3]
 
 
+def test_a_round_may_give_several_depths():
+    offered, found = Offered(2), []
+    for _ in range(5):
+        offered.add([0], [[4]], [[-1.0]])
+        found.append((offered.candidates.num_rounds, offered.candidates.further_round))
+    assert found == [(1, False), (1, True), (2, False), (2, True), (3, False)]
+
+
 def test_below_what_was_not_looked_below_stands_nothing():
     candidates = asked(lambda offered: [1], 2)
     second = list(word(()))[1]
