@@ -70,7 +70,8 @@ class MadeRows:
 
 
 def mix(queries: Tensor, keys: Tensor, values: Tensor, before: Contexts) -> Tensor:
-    """Attention of scaled queries [H * r, E] of a path over the rows of its context it sees, and its own; [n, H * r * E]."""
+    """Attention of scaled queries [H * r, E] of a path over the rows of its context it sees, and its own;
+    [n, H * r * E]."""
     mixed, counts = [], torch.bincount(before.owners, minlength=len(before.rows)).tolist()
     parts = (part.split(counts) for part in (queries, keys, values, before.seen))
     for query, own_keys, own_values, seen, context in zip(*parts, before.rows, strict=True):
