@@ -334,9 +334,9 @@ FALCON_SWITCHES = {
 EARLY_EXIT_SWITCHES = {"full": {"exit_layer": 2, "rank": 8, "num_heads": 3}, "bare": {"rank": 0, "draft_vocab": 100}}
 
 
-def real_drafters(target: Target) -> dict[str, Drafter | Proposer]:
+def real_drafters(target: Target, seed: int = 1) -> dict[str, Drafter | Proposer]:
     """Every real drafter with every switch that the target can have, on random weights, alone; some beside lookup."""
-    torch.manual_seed(1)  # whatever was drawn before
+    torch.manual_seed(seed)  # whatever was drawn before
     heads: dict[str, Drafter] = {}
     for name, switches in AMPHISTA_SWITCHES.items():
         heads[f"amphista-{name}"] = shaken(Amphista(AmphistaConfig(**switches), target.spec, target.shared))

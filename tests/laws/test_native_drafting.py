@@ -51,7 +51,8 @@ def two_threads():
 @cache
 def drafters(type_name: str = "float32") -> dict[str, ParallelHeads]:
     target = tiny_target(dtype=TYPES[type_name], **ODD)
-    return {name: drafter for name, drafter in real_drafters(target).items() if name in HEADS}
+    some = real_drafters(target, seed=2)  # with 1 two tokens are as likely but for rounding
+    return {name: drafter for name, drafter in some.items() if name in HEADS}
 
 
 def in_c(name: str, type_name: str = "float32", *, exact: bool = True, flags=None) -> ParallelHeads:

@@ -40,6 +40,7 @@ from tests.tiny import (
     REAL_DRAFTERS,
     SEQUENTIAL,
     Grafting,
+    anew,
     byte_tokenizer,
     real_drafters,
     tiny_model,
@@ -308,8 +309,10 @@ def test_the_same_steps_as_in_ordinary_shapes(drafters, target):
     assert plain.speed_up() and not plain.is_static
     for name in ("amphista-full", "medusa-shared", "amphista-full+lookup"):
         for tree in ("9", "auto-dear"):
-            ours = decode(Engine(target, drafters[name], TREES[tree]), PROMPT, SAMPLINGS["sampled"])
-            theirs = decode(Engine(plain, drafters[name], TREES[tree]), PROMPT, SAMPLINGS["sampled"])
+            ours, theirs = (
+                decode(Engine(either, drafters[name], anew(TREES[tree])), PROMPT, SAMPLINGS["sampled"])
+                for either in (target, plain)
+            )
             assert ours.stats.accepted == theirs.stats.accepted and ours.stats.drafted == theirs.stats.drafted
             assert ours.stats.expected == pytest.approx(theirs.stats.expected, abs=1e-4)
 
