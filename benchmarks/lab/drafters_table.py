@@ -3,7 +3,7 @@
     python -m benchmarks.lab ablate recipes/drafters.toml --dtype bfloat16 --data runs/answers --out runs/drafters
     amphista evaluate mt_bench --dtype int8 --out greedy --methods none,eagle=runs/drafters/eagle-seed0/last,\
 eagle=runs/drafters/eagle-seed0/last@4, ... and @8, @16; the same with --temperature 0.7 --out sampled
-    python -m benchmarks.lab.drafters_table runs/drafters greedy/summary.json sampled/summary.json
+    python -m benchmarks.lab.drafters_table runs/drafters greedy/summary.json [sampled/summary.json]
 
 Cost of a draft: of its first round and of a further one, in forwards of one row, as measured in the first evaluation.
 Possible: the highest of tau / (forward of n rows + draft) over the fixed sizes n, greedy; realised: decoding under
@@ -65,12 +65,11 @@ def projected(
     return tau / (1 + read / shape.num_parameters() + lent), rounds
 
 
-def cells(
-    result: dict[str, Any], greedy: dict[str, Any], sampled: dict[str, Any], seven_b: float, rounds: int
-) -> list[str]:
+def cells(result: dict[str, Any], records: list[dict[str, Any]], seven_b: float, rounds: int) -> list[str]:
     """One row."""
     name = result["run"]
-    costs, found = greedy["run"]["costs"][f"{name}@auto"], [s["measures"]["all"] for s in (greedy, sampled)]
+    costs = records[0]["run"]["costs"][f"{name}@auto"]
+    found = [record["measures"]["all"] for record in records]
     one = costs["verify_ms"][0]
     taus = [[measures[f"{name}@{size}"]["tau"] for size in SIZES] for measures in found]
     draft = costs["draft_ms"] + costs["round_ms"] * (rounds - 1)
@@ -92,17 +91,18 @@ def cells(
 
 
 def main() -> None:
-    folder, *records = map(Path, sys.argv[1:])
-    greedy, sampled = map(read_json, records)
+    folder, *places = map(Path, sys.argv[1:])
+    records = list(map(read_json, places))
+    greedy, headers = records[0], [header for header in HEADERS if len(records) > 1 or header != "sampled"]
     target = load_target(DEFAULT_TARGET)
-    print("| " + " | ".join(HEADERS) + " |\n" + "|---" * len(HEADERS) + "|")
+    print("| " + " | ".join(headers) + " |\n" + "|---" * len(headers) + "|")
     for place in sorted(folder.glob("*-seed0/result.json")):
         result = read_json(place)
         config, name = result["identity"]["config"], result["run"]
         if f"{name}@16" in greedy["measures"]["all"]:
             tau = greedy["measures"]["all"][f"{name}@16"]["tau"]
             bound = projected(config["drafter"], config["model"], tau, target.spec, target.shared)
-            print("| " + " | ".join(cells(result, greedy, sampled, *bound)) + " |")
+            print("| " + " | ".join(cells(result, records, *bound)) + " |")
 
 
 if __name__ == "__main__":
