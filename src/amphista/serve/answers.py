@@ -64,14 +64,14 @@ class Reader:
         return piece
 
     def _take(self, result: StepResult, piece: Piece) -> None:
-        ends, told = self.sequence.end_ids, []
-        for token, source in zip(result.token_ids, result.sources, strict=True):
-            text = "" if token in ends else self._reader.push(token)
-            told.append({"text": text, "source": source.value})
-            self._add(text, piece)
+        ends = self.sequence.end_ids
+        texts = ["" if token in ends else self._reader.push(token) for token in result.token_ids]
+        self._add("".join(texts), piece)
         piece.token_ids += result.token_ids
         piece.logprobs += [record for record in result.logprobs if record.token_id not in ends]
         if self.sequence.is_traced:
+            pairs = zip(texts, result.sources, strict=True)
+            told = [{"text": text, "source": source.value} for text, source in pairs]
             piece.steps.append({"tokens": told, **self._tree(result)})
 
     def _tree(self, result: StepResult) -> dict[str, Any]:

@@ -106,7 +106,7 @@ class Service:
         ticket = self.worker.submit([self.llm.engine.new_sequence([0, 0], params)], "", None)
         last = None
         while last is None or not last.state.has_ended:
-            last = (await ticket.next())[-1]
+            last = [last, *await ticket.next(PING_SECONDS)][-1]
         if last.error is not None:
             raise last.error
         with contextlib.suppress(RequestError):  # of a tokenizer that knows no forms: whoever asks for one hears it

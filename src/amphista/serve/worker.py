@@ -37,23 +37,28 @@ class Ticket:
     def __init__(self) -> None:
         self.requests: list[Request] = []
         self._updates: list[Update] = []
-        self._has_come = asyncio.Event()
+        self._waiting: asyncio.Future[None] | None = None
 
     def put(self, update: Update) -> None:
         """In asyncio's thread."""
         self._updates.append(update)
-        self._has_come.set()
+        self._wake()
 
-    async def next(self, timeout: float | None = None) -> list[Update]:
-        """All that has come; nothing if that takes longer than `timeout` seconds."""
-        try:
-            async with asyncio.timeout(timeout):
-                await self._has_come.wait()
-        except TimeoutError:
-            return []
-        self._has_come.clear()
+    async def next(self, timeout: float) -> list[Update]:
+        """All that has come; nothing if that takes longer than `timeout` seconds. One reader at a time."""
+        if not self._updates:
+            loop = asyncio.get_running_loop()
+            self._waiting, timer = loop.create_future(), loop.call_later(timeout, self._wake)
+            try:
+                await self._waiting
+            finally:
+                timer.cancel()
         taken, self._updates = self._updates, []
         return taken
+
+    def _wake(self) -> None:
+        if self._waiting is not None and not self._waiting.done():
+            self._waiting.set_result(None)
 
 
 class Worker:

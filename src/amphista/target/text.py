@@ -10,9 +10,11 @@ from __future__ import annotations
 import copy
 import inspect
 import re
-from collections.abc import Mapping, Sequence
-from functools import cached_property
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property, partial
 from typing import Any
+
+from transformers import PreTrainedTokenizerFast
 
 from amphista.errors import RequestError, TargetError
 from amphista.prompts import is_text, plain_message, texts_in
@@ -161,12 +163,18 @@ class Text:
 
     def decode(self, token_ids: Sequence[int], *, with_special: bool = False) -> str:
         """Text of token ids, special tokens left out unless asked for; an id beyond the tokenizer's has none."""
-        text: str = self.tokenizer.decode(
-            [token for token in token_ids if token in self._known_ids],
-            skip_special_tokens=not with_special,
-            clean_up_tokenization_spaces=False,
-        )
-        return text
+        known = [token for token in token_ids if token in self._known_ids]
+        return self._decode(known, skip_special_tokens=not with_special)
+
+    @cached_property
+    def _decode(self) -> Callable[..., str]:
+        """The tokenizer's decoding, where nothing overrides it without what `transformers` does around it: that took
+        most of the time of a token's text."""
+        kind, plain = type(self.tokenizer), PreTrainedTokenizerFast
+        if issubclass(kind, plain) and (kind.decode, kind._decode) == (plain.decode, plain._decode):
+            backend: Callable[..., str] = self.tokenizer.backend_tokenizer.decode
+            return backend
+        return partial(self.tokenizer.decode, clean_up_tokenization_spaces=False)
 
 
 class IncrementalText:
