@@ -34,6 +34,30 @@ def test_they_are_the_models_own(target, name, tree):
         assert list(told.top.values()) == pytest.approx(best.values.tolist(), abs=1e-3)
 
 
+@pytest.mark.parametrize("is_preempted", [False, True])
+@pytest.mark.parametrize("chunk_len", [1, 3, 64, 512])
+def test_those_of_a_prompt_are_the_models_own(target, chunk_len, is_preempted):
+    """However it is read, beside another that decodes, and read again where its rows had to go."""
+    prompt = [(7 * n) % 250 for n in range(150)]
+    engine = Engine(target, HOSTILE["random"]([]), parse_tree(4))
+    other = engine.new_sequence(PROMPT, SamplingParams(max_new_tokens=200))
+    sequence = engine.new_sequence(prompt, SamplingParams(max_new_tokens=3, top_logprobs=2, ignore_eos=True))
+    sequence.prompt_logprobs, sequence.chunk_len, num_steps = [], chunk_len, 0
+    while not sequence.is_finished:
+        engine.step([other, sequence])
+        num_steps += 1
+        if is_preempted and num_steps in (2, 4):
+            sequence.release()
+    with torch.no_grad():
+        logits = target.model(input_ids=torch.tensor([prompt])).logits[0, :-1]
+    expected = torch.log_softmax(logits, -1)
+    assert [one.token_id for one in sequence.prompt_logprobs] == prompt[1:]
+    for row, told in zip(expected, sequence.prompt_logprobs, strict=True):
+        assert told.logprob == pytest.approx(float(row[told.token_id]), abs=1e-3)
+        assert list(told.top.values()) == pytest.approx(row.topk(2).values.tolist(), abs=1e-3)
+    assert sequence.output_ids == decode(engine, prompt, sequence.params).output_ids, "asking changes the answer"
+
+
 def test_they_cost_nothing_when_off(target, monkeypatch):
     monkeypatch.setattr("amphista.engine.step.token_logprobs", None)
     assert decode(Engine(target, HOSTILE["random"]([]), parse_tree(7)), PROMPT, SamplingParams()).logprobs == []

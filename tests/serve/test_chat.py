@@ -7,6 +7,7 @@ import json
 
 import openai
 import pytest
+import torch
 from pydantic import BaseModel
 
 from amphista.drafter.proposer import Proposer
@@ -161,6 +162,31 @@ def test_completions(served, client):
     logprobs = one.choices[0].logprobs
     assert "".join(logprobs.tokens) == one.choices[0].text and len(logprobs.top_logprobs[0]) >= 2
     assert logprobs.text_offset[0] == 0 and logprobs.text_offset[-1] == len(one.choices[0].text) - 1
+
+
+def test_a_prompts_own_log_probabilities(served, client):
+    """As lm-eval asks for them; twice, since rows that are reused would have none to tell."""
+    prompts = [served.llm.target.text.encode(text) for text in ("Once upon a time there was a list. " * 3, "Twice")]
+    asked = {"model": "tiny", "max_tokens": 1, "temperature": 0, "logprobs": 2, "echo": True, "n": 1}
+    said = [client.completions.create(prompt=prompts, **asked) for _ in range(2)]
+    assert said[0].choices == said[1].choices and said[1].usage.prompt_tokens_details.cached_tokens == 0
+    for ids, choice in zip(prompts, said[0].choices, strict=True):
+        answer, told = alone(served, ids, max_new_tokens=1), choice.logprobs
+        with torch.no_grad():
+            logits = served.llm.target.model(input_ids=torch.tensor([ids])).logits[0]
+        expected = torch.log_softmax(logits, -1).clamp(min=-9999.0)
+        followed = [*ids[1:], *answer.token_ids]
+        assert told.token_logprobs[0] is told.top_logprobs[0] is None
+        assert told.token_logprobs[1:] == pytest.approx(expected[range(len(ids)), followed].tolist(), abs=1e-3)
+        assert [max(top.values()) for top in told.top_logprobs[1:]] == pytest.approx(
+            expected.amax(-1).tolist(), abs=1e-3
+        )
+        assert choice.text == "".join(told.tokens) and len(told.tokens) == len(ids) + 1
+        assert told.text_offset == [len("".join(told.tokens[:n])) for n in range(len(told.tokens))]
+    chunks = list(client.completions.create(prompt=prompts, **{**asked, "max_tokens": 9}, stream=True))
+    mine = [chunk.choices[0] for chunk in chunks if chunk.choices[0].index == 0]
+    tokens = [token for choice in mine if choice.logprobs for token in choice.logprobs.tokens]
+    assert "".join(tokens) == "".join(choice.text for choice in mine) and len(tokens) > len(prompts[0]) + 1
 
 
 def test_stops_and_limits(served, client):

@@ -43,6 +43,8 @@ class Sequence:
     stops: the text so far, where a stop string may end it; else text is the reader's. watch: where answers that loop
     are ended and cut. chunk_len: how many tokens of its prompt the next step may read. drafts: whether anything is
     proposed for it; else it is decoded plainly, in whatever batch. is_traced: whether its steps tell their trees.
+    prompt_logprobs: those of its prompt's tokens but the first, as far as it is read; an empty list asks for them, and
+    then it must read its prompt itself: no rows may be adopted.
     """
 
     token_ids: list[int]
@@ -62,6 +64,7 @@ class Sequence:
     controller: DraftController = field(default_factory=DraftController)
     finish_reason: FinishReason | None = None
     logprobs: list[TokenLogprob] = field(default_factory=list)
+    prompt_logprobs: list[TokenLogprob] | None = None
 
     @property
     def prompt_ids(self) -> list[int]:

@@ -43,6 +43,8 @@ from amphista.tree.learned import Forward
 from amphista.tree.offers import Growth
 from amphista.tree.token_tree import TokenTree
 
+TOLD_CHUNK = 64  # tokens of a prompt read at once where logits of all are wanted: they take V floats each
+
 
 @dataclass(frozen=True)
 class StepResult:
@@ -301,8 +303,10 @@ class Engine:
 def _chunk(sequence: Sequence) -> Span:
     """The next tokens of a prompt."""
     start = sequence.rows.num_rows
-    size = min(max(1, sequence.chunk_len), sequence.num_unread)
-    return Span(TokenTree.chain(sequence.token_ids[start : start + size]), sequence.rows.cache, only_last=True)
+    is_told = sequence.prompt_logprobs is not None
+    size = min(max(1, sequence.chunk_len), sequence.num_unread, *[TOLD_CHUNK] * is_told)
+    tokens = sequence.token_ids[start : start + size]
+    return Span(TokenTree.chain(tokens), sequence.rows.cache, only_last=not is_told)
 
 
 def _read(sequence: Sequence, span: Span, output: TargetOutput) -> _Outcome:
@@ -312,7 +316,17 @@ def _read(sequence: Sequence, span: Span, output: TargetOutput) -> _Outcome:
         choices = output.choices if sequence.chooser.is_argmax else None
         end = sequence.num_prompt
         tokens = [choices[-1] if choices else sequence.chooser.choose(output.logits[-1], end)]
+    _tell_prompt(sequence, output.logits)
     return _Outcome(path, tokens, sequence.ending(tokens), _logprobs(sequence, output, [-1], tokens))
+
+
+def _tell_prompt(sequence: Sequence, logits: Tensor) -> None:
+    """Note what the target thought of the prompt's tokens that follow those just read; once, however often that is."""
+    told, first = sequence.prompt_logprobs, sequence.rows.num_rows + 1
+    if told is not None:
+        tokens = sequence.prompt_ids[first : first + len(logits)]
+        found = token_logprobs(logits[: len(tokens)], tokens, sequence.params.top_logprobs)
+        told += found[len(told) + 1 - first :]
 
 
 def _verified(sequence: Sequence, span: Span, output: TargetOutput) -> _Outcome:

@@ -167,6 +167,14 @@ def completion_logprobs(text: Text, records: Sequence[TokenLogprob], offset: int
     }
 
 
+def prompt_logprobs(text: Text, sequence: Decoded) -> dict[str, Any]:
+    """Of a prompt that was asked about, as completions tell them: nothing is known of its first token."""
+    first = TokenLogprob(sequence.token_ids[0], 0.0, {})
+    told = completion_logprobs(text, [first, *(sequence.prompt_logprobs or [])], 0)
+    told["token_logprobs"][0] = told["top_logprobs"][0] = None
+    return told
+
+
 def _finite(logprob: float) -> float:
     """JSON has no infinity."""
     return max(logprob, -9999.0)

@@ -182,6 +182,11 @@ class Sampled(Body):
         """How many of the best tokens to tell beside each, None: no log-probabilities at all."""
         raise NotImplementedError
 
+    @property
+    def tells_prompt(self) -> bool:
+        """Whether log-probabilities of the prompt's own tokens are wanted."""
+        return False
+
     def params(self, seed: int, max_new_tokens: int) -> SamplingParams:
         """Settings of an answer; OpenAI's temperature is 1 where none is given."""
         names = ("top_p", "top_k", "min_p", "min_tokens", "logit_bias", "presence_penalty", "frequency_penalty")
@@ -250,6 +255,10 @@ class CompletionRequest(Sampled):
         return self.logprobs
 
     @property
+    def tells_prompt(self) -> bool:
+        return bool(self.echo) and self.logprobs is not None
+
+    @property
     def prompts(self) -> list[str | list[int]]:
         """One or several."""
         if isinstance(self.prompt, str):
@@ -260,8 +269,6 @@ class CompletionRequest(Sampled):
     def _is_told_once(self) -> Self:
         if self.best_of is not None and self.best_of != self.num_choices:
             raise ValueError(f"best_of is {self.best_of}, expected n ({self.num_choices}): answers are not ranked")
-        if self.echo and self.logprobs is not None:
-            raise ValueError("echo with logprobs is not supported: a prompt's log-probabilities are not worked out")
         if len(self.prompts) * self.num_choices > MAX_CHOICES:
             raise ValueError(f"{len(self.prompts)} prompts with n = {self.num_choices}: at most {MAX_CHOICES} answers")
         return self

@@ -210,9 +210,11 @@ class Service:
                 sequence.chooser.grammar = None if grammar is None else grammar()
                 sequence.drafts = body.amphista is None or body.amphista.drafter is None
                 sequence.is_traced = body.amphista is not None and body.amphista.trace
+                sequence.prompt_logprobs = [] if body.tells_prompt else None
                 sequences.append(sequence)
         readers = [Reader(self.text, sequence, parse()) for sequence in sequences]
-        ticket = self.worker.submit(sequences, tenant, (tenant, body.cache_salt, body.prompt_cache_key))
+        namespace = None if body.tells_prompt else (tenant, body.cache_salt, body.prompt_cache_key)
+        ticket = self.worker.submit(sequences, tenant, namespace)
         name = f"{kind}-{secrets.token_hex(12)}"
         readers_of = dict(zip(ticket.requests, readers, strict=True))
         return Call(name, self.name, seed, body, ticket, readers_of, self.traced)

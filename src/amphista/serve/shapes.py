@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
-from amphista.serve.answers import Piece, chat_logprobs, completion_logprobs, timings, usage
+from amphista.serve.answers import Piece, chat_logprobs, completion_logprobs, prompt_logprobs, timings, usage
 from amphista.serve.schema import ChatRequest
 from amphista.serve.service import Call
 from amphista.target.text import Text
@@ -17,7 +17,9 @@ class Shape:
     def __init__(self, call: Call, text: Text) -> None:
         self._call, self._text = call, text
         self._is_chat = isinstance(call.body, ChatRequest)
-        self._num_shown = [0] * len(call.readers)  # characters
+        numbers = range(len(call.readers))
+        self._echoed = [call.prompts[number // call.body.num_choices] if call.prompts else "" for number in numbers]
+        self._num_shown = [len(prompt) for prompt in self._echoed]  # characters
         self._has_begun = [False] * len(call.readers)
 
     async def whole(self) -> dict[str, Any]:
@@ -63,27 +65,27 @@ class Shape:
     def _deltas(self, index: int, piece: Piece) -> list[dict[str, Any]]:
         """The role goes first, the reason last and alone."""
         reason, piece.finish_reason = piece.finish_reason, None
-        choices = []
-        if self._is_chat and not self._has_begun[index]:
+        choices, is_first = [], not self._has_begun[index]
+        if self._is_chat and is_first:
             delta = {"role": "assistant", "content": ""}
             choices.append({"index": index, "delta": delta, "logprobs": None, "finish_reason": None})
         self._has_begun[index] = True
         if not piece.is_empty or piece.token_ids:  # the end token, and what was held back with it
-            choices.append(self._choice(index, piece, is_delta=True))
+            choices.append(self._choice(index, piece, is_delta=True, is_first=is_first))
         if reason is not None:
             last = {"index": index, "logprobs": None, "finish_reason": reason}
             choices.append({**last, "delta": {}} if self._is_chat else {**last, "text": ""})
         return choices
 
-    def _choice(self, index: int, piece: Piece, *, is_delta: bool = False) -> dict[str, Any]:
+    def _choice(self, index: int, piece: Piece, *, is_delta: bool = False, is_first: bool = True) -> dict[str, Any]:
         choice: dict[str, Any] = {"index": index}
-        offset, tells = self._num_shown[index], self._call.body.num_top_logprobs is not None
+        tells = self._call.body.num_top_logprobs is not None
         if self._is_chat:
             choice["delta" if is_delta else "message"] = _message(piece, is_delta=is_delta)
             choice["logprobs"] = chat_logprobs(self._text, piece.logprobs) if tells else None
         else:
-            choice["text"] = self._echoed(index, offset) + piece.text
-            choice["logprobs"] = completion_logprobs(self._text, piece.logprobs, offset) if tells else None
+            choice["text"] = self._echoed[index] * is_first + piece.text
+            choice["logprobs"] = self._completion_logprobs(index, piece, is_first=is_first) if tells else None
         self._num_shown[index] += len(piece.text)
         choice["finish_reason"] = piece.finish_reason
         if self._call.body.return_token_ids:
@@ -92,9 +94,13 @@ class Shape:
             choice["amphista"] = {"steps": piece.steps, **self._call.traced()}
         return choice
 
-    def _echoed(self, index: int, offset: int) -> str:
-        prompts = self._call.prompts
-        return prompts[index // self._call.body.num_choices] if prompts and not offset else ""
+    def _completion_logprobs(self, index: int, piece: Piece, *, is_first: bool) -> dict[str, Any]:
+        """Of the prompt first, where it is echoed."""
+        told = completion_logprobs(self._text, piece.logprobs, self._num_shown[index])
+        if not (is_first and self._call.body.tells_prompt):
+            return told
+        before = prompt_logprobs(self._text, self._call.sequences[index])
+        return {name: before[name] + told[name] for name in told}
 
 
 def _message(piece: Piece, *, is_delta: bool) -> dict[str, Any]:
