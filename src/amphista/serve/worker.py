@@ -1,7 +1,9 @@
 """Worker: between asyncio, which owns the sockets, and the engine's thread, which owns everything else.
 
-Requests go in by the loop's inbox; what an iteration did for all of them comes out by one call into asyncio. A reader
-takes all that has come for it at once: a slow one gets longer pieces and holds nobody up.
+Requests go in by the loop's inbox; what iterations did for all of them comes out by one call into asyncio. Behind a
+forward nothing of asyncio's is in the processor's caches any more: 2 us of Python take 60 then. So where steps are
+short several are told at once, but an answer's first and last tokens, and what stands before a prompt's chunk, at once.
+A reader takes all that has come for it: a slow one gets longer pieces and holds nobody up.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from amphista.engine.sequence import Sequence as Decoded
 from amphista.engine.step import Engine
 
 STUCK_SECONDS = 60.0
+TELL_SECONDS = 0.02  # tokens may wait so long for those of the next steps
 
 
 @dataclass(frozen=True)
@@ -74,6 +77,8 @@ class Worker:
         self._loop = EngineLoop(self._paced, self._scheduler, publish=self._publish)
         self._tickets: dict[Request, Ticket] = {}
         self._asyncio: asyncio.AbstractEventLoop | None = None
+        self._held: list[tuple[list[Update], float]] = []  # of iterations not told yet, and when they ended
+        self._told_at = self._ended_at = 0.0
         self.load = Load()
 
     def start(self) -> None:
@@ -109,7 +114,13 @@ class Worker:
         await asyncio.to_thread(self._loop.close, drain_seconds)
 
     def _publish(self, updates: list[Update]) -> None:
-        """In the engine's thread."""
+        """In the engine's thread; somebody decodes on, so that another iteration follows, where nothing is told."""
+        now = time.monotonic()
+        next_at, self._ended_at = 2 * now - self._ended_at, now  # when it will, if it takes as long as this one
+        self._held.append((updates, now))
+        if next_at <= self._told_at + TELL_SECONDS and not self._is_pressing(updates):
+            return
+        self._told_at = now
         scheduler, limits, holding = self._scheduler, self.limits, self._scheduler.holding
         load = Load(
             num_running=len(holding),
@@ -118,15 +129,30 @@ class Worker:
             num_preempted=scheduler.num_preempted,
         )
         assert self._asyncio is not None, "start comes first"
-        self._asyncio.call_soon_threadsafe(self._deliver, updates, load, time.monotonic())
+        held, self._held = self._held, []
+        self._asyncio.call_soon_threadsafe(self._deliver, held, load)
 
-    def _deliver(self, updates: list[Update], load: Load, now: float) -> None:
+    def _is_pressing(self, updates: list[Update]) -> bool:
+        """Whether a request has just begun or ended, or the next step may be long."""
+        if self._scheduler.reader is not None or self._scheduler.waiting:
+            return True
+        return any(update.state.has_ended or _is_first(update) for update in updates)
+
+    def _deliver(self, held: list[tuple[list[Update], float]], load: Load) -> None:
         self.load = load
-        for update in updates:
-            ticket = self._tickets.get(update.request)
-            if ticket is not None:
-                ticket.put(update)
-            if update.state.has_ended:
-                self._tickets.pop(update.request, None)
-        if self.on_updates is not None:
-            self.on_updates(updates, now)
+        for updates, now in held:
+            for update in updates:
+                ticket = self._tickets.get(update.request)
+                if ticket is not None:
+                    ticket.put(update)
+                if update.state.has_ended:
+                    self._tickets.pop(update.request, None)
+            if self.on_updates is not None:
+                self.on_updates(updates, now)
+
+
+def _is_first(update: Update) -> bool:
+    """Whether these are the first tokens of an answer, asked before the next step."""
+    sequence = update.request.sequence
+    assert isinstance(sequence, Decoded)
+    return sequence.num_output == len(update.result.token_ids)
