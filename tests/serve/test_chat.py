@@ -61,6 +61,20 @@ def test_streamed_is_whole(client, n):
     assert len({chunk.id for chunk in chunks}) == 1
 
 
+@pytest.mark.parametrize("seconds, is_held", [(0.0, False), (60.0, True)])
+def test_short_steps_are_told_together_but_the_first_and_the_last(served, monkeypatch, seconds, is_held):
+    monkeypatch.setattr("amphista.serve.worker.TELL_SECONDS", seconds)
+    asked = {"messages": ASKED, "max_tokens": 60, "ignore_eos": True, "seed": 2, "return_token_ids": True}
+    whole = served.chat(**asked)
+    with served.client() as client:
+        text = client.post("/v1/chat/completions", json={**asked, "stream": True}).text
+    chunks = [json.loads(line[6:])["choices"][0] for line in text.splitlines() if line.startswith("data: {")]
+    told = [chunk["token_ids"] for chunk in chunks if chunk.get("token_ids")]
+    assert sum(told, []) == whole["choices"][0]["token_ids"]
+    num_steps = whole["metrics"]["speculative_decoding"]["num_steps"]
+    assert len(told[0]) == 1 and (len(told) == 2 if is_held else len(told) > num_steps // 3)
+
+
 def test_choices_are_those_of_the_seeds_that_follow(served, client):
     said = client.chat.completions.create(model="tiny", messages=ASKED, max_tokens=30, n=3, temperature=1.0, seed=5)
     texts = [choice.message.content for choice in said.choices]
