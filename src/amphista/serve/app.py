@@ -13,7 +13,10 @@ from typing import Any, TypeVar
 from fastapi import FastAPI, Request
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
+from fastapi.routing import APIRoute
 from fastapi.sse import format_sse_event
+from pydantic_core import from_json
+from starlette.exceptions import HTTPException
 from starlette.types import Receive, Scope, Send
 
 from amphista.prompts import texts_in
@@ -47,6 +50,29 @@ PAGE_HEADERS = {
 ERRORS: dict[int | str, dict[str, Any]] = {status: {"description": "An error in OpenAI's shape"} for status in TELLING}
 STREAMED: dict[int | str, dict[str, Any]] = {200: {"content": {"application/json": {}, "text/event-stream": {}}}}
 Result = TypeVar("Result")
+
+
+class StrictJson(Request):
+    """A request whose JSON pydantic reads: in a tenth of the time, in which nobody else's step could go on; what is not
+    JSON to the letter (NaN, other encodings than UTF-8, half a character) is refused."""
+
+    async def json(self) -> Any:
+        try:
+            return from_json(await self.body(), allow_inf_nan=False)
+        except ValueError as error:
+            raise HTTPException(400, f"the body is no JSON: {error}") from None
+
+
+class Route(APIRoute):
+    """Gives requests to who answers them."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        answer = super().get_route_handler()
+
+        async def answer_strictly(request: Request) -> Response:
+            return await answer(StrictJson(request.scope, request.receive))
+
+        return answer_strictly
 
 
 class EventStream(StreamingResponse):
@@ -124,6 +150,7 @@ def create_app(service: Service, settings: Settings) -> FastAPI:
         lifespan=lifespan,
         responses=ERRORS,
     )
+    app.router.route_class = Route
     add_handlers(app)
     app.add_middleware(Guard, keys=settings.api_keys, hosts=settings.known_hosts)
     if settings.cors_origins:
