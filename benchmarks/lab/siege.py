@@ -7,9 +7,9 @@
 storm: clients ask, streamed or whole, and leave at any time, most by a reset; at the end every row must be free and
 the same request get the same answer as before. soak: answers without end; memory, threads and open files of the
 server over time, memory's growth by a straight line over all but the first sixth, exit code after SIGTERM. attack:
-seconds between the pieces of well-behaved streams while nothing else happens and while attackers (bodies of 100 MB,
-half-open sockets, a byte a second sent or read, deep JSON, bad UTF-8, giant prompts), a process of their own, do their
-worst, by turns.
+seconds between the pieces of well-behaved streams, by turns beside two other answers and beside attackers, a process
+of their own, who ask for two such answers and read them a byte a second, and do their worst: bodies of 100 MB,
+half-open sockets, a byte a second sent, deep JSON, bad UTF-8, giant prompts.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ from benchmarks.lab.load import Asked, RefusedError, free_port, server, started
 CHAT = "/v1/chat/completions"
 WORDS = ["red", "green", "blue", "sun", "moon", "star", "dog", "cat", "bird", "tree", "leaf", "root"]
 TURN_SECONDS = 5.0
+GUEST, NUM_GUESTS = Asked("Slowly", 100, 1.0, ""), 2  # what readers ask who then read a byte a second
 
 
 def request(content: bytes, *, path: str = CHAT, length: int | None = None) -> bytes:
@@ -181,8 +182,8 @@ async def attackers(port: int) -> None:
         while True:
             with contextlib.suppress(OSError):
                 async with connected(port) as (reader, writer):
-                    writer.write(chat("Slowly", stream=True, max_tokens=100, ignore_eos=True))
-                    for _ in range(60):
+                    writer.write(chat(GUEST.prompt, stream=True, max_tokens=GUEST.num_tokens, ignore_eos=True))
+                    for _ in range(round(2 * TURN_SECONDS)):  # once a turn: who attacks stands still every other
                         await reader.read(1)
                         await asyncio.sleep(1)
 
@@ -197,7 +198,7 @@ async def attackers(port: int) -> None:
         again(request(huge), every=1.0),
         *(again(b"POST ") for _ in range(100)),
         *(again(*[whole[i : i + 1] for i in range(len(whole))], pause=1.0) for _ in range(50)),
-        *(slow_reader() for _ in range(2)),
+        *(slow_reader() for _ in range(NUM_GUESTS)),
     )
 
 
@@ -223,7 +224,15 @@ async def gaps(port: int, seconds: float, num_clients: int) -> list[float]:
 
 
 async def attack(port: int, seconds: float, num_clients: int = 4) -> dict[str, Any]:
-    """Quiet and attacked by turns; quantiles of gaps in either, in ms."""
+    """Quiet and attacked by turns; quantiles of gaps in either, in ms. What attackers get answered others get in quiet
+    turns: more answers make longer steps, whoever reads them."""
+
+    async def turn_of(guests: int) -> list[float]:
+        asked = asyncio.gather(*(server(port)(GUEST) for _ in range(guests)))
+        found = await gaps(port, min(seconds, TURN_SECONDS), num_clients)
+        await asked
+        return found
+
     command = [sys.executable, "-m", "benchmarks.lab.siege", "attackers", "--port", str(port)]
     quiet: list[float] = []
     attacked: list[float] = []
@@ -231,7 +240,7 @@ async def attack(port: int, seconds: float, num_clients: int = 4) -> dict[str, A
         try:
             for turn in range(2 * max(1, round(seconds / TURN_SECONDS / 2))):
                 process.send_signal(signal.SIGCONT if turn % 2 else signal.SIGSTOP)
-                (attacked if turn % 2 else quiet).extend(await gaps(port, min(seconds, TURN_SECONDS), num_clients))
+                (attacked if turn % 2 else quiet).extend(await turn_of(0 if turn % 2 else NUM_GUESTS))
         finally:
             process.kill()
     shown = {name: _quantiles(found) for name, found in (("quiet", quiet), ("attacked", attacked))}
