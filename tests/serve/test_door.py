@@ -262,7 +262,7 @@ def test_metrics_add_up():
         assert sample.labels.pop("model_name") == "tiny"
         found[" ".join([sample.name.removeprefix("amphista:"), *sample.labels.values()])] = sample.value
     usages = [one["usage"] for one in said]
-    assert found["generation_tokens_total"] == 60
+    assert found["generation_tokens_total"] == found["iteration_tokens_total_sum"] == 60
     assert found["prompt_tokens_total"] == sum(usage["prompt_tokens"] for usage in usages)
     assert found["prefix_cache_hits_total"] == usages[1]["prompt_tokens_details"]["cached_tokens"] > 0
     assert found["request_success_total length"] == 2

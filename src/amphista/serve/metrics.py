@@ -101,7 +101,7 @@ class Metrics(Collector):
         self.queued = self._spread("request_queue_time_seconds", "Before anything of the prompt was read.")
         self.reading = self._spread("request_prefill_time_seconds", "Reading the prompt.")
         self.decoding = self._spread("request_decode_time_seconds", "From the first token to the last.")
-        self.iteration = self._spread("iteration_tokens", "Tokens of an iteration.", NODES)
+        self.iteration = self._spread("iteration_tokens_total", "Tokens of an iteration.", NODES)
         self.nodes = self._spread("step_nodes", "Nodes verified for a request in a step, the root included.", NODES)
         self.drafts = self._count("spec_decode_num_drafts", "Trees with more than the root.")
         self.draft_tokens = self._count("spec_decode_num_draft_tokens", "Nodes but the roots.")
