@@ -42,51 +42,57 @@ class PlainController:
     """The rule for one sequence's heads as it is described, without a budget."""
 
     costs: Costs
-    weight: float = 4.0
+    weight: float = 8.0
     gained: float = 0.0
     spent: float = 0.0  # seconds of rows, times weight
     rested: int = 0
     rest: int = 16
-    trial: int = 0
+    is_due: bool = False
 
     def __post_init__(self):
         first = [(gain, self.costs.forward(1 + n)) for n, gain in enumerate([0.45, 0.65, 0.8], start=1)]
         gain, seconds = max(first, key=lambda tree: (1 + tree[0]) / (self.costs.draft + tree[1]))
-        self.gained, self.spent = 4 * gain, 4 * (seconds - self.costs.verify[0])
+        self.gained, self.spent = 8 * gain, 8 * (seconds - self.costs.verify[0])
 
     @property
     def extra(self):
         return self.costs.draft + self.spent / self.weight
 
+    def pays(self, gain):
+        return gain * self.costs.verify[0] > self.extra
+
     @property
-    def pays(self):
-        return self.gained / self.weight * self.costs.verify[0] > self.extra
+    def gain(self):
+        return self.gained / self.weight
+
+    @property
+    def hoped(self):
+        return self.gain + 0.5 / math.sqrt(self.weight)
 
     def wants(self, chain):
         size = best_size_plainly(chain, self.costs, drafted=False)
         alone, seconds = sum(chain[: size - 1], 1.0), self.costs.verify[size - 1]
         missed = 1 - chain[0] if size > 1 else 1.0
-        if (alone + missed * self.gained / self.weight) / (seconds + self.extra) > alone / seconds:
+        if (alone + missed * self.hoped) / (seconds + self.extra) > alone / seconds:
             return True
-        if self.pays:
+        if self.pays(self.hoped):
             return False
-        if self.trial:
+        if self.is_due:
             return missed >= 0.5
         self.rested += 1
         if self.rested == self.rest:
-            self.rested, self.rest, self.trial = 0, min(2 * self.rest, 128), 4
-            self.fade(0.3)
+            self.rested, self.rest, self.is_due = 0, min(2 * self.rest, 128), True
+            self.fade(0.5)
         return False
 
     def record(self, num_nodes, num_accepted):
-        self.fade(0.94)
+        self.fade(0.98)
         self.weight += 1
         self.gained += num_accepted
         self.spent += self.costs.verify[num_nodes - 1] - self.costs.verify[0]
-        if self.trial:
-            self.trial -= 1
-        elif self.pays:
+        if self.pays(self.gain) and not self.is_due:
             self.rested, self.rest = 0, 16
+        self.is_due = False
 
     def fade(self, left):
         self.weight, self.gained, self.spent = self.weight * left, self.gained * left, self.spent * left

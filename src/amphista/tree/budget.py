@@ -27,7 +27,7 @@ from amphista.tree.learned import Forward, StepCosts
 from amphista.tree.offers import Growth
 from amphista.tree.tune import Costs, chain_scores
 
-FIRST_STREAK, LONGEST_STREAK = 8, 128  # steps, all plain or all drafted, until one of the other kind is taken
+FIRST_STREAK, LONGEST_STREAK = 4, 128  # steps, all plain or all drafted, until one of the other kind is taken
 SELDOM = 4  # of a long plain streak, one step in so many is learned from: it says what the last one said
 EARLY = 4  # one new sequence in so many tries its heads early, though they failed others lately
 FIRST_GAINS = (0.45, 0.65, 0.8)  # accepted tokens of a tree of 2, 3, 4 nodes, before anything is known
@@ -177,7 +177,7 @@ class NodeBudget:
         shares = self._share(claims, plain)
         self._unasked = [len(nodes) for nodes in shares]
         missed = [1 - (nodes[0] if nodes else 0.0) for nodes in shares]
-        gains = {b: missed[b] * row.controller.gain for b, row in enumerate(rows) if row.max_depth > 0}
+        gains = {b: missed[b] * row.controller.hoped for b, row in enumerate(rows) if row.max_depth > 0}
         if self._is_drafted(rows, plain):
             self._turn += 1  # one by one: what asking costs need not be shown by all at once
             return [list(gains)[self._turn % len(gains)]] if gains else []
@@ -186,7 +186,7 @@ class NodeBudget:
         if not any(claim.is_wary for claim in claims) and pays(HOPE, self._first(plain)[1]):  # else trials only cost
             for b in set(gains).difference(asked):
                 controller = rows[b].controller  # where heads pay but for their n-gram draft, there is nothing to try
-                if not pays(controller.gain, controller.row_seconds) and controller.try_again(missed[b]):
+                if not pays(controller.hoped, controller.row_seconds) and controller.try_again(missed[b]):
                     asked.append(b)
         return sorted(asked)
 
