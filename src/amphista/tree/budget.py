@@ -20,13 +20,13 @@ from dataclasses import dataclass
 from itertools import islice
 
 from amphista.tree.candidates import NgramDraft
-from amphista.tree.controller import HOPE, DraftController
+from amphista.tree.controller import FIRST_WEIGHT, HOPE, WORD_WEIGHT, DraftController
 from amphista.tree.learned import DraftCurve, Forward, StepCosts
 from amphista.tree.offers import Growth
 from amphista.tree.tune import Costs, chain_scores
 
 FIRST_STREAK, LONGEST_STREAK = 4, 128  # steps, all plain or all drafted, until one of the other kind is taken
-EARLY = 4  # one new sequence in so many tries its heads early, though they failed others lately
+EARLY = 4  # one new sequence in so many tries its heads early, though they failed others lately; the first does
 FIRST_GAINS = (0.45, 0.65, 0.8)  # accepted tokens of a tree of 2, 3, 4 nodes, before anything is known
 
 
@@ -160,8 +160,9 @@ class NodeBudget:
         for row in rows:
             if row.controller.is_new:
                 self._num_new += 1
-                row.controller.expect(*self._expected(plain))
-                if self._num_new % EARLY:
+                is_early = self._num_new % EARLY == 1
+                row.controller.expect(*self._expected(plain), FIRST_WEIGHT if is_early else WORD_WEIGHT)
+                if not is_early:
                     row.controller.rest = self._lately.rest
         if self._is_plain(rows, plain):
             return []

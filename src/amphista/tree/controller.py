@@ -11,6 +11,7 @@ from amphista.tree.account import Account
 
 MEMORY = 0.98  # what a past draft still counts after each further one: about the last 50 decide
 FIRST_WEIGHT = 8.0  # what is expected of a new sequence counts like so many drafts
+WORD_WEIGHT = 32.0  # the same where it shall take the others' word
 DOUBT = 0.5  # accepted tokens by which the mean of one draft may well be too low, of n drafts by a sqrt(n)th of it
 FIRST_REST, LONGEST_REST = 16, 128  # plain steps before the heads are tried again; twice as many after each failure
 FADING = 0.5  # what is left of the old evidence then
@@ -50,9 +51,9 @@ class DraftController:
         """What the rows of a draft cost in the forward."""
         return self._rows / self._weight
 
-    def expect(self, gain: float, row_seconds: float) -> None:
-        """Before anything is known."""
-        self._weight, self._gain, self._rows = FIRST_WEIGHT, FIRST_WEIGHT * gain, FIRST_WEIGHT * row_seconds
+    def expect(self, gain: float, row_seconds: float, weight: float = FIRST_WEIGHT) -> None:
+        """Before anything is known; it counts like `weight` drafts."""
+        self._weight, self._gain, self._rows = weight, weight * gain, weight * row_seconds
 
     def try_again(self, missed: float) -> bool:
         """Whether heads that do not pay are tried this time; once for each step in which they are not asked.

@@ -111,7 +111,7 @@ class StepCosts:
         return self._known[0] + (self._known[1] if forward.num_asked else 0.0)
 
     def observe(self, forward: Forward, seconds: float) -> None:
-        """Learn from a step that took so many seconds; of those that took what was expected, from one in SELDOM for all."""
+        """Learn from a step that took so many seconds; where SELDOM took what was expected, from the last for all."""
         if not 0 < seconds < math.inf:
             return
         error = math.log(seconds / self.seconds(forward))
