@@ -32,12 +32,16 @@ FIRST_GAINS = (0.45, 0.65, 0.8)  # accepted tokens of a tree of 2, 3, 4 nodes, b
 
 @dataclass(frozen=True)
 class DraftRow:
-    """What the budget knows of one decoding sequence before a step; `max_depth` 0: it can take one token only."""
+    """What the budget knows of one decoding sequence before a step; `max_depth` 0: it can take one token only.
+
+    num_unfed: rows that its heads have to read before they can be asked.
+    """
 
     controller: DraftController
     graft: NgramDraft | None
     max_depth: int
     pending: int = 0
+    num_unfed: int = 0
 
 
 @dataclass(frozen=True)
@@ -153,7 +157,7 @@ class NodeBudget:
         self.costs = StepCosts(costs)
         self._lately, self._num_new = DraftController(), 0  # of all sequences
         self._unasked: list[int] = []  # nodes of each row in the step under way, if no heads are asked
-        self._streaks, self._turn = defaultdict[int, Streak](Streak), 0  # by the power of two of a plain step's rows
+        self._streaks = defaultdict[int, Streak](Streak)  # by the power of two of a plain step's rows
 
     def whom_to_ask(self, rows: Sequence[DraftRow], plain: Forward) -> list[int]:
         """Indices of the rows whose heads are worth asking, or due for a trial; to be called once a step."""
@@ -171,8 +175,8 @@ class NodeBudget:
         missed = [1 - (nodes[0] if nodes else 0.0) for nodes in shares]
         gains = {b: missed[b] * row.controller.hoped for b, row in enumerate(rows) if row.max_depth > 0}
         if self._is_drafted(rows, plain):
-            self._turn += 1  # one by one: what asking costs need not be shown by all at once
-            return [list(gains)[self._turn % len(gains)]] if gains else []
+            # what asking costs need not be shown by all, nor by one whose heads have much to read first
+            return [min(gains, key=lambda b: rows[b].num_unfed)] if gains else []
         asked = self._best_prefix(rows, shares, gains, plain)
         left = sorted(gains.keys() - set(asked))
         if left and not any(row.controller.account.is_wary for row in rows):
