@@ -21,7 +21,7 @@ from amphista.engine.sequence import Sequence as Decoded
 from amphista.engine.step import Engine
 
 STUCK_SECONDS = 60.0
-TELL_SECONDS = 0.02  # tokens may wait so long for those of the next steps
+TELL_SECONDS = 0.025  # tokens may wait so long for those of the next steps
 
 
 @dataclass(frozen=True)
