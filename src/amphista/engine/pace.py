@@ -27,12 +27,13 @@ class PacedEngine:
 
     def step(self, batch: Sequence[Any]) -> Sequence[Any]:
         """One step, timed."""
-        num_read = sum(min(sequence.chunk_len, sequence.num_unread) for sequence in batch)
+        num_unread = sum(sequence.num_unread for sequence in batch)
         num_decoding = sum(not sequence.num_unread for sequence in batch)
         started = self._clock()
         results = self._engine.step(batch)
         self.stepped_at = self._clock()
         seconds = self.stepped_at - started
+        num_read = num_unread - sum(sequence.num_unread for sequence in batch)  # which may be less than a chunk
         if num_read:
             self._read_seconds = KEPT * self._read_seconds + max(0.0, seconds - self._step(num_decoding))
             self._num_read = KEPT * self._num_read + num_read

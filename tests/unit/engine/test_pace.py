@@ -37,3 +37,25 @@ def test_it_learns_what_may_be_read():
     assert paced.num_readable(0.01, 4) == pytest.approx(60, rel=0.02)  # as long as a step
     assert paced.num_readable(0.01, 1) == pytest.approx(40, rel=0.02)  # of the nearest number known
     assert paced.stepped_at == engine.now
+
+
+def test_what_was_read_counts_not_what_might_have_been():
+    """A prompt whose own log-probabilities are told is read in smaller pieces than a chunk."""
+
+    class Careful(Timed):
+        def step(self, batch):
+            chunk_lens = [sequence.chunk_len for sequence in batch]
+            for sequence in batch:
+                sequence.chunk_len = min(10, sequence.chunk_len)
+            results = super().step(batch)
+            for sequence, chunk_len in zip(batch, chunk_lens, strict=True):
+                sequence.chunk_len = chunk_len
+            return results
+
+    engine = Careful()
+    paced = PacedEngine(engine, clock=lambda: engine.now)
+    sequence = FakeSequence([1] * 400, 9, ignore_eos=True)
+    sequence.chunk_len = 100
+    for _ in range(30):
+        paced.step([sequence])
+    assert paced.num_readable(0.3, 0) == pytest.approx(100, rel=0.02)  # 0.003 s a token, the forward included
