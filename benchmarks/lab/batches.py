@@ -2,7 +2,7 @@
 
     python -m benchmarks.lab.batches --data DIR --sizes 1,4,8 --drafters lookup,amphista+lookup
 
-Prompts are Spec-Bench's first turns, spread evenly; answers have 64 to 192 tokens, 128 on average, whatever they say: of
+Prompts are first turns of Spec-Bench, spread evenly; answers have 64 to 192 tokens, 128 on average, as they come: of
 one length, those without drafts would end together and leave no place empty, those with drafts would not. Told are
 decoded tokens a second, prompts included, and the ratio to `none` (median over rounds, and the worst), whether the
 tokens were the same, and the slowest answer's tokens per second of its own steps over those of `none`.

@@ -152,14 +152,17 @@ def test_under_siege(monkeypatch):
 
         assert asyncio.run(attacked())["answers"] > 3
         settled(served)
-        soaked = asyncio.run(siege.soak(port, os.getpid(), 2.0))
-        settled(served)
-        gc.collect()
+        for _ in range(3):  # what leaks grows every time, what is still warming up does not
+            soaked = asyncio.run(siege.soak(port, os.getpid(), 2.0))
+            settled(served)
+            gc.collect()
+            if soaked["last"]["megabytes"] - soaked["first"]["megabytes"] < 8:
+                break
         deadline = time.monotonic() + 20
         while len(os.listdir("/proc/self/fd")) > files:
             assert time.monotonic() < deadline, "a file is left open"
             time.sleep(0.05)
-    assert soaked["last"]["megabytes"] - soaked["first"]["megabytes"] < 16, soaked  # a busy machine still warms up
+    assert soaked["last"]["megabytes"] - soaked["first"]["megabytes"] < 8, soaked
     assert soaked["last"]["threads"] <= soaked["first"]["threads"]
     assert soaked["last"]["files"] <= soaked["first"]["files"] + 16, "of clients that come and go"
 
