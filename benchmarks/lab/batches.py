@@ -2,9 +2,10 @@
 
     python -m benchmarks.lab.batches --data DIR --sizes 1,4,8 --drafters lookup,amphista+lookup
 
-Prompts are Spec-Bench's first turns, spread evenly; answers have 128 tokens whatever they say. Told are decoded tokens
-a second, prompts included, and the ratio to `none` (median over rounds, and the worst), whether the tokens were the
-same, and the slowest answer's tokens per second of its own steps over those of `none`.
+Prompts are Spec-Bench's first turns, spread evenly; answers have 64 to 192 tokens, 128 on average, whatever they say: of
+one length, those without drafts would end together and leave no place empty, those with drafts would not. Told are
+decoded tokens a second, prompts included, and the ratio to `none` (median over rounds, and the worst), whether the
+tokens were the same, and the slowest answer's tokens per second of its own steps over those of `none`.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import json
 import statistics
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +27,16 @@ from amphista.llm import LLM
 from amphista.target import DEFAULT_TARGET
 from amphista.target.loading import load_target
 
-PARAMS = SamplingParams(max_new_tokens=128, ignore_eos=True)
+PARAMS = SamplingParams(ignore_eos=True)
+LENGTHS = range(64, 193)
 
 
 def run(llm: LLM, prompts: list[list[int]], size: int) -> dict[str, Any]:
     """One batch of so many prompts, each decoded once."""
     started, tokens, slowest = time.perf_counter(), {}, float("inf")
-    jobs = [Job(prompt, PARAMS, number) for number, prompt in enumerate(prompts)]
+    lengths = [LENGTHS[number * 37 % len(LENGTHS)] for number in range(len(prompts))]
+    settings = [replace(PARAMS, max_new_tokens=length) for length in lengths]
+    jobs = [Job(prompt, params, number) for number, (prompt, params) in enumerate(zip(prompts, settings, strict=True))]
     for finished in Batch[int](llm.engine, size).run(jobs):
         assert finished.error is None, finished.error
         tokens[finished.job.tag] = finished.sequence.output_ids

@@ -18,7 +18,7 @@ import random
 import re
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -178,12 +178,12 @@ class PlainSum(NodeBudget):
     def _best_prefix(
         self, rows: Sequence[DraftRow], shares: list[list[float]], gains: dict[int, float], plain: Forward
     ) -> list[int]:
-        forward = replace(plain, num_rows=plain.num_rows + sum(map(len, shares)))
+        forward = plain._replace(num_rows=plain.num_rows + sum(map(len, shares)))
         tokens, extra = float(len(rows) + sum(map(sum, shares))), 0.0
         order, best, best_rate = sorted(gains, key=lambda b: -gains[b]), 0, tokens / self.costs.seconds(forward)
         for count, b in enumerate(order, start=1):
             tokens, extra = tokens + gains[b], extra + rows[b].controller.row_seconds
-            if (rate := tokens / (self.costs.seconds(replace(forward, num_asked=count)) + extra)) > best_rate:
+            if (rate := tokens / (self.costs.seconds(forward._replace(num_asked=count)) + extra)) > best_rate:
                 best, best_rate = count, rate
         return order[:best]
 

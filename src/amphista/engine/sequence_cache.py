@@ -44,7 +44,7 @@ class SequenceCache:
     def num_rows(self) -> int:
         """Rows of these tokens that the target has and the drafter, too, or that wait for it."""
         num_rows = min(self.cache.num_committed, len(self.token_ids))
-        return num_rows if self._heads is None else min(num_rows, self.draft_state.num_rows + self._num_unfed)
+        return num_rows if self._heads is None else min(num_rows, self.draft_state.num_rows + self.num_unfed)
 
     @property
     def num_bytes(self) -> int:
@@ -53,7 +53,8 @@ class SequenceCache:
         return self.cache.num_bytes + self.draft_state.num_bytes + waiting
 
     @property
-    def _num_unfed(self) -> int:
+    def num_unfed(self) -> int:
+        """Rows that wait for the drafter."""
         return self.unfed[-1].end if self.unfed else 0
 
     def empty(self, token_ids: list[int]) -> SequenceCache:
@@ -69,11 +70,11 @@ class SequenceCache:
         """Keep the hidden states of a committed path for the drafter, with the tokens that followed each node; they do
         not pile up without end. probed: what probes below its last node gave."""
         if self._heads is not None:
-            end = self._num_unfed + len(next_ids)
+            end = self.num_unfed + len(next_ids)
             is_start = path[-1] == len(path) - 1  # of the tree, mostly: no indices to send
             states = hidden[: len(path)].clone() if is_start else hidden[sent(path, hidden.device)]
             self.unfed.append(Unfed(states, next_ids, probed, end))
-            if self._num_unfed > MAX_UNFED:
+            if self.num_unfed > MAX_UNFED:
                 self.feed()
             elif len(self.unfed) > MAX_PIECES:
                 self.unfed[:] = [self._joined()]
@@ -88,14 +89,14 @@ class SequenceCache:
         """What the drafter is asked, every row it has not read going with it. Row j is made of h_j and x_{j+1}."""
         if not self.unfed:
             return Ask(self.draft_state, max_depth, temperature)
-        num_fed = self.cache.num_committed - self._num_unfed
+        num_fed = self.cache.num_committed - self.num_unfed
         if self._heads is not None and self.draft_state.num_rows > num_fed:  # fed, and broken off before that was noted
             self._heads.trim(self.draft_state, num_fed)
         return Ask(self.draft_state, max_depth, temperature, *self._joined()[:3])
 
     def catch_up(self) -> None:
         """Give the drafter a prompt, or what came while it rested: no part of what asking it costs."""
-        if self._num_unfed > MAX_PIECES:
+        if self.num_unfed > MAX_PIECES:
             self.feed()
 
     def feed(self) -> None:

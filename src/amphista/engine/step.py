@@ -272,7 +272,7 @@ class Engine:
         grammar = sequence.chooser.grammar
         if grammar is not None and depth:
             graft = with_forced(graft, grammar.forced(sequence.num_output)[: min(depth, self.max_nodes - 1)])
-        return DraftRow(sequence.controller, graft, depth, sequence.pending)
+        return DraftRow(sequence.controller, graft, depth, sequence.pending, sequence.rows.num_unfed)
 
     def _ask(
         self, decoding: Several[Sequence], rows: Several[DraftRow], asked: Several[int], plain: Forward

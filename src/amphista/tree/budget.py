@@ -16,31 +16,32 @@ import heapq
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import islice
 
-import numpy as np
-
 from amphista.tree.candidates import NgramDraft
-from amphista.tree.controller import HOPE, DraftController
-from amphista.tree.learned import Forward, StepCosts
+from amphista.tree.controller import FIRST_WEIGHT, HOPE, WORD_WEIGHT, DraftController
+from amphista.tree.learned import DraftCurve, Forward, StepCosts
 from amphista.tree.offers import Growth
 from amphista.tree.tune import Costs, chain_scores
 
-FIRST_STREAK, LONGEST_STREAK = 8, 128  # steps, all plain or all drafted, until one of the other kind is taken
-SELDOM = 4  # of a long plain streak, one step in so many is learned from: it says what the last one said
-EARLY = 4  # one new sequence in so many tries its heads early, though they failed others lately
+FIRST_STREAK, LONGEST_STREAK = 4, 128  # steps, all plain or all drafted, until one of the other kind is taken
+EARLY = 4  # one new sequence in so many tries its heads early, though they failed others lately; the first does
 FIRST_GAINS = (0.45, 0.65, 0.8)  # accepted tokens of a tree of 2, 3, 4 nodes, before anything is known
 
 
 @dataclass(frozen=True)
 class DraftRow:
-    """What the budget knows of one decoding sequence before a step; `max_depth` 0: it can take one token only."""
+    """What the budget knows of one decoding sequence before a step; `max_depth` 0: it can take one token only.
+
+    num_unfed: rows that its heads have to read before they can be asked.
+    """
 
     controller: DraftController
     graft: NgramDraft | None
     max_depth: int
     pending: int = 0
+    num_unfed: int = 0
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ class Plan:
         num_drafted = sum(growth.tree.num_nodes - 1 for growth in self.growths)
         if self.probed:
             num_drafted += self.num_probes * sum(map(len, self.probed))
-        return replace(self.plain, num_rows=self.plain.num_rows + num_drafted, num_asked=len(self.asked))
+        return self.plain._replace(num_rows=self.plain.num_rows + num_drafted, num_asked=len(self.asked))
 
 
 @dataclass(frozen=True)
@@ -77,10 +78,10 @@ class Claim:
     is_wary: bool = False
 
 
-def share(claims: Sequence[Claim], seconds: np.ndarray, plain_seconds: float, least: int = 0) -> list[list[float]]:
+def share(claims: Sequence[Claim], curve: DraftCurve, plain_seconds: float, least: int = 0) -> list[list[float]]:
     """The probabilities of the nodes each sequence is to verify, the root's not.
 
-    seconds: of a step with 0, 1, ... of them, the most there may be altogether; fewer where no more are claimed.
+    curve: of the step; there are at most as many nodes altogether as it goes, fewer where no more are claimed.
     plain_seconds: of a step without any. least: how many there must be, if claimed.
     """
     tokens, product = [1.0] * len(claims), 1.0
@@ -95,18 +96,18 @@ def share(claims: Sequence[Claim], seconds: np.ndarray, plain_seconds: float, le
         offer(b)
     wary = [b for b, claim in enumerate(claims) if claim.is_wary]
     taken: list[tuple[int, float]] = []
-    times, logs = seconds.tolist(), np.log(seconds)
-    best, best_rate = 0, 0.0 if least else 1 / times[0]
-    while frontier and len(taken) + 1 < len(times):
-        if best_rate and not wary and math.log1p(-frontier[0][0]) <= len(claims) * _least_rise(logs[len(taken) :]):
-            break  # nodes come best first: none of the later ones can make up for its rows either
+    took, best, best_rate = curve.seconds[0], 0, 0.0 if least else 1 / curve.seconds[0]
+    while frontier and len(taken) + 1 < len(curve.seconds):
+        raised = -frontier[0][0] * took / len(claims)  # at most, in seconds, by each further node: the best come first
+        if best_rate and not wary and raised <= curve.rises[len(taken)]:
+            break
         _, b, probability = heapq.heappop(frontier)
         product /= tokens[b]
         tokens[b] += probability
         product *= tokens[b]
         taken.append((b, probability))
         offer(b)
-        took = times[len(taken)]
+        took = curve.seconds[len(taken)]
         rate = product ** (1 / len(claims)) / took
         if rate > best_rate and len(taken) >= least and all(tokens[w] * plain_seconds >= took for w in wary):
             best, best_rate = len(taken), rate
@@ -116,15 +117,10 @@ def share(claims: Sequence[Claim], seconds: np.ndarray, plain_seconds: float, le
     return shares
 
 
-def _least_rise(logs: np.ndarray) -> float:
-    """Of what steps take, as logarithms, a node: from the first number of nodes to any larger one."""
-    return float(((logs[1:] - logs[0]) / np.arange(1, len(logs))).min())
-
-
 def best_size(scores: Sequence[float], costs: Costs, *, drafted: bool) -> int:
     """How many of one tree's first nodes to verify: scores[i] is the log-score of node i, the root's comes first."""
-    seconds = StepCosts(costs).by_drafts(Forward(1, num_asked=int(drafted)), costs.max_nodes - 1)
-    (taken,) = share([Claim(iter(scores[1:]))], seconds, seconds[0])
+    curve = StepCosts(costs).by_drafts(Forward(1, num_asked=int(drafted)), costs.max_nodes - 1)
+    (taken,) = share([Claim(iter(scores[1:]))], curve, curve.seconds[0])
     return 1 + len(taken)
 
 
@@ -161,32 +157,33 @@ class NodeBudget:
         self.costs = StepCosts(costs)
         self._lately, self._num_new = DraftController(), 0  # of all sequences
         self._unasked: list[int] = []  # nodes of each row in the step under way, if no heads are asked
-        self._streaks, self._turn = defaultdict[int, Streak](Streak), 0  # by the power of two of a plain step's rows
+        self._streaks = defaultdict[int, Streak](Streak)  # by the power of two of a plain step's rows
 
     def whom_to_ask(self, rows: Sequence[DraftRow], plain: Forward) -> list[int]:
         """Indices of the rows whose heads are worth asking, or due for a trial; to be called once a step."""
         for row in rows:
             if row.controller.is_new:
                 self._num_new += 1
-                row.controller.expect(*self._expected(plain))
-                if self._num_new % EARLY:
+                is_early = self._num_new % EARLY == 1
+                row.controller.expect(*self._expected(plain), FIRST_WEIGHT if is_early else WORD_WEIGHT)
+                if not is_early:
                     row.controller.rest = self._lately.rest
         if self._is_plain(rows, plain):
             return []
-        claims = [_claim(row, iter(_chain(row.graft)[1:])) for row in rows]
-        shares = self._share(claims, plain)
+        shares = self._share_ngrams(rows, plain)
         self._unasked = [len(nodes) for nodes in shares]
         missed = [1 - (nodes[0] if nodes else 0.0) for nodes in shares]
-        gains = {b: missed[b] * row.controller.gain for b, row in enumerate(rows) if row.max_depth > 0}
+        gains = {b: missed[b] * row.controller.hoped for b, row in enumerate(rows) if row.max_depth > 0}
         if self._is_drafted(rows, plain):
-            self._turn += 1  # one by one: what asking costs need not be shown by all at once
-            return [list(gains)[self._turn % len(gains)]] if gains else []
+            # what asking costs need not be shown by all, nor by one whose heads have much to read first
+            return [min(gains, key=lambda b: rows[b].num_unfed)] if gains else []
         asked = self._best_prefix(rows, shares, gains, plain)
-        pays = self._paying(plain)
-        if not any(claim.is_wary for claim in claims) and pays(HOPE, self._first(plain)[1]):  # else trials only cost
-            for b in set(gains).difference(asked):
+        left = sorted(gains.keys() - set(asked))
+        if left and not any(row.controller.account.is_wary for row in rows):
+            pays = self._paying(plain)
+            for b in left if pays(HOPE, self._first(plain)[1]) else ():  # else trials only cost
                 controller = rows[b].controller  # where heads pay but for their n-gram draft, there is nothing to try
-                if not pays(controller.gain, controller.row_seconds) and controller.try_again(missed[b]):
+                if not pays(controller.hoped, controller.row_seconds) and controller.try_again(missed[b]):
                     asked.append(b)
         return sorted(asked)
 
@@ -200,16 +197,13 @@ class NodeBudget:
             return [1 + sum(1 for _ in islice(nodes, n)) for nodes, n in zip(scores, self._unasked, strict=True)]
         claims = [_claim(row, nodes) for row, nodes in zip(rows, scores, strict=True)]
         least = int(self._is_drafted(rows, plain))
-        return [1 + len(nodes) for nodes in self._share(claims, replace(plain, num_asked=num_asked), least=least)]
+        return [1 + len(nodes) for nodes in self._share(claims, plain._replace(num_asked=num_asked), least=least)]
 
     def observe(self, plan: Plan, accepted: Sequence[Sequence[int]], seconds: float) -> None:
         """Learn from a step: the draft tokens each row accepted, and its seconds, asking the heads included."""
         forward, plain, self._unasked = plan.forward, plan.plain, []
-        is_plain = forward == plain
-        streak = self._streak(plain)
-        streak.note(is_plain=is_plain)
-        if not is_plain or streak.length < FIRST_STREAK or streak.length % SELDOM == 0:
-            self.costs.observe(forward, seconds)
+        self._streak(plain).note(is_plain=forward == plain)
+        self.costs.observe(forward, seconds)
         plain_steps = self.costs.seconds(forward) / self.costs.seconds(plain)
         for row, tokens in zip(plan.rows, accepted, strict=True):
             row.controller.account.book(1 + len(tokens), plain_steps)
@@ -225,7 +219,7 @@ class NodeBudget:
         self, controller: DraftController, num_accepted: int, num_nodes: int, forward: Forward, plain: Forward
     ) -> None:
         """Count a draft of one sequence's heads: accepted tokens, nodes of its tree, the step and its plain one."""
-        seconds = self.costs.by_rows(replace(forward, num_asked=0))
+        seconds = self.costs.by_rows(forward._replace(num_asked=0))
         row_seconds = seconds(forward.num_rows) - seconds(forward.num_rows - num_nodes + 1)
         for record in (controller, self._lately):
             record.record(num_accepted, row_seconds)
@@ -245,15 +239,21 @@ class NodeBudget:
         has_room = self.costs.costs.max_nodes > len(rows)
         return self._streak(plain).is_long and self._streak(plain).is_plain and has_room and not wary
 
+    def _share_ngrams(self, rows: Sequence[DraftRow], plain: Forward) -> list[list[float]]:
+        """The probabilities of the nodes that n-gram drafts get where no heads are asked."""
+        if all(row.graft is None for row in rows):
+            return [[] for _ in rows]
+        return self._share([_claim(row, iter(_chain(row.graft)[1:])) for row in rows], plain)
+
     def _share(self, claims: Sequence[Claim], forward: Forward, *, least: int = 0) -> list[list[float]]:
-        seconds = self.costs.by_drafts(forward, max(0, self.costs.costs.max_nodes - len(claims)))
-        return share(claims, seconds, self.costs.seconds(replace(forward, num_asked=0)), least)
+        curve = self.costs.by_drafts(forward, max(0, self.costs.costs.max_nodes - len(claims)))
+        return share(claims, curve, self.costs.seconds(forward._replace(num_asked=0)), least)
 
     def _best_prefix(
         self, rows: Sequence[DraftRow], shares: list[list[float]], gains: dict[int, float], plain: Forward
     ) -> list[int]:
         """Those to ask: in order of what their heads are likely to add, as many as raise the mean most."""
-        forward = replace(plain, num_rows=plain.num_rows + sum(map(len, shares)))
+        forward = plain._replace(num_rows=plain.num_rows + sum(map(len, shares)))
         plain_seconds = self.costs.seconds(plain)
         tokens, extra = [1 + sum(nodes) for nodes in shares], 0.0
         product, order = math.prod(tokens), sorted(gains, key=lambda b: -gains[b])
@@ -264,7 +264,7 @@ class NodeBudget:
             tokens[b] += gains[b]
             product *= tokens[b]
             extra += rows[b].controller.row_seconds
-            took = self.costs.seconds(replace(forward, num_asked=count)) + extra
+            took = self.costs.seconds(forward._replace(num_asked=count)) + extra
             rate = product ** (1 / len(rows)) / took
             if rate > best_rate and all(tokens[w] * plain_seconds >= took for w in wary):
                 best, best_rate = count, rate
@@ -273,7 +273,7 @@ class NodeBudget:
     def _paying(self, plain: Forward) -> Callable[[float, float], bool]:
         """Whether asking beats plain decoding, were all sequences alike: tokens gained, seconds of rows, by each."""
         plain_seconds, number = self.costs.seconds(plain), plain.num_decoding
-        drafting = self.costs.seconds(replace(plain, num_asked=number)) - plain_seconds
+        drafting = self.costs.seconds(plain._replace(num_asked=number)) - plain_seconds
         return lambda gain, row_seconds: gain * plain_seconds > drafting + number * row_seconds
 
     def _expected(self, plain: Forward) -> tuple[float, float]:
@@ -284,7 +284,7 @@ class NodeBudget:
 
     def _first(self, plain: Forward) -> tuple[float, float]:
         """The same before anything is known: of the small tree that would pay best here."""
-        seconds, num_rows = self.costs.by_rows(replace(plain, num_asked=1)), plain.num_rows
+        seconds, num_rows = self.costs.by_rows(plain._replace(num_asked=1)), plain.num_rows
         trees = [(gain, seconds(num_rows + drafts)) for drafts, gain in enumerate(FIRST_GAINS, start=1)]
         gain, took = max(trees, key=lambda tree: (1 + tree[0]) / tree[1])
         return gain, took - seconds(num_rows)

@@ -5,13 +5,16 @@ Whether to ask them has to be known before their word; `NodeBudget` weighs it fo
 
 from __future__ import annotations
 
+import math
+
 from amphista.tree.account import Account
 
-MEMORY = 0.94  # what a past draft still counts after each further one: about the last 16 decide
-FIRST_WEIGHT = 4.0  # what is expected of a new sequence counts like so many drafts
+MEMORY = 0.98  # what a past draft still counts after each further one: about the last 50 decide
+FIRST_WEIGHT = 8.0  # what is expected of a new sequence counts like so many drafts
+WORD_WEIGHT = 32.0  # the same where it shall take the others' word
+DOUBT = 0.5  # accepted tokens by which the mean of one draft may well be too low, of n drafts by a sqrt(n)th of it
 FIRST_REST, LONGEST_REST = 16, 128  # plain steps before the heads are tried again; twice as many after each failure
-PROBE = 4  # drafts of one trial
-FADING = 0.3  # what is left of the old evidence then
+FADING = 0.5  # what is left of the old evidence then
 HOPE = 1.5  # accepted tokens a draft: where a first one would not pay even so, trials only cost
 
 
@@ -26,7 +29,7 @@ class DraftController:
         self.account = Account()
         self._weight = self._gain = self._rows = 0.0  # sums over drafts, older ones weigh less
         self.rest = FIRST_REST  # plain steps before a trial
-        self._rested, self._trial = 0, 0
+        self._rested, self._is_due = 0, False  # due: a trial, as soon as no n-gram draft is likely to be right
 
     @property
     def is_new(self) -> bool:
@@ -39,25 +42,30 @@ class DraftController:
         return self._gain / self._weight
 
     @property
+    def hoped(self) -> float:
+        """The same as it may well be: heads that seemed not to pay by chance are not left alone for that."""
+        return self.gain + DOUBT / math.sqrt(self._weight)
+
+    @property
     def row_seconds(self) -> float:
         """What the rows of a draft cost in the forward."""
         return self._rows / self._weight
 
-    def expect(self, gain: float, row_seconds: float) -> None:
-        """Before anything is known."""
-        self._weight, self._gain, self._rows = FIRST_WEIGHT, FIRST_WEIGHT * gain, FIRST_WEIGHT * row_seconds
+    def expect(self, gain: float, row_seconds: float, weight: float = FIRST_WEIGHT) -> None:
+        """Before anything is known; it counts like `weight` drafts."""
+        self._weight, self._gain, self._rows = weight, weight * gain, weight * row_seconds
 
     def try_again(self, missed: float) -> bool:
         """Whether heads that do not pay are tried this time; once for each step in which they are not asked.
 
         missed: how likely they are needed.
         """
-        if self._trial:
+        if self._is_due:
             return missed >= 0.5
         self._rested += 1
         if self._rested < self.rest:
             return False
-        self._rested, self.rest, self._trial = 0, min(2 * self.rest, LONGEST_REST), PROBE
+        self._rested, self.rest, self._is_due = 0, min(2 * self.rest, LONGEST_REST), True
         self._fade(FADING)
         return False
 
@@ -69,11 +77,10 @@ class DraftController:
         self._rows += row_seconds
 
     def update_backoff(self, *, pays: bool) -> None:
-        """After a record: one draft of a trial is over; where heads pay, the next rest is a short one."""
-        if self._trial:
-            self._trial -= 1
-        elif pays:
+        """After a record: a trial is over; where heads pay without one, the next rest is a short one."""
+        if pays and not self._is_due:
             self._rested, self.rest = 0, FIRST_REST
+        self._is_due = False
 
     def _fade(self, share: float) -> None:
         self._weight *= share

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from itertools import islice
 
 from amphista.tree.candidates import Candidates
-from amphista.tree.offers import ChildCandidates, GrownNodes
+from amphista.tree.offers import ChildCandidate, ChildCandidates, GrownNodes
 
 
 def best_first(pending: int, candidates: Candidates, num_nodes: int, max_depth: int) -> GrownNodes:
@@ -34,21 +34,20 @@ def next_nodes(grown: GrownNodes, candidates: Candidates, max_depth: int) -> Ite
     A node is added when it is asked for, and not before: where trees compete for rows, few are looked at in vain.
     """
     offers = ChildCandidates(candidates, max_depth)
-    frontier: list[tuple[float, int, int, int]] = []  # (-log score, depth, rank, parent): ties go to the shallow
+    # (-log score, depth, rank, parent, all ranks below it): ties go to the shallow
+    frontier: list[tuple[float, int, int, int, list[ChildCandidate]]] = []
 
-    def offer(depth: int, rank: int, parent: int) -> None:
-        ranks = offers.below(depth, on_graft=grown.on_graft[parent], parent_rank=grown.ranks[parent])
+    def offer(depth: int, rank: int, parent: int, ranks: list[ChildCandidate]) -> None:
         if rank < len(ranks):
             score = grown.scores[parent] + ranks[rank].log_prob
             if score > -math.inf:
-                heapq.heappush(frontier, (-score, depth, rank, parent))
+                heapq.heappush(frontier, (-score, depth, rank, parent, ranks))
 
-    offer(1, 0, 0)
+    offer(1, 0, 0, offers.below(1, on_graft=True))
     while frontier:
-        _, depth, rank, parent = heapq.heappop(frontier)
-        ranks = offers.below(depth, on_graft=grown.on_graft[parent], parent_rank=grown.ranks[parent])
-        grown.add(parent, ranks[rank])
-        node = grown.num_nodes - 1
+        _, depth, rank, parent, ranks = heapq.heappop(frontier)
+        child, node = ranks[rank], grown.num_nodes
+        grown.add(parent, child)
         yield grown.scores[node]
-        offer(depth, rank + 1, parent)  # the next sibling
-        offer(depth + 1, 0, node)  # the first child
+        offer(depth, rank + 1, parent, ranks)  # the next sibling
+        offer(depth + 1, 0, node, offers.below(depth + 1, on_graft=child.on_graft, parent_rank=child.rank))

@@ -7,7 +7,7 @@ import re
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
@@ -107,7 +107,7 @@ class AutoGrower(Grower):
         return UsualRounds()
 
     def whom_to_ask(self, rows: Sequence[DraftRow], plain: Forward) -> list[int]:
-        return self.budget.whom_to_ask(rows, replace(plain, num_rounds=self.rounds.number))
+        return self.budget.whom_to_ask(rows, plain._replace(num_rounds=self.rounds.number))
 
     def look_below(
         self, rows: Sequence[DraftRow], candidates: Sequence[Candidates], asked: Sequence[int], plain: Forward
@@ -122,9 +122,9 @@ class AutoGrower(Grower):
         able = {b for b in asked if candidates[b].num_heads == depth < rows[b].max_depth}
         nodes = {b: named_at(grown[b], depth, sizes[b]) if b in able else [] for b in asked}
         gain = sum(math.log1p(_hoped(grown[b], nodes[b]) / (1 + grown[b].expected(sizes[b]))) for b in asked)
-        now = replace(plain, num_rows=plain.num_rows + sum(sizes) - len(sizes), num_asked=len(asked))
+        now = plain._replace(num_rows=plain.num_rows + sum(sizes) - len(sizes), num_asked=len(asked))
         rounds = plain.num_rounds + any(candidates[b].further_round for b in able)
-        then = replace(now, num_rows=now.num_rows + sum(map(bool, nodes.values())), num_rounds=rounds)
+        then = now._replace(num_rows=now.num_rows + sum(map(bool, nodes.values())), num_rounds=rounds)
         seconds = self.budget.costs.seconds
         pays = gain / len(rows) > math.log(seconds(then) / seconds(now))
         return [[grown[b].ranks[node] for node in nodes[b]] if pays else [] for b in asked]
@@ -258,7 +258,7 @@ def _hoped(grown: GrownNodes, nodes: Sequence[int]) -> float:
 
 def _in_rounds(plain: Forward, candidates: Sequence[Candidates], asked: Sequence[int]) -> Forward:
     """The plain step, with the rounds of asking that were taken beside it."""
-    return replace(plain, num_rounds=max((candidates[b].num_rounds for b in asked), default=1))
+    return plain._replace(num_rounds=max((candidates[b].num_rounds for b in asked), default=1))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
+from typing import NamedTuple
 
 import numpy as np
 
@@ -24,10 +24,11 @@ COMMON, OTHER = 1.0, 0.3  # how far off, of the log, the term for all steps and 
 NOISE = 0.1  # standard deviation of a step's log(seconds)
 DRIFT = 3e-4  # share of all that is known which a further step makes stale
 OUTLIER = 2.0
+SELDOM = 4  # of steps that take what is expected one is learned from: it says what the last one said
+ALIKE = 64  # cached rows by which steps may differ and still be weighed by one curve
 
 
-@dataclass(frozen=True)
-class Forward:
+class Forward(NamedTuple):
     """What a step's seconds depend on: rows of the target forward, of how many sequences, cached rows, heads asked.
 
     `num_rows`: those of prompts and of trees, roots included. `num_cached_rows`: keys and values that attention reads,
@@ -43,6 +44,25 @@ class Forward:
     num_rounds: float = 1
 
 
+class DraftCurve:
+    """Seconds of a step in which 0, 1, ... nodes are drafted; from each number of them the least that each node takes
+    on the way to any larger number."""
+
+    def __init__(self, seconds: list[float]) -> None:
+        self.seconds, self.rises = seconds, [math.inf] * len(seconds)
+        hull = [len(seconds) - 1]  # of the numbers behind: those that a line from before would touch
+        for number in range(len(seconds) - 2, -1, -1):
+            rise = self._rise(number, hull[-1])
+            while len(hull) > 1 and (further := self._rise(number, hull[-2])) <= rise:
+                rise = further
+                hull.pop()
+            self.rises[number] = rise
+            hull.append(number)
+
+    def _rise(self, low: int, high: int) -> float:
+        return (self.seconds[high] - self.seconds[low]) / (high - low)
+
+
 class StepCosts:
     """Predicts the seconds of steps, and learns from each what was wrong with that."""
 
@@ -52,28 +72,32 @@ class StepCosts:
         self._covariance = self._prior.copy()
         self._terms = np.zeros(2 + POWERS)  # for all steps, heads asked, powers of two
         self._known = self._terms.tolist()  # the same, quick to read
+        self._curves: dict[tuple[Forward, int], DraftCurve] = {}  # since something was learned last
+        self._num_alike = 0  # steps since then, which took what was expected
 
     def seconds(self, forward: Forward) -> float:
         """Of the step, from asking the heads to the end of its forward."""
-        return self.by_rows(forward)(forward.num_rows)
+        return self._seconds(forward.num_rows, self._beside(forward), self._common(forward))
 
     def by_rows(self, forward: Forward) -> Callable[[int], float]:
         """Seconds of the same step with another number of rows; quick to call."""
-        costs, known = self.costs, self._known
-        beside, common = self._beside(forward), self._common(forward)
+        return partial(self._seconds, beside=self._beside(forward), common=self._common(forward))
 
-        def seconds(num_rows: int) -> float:
-            below, share = _power(num_rows)
-            correction = common + known[below] * (1 - share) + known[below + 1] * share
-            return math.exp(correction) * (costs.forward(num_rows) + beside)
+    def _seconds(self, num_rows: int, beside: float, common: float) -> float:
+        below, share = _power(num_rows)
+        correction = common + self._known[below] * (1 - share) + self._known[below + 1] * share
+        return math.exp(correction) * (self.costs.forward(num_rows) + beside)
 
-        return seconds
-
-    def by_drafts(self, forward: Forward, most: int) -> np.ndarray:
-        """Seconds of the same step with 0, 1, ... `most` further rows."""
-        rows = np.arange(forward.num_rows, forward.num_rows + most + 1)
-        terms = np.interp(np.log2(rows), np.arange(POWERS), self._terms[2:])
-        return np.exp(self._common(forward) + terms) * (self.costs.forwards(rows) + self._beside(forward))
+    def by_drafts(self, forward: Forward, most: int) -> DraftCurve:
+        """Of the same step with 0, 1, ... `most` further rows; cached rows to the next ALIKE."""
+        forward = forward._replace(num_cached_rows=-(-forward.num_cached_rows // ALIKE) * ALIKE)
+        curve = self._curves.get((forward, most))
+        if curve is None:
+            rows = np.arange(forward.num_rows, forward.num_rows + most + 1)
+            terms = self._common(forward) + np.interp(np.log2(rows), np.arange(POWERS), self._terms[2:])
+            seconds = np.exp(terms) * (self.costs.forwards(rows) + self._beside(forward))
+            curve = self._curves[forward, most] = DraftCurve(seconds.tolist())
+        return curve
 
     def _beside(self, forward: Forward) -> float:
         """Seconds of what is not rows of the forward."""
@@ -87,20 +111,27 @@ class StepCosts:
         return self._known[0] + (self._known[1] if forward.num_asked else 0.0)
 
     def observe(self, forward: Forward, seconds: float) -> None:
-        """Learn from a step that took so many seconds."""
+        """Learn from a step that took so many seconds; where SELDOM took what was expected, from the last for all."""
         if not 0 < seconds < math.inf:
+            return
+        error = math.log(seconds / self.seconds(forward))
+        is_expected = abs(error) < NOISE / 2
+        self._num_alike = self._num_alike + 1 if is_expected else 1
+        if is_expected and self._num_alike < SELDOM:
             return
         holds = np.zeros_like(self._terms)
         below, share = _power(forward.num_rows)
         holds[0], holds[1], holds[below], holds[below + 1] = 1.0, forward.num_asked > 0, 1 - share, share
         spread = self._covariance @ holds
-        variance = float(holds @ spread) + NOISE**2
+        variance = float(holds @ spread) + NOISE**2 / self._num_alike
         most = OUTLIER * math.sqrt(variance)
-        error = max(-most, min(most, math.log(seconds / self.seconds(forward))))
-        self._terms = (1 - DRIFT) * (self._terms + spread * (error / variance))
+        error = max(-most, min(most, error))
+        kept = (1 - DRIFT) ** self._num_alike
+        self._terms = kept * (self._terms + spread * (error / variance))
         self._covariance -= np.outer(spread, spread) / variance
-        self._covariance += (1 - (1 - DRIFT) ** 2) * (self._prior - self._covariance)
-        self._known = self._terms.tolist()
+        self._covariance += (1 - kept**2) * (self._prior - self._covariance)
+        self._known, self._num_alike = self._terms.tolist(), 0
+        self._curves.clear()
 
 
 @cache

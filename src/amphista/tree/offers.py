@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import count, repeat
 from typing import NamedTuple
 
 from amphista.tree.candidates import Candidates
@@ -71,8 +72,7 @@ class ChildCandidates:
     def _children(self, depth: int, parent_rank: int) -> list[ChildCandidate]:
         tokens = self._tokens[depth - 1]
         if self._paths is None or parent_rank == NO_RANK:
-            named = zip(tokens, self._log_probs[depth - 1], strict=True)
-            return [ChildCandidate(token, value, False, rank) for rank, (token, value) in enumerate(named)]
+            return list(map(ChildCandidate, tokens, self._log_probs[depth - 1], repeat(False), count()))
         ranks, log_probs = self._paths.ranks[depth - 2][parent_rank], self._paths.log_probs[depth - 2][parent_rank]
         return [ChildCandidate(tokens[rank], value, False, rank) for rank, value in zip(ranks, log_probs, strict=True)]
 

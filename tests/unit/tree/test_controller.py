@@ -10,7 +10,7 @@ import pytest
 
 from amphista.tree.budget import DraftRow, NodeBudget
 from amphista.tree.candidates import NgramDraft
-from amphista.tree.controller import FIRST_REST, LONGEST_REST, PROBE, DraftController
+from amphista.tree.controller import FIRST_REST, LONGEST_REST, DraftController
 from amphista.tree.learned import Forward
 from amphista.tree.tune import Costs
 
@@ -48,7 +48,17 @@ def test_heads_that_never_pay_are_soon_left_alone_and_tried_again_ever_more_rare
     rests = [len(list(group)) for was_asked, group in itertools.groupby(asked) if not was_asked]
     assert rests[0] == FIRST_REST and rests == sorted(rests[:-1]) + rests[-1:] and max(rests) == LONGEST_REST
     trials = [len(list(group)) for was_asked, group in itertools.groupby(asked) if was_asked][1:]
-    assert set(trials) == {PROBE}
+    assert trials[-1] == min(trials) == 1 and max(trials) <= 8
+
+
+def test_heads_that_pay_are_not_left_alone_for_a_run_of_bad_luck():
+    """They bring 0.8 for 0.5, and single drafts scatter by as much."""
+    shares = []
+    for seed in range(20):
+        source = random.Random(seed)
+        asked = run(DraftController(), [source.choice([0, 0, 1, 1, 2]) for _ in range(300)])
+        shares.append(sum(asked) / len(asked))
+    assert min(shares) > 0.7 and sum(shares) / len(shares) > 0.95
 
 
 def test_heads_that_begin_to_pay_are_found_again():

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from amphista.tree.learned import Forward, StepCosts
+from amphista.tree.learned import ALIKE, DraftCurve, Forward, StepCosts
 from amphista.tree.tune import Costs
 
 COSTS = Costs([1.0, 1.1, 1.2, 1.3, 1.5, 1.7, 1.9, 2.1], draft=0.2, sequence=0.01, cached_row=0.001, drafted=0.05)
@@ -31,10 +31,18 @@ def test_a_whole_curve_is_what_its_sizes_are_one_by_one():
     source = random.Random(1)
     forwards = [Forward(source.randint(1, 30), num_asked=source.randint(0, 2)) for _ in range(40)]
     costs = learned(COSTS, [(forward, source.uniform(0.5, 5.0)) for forward in forwards])
-    for forward in (Forward(1), Forward(5, 3, 1, 200, 2), Forward(600, 2, 1)):
+    for forward in (Forward(1), Forward(5, 3, 1, 4 * ALIKE, 2), Forward(600, 2, 1)):
         one_by_one = costs.by_rows(forward)
         expected = [one_by_one(forward.num_rows + drafts) for drafts in range(13)]
-        assert costs.by_drafts(forward, 12) == pytest.approx(expected)
+        assert costs.by_drafts(forward, 12).seconds == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_the_least_rise_is_that_to_any_larger_number(seed):
+    source = random.Random(seed)
+    seconds = list(itertools.accumulate(source.choice([0.0, 0.1, 0.5, 1.0]) for _ in range(30)))
+    rises = [min((seconds[k] - seconds[n]) / (k - n) for k in range(n + 1, 30)) for n in range(29)]
+    assert DraftCurve(seconds).rises == [*map(pytest.approx, rises), math.inf]
 
 
 @pytest.mark.parametrize("factor", [1 / 3, 3.0, 10.0])
