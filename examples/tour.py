@@ -57,10 +57,10 @@ def train_target(ids, num_steps):
             eos_token_id=0,
         )
     )
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, num_steps)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, num_steps)
     for step in range(1, num_steps + 1):
-        starts = torch.randint(len(ids) - LENGTH, (16, 1))
+        starts = torch.randint(len(ids) - LENGTH, (4, 1))
         batch = ids[starts + torch.arange(LENGTH)]
         loss = model(input_ids=batch, labels=batch).loss
         loss.backward()
@@ -80,15 +80,16 @@ print("1. The target learns")
 text = "\n".join(path.read_text(encoding="utf-8") for path in DOCS)
 tokenizer = make_tokenizer(text)
 ids = torch.tensor(tokenizer(text)["input_ids"])
-train_target(ids, max(int(400 * SHARE), 60)).save_pretrained(OUT / "target")
+train_target(ids, max(int(1200 * SHARE), 160)).save_pretrained(OUT / "target")
 tokenizer.save_pretrained(OUT / "target")
 
 print("2. It writes what the drafter learns from")
 target = str(OUT / "target")
 plain = amphista.load(target, "none")
-places = [chance.randrange(len(ids) - 16) for _ in range(max(int(160 * SHARE), 16))]
+places = [chance.randrange(len(ids) - 16) for _ in range(max(int(320 * SHARE), 20))]
 prompts = [ids[place : place + 16].tolist() for place in places]
-answers = plain.generate(prompts, temperature=0.5, seed=1, max_new_tokens=64)
+noises = [amphista.SamplingParams(temperature=0.5, seed=n) for n in range(len(prompts))]  # one of its own for each
+answers = plain.generate(prompts, params=noises, max_new_tokens=32)
 rows = [
     {"id": f"row{n}", "prompt_ids": one.prompt_ids, "answer_ids": one.token_ids, "temperature": 0.5}
     for n, one in enumerate(answers)
@@ -100,7 +101,7 @@ print("3. The drafter learns to guess it")
 num_steps = max(int(240 * SHARE), 24)
 config = TrainConfig(
     model={"num_heads": 4, "num_encoder_layers": 1},
-    data=DataConfig(files=(str(OUT / "answers.jsonl"),), validation_share=0.15),
+    data=DataConfig(files=(str(OUT / "answers.jsonl"),), validation_share=0.2),
     optimizer=OptimizerConfig(learning_rate=3e-3, epochs=1000, max_steps=num_steps, batch_size=8, warmup_steps=5),
     validate_every=num_steps // 8,
 )

@@ -103,12 +103,13 @@ def _write_settings(writer: gguf.GGUFWriter, heads: int, key_heads: int) -> None
     writer.add_layer_norm_rms_eps(1e-5)
     writer.add_vocab_size(VOCAB)
     tokens = sorted(byte_tokenizer().get_vocab().items(), key=lambda item: item[1])
-    names = [name for name, _ in tokens] + [f"<unused{number}>" for number in range(VOCAB - len(tokens) - 1)] + ["th"]
+    names = [name for name, _ in tokens] + [f"<unused{number}>" for number in range(VOCAB - len(tokens) - 2)]
+    names += ["th", "the"]
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("default")
     writer.add_token_list(names)
-    writer.add_token_types([1] * 256 + [3] * (VOCAB - 257) + [1])
-    writer.add_token_merges(["t h"])
+    writer.add_token_types([1] * 256 + [3] * (VOCAB - 258) + [1] * 2)
+    writer.add_token_merges(["t h", "th e"])  # one alone an older transformers takes for its letters
     writer.add_bos_token_id(256)
     writer.add_eos_token_id(EOS)
     writer.add_chat_template(TEMPLATE)

@@ -118,7 +118,9 @@ class LLM:
         if params == "model":
             return SamplingParams(**{**model_settings(self.target), **settings})
         if not isinstance(params, SamplingParams | None):
-            raise RequestError(f"params is {params!r}: expected SamplingParams, or 'model'")
+            raise RequestError(
+                f"params is {_shown(params)}: expected SamplingParams, 'model', or one for each of a list"
+            )
         return replace(params or SamplingParams(), **settings)
 
     def stream(
@@ -161,7 +163,8 @@ class LLM:
     ) -> Answer | list[Answer]:
         """Decode a prompt to its end, or several together; settings as for `stream`.
 
-        A list of texts, of conversations or of lists of token ids is several prompts: see `answers`.
+        A list of texts, of conversations or of lists of token ids is several prompts: see `answers`. Their `params` may
+        be a list, too, of one for each; one seed for all is one noise for all.
         """
         prompt = _bare(prompt)
         if not _are_prompts(prompt):
@@ -189,9 +192,15 @@ class LLM:
 
     def _jobs(self, prompts: Sequence[Prompt], settings: dict[str, Any]) -> list[Job[int]]:
         rendering = {name: settings.pop(name) for name in ("system", "raw", "chat_template_kwargs") if name in settings}
-        params, jobs = self.params(settings.pop("params", None), **settings), []
+        given, jobs = settings.pop("params", None), []
+        each = given if isinstance(given, list | tuple) else [self.params(given, **settings)] * len(prompts)
+        if len(each) != len(prompts):
+            raise RequestError(
+                f"params holds {len(each)} for {len(prompts)} prompts: give one for each, or one for all"
+            )
         for index, prompt in enumerate(prompts):
             try:
+                params = self.params(each[index], **settings)
                 ids = self.prompt_ids(prompt, **rendering)
                 self.engine.check(ids, params)
             except RequestError as error:

@@ -7,6 +7,7 @@ by never accepting anything.
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import islice
 
 import pytest
 import torch
@@ -126,15 +127,16 @@ def wide(name):
 
 def test_real_drafters_are_accepted_somewhere(target, drafters, expected):
     """With a wide tree even random weights hit now and then; otherwise the cases above would prove nothing."""
-    steps = [
+    accepted = (
         n
         for name in REAL_DRAFTERS
         if not name.startswith("none")
         for n in decode(
             Engine(target, drafters[name], parse_tree(wide(name))), PROMPT, SAMPLINGS["greedy"]
         ).stats.accepted
-    ]
-    assert sum(n > 0 for n in steps) >= 10
+        if n > 0
+    )
+    assert len(list(islice(accepted, 10))) == 10
 
 
 @pytest.mark.parametrize("sampling", ["greedy", "penalised-sampled"])

@@ -8,6 +8,7 @@ import copy
 import json
 import math
 import random
+from functools import cache
 
 import pytest
 import torch
@@ -226,9 +227,10 @@ def data(target, tmp_path_factory):
     return str(path)
 
 
-def config_of(data, steps=4, **values):
+def config_of(data, steps=4, share=0.05, **values):
+    """share: to validate on, which takes longer than a few steps do."""
     return TrainConfig(
-        data=DataConfig(files=(data,), validation_share=0.4),
+        data=DataConfig(files=(data,), validation_share=share),
         optimizer=OptimizerConfig(max_steps=steps, batch_size=8, learning_rate=1e-2, epochs=50, warmup_steps=1),
         **values,
     )
@@ -240,22 +242,34 @@ PATH = {"path_rank": 16, "path_shortlist": 48}
 
 @pytest.fixture(scope="module")
 def first(target, data, tmp_path_factory):
-    return Trainer(target, config_of(data, 12, model=MODEL), tmp_path_factory.mktemp("first") / "run", print).run()
+    return Trainer(target, config_of(data, 12, 0.4, model=MODEL), tmp_path_factory.mktemp("first") / "run", print).run()
+
+
+LOSS = LossConfig(soft_weight=0.0, text_weight=1.0)
+
+
+@pytest.fixture(scope="module")
+def corrected(target, data, first, tmp_path_factory):
+    """By what is frozen: a trainer before and after it has put a correction on a trained drafter."""
+
+    @cache
+    def corrected(freeze):
+        config = config_of(data, 40, 0.4, init=str(first), model=PATH, freeze=freeze, loss=LOSS)
+        trainer = Trainer(target, config, tmp_path_factory.mktemp("corrected") / "run", print)
+        start = {name: weight.clone() for name, weight in trainer.drafter.state_dict().items()}
+        trained = {name for name, weight in trainer.drafter.named_parameters() if weight.requires_grad}
+        before = validate(trainer.drafter, trainer.parts.data.validation_rows, trainer.parts.hidden, LOSS)
+        return trainer, start, trained, before, trainer.run()
+
+    return corrected
 
 
 @pytest.mark.parametrize("freeze", ["heads", "none"])
-def test_a_correction_is_put_on_a_trained_drafter(target, data, first, tmp_path, freeze):
+def test_a_correction_is_put_on_a_trained_drafter(target, data, corrected, tmp_path, freeze):
     """The heads stay bit for bit where they are frozen; the correction learns what stands below what."""
-    loss = LossConfig(soft_weight=0.0, text_weight=1.0)
-    config = config_of(data, 40, init=str(first), model=PATH, freeze=freeze, loss=loss)
-    trainer = Trainer(target, config, tmp_path / "run", print)
-    rows, hidden = trainer.parts.data.validation_rows, trainer.parts.hidden
-    start = {name: weight.clone() for name, weight in trainer.drafter.state_dict().items()}
-    before = validate(trainer.drafter, rows, hidden, loss)
-    trained = {name for name, weight in trainer.drafter.named_parameters() if weight.requires_grad}
+    trainer, start, trained, before, folder = corrected(freeze)
     assert all(name.startswith("path.") for name in trained) is (freeze == "heads")
-    folder = trainer.run()
-    after = validate(trainer.drafter, rows, hidden, loss)
+    after = validate(trainer.drafter, trainer.parts.data.validation_rows, trainer.parts.hidden, LOSS)
     moved = {name for name, weight in trainer.drafter.state_dict().items() if not torch.equal(weight, start[name])}
     assert moved == trained
     assert after.head_loss[2] < before.head_loss[2] - 0.1
@@ -275,12 +289,11 @@ def test_a_frozen_run_goes_on_where_it_was(target, data, first, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def trained(target, data, first, tmp_path_factory):
+def trained(corrected):
     """(a drafter with a half-trained correction, held-out rows, their hidden states)."""
-    config = config_of(data, 40, init=str(first), model=PATH, loss=LossConfig(soft_weight=0.0, text_weight=1.0))
-    trainer = Trainer(target, config, tmp_path_factory.mktemp("trained") / "run", print)
-    trainer.run()
-    return trainer.drafter.eval(), trainer.parts.data.validation_rows, trainer.parts.hidden
+    trainer = corrected("none")[0]
+    drafter = copy.deepcopy(trainer.drafter).eval()
+    return drafter, trainer.parts.data.validation_rows, trainer.parts.hidden
 
 
 def test_expected_tokens_are_those_that_come(trained):

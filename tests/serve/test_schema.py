@@ -29,12 +29,12 @@ def test_all_operations_are_asked(operations):
     assert sorted(operations) == sorted(OPERATIONS)
 
 
-@pytest.mark.parametrize("mode", [GenerationMode.POSITIVE, GenerationMode.NEGATIVE])
-@pytest.mark.parametrize("name", OPERATIONS)
+@pytest.mark.parametrize(
+    ("name", "mode"),
+    [(name, GenerationMode.POSITIVE) for name in OPERATIONS]
+    + [(name, GenerationMode.NEGATIVE) for name in OPERATIONS[5:]],  # nothing can be asked wrongly of the first five
+)
 def test_what_is_asked_is_answered_as_documented(operations, name, mode):
-    if mode is GenerationMode.NEGATIVE and name in OPERATIONS[:5]:
-        pytest.skip("nothing can be asked wrongly")
-
     excluded = [positive_data_acceptance] if name.startswith("POST") else []  # fields that do not go together, contexts
 
     @given(case=operations[name].as_strategy(generation_mode=mode))

@@ -159,7 +159,8 @@ def test_prompts_answered_together_have_the_tokens_of_each_alone(target_folder, 
     lines = [{"id": n, "turns": ["First?", "Second?"][: 1 + n % 2]} for n in range(4)]
     lines.append({"id": "long", "turns": ["x" * 300, "y" * 300]})  # its second turn does not fit any more
     questions.write_text("\n".join(map(json.dumps, lines)))
-    settings = ["--prompts", questions, "--target", target_folder, "--max-new-tokens", 12, "--seed", 3]
+    settings = ["--prompts", questions, "--target", target_folder, "--max-new-tokens", 12, "--seed", 3,
+                "--temperature", 1]  # fmt: skip
     alone = amphista("generate", *settings, "--json")
     result = amphista("generate", *settings, "--json", "--batch-size", 3, "--output", out)
     assert result.returncode == alone.returncode != 0 and "prompt long, turn 2" in result.stderr
@@ -168,6 +169,8 @@ def test_prompts_answered_together_have_the_tokens_of_each_alone(target_folder, 
         (r["id"], r["turn"], r["token_ids"]) for r in expected
     ]
     assert len(got) == 7 and all(record["batch_size"] == 3 for record in got)
+    assert [r["seed"] for r in got] == [r["seed"] for r in expected] == [3, 4, 4, 5, 6, 6, 7]  # a noise for each prompt
+    assert len({tuple(r["token_ids"]) for r in got}) == 7
     refused = amphista("generate", *settings, "--batch-size", 2, "--compare")
     assert refused.returncode == 2 and "--compare" in refused.stderr
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -238,6 +239,34 @@ def test_a_seed_is_fresh_and_told(llm):
     assert len({tuple(answer.token_ids) for answer in answers}) == 3
     again = llm.generate("hi", temperature=1.5, max_tokens=20, seed=answers[1].params.seed)
     assert again.token_ids == answers[1].token_ids
+
+
+def test_each_prompt_of_a_list_may_have_settings_of_its_own(llm):
+    prompts, hot = ["one", "one", "two"], SamplingParams(temperature=1.5, seed=1)
+    each = [hot, replace(hot, seed=2), None]
+    found = llm.generate(prompts, params=each, max_tokens=20)
+    alone = [llm.generate(prompt, params=one, max_tokens=20) for prompt, one in zip(prompts, each, strict=True)]
+    assert [answer.token_ids for answer in found] == [answer.token_ids for answer in alone]
+    assert found[0].token_ids != found[1].token_ids and [len(answer.token_ids) for answer in found[:2]] == [20, 20]
+    assert [answer.params.temperature for answer in found] == [1.5, 1.5, 0]
+    one_noise = llm.generate(prompts[:2], params=hot, **FEW)
+    assert one_noise[0].token_ids == one_noise[1].token_ids
+    assert llm.generate(["one"], params=("model",), **FEW)[0].token_ids == llm.generate("one", **FEW).token_ids
+
+
+@pytest.mark.parametrize(
+    ("prompts", "params", "message"),
+    [
+        (["a", "b"], [None], "params holds 1 for 2 prompts"),
+        ("a", [None], "'model', or one for each of a list"),
+        (["a", "b"], [None, 5], r"prompts\[1\]: params is 5: expected SamplingParams"),
+        (["a", "b"], [None, SamplingParams(logit_bias={300: 1})], r"prompts\[1\]: logit_bias names token id 300"),
+    ],
+)
+def test_settings_of_their_own_that_fit_no_prompt_are_refused_by_a_sentence(llm, prefills, prompts, params, message):
+    with pytest.raises(RequestError, match=message):
+        llm.generate(prompts, params=params)
+    assert prefills == []
 
 
 def test_settings_are_checked_by_name(llm):

@@ -48,6 +48,11 @@ class AnswerJob:
         """What answers are compared with."""
         return self.llm.baseline if self.compare else None
 
+    def params_of(self, index: int) -> SamplingParams:
+        """Settings of a prompt: a seed for all would be one noise for all, so the first takes it, the next one more."""
+        seed = self.params.seed
+        return self.params if seed is None else replace(self.params, seed=(seed + index) % 2**64)
+
     def conversation(self) -> Conversation:
         """A new one, for one prompt."""
         return self.llm.conversation(self.system, raw=self.raw, chat_template_kwargs=self.template)
@@ -73,9 +78,9 @@ def run_job(job: AnswerJob) -> None:
 def _one_by_one(job: AnswerJob, put: Callable[[dict[str, Any]], None]) -> int:
     """Returns how many prompts failed."""
     failed = 0
-    for prompt in job.prompts:
+    for index in range(len(job.prompts)):
         try:
-            for record in _answer(job, prompt):
+            for record in _answer(job, index):
                 put(record)
         except (RequestError, TargetError) as error:  # the other prompts are still answered
             failed += 1
@@ -118,8 +123,9 @@ class _Together:
         if number < len(turns) and self._errors[index] is None:
             try:
                 ids = self._conversations[index].prompt_ids(turns[number])
-                self._job.llm.engine.check(ids, self._job.params)
-                return batch.Job(ids, self._job.params, (index, number), namespace=index)
+                params = self._job.params_of(index)
+                self._job.llm.engine.check(ids, params)
+                return batch.Job(ids, params, (index, number), namespace=index)
             except RequestError as error:
                 name = self._job.prompts[index].id
                 self._errors[index] = RequestError(f"prompt {name}, turn {number + 1}: {error}")
@@ -220,13 +226,13 @@ def check_output(path: Path | None) -> None:
         raise ConfigError(f"cannot write {path}: give a file in a folder that exists")
 
 
-def _answer(job: AnswerJob, prompt: PromptRecord) -> Iterator[dict[str, Any]]:
+def _answer(job: AnswerJob, index: int) -> Iterator[dict[str, Any]]:
     """One record per turn; each method keeps its own caches between turns."""
-    conversation = job.conversation()
+    prompt, conversation = job.prompts[index], job.conversation()
     plain_stream = None
     for number, turn in enumerate(_turns(prompt)):
         try:
-            stream = conversation.stream(turn, params=job.params)
+            stream = conversation.stream(turn, params=job.params_of(index))
         except RequestError as error:
             raise RequestError(f"prompt {prompt.id}, turn {number + 1}: {error}") from error
         for piece in stream:

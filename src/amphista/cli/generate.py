@@ -21,7 +21,8 @@ def generate(
     model: options.ModelOptions,
     sampling: options.SamplingOptions,
     prompts: Annotated[
-        list[str] | None, typer.Argument(metavar="[PROMPT]...", help="One answer each; - reads standard input.")
+        list[str] | None,
+        typer.Argument(metavar="[PROMPT]...", help="One answer each, by seed, seed + 1, ...; - reads standard input."),
     ] = None,
     prompts_file: Annotated[
         Path | None,

@@ -64,7 +64,9 @@ class TargetSpec:
             num_layers=_first(config, "num_hidden_layers", "n_layer", "num_layers"),
             num_attention_heads=heads,
             num_key_value_heads=_first(config, "num_key_value_heads", default=heads),
-            head_size=_first(config, "head_dim", default=hidden // heads),
+            head_size=max(
+                _first(config, "head_dim", default=hidden // heads), _first(config, "global_head_dim", default=0)
+            ),
             intermediate_size=_first(config, "intermediate_size", "n_inner", "ffn_dim", default=4 * hidden),
             rope_theta=float(next((r["rope_theta"] for r in ropes if r.get("rope_theta")), 10000.0)),
             norm_eps=float(_first(config, "rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", default=1e-5)),
