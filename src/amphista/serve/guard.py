@@ -66,7 +66,7 @@ class Guard:
         """The whole body; None where the client has gone."""
         if length.isdigit() and int(length) > MAX_BODY_BYTES:
             raise _too_large()
-        parts: list[bytes] = []
+        parts, size = list[bytes](), 0
         try:
             async with asyncio.timeout(BODY_SECONDS):
                 while True:
@@ -74,7 +74,8 @@ class Guard:
                     if message["type"] == "http.disconnect":
                         return None
                     parts.append(message.get("body", b""))
-                    if sum(map(len, parts)) > MAX_BODY_BYTES:
+                    size += len(parts[-1])
+                    if size > MAX_BODY_BYTES:
                         raise _too_large()
                     if not message.get("more_body", False):
                         return b"".join(parts)
