@@ -164,11 +164,13 @@ class EachAlone(NodeBudget):
 class PlainSum(NodeBudget):
     """The batch's tokens per second, whoever gets them."""
 
-    def _share(self, claims: Sequence[Claim], forward: Forward, *, least: int = 0) -> list[list[float]]:
+    def _share(
+        self, claims: Sequence[Claim], forward: Forward, *, least: int = 0, worth: float = 1.0
+    ) -> list[list[float]]:
         seconds = self.costs.by_rows(forward)
         offers = [(math.exp(score), b) for b, claim in enumerate(claims) for score in claim.scores]
         offers.sort(key=lambda offer: -offer[0])
-        tokens, best, best_rate = float(len(claims)), 0, len(claims) / seconds(forward.num_rows)
+        tokens, best, best_rate = float(len(claims)), 0, worth * len(claims) / seconds(forward.num_rows)
         for count, (probability, _) in enumerate(offers[: ALL_ROWS - len(claims)], start=1):
             tokens += probability
             if (rate := tokens / seconds(forward.num_rows + count)) > best_rate:

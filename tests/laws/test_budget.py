@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 import pytest
 
 from amphista.tree.account import FORGIVEN, SPENT, Account
-from amphista.tree.budget import EARLY, LONGEST_STREAK, Claim, DraftRow, NodeBudget, Plan, share
+from amphista.tree.budget import EARLY, LONGEST_STREAK, WORTH, Claim, DraftRow, NodeBudget, Plan, share
 from amphista.tree.candidates import Candidates, NgramDraft
 from amphista.tree.controller import DraftController
 from amphista.tree.dynamic import best_first
@@ -29,10 +29,10 @@ ALONE = Forward(1)
 
 
 def best_size_plainly(probabilities, costs, *, drafted):
-    """The first of the sizes with the most tokens per second."""
+    """The first of the sizes with the most tokens per second; without heads, if that is worth drafting."""
     fixed = costs.draft if drafted else 0.0
     rates = [sum(probabilities[:size], 1.0) / (fixed + costs.verify[size]) for size in range(len(costs.verify))]
-    rates = rates[: len(probabilities) + 1]
+    rates = [(1 if drafted else WORTH) * rates[0], *rates[1 : len(probabilities) + 1]]
     return 1 + rates.index(max(rates))
 
 
@@ -58,7 +58,7 @@ class PlainController:
         return self.costs.draft + self.spent / self.weight
 
     def pays(self, gain):
-        return gain * self.costs.verify[0] > self.extra
+        return (1 + gain) * self.costs.verify[0] > WORTH * (self.costs.verify[0] + self.extra)
 
     @property
     def gain(self):
@@ -72,7 +72,7 @@ class PlainController:
         size = best_size_plainly(chain, self.costs, drafted=False)
         alone, seconds = sum(chain[: size - 1], 1.0), self.costs.verify[size - 1]
         missed = 1 - chain[0] if size > 1 else 1.0
-        if (alone + missed * self.hoped) / (seconds + self.extra) > alone / seconds:
+        if (alone + missed * self.hoped) / (seconds + self.extra) > WORTH * alone / seconds:
             return True
         if self.pays(self.hoped):
             return False
@@ -153,9 +153,8 @@ def test_no_other_split_has_a_higher_mean_rate(seed):
     steps = list(itertools.accumulate((source.choice([0.0, 0.05, 0.4]) for _ in range(12)), initial=1.0))
     found = share([Claim(map(math.log, row)) for row in rows], DraftCurve(steps), 1.0)
     every = itertools.product(*([row[:count] for count in range(len(row) + 1)] for row in rows))
-    assert mean_rate(found, steps.__getitem__) == pytest.approx(
-        max(mean_rate(nodes, steps.__getitem__) for nodes in every)
-    )
+    best = max(mean_rate(nodes, steps.__getitem__) for nodes in every)
+    assert mean_rate(found, steps.__getitem__) == pytest.approx(best)
     assert all(nodes == pytest.approx(row[: len(nodes)]) for nodes, row in zip(found, rows, strict=True))
 
 

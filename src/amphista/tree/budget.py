@@ -27,6 +27,9 @@ from amphista.tree.tune import Costs, chain_scores
 
 FIRST_STREAK, LONGEST_STREAK = 4, 128  # steps, all plain or all drafted, until one of the other kind is taken
 EARLY = 4  # one new sequence in so many tries its heads early, though they failed others lately; the first does
+WORTH = (
+    1.03  # times the rate without them is what drafts must promise: claims run a little high, and weighing takes time
+)
 FIRST_GAINS = (0.45, 0.65, 0.8)  # accepted tokens of a tree of 2, 3, 4 nodes, before anything is known
 
 
@@ -78,11 +81,14 @@ class Claim:
     is_wary: bool = False
 
 
-def share(claims: Sequence[Claim], curve: DraftCurve, plain_seconds: float, least: int = 0) -> list[list[float]]:
+def share(
+    claims: Sequence[Claim], curve: DraftCurve, plain_seconds: float, *, least: int = 0, worth: float = 1.0
+) -> list[list[float]]:
     """The probabilities of the nodes each sequence is to verify, the root's not.
 
     curve: of the step; there are at most as many nodes altogether as it goes, fewer where no more are claimed.
-    plain_seconds: of a step without any. least: how many there must be, if claimed.
+    plain_seconds: of a step without any. least: how many there must be, if claimed. worth: times the rate of the step
+    without them is what they must promise.
     """
     tokens, product = [1.0] * len(claims), 1.0
     frontier: list[tuple[float, int, float]] = []  # (-by how much it raises the mean, whose, probability)
@@ -96,7 +102,7 @@ def share(claims: Sequence[Claim], curve: DraftCurve, plain_seconds: float, leas
         offer(b)
     wary = [b for b, claim in enumerate(claims) if claim.is_wary]
     taken: list[tuple[int, float]] = []
-    took, best, best_rate = curve.seconds[0], 0, 0.0 if least else 1 / curve.seconds[0]
+    took, best, best_rate = curve.seconds[0], 0, 0.0 if least else worth / curve.seconds[0]
     while frontier and len(taken) + 1 < len(curve.seconds):
         raised = -frontier[0][0] * took / len(claims)  # at most, in seconds, by each further node: the best come first
         if best_rate and not wary and raised <= curve.rises[len(taken)]:
@@ -243,11 +249,14 @@ class NodeBudget:
         """The probabilities of the nodes that n-gram drafts get where no heads are asked."""
         if all(row.graft is None for row in rows):
             return [[] for _ in rows]
-        return self._share([_claim(row, iter(_chain(row.graft)[1:])) for row in rows], plain)
+        return self._share([_claim(row, iter(_chain(row.graft)[1:])) for row in rows], plain, worth=WORTH)
 
-    def _share(self, claims: Sequence[Claim], forward: Forward, *, least: int = 0) -> list[list[float]]:
+    def _share(
+        self, claims: Sequence[Claim], forward: Forward, *, least: int = 0, worth: float = 1.0
+    ) -> list[list[float]]:
         curve = self.costs.by_drafts(forward, max(0, self.costs.costs.max_nodes - len(claims)))
-        return share(claims, curve, self.costs.seconds(forward._replace(num_asked=0)), least)
+        plain_seconds = self.costs.seconds(forward._replace(num_asked=0))
+        return share(claims, curve, plain_seconds, least=least, worth=worth)
 
     def _best_prefix(
         self, rows: Sequence[DraftRow], shares: list[list[float]], gains: dict[int, float], plain: Forward
@@ -257,7 +266,7 @@ class NodeBudget:
         plain_seconds = self.costs.seconds(plain)
         tokens, extra = [1 + sum(nodes) for nodes in shares], 0.0
         product, order = math.prod(tokens), sorted(gains, key=lambda b: -gains[b])
-        best, best_rate = 0, product ** (1 / len(rows)) / self.costs.seconds(forward)
+        best, best_rate = 0, WORTH * product ** (1 / len(rows)) / self.costs.seconds(forward)
         wary = [b for b, row in enumerate(rows) if row.controller.account.is_wary]
         for count, b in enumerate(order, start=1):
             product /= tokens[b]
@@ -271,10 +280,10 @@ class NodeBudget:
         return order[:best]
 
     def _paying(self, plain: Forward) -> Callable[[float, float], bool]:
-        """Whether asking beats plain decoding, were all sequences alike: tokens gained, seconds of rows, by each."""
+        """Whether asking is worth it, were all sequences alike: tokens gained, seconds of rows, by each."""
         plain_seconds, number = self.costs.seconds(plain), plain.num_decoding
-        drafting = self.costs.seconds(plain._replace(num_asked=number)) - plain_seconds
-        return lambda gain, row_seconds: gain * plain_seconds > drafting + number * row_seconds
+        asked_seconds = self.costs.seconds(plain._replace(num_asked=number))
+        return lambda gain, row_seconds: (1 + gain) * plain_seconds > WORTH * (asked_seconds + number * row_seconds)
 
     def _expected(self, plain: Forward) -> tuple[float, float]:
         """Of a new sequence: what heads brought others lately, and the seconds of their rows."""
