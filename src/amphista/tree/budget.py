@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from itertools import islice
 
 from amphista.tree.candidates import NgramDraft
-from amphista.tree.controller import FIRST_WEIGHT, HOPE, WORD_WEIGHT, DraftController
+from amphista.tree.controller import FIRST_WEIGHT, HOPE, LONGEST_REST, WORD_WEIGHT, DraftController
 from amphista.tree.learned import DraftCurve, Forward, StepCosts
 from amphista.tree.offers import Growth
 from amphista.tree.tune import Costs, chain_scores
@@ -30,6 +30,7 @@ EARLY = 4  # one new sequence in so many tries its heads early, though they fail
 WORTH = (
     1.03  # times the rate without them is what drafts must promise: claims run a little high, and weighing takes time
 )
+READ = 32  # rows that wait for heads which have read their prompt, at most
 FIRST_GAINS = (0.45, 0.65, 0.8)  # accepted tokens of a tree of 2, 3, 4 nodes, before anything is known
 
 
@@ -173,7 +174,7 @@ class NodeBudget:
                 is_early = self._num_new % EARLY == 1
                 row.controller.expect(*self._expected(plain), FIRST_WEIGHT if is_early else WORD_WEIGHT)
                 if not is_early:
-                    row.controller.rest = self._lately.rest
+                    row.controller.rest = LONGEST_REST
         if self._is_plain(rows, plain):
             return []
         shares = self._share_ngrams(rows, plain)
@@ -181,8 +182,7 @@ class NodeBudget:
         missed = [1 - (nodes[0] if nodes else 0.0) for nodes in shares]
         gains = {b: missed[b] * row.controller.hoped for b, row in enumerate(rows) if row.max_depth > 0}
         if self._is_drafted(rows, plain):
-            # what asking costs need not be shown by all, nor by one whose heads have much to read first
-            return [min(gains, key=lambda b: rows[b].num_unfed)] if gains else []
+            return self._least_to_read(rows, gains)
         asked = self._best_prefix(rows, shares, gains, plain)
         left = sorted(gains.keys() - set(asked))
         if left and not any(row.controller.account.is_wary for row in rows):
@@ -192,6 +192,11 @@ class NodeBudget:
                 if not pays(controller.hoped, controller.row_seconds) and controller.try_again(missed[b]):
                     asked.append(b)
         return sorted(asked)
+
+    def _least_to_read(self, rows: Sequence[DraftRow], gains: dict[int, float]) -> list[int]:
+        """Whose heads show what asking costs: one that has read; none where n-gram drafts can show a drafted step."""
+        asked = sorted(gains, key=lambda b: rows[b].num_unfed)[:1]
+        return [b for b in asked if rows[b].num_unfed <= READ or all(row.graft is None for row in rows)]
 
     def share(
         self, rows: Sequence[DraftRow], scores: Sequence[Iterator[float]], num_asked: int, plain: Forward
@@ -230,7 +235,6 @@ class NodeBudget:
         for record in (controller, self._lately):
             record.record(num_accepted, row_seconds)
         controller.update_backoff(pays=self._paying(plain)(controller.gain, controller.row_seconds))
-        self._lately.rest = controller.rest
 
     def _streak(self, plain: Forward) -> Streak:
         """That of steps like this one: what other steps take says little about it."""
