@@ -210,13 +210,14 @@ class Request:
     worst_step: float = 0.0
     accepted: set[int] = field(default_factory=set)
     num_asked: int = 0
+    num_unread: int = 0  # rows of its prompt, until its heads are asked
 
     @property
     def row(self):
         left = self.length - self.num_tokens - 1
         deep = 0 if self.kind == "none" or self.kind.endswith("heads") else min(6, left)
         graft = NgramDraft([7] * deep, [self.claim] * deep) if deep else None
-        return DraftRow(self.controller, graft, max_depth=left)
+        return DraftRow(self.controller, graft, max_depth=left, num_unfed=self.num_unread)
 
     @property
     def claim(self):
@@ -249,6 +250,7 @@ def serve(requests, size, *, seed, prompts=(0, 0, 0, 16), noise=0.0, budget=None
         asked = budget.whom_to_ask(rows, plain)
         for b in asked:
             running[b].num_asked += 1
+            running[b].num_unread = 0
         offered = [request.scores(asked=b in asked) for b, request in enumerate(running)]
         sizes = budget.share(rows, list(map(iter, offered)), len(asked), plain)
         growths = [
@@ -364,6 +366,22 @@ def test_a_disturbed_curve_does_not_steer_for_ever(disturbance):
     for rows in (1, 3):
         forward = Forward(rows, num_asked=int(rows > 1))
         assert budget.costs.seconds(forward) == pytest.approx(TRUTH.seconds(forward), rel=0.15), rows
+
+
+class Doubtful(Request):
+    """Its drafts say little for themselves, so that none of them pays by its word."""
+
+    claim = math.log(0.02)
+
+
+def test_asking_that_seemed_dear_is_asked_though_ngrams_show_drafted_steps():
+    """Every prompt is long and unread, and n-gram drafts are always there."""
+    budget = NodeBudget(replace(COSTS, draft=20 * COSTS.draft))
+    requests = [Doubtful("honest", 300, num_unread=500) for _ in range(24)]
+    serve(requests, 2, seed=0, noise=0.02, budget=budget, prompts=(0,))
+    assert sum(request.num_asked for request in requests) > 0
+    forward = Forward(3, num_decoding=2, num_asked=1)
+    assert budget.costs.seconds(forward) < 1.5 * TRUTH.seconds(forward) < StepCosts(budget.costs.costs).seconds(forward)
 
 
 def worst_shortfalls(disturbance, *, learns=True):

@@ -184,8 +184,7 @@ def test_plain_among_drafted_is_plain_and_changes_nobody(target, tree):
         assert not any(isinstance(result, Exception) for result in engine.step(running))
     assert all(sequence.output_ids == alone.output_ids for sequence in batch)
     assert set(batch[1].stats.tree_nodes) == {1} and sum(batch[1].stats.accepted) == 0
-    accepted = [sum(batch[b].stats.accepted) > 0 for b in (0, 2)]
-    assert all(accepted) or (tree == "auto-dear" and any(accepted))  # there steps that show what asking costs ask one
+    assert sum(batch[0].stats.accepted) > 0 and sum(batch[2].stats.accepted) > 0
 
 
 def test_a_trace_tells_the_tree_and_who_guessed(target):

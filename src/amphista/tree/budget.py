@@ -27,9 +27,7 @@ from amphista.tree.tune import Costs, chain_scores
 
 FIRST_STREAK, LONGEST_STREAK = 4, 128  # steps, all plain or all drafted, until one of the other kind is taken
 EARLY = 4  # one new sequence in so many tries its heads early, though they failed others lately; the first does
-WORTH = (
-    1.03  # times the rate without them is what drafts must promise: claims run a little high, and weighing takes time
-)
+WORTH = 1.03  # times the rate without drafts is what they must promise: claims run a little high, weighing takes time
 READ = 32  # rows that wait for heads which have read their prompt, at most
 FIRST_GAINS = (0.45, 0.65, 0.8)  # accepted tokens of a tree of 2, 3, 4 nodes, before anything is known
 
@@ -164,7 +162,7 @@ class NodeBudget:
         self.costs = StepCosts(costs)
         self._lately, self._num_new = DraftController(), 0  # of all sequences
         self._unasked: list[int] = []  # nodes of each row in the step under way, if no heads are asked
-        self._streaks = defaultdict[int, Streak](Streak)  # by the power of two of a plain step's rows
+        self._streaks, self._turn = defaultdict[int, Streak](Streak), 0  # by the power of two of a plain step's rows
 
     def whom_to_ask(self, rows: Sequence[DraftRow], plain: Forward) -> list[int]:
         """Indices of the rows whose heads are worth asking, or due for a trial; to be called once a step."""
@@ -182,7 +180,7 @@ class NodeBudget:
         missed = [1 - (nodes[0] if nodes else 0.0) for nodes in shares]
         gains = {b: missed[b] * row.controller.hoped for b, row in enumerate(rows) if row.max_depth > 0}
         if self._is_drafted(rows, plain):
-            return self._least_to_read(rows, gains)
+            return self._shows_asking(rows, list(gains))
         asked = self._best_prefix(rows, shares, gains, plain)
         left = sorted(gains.keys() - set(asked))
         if left and not any(row.controller.account.is_wary for row in rows):
@@ -193,10 +191,14 @@ class NodeBudget:
                     asked.append(b)
         return sorted(asked)
 
-    def _least_to_read(self, rows: Sequence[DraftRow], gains: dict[int, float]) -> list[int]:
-        """Whose heads show what asking costs: one that has read; none where n-gram drafts can show a drafted step."""
-        asked = sorted(gains, key=lambda b: rows[b].num_unfed)[:1]
-        return [b for b in asked if rows[b].num_unfed <= READ or all(row.graft is None for row in rows)]
+    def _shows_asking(self, rows: Sequence[DraftRow], able: Sequence[int]) -> list[int]:
+        """Whose heads show what asking costs: in turn one that has read; where none has and n-gram drafts can show a
+        drafted step, seldom anybody's."""
+        self._turn += 1
+        ready = [b for b in able if rows[b].num_unfed <= READ]
+        if not ready and (self._turn % EARLY == 0 or all(row.graft is None for row in rows)):
+            ready = list(able)
+        return [ready[self._turn % len(ready)]] if ready else []
 
     def share(
         self, rows: Sequence[DraftRow], scores: Sequence[Iterator[float]], num_asked: int, plain: Forward
