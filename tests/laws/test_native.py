@@ -45,6 +45,7 @@ MODELS = {
     "mistral-windowed": ("mistral-windowed", {}),
     "qwen2-windowed": ("qwen2-windowed", {**ODD, "num_key_value_heads": 4}),
     "qwen3-wide": ("qwen3", {"head_dim": 72, "hidden_size": 72, "intermediate_size": 200}),
+    **{f"llama-{size}": ("llama", {"head_dim": size, "num_hidden_layers": 2}) for size in (64, 96, 128)},  # by fours
 }
 TYPES = ["float32", "bfloat16", "int8"]
 CONTEXTS = [0, 1, WINDOW - 2, 2 * WINDOW + 3, 67]

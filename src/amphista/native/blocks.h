@@ -61,6 +61,14 @@ INLINE ivec whole(const uint8_t *from) {
 #endif
 }
 
+INLINE ivec whole_signed(const uint8_t *from) {
+#if LANES == 16
+    return (ivec)_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)from));
+#else
+    return (whole(from) << 24) >> 24;
+#endif
+}
+
 INLINE ivec lane_numbers(void) {
     ivec lanes;
     for (int lane = 0; lane < LANES; lane++) lanes[lane] = lane;
@@ -128,7 +136,7 @@ INLINE void unpack(const int kind, const uint8_t *block, int part, const Terms *
             const ivec high = (((int32_t)fifth >> (lane_numbers() + from)) & 1) << 4;
             out[v] = scaled(((whole(at + half) >> shift & 15) | high) - (kind == Q5_0 ? 16 : 0), terms);
         } else if (kind == Q8_0) {
-            out[v] = scaled((whole(at + from) << 24) >> 24, terms);
+            out[v] = scaled(whole_signed(at + from), terms);
         } else if (kind == Q4_K) {
             const ivec bytes = whole(block + 16 + 32 * (part / 2) + from);
             out[v] = nibbles(part & 1 ? bytes >> 4 : bytes, 0, 0, terms);

@@ -45,6 +45,13 @@ INLINE vec select_vec(ivec mask, vec yes, vec no) { return (vec)(((ivec)yes & ma
 #define HOLD(value) (void)0
 #endif
 
+/* Has numbers that go to all lanes loaded: spread from a register they take units that products need. */
+#if defined(__AVX512F__)
+#define FROM_MEMORY(value) __asm__("" : "+m"(value))
+#else
+#define FROM_MEMORY(value) (void)0
+#endif
+
 /* The first `count` numbers, zeros behind them: nothing beyond is read. */
 INLINE vec load_part(const float *from, long count) {
     vec part = {0};

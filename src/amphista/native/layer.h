@@ -31,9 +31,7 @@
 #ifndef AMPHISTA_LAYER_H
 #define AMPHISTA_LAYER_H
 
-#include <math.h>
-
-#include "products.h"
+#include "attention.h"
 #include "team.h"
 
 typedef struct {
@@ -67,11 +65,6 @@ typedef struct {
 } Batch;
 
 enum { ROWS_AT_ONCE = 4 };
-#if LANES == 16
-enum { MIX_VECTORS = 4 };
-#else
-enum { MIX_VECTORS = 2 };
-#endif
 enum { BAD_SPAN = 1, BAD_PARENT, BAD_ID, BAD_POSITION, BAD_CAPACITY, BAD_WANTED, BAD_WORKSPACE, BAD_TAP };
 
 /* Rows of one span that read the same committed keys together; what they mix goes to rows `to` and behind. */
@@ -122,7 +115,7 @@ static Work lay_out(const Stack *m, const Batch *f, long rows, long widest, Room
     w.own_prepared = own_room(room, threads, 4 * rows * widest);
     w.own_steps = own_room(room, threads, 4 * rows);
     w.own_scores = own_room(room, threads, 4 * queries * w.most_seen);
-    w.own_mix = own_room(room, threads, 8 * queries * queries_size(m));
+    w.own_mix = own_room(room, threads, 4 * (queries * queries_size(m) + queries_room(queries, queries_size(m))));
     w.own_block = own_room(room, threads, 8 * rows * BLOCK);
     w.own_path = own_room(room, threads, 4 * rows);
     return w;
@@ -258,84 +251,6 @@ static void place_stage(const Stack *m, const Layer *layer, int l, const Batch *
     for (int r = take(worker); r >= 0; r = take(worker)) place_row(m, layer, l, f, w, r, w->own_mix[worker->thread]);
 }
 
-/* Scores of n queries [n][wide] with the keys of `count` cache rows from `row` on. */
-static void score(const Stack *m, const void *keys, int64_t row, long count, const float *queries, int n, float *out,
-                  long ldo) {
-    const long size = m->head_size;
-    if (m->cache_kind == FLOAT32)
-        float_dots((const float *)keys + row * size, size, count, queries, queries_size(m), n, size, out, ldo);
-    else
-        bf16_dots((const uint16_t *)keys + row * size, size, count, (const uint16_t *)queries, 2 * queries_size(m), n,
-                  size, out, ldo);
-}
-
-/* Scores [count] become their exponentials, the largest 1; their sum. There is room for padding behind them. */
-static float exponentials(float *scores, long count) {
-    vec most = all(-INFINITY), total = {0};
-    const long end = (count + LANES - 1) / LANES * LANES;
-    for (long i = count; i < end; i++) scores[i] = -INFINITY;
-    for (long i = 0; i < end; i += LANES) most = larger(load(scores + i), most);
-    const vec top = all(largest(most));
-    for (long i = 0; i < end; i += LANES) {
-        vec weight = exponential(load(scores + i) - top);
-        total += weight;
-        store(scores + i, weight);
-    }
-    return sum(total);
-}
-
-/* Adds `count` rows of values, weighted, to a stretch of n mixes: `vectors` whole ones, or part of one. */
-INLINE void mix_stretch(int kind, const char *values, long size, const int vectors, long part, long count,
-                        const float *weights, long ldw, const int n, float *mix, long wide) {
-    vec total[4][MIX_VECTORS];
-    for (int q = 0; q < n; q++)
-        for (int v = 0; v < vectors; v++) total[q][v] = load(mix + q * wide + v * LANES);
-    for (long s = 0; s < count; s++) {
-        vec value[MIX_VECTORS];
-        for (int v = 0; v < vectors; v++) {
-            if (kind == FLOAT32) {
-                const float *at = (const float *)values + s * size + v * LANES;
-                value[v] = part == LANES ? load(at) : load_part(at, part);
-            } else {
-                const uint16_t *at = (const uint16_t *)values + s * size + v * LANES;
-                value[v] = part == LANES ? load_bf16(at) : load_bf16_part(at, part);
-            }
-            HOLD(value[v]);
-        }
-        for (int q = 0; q < n; q++) {
-            const vec weight = all(weights[q * ldw + s]);
-            for (int v = 0; v < vectors; v++) total[q][v] += value[v] * weight;
-        }
-    }
-    for (int q = 0; q < n; q++)
-        for (int v = 0; v < vectors; v++) store(mix + q * wide + v * LANES, total[q][v]);
-}
-
-#define MIX(kind, vectors, part)                                                                                       \
-    switch (n - q) {                                                                                                   \
-        case 1: mix_stretch(kind, from, size, vectors, part, count, of, ldw, 1, to, wide); break;                      \
-        case 2: mix_stretch(kind, from, size, vectors, part, count, of, ldw, 2, to, wide); break;                      \
-        case 3: mix_stretch(kind, from, size, vectors, part, count, of, ldw, 3, to, wide); break;                      \
-        default: mix_stretch(kind, from, size, vectors, part, count, of, ldw, 4, to, wide);                            \
-    }
-
-/* mix[n][wide] += weights[n][ldw] times `count` cache rows of values from `row` on, one after the other. */
-static void add_values(const Stack *m, const char *values, int64_t row, long count, const float *weights, long ldw,
-                       int n, float *mix) {
-    const long size = m->head_size, wide = queries_size(m), bytes = m->cache_kind == FLOAT32 ? 4 : 2;
-    for (int q = 0; q < n; q += 4)
-        for (long i = 0; i < size;) {
-            const long part = size - i < LANES ? size - i : LANES, vectors = size - i >= MIX_VECTORS * LANES ? MIX_VECTORS : 1;
-            const char *from = values + (row * size + i) * bytes;
-            const float *of = weights + q * ldw;
-            float *to = mix + q * wide + i;
-            if (m->cache_kind == FLOAT32 && vectors == MIX_VECTORS) MIX(FLOAT32, MIX_VECTORS, LANES)
-            else if (m->cache_kind == BFLOAT16 && vectors == MIX_VECTORS) MIX(BFLOAT16, MIX_VECTORS, LANES)
-            else MIX(m->cache_kind, 1, part)
-            i += vectors * LANES;
-        }
-}
-
 /* The node's ancestors and itself as rows behind the committed ones, by depth, those below `first` left out. */
 static int path_of(const Batch *f, const Work *w, const Span *span, int row, int first, int32_t *path) {
     int count = w->depth[row] + 1 - first;
@@ -365,7 +280,9 @@ static void attend(const Stack *m, const Layer *layer, int l, const Batch *f, co
     const int64_t offset = m->cache_kind == FLOAT32 ? base * 4 : base * 2;
     const char *keys = (const char *)cache->keys[l] + offset, *values = (const char *)cache->values[l] + offset;
     const int64_t at_prefix = (int64_t)(head / (m->heads / m->key_heads)) * f->prefix_rows;
+    const Cached c = {m->cache_kind, size, wide};
     float *scores = w->own_scores[thread], *mix = w->own_mix[thread], *queries = mix + n * wide;
+    const Queries together = {queries, queries + n * wide, queries + 5 * n * wide, (int)n};
     int32_t *path = w->own_path[thread];
     const int position = w->position[part->row], reach = layer->window + MUTANT(WIDE_WINDOW);
     const int first = layer->window && position >= reach ? position - reach + 1 : 0; /* parts of windows are one row */
@@ -375,29 +292,29 @@ static void attend(const Stack *m, const Layer *layer, int l, const Batch *f, co
     for (int r = 0; r < part->count; r++)
         memcpy(queries + r * num_heads * wide, w->queries + ((long)(part->row + r) * m->heads + head) * wide,
                (size_t)(num_heads * wide) * sizeof *queries);
-    if (committed) score(m, keys, first, committed, queries, (int)n, scores, ldw);
+    if (committed) score_many(&c, keys, first, committed, &together, scores, ldw);
     for (int r = 0; r < part->count; r++) {
         const int count = path_of(f, w, span, part->row + r, skipped, path);
         const long prefix = prefix_of(f, part->row + r);
         float *own = scores + r * num_heads * ldw;
         for (int at = 0; at < count; at += (int)run_of(path, count, at))
-            score(m, keys, span->committed + path[at], run_of(path, count, at), queries + r * num_heads * wide,
+            score(&c, keys, span->committed + path[at], run_of(path, count, at), queries + r * num_heads * wide,
                   num_heads, own + committed + at, ldw);
         if (prefix)
-            score(m, f->prefix_keys[l], at_prefix, prefix, queries + r * num_heads * wide, num_heads,
+            score(&c, f->prefix_keys[l], at_prefix, prefix, queries + r * num_heads * wide, num_heads,
                   own + committed + count, ldw);
         for (int h = 0; h < num_heads; h++) /* the sum lies at the end of the line, behind the padding */
             own[h * ldw + ldw - 1] = exponentials(own + h * ldw, committed + count + prefix);
     }
-    if (committed) add_values(m, values, first, committed, scores, ldw, (int)n, mix);
+    if (committed) add_values(&c, values, first, committed, scores, ldw, (int)n, mix);
     for (int r = 0; r < part->count; r++) {
         const int count = path_of(f, w, span, part->row + r, skipped, path);
         const long prefix = prefix_of(f, part->row + r);
         float *own = scores + r * num_heads * ldw, *to = mix + r * num_heads * wide;
         for (int at = 0; at < count; at += (int)run_of(path, count, at))
-            add_values(m, values, span->committed + path[at], run_of(path, count, at), own + committed + at, ldw,
+            add_values(&c, values, span->committed + path[at], run_of(path, count, at), own + committed + at, ldw,
                        num_heads, to);
-        if (prefix) add_values(m, f->prefix_values[l], at_prefix, prefix, own + committed + count, ldw, num_heads, to);
+        if (prefix) add_values(&c, f->prefix_values[l], at_prefix, prefix, own + committed + count, ldw, num_heads, to);
         for (int h = 0; h < num_heads; h++) {
             const float share = 1.0f / own[h * ldw + ldw - 1];
             float *out = w->mixed + (part->to + r) * padded((long)m->heads * size) + (head + h) * size;

@@ -16,7 +16,7 @@
 
 #include "blocks.h"
 
-enum { TILE = 4, BLOCK = 32, LEVELS = 127, ZERO = 128, WIDE_INPUTS = 1 << 14 };
+enum { TILE = 4, BLOCK = 32, LEVELS = 127, ZERO = 128, WIDE_INPUTS = 1 << 14, AHEAD = 12 << 10, INT8_AHEAD = 8 << 10 };
 #if LANES == 16 && defined(__AVX512BF16__)
 enum { FLOAT_ROWS = 6, BF16_ROWS = 6, INT8_ROWS = 8, BLOCK_ROWS = 8 };
 #elif LANES == 16
@@ -55,14 +55,17 @@ INLINE void keep_tile(four found, int valid, float *out) {
     else for (int o = 0; o < valid; o++) out[o] = found[o];
 }
 
-/* One row waits for memory alone; more rows leave no room in the first cache for weights that come later. */
+/* One row waits for memory alone; more rows leave no room in the first cache for weights of 16 or 32 bits to come. */
 INLINE void ask_ahead(const char *place, const int rows) {
     if (rows <= 2) __builtin_prefetch(place, 0, 3);
     else __builtin_prefetch(place, 0, 2);
 }
 
-/* Dots of up to TILE weight rows with `rows` rows (a constant). The next tile's weights are asked for ahead, in the
- * order they lie in: that is what memory is fastest at. */
+/* Bytes to the first weights that are asked for ahead: a tile of `bytes`; in the second cache as many as are a while. */
+INLINE long bytes_ahead(long bytes, const int rows) { return rows <= 2 ? bytes : (AHEAD + bytes - 1) / bytes * bytes; }
+
+/* Dots of up to TILE weight rows with `rows` rows (a constant). Weights are asked for ahead, in the order they lie in:
+ * that is what memory is fastest at. */
 INLINE void float_tile(const float *w, long ldw, int valid, const float *x, long ldx, const int rows, long len,
                        float *out, long ldo) {
     const float *weight[TILE];
@@ -71,7 +74,7 @@ INLINE void float_tile(const float *w, long ldw, int valid, const float *x, long
         weight[o] = w + (o < valid ? o : 0) * ldw;
         for (int r = 0; r < rows; r++) total[o][r] = (vec){0};
     }
-    const char *ahead = (const char *)(w + TILE * ldw);
+    const char *ahead = (const char *)w + bytes_ahead(TILE * ldw * (long)sizeof *w, rows);
     long i = 0;
     for (; i + LANES <= len; i += LANES, ahead += TILE * sizeof(vec)) {
         vec part[TILE];
@@ -113,6 +116,11 @@ INLINE vec add_pairs(vec total, uvec w, uvec x) {
 #endif
 }
 
+/* Adds the products of each word's number, or two numbers of 16 bits. */
+INLINE vec add_words(const int kind, vec total, uvec w, uvec x) {
+    return kind == FLOAT32 ? total + (vec)w * (vec)x : add_pairs(total, w, x);
+}
+
 INLINE void bf16_tile(const uint16_t *w, long ldw, int valid, const uint16_t *x, long ldx, const int rows, long len,
                       float *out, long ldo) {
     const uint16_t *weight[TILE];
@@ -121,7 +129,7 @@ INLINE void bf16_tile(const uint16_t *w, long ldw, int valid, const uint16_t *x,
         weight[o] = w + (o < valid ? o : 0) * ldw;
         for (int r = 0; r < rows; r++) total[o][r] = (vec){0};
     }
-    const char *ahead = (const char *)(w + TILE * ldw);
+    const char *ahead = (const char *)w + bytes_ahead(TILE * ldw * (long)sizeof *w, rows);
     long i = 0;
     for (; i + 2 * LANES <= len; i += 2 * LANES, ahead += TILE * sizeof(vec)) {
         uvec part[TILE];
@@ -205,8 +213,11 @@ INLINE void int8_tile(const int8_t *w, const int32_t *offsets, const uint8_t *x,
         for (int half = 0; half < 2; half++) total[r][half] = _mm512_loadu_si512(offsets + 16 * half);
     for (long s = 0; s < steps; s++) {
         __m512i low = _mm512_loadu_si512(w + 128 * s), high = _mm512_loadu_si512(w + 128 * s + 64);
-        _mm_prefetch((const char *)w + 128 * s + 2048, _MM_HINT_T0);
-        _mm_prefetch((const char *)w + 128 * s + 2112, _MM_HINT_T0);
+        for (int line = 0; line < 2; line++) {
+            const char *ahead = (const char *)w + 128 * s + 64 * line;
+            if (rows <= 2) __builtin_prefetch(ahead + INT8_AHEAD, 0, 3);
+            else __builtin_prefetch(ahead + 3 * INT8_AHEAD, 0, 2);
+        }
         for (int r = 0; r < rows; r++) {
             int32_t numbers;
             memcpy(&numbers, x + r * ldx + 4 * s, sizeof numbers);
@@ -270,10 +281,10 @@ static void int8_dots(const Product *p, const Rows *rows, int n, long first, lon
 
 /* -- a GGUF file's blocks ------------------------------------------------------------------------------------------ */
 
-/* Asks for as many bytes as a stretch of a tile takes, one tile ahead. */
-INLINE void ask_for_blocks(const int kind, const int tile, const uint8_t *place, const int rows) {
+/* Asks for as many bytes as a stretch of a tile takes, one tile ahead: few enough for the first cache. */
+INLINE void ask_for_blocks(const int kind, const int tile, const uint8_t *place) {
     const long bytes = tile * block_bytes(kind) / (block_numbers(kind) / STRETCH);
-    for (long at = 0; at < bytes; at += 64) ask_ahead((const char *)place + at, rows);
+    for (long at = 0; at < bytes; at += 64) __builtin_prefetch((const char *)place + at, 0, 3);
 }
 
 /* Dots of `tile` weight rows (TILE or 2, a constant) with `rows` rows, widened on the way; `kind` is a constant. */
@@ -288,10 +299,11 @@ INLINE void block_tile(const int kind, const uint8_t *w, long ldw, const int til
             vec numbers[TILE][VECTORS];
             for (int o = 0; o < tile; o++) {
                 const uint8_t *block = w + (o < valid ? o : 0) * ldw;
-                const Terms terms = terms_of(kind, block, part);
+                Terms terms = terms_of(kind, block, part);
+                if (kind == Q4_1 && tile * rows < 16) FROM_MEMORY(terms);
                 unpack(kind, block, part, &terms, numbers[o]);
             }
-            ask_for_blocks(kind, tile, ahead, rows);
+            ask_for_blocks(kind, tile, ahead);
             for (int v = 0; v < VECTORS; v++)
                 for (int r = 0; r < rows; r++) {
                     vec row = load(x + r * ldx + i + v * LANES);
@@ -325,12 +337,13 @@ INLINE void unpack_row(const int kind, const uint8_t *from, long len, float *to)
         }                                                                                                              \
         break
 
-/* A few rows read a tile as it is widened; more share one that was widened into memory, where it has room. */
+/* Rows read a tile as it is widened, `most` at a time; of kinds that are dear to widen, more share one in memory. */
 INLINE void block_dots(const int kind, const uint8_t *w, long outputs, const float *x, long ldx, int n, long len,
                        float *out, long ldo) {
     const long ldw = len / block_numbers(kind) * block_bytes(kind);
-    const int most = kind == Q4_0 || kind == Q4_1 || kind == Q8_0 || kind == Q4_K || kind == Q6_K ? BLOCK_ROWS : 1;
-    if (n > most && len <= WIDE_INPUTS) {
+    const int is_cheap = kind == Q4_0 || kind == Q4_1 || kind == Q8_0;
+    const int most = is_cheap || kind == Q4_K || kind == Q6_K ? BLOCK_ROWS : 1;
+    if (n > most && (most == 1 || !is_cheap) && len <= WIDE_INPUTS) {
         for (long o = 0; o < outputs; o += TILE) {
             const int valid = outputs - o < TILE ? (int)(outputs - o) : TILE;
             float wide[TILE * WIDE_INPUTS];
@@ -339,10 +352,11 @@ INLINE void block_dots(const int kind, const uint8_t *w, long outputs, const flo
         }
         return;
     }
-    for (int r = 0; r < n; r += most) {
+    const int group = group_of(n, most);
+    for (int r = 0; r < n; r += group) {
         const float *at = x + r * ldx;
         float *to = out + r * ldo;
-        switch (n - r < most ? n - r : most) {
+        switch (n - r < group ? n - r : group) {
             BLOCK_TILE(TILE, 1);
 #if LANES == 16 /* registers enough */
             BLOCK_TILE(TILE, 2);
