@@ -49,12 +49,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path)
     parser.add_argument("--target", default=DEFAULT_TARGET)
+    parser.add_argument("--dtype")
     parser.add_argument("--drafters", default="lookup,amphista+lookup")
     parser.add_argument("--sizes", default="1,2,4,8,16,32")
     parser.add_argument("--prompts", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=3)
     asked = parser.parse_args()
-    target = load_target(asked.target)
+    target = load_target(asked.target, dtype=asked.dtype)
     names = ["none", *asked.drafters.split(",")]
     found = {name: load_proposer(name, target.spec, target.shared, target.fingerprint) for name in names}
     llms = {name: LLM(target, proposer) for name, proposer in found.items()}
@@ -65,6 +66,7 @@ def main() -> None:
         for name in names:
             ratios = [done[name]["rate"] / done["none"]["rate"] for done in rounds]
             row = {
+                "dtype": asked.dtype or "default",
                 "batch": size,
                 "drafter": name,
                 "tokens_per_second": round(statistics.median(done[name]["rate"] for done in rounds), 1),

@@ -67,9 +67,10 @@ typedef struct {
 enum { ROWS_AT_ONCE = 4 };
 enum { BAD_SPAN = 1, BAD_PARENT, BAD_ID, BAD_POSITION, BAD_CAPACITY, BAD_WANTED, BAD_WORKSPACE, BAD_TAP };
 
-/* Rows of one span that read the same committed keys together; what they mix goes to rows `to` and behind. */
+/* Rows of one span that read the same keys together: the committed ones, and `shared` rows of the span that lie behind
+ * them and are ancestors of all (of a prompt's chunk, all that come before). What they mix goes to rows `to` and behind. */
 typedef struct {
-    int span, row, count, to;
+    int span, row, count, to, shared;
 } Part;
 
 /* All that layers need for a while; `own` things are one a thread. */
@@ -145,8 +146,12 @@ static int look_through(const Stack *m, const Batch *f, int num_ids, Work *w) {
         for (int l = 0; l < m->num_layers; l++)
             windowed |= m->layers[l].window && m->layers[l].window < span->committed + deepest + 1;
         const int at_once = windowed ? 1 : ROWS_AT_ONCE;
-        for (int row = span->first; row < next; row += at_once)
-            w->parts[parts++] = (Part){s, row, next - row < at_once ? next - row : at_once, row};
+        for (int row = span->first; row < next; row += at_once) {
+            const int count = next - row < at_once ? next - row : at_once, before = row - span->first;
+            int is_chain = 1;
+            for (int r = row; r < row + count; r++) is_chain &= w->depth[r] == r - span->first;
+            w->parts[parts++] = (Part){s, row, count, row, is_chain ? before : 0};
+        }
     }
     w->num_parts = parts;
     return next == f->num_rows ? 0 : BAD_SPAN;
@@ -286,8 +291,9 @@ static void attend(const Stack *m, const Layer *layer, int l, const Batch *f, co
     int32_t *path = w->own_path[thread];
     const int position = w->position[part->row], reach = layer->window + MUTANT(WIDE_WINDOW);
     const int first = layer->window && position >= reach ? position - reach + 1 : 0; /* parts of windows are one row */
-    const long committed = first < span->committed ? span->committed - first : 0;
-    const int skipped = first > span->committed ? first - span->committed : 0;
+    const int shared = span->committed + part->shared; /* rows of the cache */
+    const long committed = first < shared ? shared - first : 0;
+    const int skipped = part->shared + (first > shared ? first - shared : 0);
     memset(mix, 0, (size_t)(n * wide) * sizeof *mix);
     for (int r = 0; r < part->count; r++)
         memcpy(queries + r * num_heads * wide, w->queries + ((long)(part->row + r) * m->heads + head) * wide,
