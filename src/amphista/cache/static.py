@@ -8,7 +8,7 @@ Shapes: H key-value heads, T new rows, S rows so far, E head size.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -107,6 +107,7 @@ class KVCache:
     def __init__(self, num_layers: int) -> None:
         self.layers = [LayerRows() for _ in range(num_layers)]
         self.num_committed = 0
+        self.first_capacity = FIRST_CAPACITY  # of one piece; more where it is known that more rows will come
         self._piece: Tensor | None = None
         self._first: Tensor | None = None  # of its views: another in its place is no view of it
 
@@ -145,17 +146,16 @@ class KVCache:
         for layer in self.layers:
             layer.move(source, to)
 
-    def in_one_piece(self, num_rows: int, row: Tensor, empty: Callable[..., Tensor] = torch.empty) -> Tensor:
+    def in_one_piece(self, num_rows: int, row: Tensor) -> Tensor:
         """All layers' keys, then their values, side by side: [2 L, H, capacity, E], with room for `num_rows` rows like
-        `row` [1, H, *, E] on the CPU. The layers' own are views of it until they grow by themselves, which the first
-        does first. empty: makes a tensor of a shape and `dtype`.
+        `row` [1, H, *, E]. The layers' own are views of it until they grow by themselves, which the first does first.
         """
         first = self.layers[0]
         is_whole = self._piece is not None and first.keys is self._first
         if self._piece is None or not is_whole or first.capacity < num_rows:
             grown = first.capacity if first.capacity >= num_rows else int(first.capacity * GROWTH)
-            capacity, size = max(FIRST_CAPACITY, num_rows, grown), len(self.layers)
-            piece = empty((2 * size, row.shape[1], capacity, row.shape[3]), dtype=row.dtype)
+            capacity, size = max(self.first_capacity, num_rows, grown), len(self.layers)
+            piece = row.new_empty(2 * size, row.shape[1], capacity, row.shape[3])
             for n, layer in enumerate(self.layers):
                 keys, values = piece[n : n + 1], piece[size + n : size + n + 1]
                 if layer.keys is not None and layer.values is not None:

@@ -36,6 +36,7 @@ class SequenceCache:
     def __init__(self, target: Target, heads: Drafter | None, token_ids: list[int]) -> None:
         self._target, self._heads, self.token_ids = target, heads, token_ids
         self.cache = target.new_cache()
+        self.cache.first_capacity += len(token_ids)
         self.draft_state = DrafterState() if heads is None else heads.start()
         self.draft_state.target_cache = self.cache
         self.unfed: list[Unfed] = []

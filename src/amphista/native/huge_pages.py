@@ -1,13 +1,12 @@
-"""Memory in huge pages (2 MB), where the system gives them on request: a step reads every weight, key and value once, and
+"""Memory for weights in huge pages (2 MB), where the system gives them on request: a step reads every weight once, and
 with pages of 4 KB looking them up takes half of the time.
 
-An arena lays weights side by side in pieces of 64 MB, so that small ones share pages. A piece lives as long as any
-tensor in it.
+Tensors are laid side by side in pieces of 64 MB, so that small ones share pages. A piece lives as long as any tensor
+in it.
 """
 
 from __future__ import annotations
 
-import math
 import mmap
 import threading
 
@@ -31,19 +30,17 @@ class Arena:
         num_bytes = tensor.numel() * tensor.element_size()
         with self._lock:
             if self._used + num_bytes > self._piece.numel():
-                self._piece, self._used = empty((max(num_bytes, PIECE_BYTES),), torch.uint8), 0
+                self._piece, self._used = _piece(max(num_bytes, PIECE_BYTES)), 0
             place = self._piece[self._used : self._used + num_bytes]
             self._used += -(-num_bytes // LINE_BYTES) * LINE_BYTES
         return place.view(tensor.dtype).view(tensor.shape).copy_(tensor.detach())
 
 
-def empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """A tensor on the CPU with nothing in it yet; a small one, or where huge pages are not to be had, is torch's own."""
-    num_bytes = math.prod(shape) * dtype.itemsize
-    if num_bytes < PAGE_BYTES or not hasattr(mmap, "MADV_HUGEPAGE"):
-        return torch.empty(shape, dtype=dtype)
+def _piece(num_bytes: int) -> Tensor:
+    if not hasattr(mmap, "MADV_HUGEPAGE"):
+        return torch.empty(num_bytes, dtype=torch.uint8)
     memory = mmap.mmap(-1, num_bytes + PAGE_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     memory.madvise(mmap.MADV_HUGEPAGE)
     whole = torch.frombuffer(memory, dtype=torch.uint8)
     start = -whole.data_ptr() % PAGE_BYTES
-    return whole[start : start + num_bytes].view(dtype).view(shape)
+    return whole[start : start + num_bytes]

@@ -14,7 +14,6 @@ import torch
 from amphista.cache.static import KVCache
 from amphista.errors import NativeError
 from amphista.kernels.linear import Product, TorchLinear
-from amphista.native import huge_pages
 from amphista.native.build import load
 from amphista.native.step import DecoderShape, NativeLayer, NativeModel, NativeOutput, NativeProbes, NativeSpan
 from amphista.target.attention import Rule
@@ -111,7 +110,7 @@ class NativeForward:
             num_rows += span.tree.num_nodes
             end = span.num_past + span.tree.num_nodes
             furthest = max(furthest, end)
-            rows = span.cache.in_one_piece(end, self._row, huge_pages.empty)
+            rows = span.cache.in_one_piece(end, self._row)
             native.append(NativeSpan(span.tree.tokens, span.tree.parents, rows, span.num_past))
         turns = self._lean.rotary.reserve(furthest)
         lent = None if probes is None else self._lent(probes)
