@@ -321,6 +321,12 @@ def test_noise_does_not_break_the_promise_by_more_than_itself():
     assert max(shortfall(request) - 0.03 * request.plain_tokens for request in requests) <= 1
 
 
+def test_ngrams_are_looked_for_seldom_where_a_row_takes_nearly_what_a_step_takes():
+    budget = NodeBudget(Costs.measured({rows: 1 + 0.1 * rows for rows in (1, 2, 4, 8, 16, 32, 64)}, draft=0.0))
+    seldom = [budget.looks_seldom(Forward(num, num)) for num in (1, 2, 8, 16, 40, 60)]
+    assert seldom == [False, False, False, False, True, True]
+
+
 def test_heads_that_failed_others_are_tried_seldom_and_not_given_up():
     """A trial costs a new sequence the reading of its prompt, too."""
     budget = NodeBudget(COSTS)

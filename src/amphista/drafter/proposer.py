@@ -10,6 +10,7 @@ from amphista.drafter.lookup import LOOKUP, Lookup
 from amphista.tree.candidates import NgramDraft
 
 NONE = "none"
+SELDOM = 4  # tokens from one look to the next, where looking hardly pays
 
 
 class Proposer:
@@ -42,9 +43,13 @@ class Proposer:
         """For one sequence."""
         return Lookup() if self.use_lookup else None
 
-    def ngrams(self, lookup: Lookup | None, token_ids: list[int], max_depth: int) -> NgramDraft | None:
+    def ngrams(
+        self, lookup: Lookup | None, token_ids: list[int], max_depth: int, *, seldom: bool = False
+    ) -> NgramDraft | None:
         """What the sequence itself suggests after `token_ids`, the pending one included; costs no pass over anything.
 
-        The ids grow at their end between two calls.
+        The ids grow at their end between two calls. seldom: nothing until SELDOM have come since the last look.
         """
-        return None if lookup is None else lookup.propose(token_ids, max_depth)
+        if lookup is None or (seldom and len(token_ids) - len(lookup.index) < SELDOM):
+            return None
+        return lookup.propose(token_ids, max_depth)

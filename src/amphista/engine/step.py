@@ -236,7 +236,8 @@ class Engine:
         if not decoding:
             return Plan([], [], [], plain), [], clock.now()
         with clock.phase("draft"):
-            rows = [self._draft_row(sequence) for sequence in decoding]
+            seldom = self.proposer.use_lookup and len(decoding) > 1 and self.grower.looks_seldom(plain)
+            rows = [self._draft_row(sequence, seldom) for sequence in decoding]
             wanted = asked = [] if self._heads is None else self.grower.whom_to_ask(rows, plain)
             if self._probes is not None:  # what was not probed has no draft: this step brings one
                 asked = [b for b in wanted if decoding[b].rows.is_probed]
@@ -268,9 +269,10 @@ class Engine:
         pairs = zip(spans, plan.probed, strict=True)
         return [Span.probed(span.tree, span.cache, nodes, self._probes) for span, nodes in pairs]
 
-    def _draft_row(self, sequence: Sequence) -> DraftRow:
+    def _draft_row(self, sequence: Sequence, seldom: bool) -> DraftRow:
         depth = min(sequence.max_depth, self.grower.max_depth) if sequence.drafts else 0
-        graft = self.proposer.ngrams(sequence.lookup, sequence.token_ids, depth) if depth else None
+        ids = sequence.token_ids
+        graft = self.proposer.ngrams(sequence.lookup, ids, depth, seldom=seldom) if depth else None
         grammar = sequence.chooser.grammar
         if grammar is not None and depth:
             graft = with_forced(graft, grammar.forced(sequence.num_output)[: min(depth, self.max_nodes - 1)])

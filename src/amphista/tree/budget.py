@@ -28,6 +28,7 @@ from amphista.tree.tune import Costs, chain_scores
 FIRST_STREAK, LONGEST_STREAK = 4, 128  # steps, all plain or all drafted, until one of the other kind is taken
 EARLY = 4  # one new sequence in so many tries its heads early, though they failed others lately; the first does
 WORTH = 1.03  # times the rate without drafts is what they must promise: claims run a little high, weighing takes time
+SURE = 0.75  # hardly any n-gram draft is more likely to be right
 READ = 32  # rows that wait for heads which have read their prompt, at most
 FIRST_GAINS = (0.45, 0.65, 0.8)  # accepted tokens of a tree of 2, 3, 4 nodes, before anything is known
 
@@ -163,6 +164,12 @@ class NodeBudget:
         self._lately, self._num_new = DraftController(), 0  # of all sequences
         self._unasked: list[int] = []  # nodes of each row in the step under way, if no heads are asked
         self._streaks, self._turn = defaultdict[int, Streak](Streak), 0  # by the power of two of a plain step's rows
+
+    def looks_seldom(self, plain: Forward) -> bool:
+        """Whether a row is so dear beside the others' tokens that hardly any n-gram draft pays."""
+        seconds = self.costs.seconds(plain)
+        row = self.costs.seconds(plain._replace(num_rows=plain.num_rows + 1)) - seconds
+        return plain.num_decoding * row > SURE * seconds
 
     def whom_to_ask(self, rows: Sequence[DraftRow], plain: Forward) -> list[int]:
         """Indices of the rows whose heads are worth asking, or due for a trial; to be called once a step."""

@@ -67,6 +67,10 @@ class Grower(ABC):
         """
         return [b for b, row in enumerate(rows) if row.max_depth > 0]
 
+    def looks_seldom(self, plain: Forward) -> bool:
+        """Whether n-gram drafts pay so rarely that they are looked for in some steps only."""
+        return False
+
     def grow_batch(
         self, rows: Sequence[DraftRow], candidates: Sequence[Candidates], asked: Sequence[int], plain: Forward
     ) -> Plan:
@@ -108,6 +112,9 @@ class AutoGrower(Grower):
 
     def whom_to_ask(self, rows: Sequence[DraftRow], plain: Forward) -> list[int]:
         return self.budget.whom_to_ask(rows, plain._replace(num_rounds=self.rounds.number))
+
+    def looks_seldom(self, plain: Forward) -> bool:
+        return self.budget.looks_seldom(plain)
 
     def look_below(
         self, rows: Sequence[DraftRow], candidates: Sequence[Candidates], asked: Sequence[int], plain: Forward

@@ -7,7 +7,7 @@ import torch
 
 from amphista.drafter.checkpoint import load_proposer
 from amphista.drafter.lookup import DEEPEST, PRIOR, PRIOR_WEIGHT, Lookup
-from amphista.drafter.proposer import Proposer
+from amphista.drafter.proposer import SELDOM, Proposer
 from amphista.errors import DrafterError
 from tests.tiny import always_right
 
@@ -83,6 +83,17 @@ def test_lookup_alone_has_no_heads():
     assert proposer.num_heads == 0 and not proposer.proposes_nothing
     assert proposer.ngrams(lookup, TEXT, 2).tokens == [4, 5] and len(lookup.index) == len(TEXT)
     assert Proposer().new_lookup() is None and Proposer().ngrams(None, TEXT, 2) is None
+
+
+def test_what_is_looked_for_seldom_is_found_a_few_tokens_later():
+    proposer, often = Proposer(use_lookup=True), Lookup()
+    lookup, looked = proposer.new_lookup(), []
+    for end in range(len(TEXT), len(TEXT) + 3 * SELDOM):
+        text = [*TEXT, *TEXT[3:], *TEXT[3:]][:end]
+        found, expected = proposer.ngrams(lookup, text, 2, seldom=True), often.propose(text, 2)
+        looked.append(found is not None)
+        assert found is None or found.tokens == expected.tokens
+    assert looked == [True, *[False] * (SELDOM - 1)] * 3
 
 
 def test_names_that_load(target):
