@@ -245,7 +245,7 @@ class Grafting(Proposer):
         super().__init__(heads, use_lookup=True)
         self._tokens, self._graft = tokens, graft
 
-    def ngrams(self, lookup, token_ids, max_depth) -> NgramDraft | None:
+    def ngrams(self, lookup, token_ids, max_depth, *, seldom=False) -> NgramDraft | None:
         coming = self._tokens[len(token_ids) : len(token_ids) + max_depth]
         said = [token % VOCAB for token in self._graft(token_ids, coming)][:max_depth]
         return NgramDraft(said, [-0.05] * len(said)) if said else None

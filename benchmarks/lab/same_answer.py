@@ -32,8 +32,10 @@ class NotingProposer(Proposer):
 
     said: list[int] = []
 
-    def ngrams(self, lookup: Lookup | None, token_ids: list[int], max_depth: int) -> NgramDraft | None:
-        draft = super().ngrams(lookup, token_ids, max_depth)
+    def ngrams(
+        self, lookup: Lookup | None, token_ids: list[int], max_depth: int, *, seldom: bool = False
+    ) -> NgramDraft | None:
+        draft = super().ngrams(lookup, token_ids, max_depth, seldom=seldom)
         self.said = [] if draft is None else draft.tokens
         return draft
 

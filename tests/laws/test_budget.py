@@ -245,7 +245,7 @@ def serve(requests, size, *, seed, prompts=(0, 0, 0, 16), noise=0.0, budget=None
         if not running:
             return
         prompt = source.choice(prompts)
-        plain = Forward(len(running) + prompt, len(running), num_prompts=int(prompt > 0))
+        plain = Forward(len(running) + prompt, len(running), num_prompts=int(prompt > 0), num_prompt_rows=prompt)
         rows = [request.row for request in running]
         asked = budget.whom_to_ask(rows, plain)
         for b in asked:
@@ -319,6 +319,18 @@ def test_noise_does_not_break_the_promise_by_more_than_itself():
     requests = mixed(4, 5)
     serve(requests, 4, seed=5, noise=0.1)
     assert max(shortfall(request) - 0.03 * request.plain_tokens for request in requests) <= 1
+
+
+@pytest.mark.parametrize("likely", [0.2, 0.4, 0.5, 0.9])
+def test_a_prompt_beside_makes_no_draft_cheaper(likely):
+    costs = Costs.measured({rows: 1 + 0.1 * rows for rows in (1, 2, 4, 8, 16, 32, 64)}, draft=0.0)
+    rows = [DraftRow(DraftController(), NgramDraft([7], [math.log(likely)]), max_depth=6) for _ in range(8)]
+
+    def sizes(prompt):
+        plain = Forward(8 + prompt, 8, num_prompts=int(prompt > 0), num_prompt_rows=prompt)
+        return NodeBudget(costs).share(rows, [iter([math.log(likely)]) for _ in rows], 0, plain)
+
+    assert sizes(0) == sizes(30) == [1 + (likely > 0.1 * 8 / (1 + 0.1 * 8))] * 8
 
 
 def test_ngrams_are_looked_for_seldom_where_a_row_takes_nearly_what_a_step_takes():

@@ -232,6 +232,7 @@ class Engine:
             num_decoding=len(decoding),
             num_prompts=len(chunks),
             num_cached_rows=sum(past),
+            num_prompt_rows=sum(span.tree.num_nodes for span in chunks),
         )
         if not decoding:
             return Plan([], [], [], plain), [], clock.now()

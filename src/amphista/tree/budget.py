@@ -167,8 +167,8 @@ class NodeBudget:
 
     def looks_seldom(self, plain: Forward) -> bool:
         """Whether a row is so dear beside the others' tokens that hardly any n-gram draft pays."""
-        seconds = self.costs.seconds(plain)
-        row = self.costs.seconds(plain._replace(num_rows=plain.num_rows + 1)) - seconds
+        seconds = self.costs.decoding(plain)
+        row = self.costs.decoding(plain._replace(num_rows=plain.num_rows + 1)) - seconds
         return plain.num_decoding * row > SURE * seconds
 
     def whom_to_ask(self, rows: Sequence[DraftRow], plain: Forward) -> list[int]:
@@ -268,7 +268,7 @@ class NodeBudget:
         self, claims: Sequence[Claim], forward: Forward, *, least: int = 0, worth: float = 1.0
     ) -> list[list[float]]:
         curve = self.costs.by_drafts(forward, max(0, self.costs.costs.max_nodes - len(claims)))
-        plain_seconds = self.costs.seconds(forward._replace(num_asked=0))
+        plain_seconds = self.costs.decoding(forward._replace(num_asked=0))
         return share(claims, curve, plain_seconds, least=least, worth=worth)
 
     def _best_prefix(
@@ -276,17 +276,17 @@ class NodeBudget:
     ) -> list[int]:
         """Those to ask: in order of what their heads are likely to add, as many as raise the mean most."""
         forward = plain._replace(num_rows=plain.num_rows + sum(map(len, shares)))
-        plain_seconds = self.costs.seconds(plain)
+        plain_seconds = self.costs.decoding(plain)
         tokens, extra = [1 + sum(nodes) for nodes in shares], 0.0
         product, order = math.prod(tokens), sorted(gains, key=lambda b: -gains[b])
-        best, best_rate = 0, WORTH * product ** (1 / len(rows)) / self.costs.seconds(forward)
+        best, best_rate = 0, WORTH * product ** (1 / len(rows)) / self.costs.decoding(forward)
         wary = [b for b, row in enumerate(rows) if row.controller.account.is_wary]
         for count, b in enumerate(order, start=1):
             product /= tokens[b]
             tokens[b] += gains[b]
             product *= tokens[b]
             extra += rows[b].controller.row_seconds
-            took = self.costs.seconds(forward._replace(num_asked=count)) + extra
+            took = self.costs.decoding(forward._replace(num_asked=count)) + extra
             rate = product ** (1 / len(rows)) / took
             if rate > best_rate and all(tokens[w] * plain_seconds >= took for w in wary):
                 best, best_rate = count, rate
@@ -294,8 +294,8 @@ class NodeBudget:
 
     def _paying(self, plain: Forward) -> Callable[[float, float], bool]:
         """Whether asking is worth it, were all sequences alike: tokens gained, seconds of rows, by each."""
-        plain_seconds, number = self.costs.seconds(plain), plain.num_decoding
-        asked_seconds = self.costs.seconds(plain._replace(num_asked=number))
+        plain_seconds, number = self.costs.decoding(plain), plain.num_decoding
+        asked_seconds = self.costs.decoding(plain._replace(num_asked=number))
         return lambda gain, row_seconds: (1 + gain) * plain_seconds > WORTH * (asked_seconds + number * row_seconds)
 
     def _expected(self, plain: Forward) -> tuple[float, float]:
@@ -307,9 +307,10 @@ class NodeBudget:
     def _first(self, plain: Forward) -> tuple[float, float]:
         """The same before anything is known: of the small tree that would pay best here."""
         seconds, num_rows = self.costs.by_rows(plain._replace(num_asked=1)), plain.num_rows
-        trees = [(gain, seconds(num_rows + drafts)) for drafts, gain in enumerate(FIRST_GAINS, start=1)]
+        reading = self.costs.reading(plain)
+        trees = [(gain, seconds(num_rows + drafts) - reading) for drafts, gain in enumerate(FIRST_GAINS, start=1)]
         gain, took = max(trees, key=lambda tree: (1 + tree[0]) / tree[1])
-        return gain, took - seconds(num_rows)
+        return gain, took + reading - seconds(num_rows)
 
 
 def _claim(row: DraftRow, scores: Iterator[float]) -> Claim:

@@ -132,7 +132,7 @@ class AutoGrower(Grower):
         now = plain._replace(num_rows=plain.num_rows + sum(sizes) - len(sizes), num_asked=len(asked))
         rounds = plain.num_rounds + any(candidates[b].further_round for b in able)
         then = now._replace(num_rows=now.num_rows + sum(map(bool, nodes.values())), num_rounds=rounds)
-        seconds = self.budget.costs.seconds
+        seconds = self.budget.costs.decoding
         pays = gain / len(rows) > math.log(seconds(then) / seconds(now))
         return [[grown[b].ranks[node] for node in nodes[b]] if pays else [] for b in asked]
 

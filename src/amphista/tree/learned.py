@@ -33,7 +33,7 @@ class Forward(NamedTuple):
 
     `num_rows`: those of prompts and of trees, roots included. `num_cached_rows`: keys and values that attention reads,
     all sequences together. `num_asked`: sequences whose heads drafted; `num_rounds`: of asking them, one unless drafted
-    tokens are read.
+    tokens are read. `num_prompt_rows`: rows of prompts among the rows.
     """
 
     num_rows: int
@@ -42,6 +42,7 @@ class Forward(NamedTuple):
     num_cached_rows: int = 0
     num_asked: int = 0
     num_rounds: float = 1
+    num_prompt_rows: int = 0
 
 
 class DraftCurve:
@@ -79,6 +80,19 @@ class StepCosts:
         """Of the step, from asking the heads to the end of its forward."""
         return self._seconds(forward.num_rows, self._beside(forward), self._common(forward))
 
+    def decoding(self, forward: Forward) -> float:
+        """The same without what its prompts take: a draft that is dear beside tokens is no cheaper beside a prompt, and
+        holds it up."""
+        return self.seconds(forward) - self.reading(forward)
+
+    def reading(self, forward: Forward) -> float:
+        """What prompts add to the step if nothing is drafted."""
+        if not forward.num_prompt_rows:
+            return 0.0
+        alone = forward._replace(num_rows=forward.num_decoding, num_prompts=0, num_asked=0)
+        plain = forward._replace(num_rows=forward.num_decoding + forward.num_prompt_rows, num_asked=0)
+        return self.seconds(plain) - self.seconds(alone)
+
     def by_rows(self, forward: Forward) -> Callable[[int], float]:
         """Seconds of the same step with another number of rows; quick to call."""
         return partial(self._seconds, beside=self._beside(forward), common=self._common(forward))
@@ -89,13 +103,13 @@ class StepCosts:
         return math.exp(correction) * (self.costs.forward(num_rows) + beside)
 
     def by_drafts(self, forward: Forward, most: int) -> DraftCurve:
-        """Of the same step with 0, 1, ... `most` further rows; cached rows to the next ALIKE."""
+        """Of the same step with 0, 1, ... `most` further rows, without its prompts; cached rows to the next ALIKE."""
         forward = forward._replace(num_cached_rows=-(-forward.num_cached_rows // ALIKE) * ALIKE)
         curve = self._curves.get((forward, most))
         if curve is None:
             rows = np.arange(forward.num_rows, forward.num_rows + most + 1)
             terms = self._common(forward) + np.interp(np.log2(rows), np.arange(POWERS), self._terms[2:])
-            seconds = np.exp(terms) * (self.costs.forwards(rows) + self._beside(forward))
+            seconds = np.exp(terms) * (self.costs.forwards(rows) + self._beside(forward)) - self.reading(forward)
             curve = self._curves[forward, most] = DraftCurve(seconds.tolist())
         return curve
 
