@@ -306,11 +306,11 @@ class NodeBudget:
 
     def _first(self, plain: Forward) -> tuple[float, float]:
         """The same before anything is known: of the small tree that would pay best here."""
-        seconds, num_rows = self.costs.by_rows(plain._replace(num_asked=1)), plain.num_rows
-        reading = self.costs.reading(plain)
-        trees = [(gain, seconds(num_rows + drafts) - reading) for drafts, gain in enumerate(FIRST_GAINS, start=1)]
+        asked = plain._replace(num_asked=1)
+        steps = [asked._replace(num_rows=plain.num_rows + drafts) for drafts in range(1, 1 + len(FIRST_GAINS))]
+        trees = zip(FIRST_GAINS, map(self.costs.decoding, steps), strict=True)
         gain, took = max(trees, key=lambda tree: (1 + tree[0]) / tree[1])
-        return gain, took + reading - seconds(num_rows)
+        return gain, took - self.costs.decoding(asked)
 
 
 def _claim(row: DraftRow, scores: Iterator[float]) -> Claim:

@@ -83,15 +83,14 @@ class StepCosts:
     def decoding(self, forward: Forward) -> float:
         """The same without what its prompts take: a draft that is dear beside tokens is no cheaper beside a prompt, and
         holds it up."""
-        return self.seconds(forward) - self.reading(forward)
+        seconds = self.seconds(forward)
+        return float(self._without_prompts(forward, np.array([seconds]))[0]) if forward.num_prompt_rows else seconds
 
-    def reading(self, forward: Forward) -> float:
-        """What prompts add to the step if nothing is drafted."""
-        if not forward.num_prompt_rows:
-            return 0.0
+    def _without_prompts(self, forward: Forward, seconds: np.ndarray) -> np.ndarray:
+        """Seconds of such steps less what prompts add where nothing is drafted; at least those of tokens alone."""
         alone = forward._replace(num_rows=forward.num_decoding, num_prompts=0, num_asked=0)
         plain = forward._replace(num_rows=forward.num_decoding + forward.num_prompt_rows, num_asked=0)
-        return self.seconds(plain) - self.seconds(alone)
+        return self.seconds(alone) + np.maximum(seconds - self.seconds(plain), 0.0)
 
     def by_rows(self, forward: Forward) -> Callable[[int], float]:
         """Seconds of the same step with another number of rows; quick to call."""
@@ -109,7 +108,9 @@ class StepCosts:
         if curve is None:
             rows = np.arange(forward.num_rows, forward.num_rows + most + 1)
             terms = self._common(forward) + np.interp(np.log2(rows), np.arange(POWERS), self._terms[2:])
-            seconds = np.exp(terms) * (self.costs.forwards(rows) + self._beside(forward)) - self.reading(forward)
+            seconds = np.exp(terms) * (self.costs.forwards(rows) + self._beside(forward))
+            if forward.num_prompt_rows:
+                seconds = self._without_prompts(forward, seconds)
             curve = self._curves[forward, most] = DraftCurve(seconds.tolist())
         return curve
 

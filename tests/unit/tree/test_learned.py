@@ -31,10 +31,19 @@ def test_a_whole_curve_is_what_its_sizes_are_one_by_one():
     source = random.Random(1)
     forwards = [Forward(source.randint(1, 30), num_asked=source.randint(0, 2)) for _ in range(40)]
     costs = learned(COSTS, [(forward, source.uniform(0.5, 5.0)) for forward in forwards])
-    for forward in (Forward(1), Forward(5, 3, 1, 4 * ALIKE, 2), Forward(600, 2, 1)):
-        one_by_one = costs.by_rows(forward)
-        expected = [one_by_one(forward.num_rows + drafts) for drafts in range(13)]
+    beside = Forward(10, 2, 1, num_prompt_rows=8)
+    for forward in (Forward(1), Forward(5, 3, 1, 4 * ALIKE, 2), Forward(600, 2, 1), beside):
+        expected = [costs.decoding(forward._replace(num_rows=forward.num_rows + drafts)) for drafts in range(13)]
+        assert min(expected) > 0
         assert costs.by_drafts(forward, 12).seconds == pytest.approx(expected)
+
+
+def test_drafts_beside_a_prompt_take_no_less_than_tokens_alone():
+    """Not even where larger steps were quicker: times are compared by their ratios."""
+    costs = learned(COSTS, [(Forward(16), 50.0), (Forward(64), 5.0)] * 20)
+    forward, tokens = Forward(16, 1, 1, num_prompt_rows=15), costs.seconds(Forward(1))
+    took = [costs.decoding(forward._replace(num_rows=rows)) for rows in (16, 40, 64)]
+    assert min(took) >= tokens > 0 and min(costs.by_drafts(forward, 48).seconds) >= 0.999 * tokens
 
 
 @pytest.mark.parametrize("seed", range(10))
