@@ -421,7 +421,7 @@ static Drafting lay_out_draft(const Heads *h, const Draft *d, Room *room) {
         if (span->first < 0 || span->count < 1 || span->first + (int64_t)span->count > rows) continue;
         const int row = span->first + span->count - 1;
         for (int r = span->first; r <= row; r++) parents[r] = r == span->first ? -1 : r - 1;
-        g.last[g.num_fed] = (Part){s, row, 1, g.num_fed};
+        g.last[g.num_fed] = (Part){s, row, 1, g.num_fed, 0};
         g.num_fed++;
     }
     return g;
