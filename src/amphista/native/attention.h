@@ -10,8 +10,8 @@
 
 #include "products.h"
 
-enum { QUAD = 4 }; /* keys whose scores are worked out together where there are so many queries: */
-enum { MANY_QUERIES = 3, KEYS_AHEAD = 4096 }; /* bytes: work on one is so long that the next come too late by themselves */
+enum { QUAD = 4, MANY_QUERIES = 3 }; /* keys whose scores are worked out together, and from how many queries on */
+enum { KEYS_AHEAD = 4096 };          /* bytes: keys are worked on for so long that the next would come too late */
 #if LANES == 16
 enum { MIX_VECTORS = 4 };
 #else

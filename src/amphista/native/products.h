@@ -61,7 +61,7 @@ INLINE void ask_ahead(const char *place, const int rows) {
     else __builtin_prefetch(place, 0, 2);
 }
 
-/* Bytes to the first weights that are asked for ahead: a tile of `bytes`; in the second cache as many as are a while. */
+/* Bytes from a tile's first weight to the one asked for: the next tile's, or some tiles on, into the second cache. */
 INLINE long bytes_ahead(long bytes, const int rows) { return rows <= 2 ? bytes : (AHEAD + bytes - 1) / bytes * bytes; }
 
 /* Dots of up to TILE weight rows with `rows` rows (a constant). Weights are asked for ahead, in the order they lie in:

@@ -1,6 +1,6 @@
-/* A small model and small heads of odd sizes, and of one whose keys are read by fours, in memory of exactly its size, trees and drafts of three sequences through
- * all types of weights: run under AddressSanitizer and UndefinedBehaviorSanitizer. Prints "ok" where a call of one thread and one of three
- * agree to the bit, too. */
+/* A small model and small heads of odd sizes, and of one whose keys are read by fours, in memory of exactly its size, trees
+ * and drafts of three sequences through all types of weights: run under AddressSanitizer and UndefinedBehaviorSanitizer.
+ * Prints "ok" where a call of one thread and one of three agree to the bit, too. */
 #include <stdio.h>
 #include <stdlib.h>
 
