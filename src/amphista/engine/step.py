@@ -227,12 +227,13 @@ class Engine:
         """A tree for each sequence that decodes, grown from what the sequences themselves suggest, and from what the
         heads say of those for which it pays to ask them; what was on offer; when asking began."""
         past = [sequence.rows.cache.num_committed for sequence in decoding] + [span.num_past for span in chunks]
+        num_read = sum(span.tree.num_nodes for span in chunks)
         plain = Forward(
-            num_rows=len(decoding) + sum(span.tree.num_nodes for span in chunks),
+            num_rows=len(decoding) + num_read,
             num_decoding=len(decoding),
             num_prompts=len(chunks),
             num_cached_rows=sum(past),
-            num_prompt_rows=sum(span.tree.num_nodes for span in chunks),
+            num_prompt_rows=num_read,
         )
         if not decoding:
             return Plan([], [], [], plain), [], clock.now()

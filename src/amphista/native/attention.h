@@ -35,6 +35,11 @@ typedef struct {
 INLINE long queries_room(long n, long wide) { return n * (5 * wide + QUAD * LANES); }
 
 #if LANES == 16
+/* Adds the products of each word's number, or two numbers of 16 bits. */
+INLINE vec add_words(const int kind, vec total, uvec w, uvec x) {
+    return kind == FLOAT32 ? total + (vec)w * (vec)x : add_pairs(total, w, x);
+}
+
 /* Four rows' stretches of 16 bytes side by side. */
 INLINE uvec beside(const uint32_t *from, long words) {
     __m512i found = _mm512_castsi128_si512(_mm_loadu_si128((const __m128i *)from));

@@ -116,11 +116,6 @@ INLINE vec add_pairs(vec total, uvec w, uvec x) {
 #endif
 }
 
-/* Adds the products of each word's number, or two numbers of 16 bits. */
-INLINE vec add_words(const int kind, vec total, uvec w, uvec x) {
-    return kind == FLOAT32 ? total + (vec)w * (vec)x : add_pairs(total, w, x);
-}
-
 INLINE void bf16_tile(const uint16_t *w, long ldw, int valid, const uint16_t *x, long ldx, const int rows, long len,
                       float *out, long ldo) {
     const uint16_t *weight[TILE];
