@@ -353,6 +353,36 @@ def test_heads_that_failed_others_are_tried_seldom_and_not_given_up():
     assert share_asked("honest heads") > 0.9
 
 
+def new_rows(number):
+    return [DraftRow(DraftController(), None, max_depth=6) for _ in range(number)]
+
+
+def test_what_heads_bring_in_small_steps_says_nothing_of_large_ones():
+    budget, alone, together = NodeBudget(COSTS), new_rows(1), new_rows(8)
+    budget.whom_to_ask(alone, ALONE)
+    for _ in range(100):
+        budget.record(alone[0].controller, 5, 6, Forward(6, num_asked=1), ALONE)
+    assert budget.whom_to_ask(again := new_rows(1), ALONE) == [0]
+    budget.whom_to_ask(together, Forward(8, 8))
+    assert again[0].controller.gain > 4
+    assert all(row.controller.gain < 1 for row in together)
+
+
+def test_many_heads_that_do_not_pay_are_not_asked_for_what_one_might_hope():
+    """The doubt in their mean is smaller than that in one of them."""
+
+    def asked(number, gain):
+        rows = new_rows(number)
+        for row in rows:
+            row.controller.expect(gain, 0.1, weight=4.0)
+        return len(NodeBudget(COSTS).whom_to_ask(rows, Forward(number, number)))
+
+    least = next(gain for gain in (n / 100 for n in range(300)) if asked(16, gain))
+    costs = StepCosts(COSTS)
+    pays = WORTH * (costs.seconds(Forward(16, 16, num_asked=16)) + 1.6) / costs.seconds(Forward(16, 16)) - 1
+    assert pays - 0.1 < least < pays
+
+
 # -- learning ---------------------------------------------------------------------------------------------------------
 
 

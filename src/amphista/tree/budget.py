@@ -161,7 +161,8 @@ class NodeBudget:
 
     def __init__(self, costs: Costs) -> None:
         self.costs = StepCosts(costs)
-        self._lately, self._num_new = DraftController(), 0  # of all sequences
+        self._lately = defaultdict[int, DraftController](DraftController)  # of all sequences, by how many share a step
+        self._num_new = 0
         self._unasked: list[int] = []  # nodes of each row in the step under way, if no heads are asked
         self._streaks, self._turn = defaultdict[int, Streak](Streak), 0  # by the power of two of a plain step's rows
 
@@ -185,7 +186,8 @@ class NodeBudget:
         shares = self._share_ngrams(rows, plain)
         self._unasked = [len(nodes) for nodes in shares]
         missed = [1 - (nodes[0] if nodes else 0.0) for nodes in shares]
-        gains = {b: missed[b] * row.controller.hoped for b, row in enumerate(rows) if row.max_depth > 0}
+        number = plain.num_decoding
+        gains = {b: missed[b] * row.controller.hoped(number) for b, row in enumerate(rows) if row.max_depth > 0}
         if self._is_drafted(rows, plain):
             return self._shows_asking(rows, list(gains))
         asked = self._best_prefix(rows, shares, gains, plain)
@@ -194,7 +196,7 @@ class NodeBudget:
             pays = self._paying(plain)
             for b in left if pays(HOPE, self._first(plain)[1]) else ():  # else trials only cost
                 controller = rows[b].controller  # where heads pay but for their n-gram draft, there is nothing to try
-                if not pays(controller.hoped, controller.row_seconds) and controller.try_again(missed[b]):
+                if not pays(controller.hoped(number), controller.row_seconds) and controller.try_again(missed[b]):
                     asked.append(b)
         return sorted(asked)
 
@@ -241,7 +243,7 @@ class NodeBudget:
         """Count a draft of one sequence's heads: accepted tokens, nodes of its tree, the step and its plain one."""
         seconds = self.costs.by_rows(forward._replace(num_asked=0))
         row_seconds = seconds(forward.num_rows) - seconds(forward.num_rows - num_nodes + 1)
-        for record in (controller, self._lately):
+        for record in (controller, self._others(plain)):
             record.record(num_accepted, row_seconds)
         controller.update_backoff(pays=self._paying(plain)(controller.gain, controller.row_seconds))
 
@@ -300,9 +302,14 @@ class NodeBudget:
 
     def _expected(self, plain: Forward) -> tuple[float, float]:
         """Of a new sequence: what heads brought others lately, and the seconds of their rows."""
-        if self._lately.is_new:
-            self._lately.expect(*self._first(plain))
-        return self._lately.gain, self._lately.row_seconds
+        lately = self._others(plain)
+        if lately.is_new:
+            lately.expect(*self._first(plain))
+        return lately.gain, lately.row_seconds
+
+    def _others(self, plain: Forward) -> DraftController:
+        """What heads brought in steps of about as many sequences: in larger ones trees are smaller."""
+        return self._lately[plain.num_decoding.bit_length()]
 
     def _first(self, plain: Forward) -> tuple[float, float]:
         """The same before anything is known: of the small tree that would pay best here."""

@@ -41,10 +41,10 @@ class DraftController:
         """Accepted tokens a draft."""
         return self._gain / self._weight
 
-    @property
-    def hoped(self) -> float:
-        """The same as it may well be: heads that seemed not to pay by chance are not left alone for that."""
-        return self.gain + DOUBT / math.sqrt(self._weight)
+    def hoped(self, number: int = 1) -> float:
+        """The same as it may well be: heads that seemed not to pay by chance are not left alone for that. number: of
+        sequences that draft together, whose mean is less in doubt."""
+        return self.gain + DOUBT / math.sqrt(number * self._weight)
 
     @property
     def row_seconds(self) -> float:
