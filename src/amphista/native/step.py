@@ -10,6 +10,7 @@ size.
 from __future__ import annotations
 
 import ctypes
+import functools
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -198,14 +199,14 @@ class NativeModel:
         """
         num_rows = sum(len(span.token_ids) for span in spans)
         flat = np.array([*_ids(spans), *_parents(spans), *wanted, *taps], dtype=np.int32)
-        start, held = flat.ctypes.data, [flat, *(self._pointers(span) for span in spans)]
+        start = flat.ctypes.data
         hidden = torch.empty(num_rows, (1 + len(taps)) * self.hidden_size)
         logits = torch.empty(len(wanted), self.vocab_size)
         choices = torch.empty(len(wanted), dtype=torch.int32)
         batch = _Batch(
             start,
             start + 4 * num_rows,
-            self._spans(spans, held[1:]),
+            self._spans(spans),
             turns.data_ptr(),
             num_rows,
             len(spans),
@@ -231,8 +232,8 @@ class NativeModel:
             raise NativeError(f"the C step refuses a forward: {WRONG.get(code, code)}")
         return NativeOutput(hidden, logits, choices)
 
-    def _pointers(self, span: NativeSpan) -> Any:
-        """Addresses of all layers' keys, then of their values."""
+    def _pointers(self, span: NativeSpan) -> tuple[Any, Any]:
+        """Addresses of all layers' keys, and of their values."""
         rows, number = span.rows, 2 * self.num_layers
         shape = (number, self.shape.num_key_value_heads, rows.shape[2], self.shape.head_size)
         if rows.shape != shape or rows.dtype is not self.cache_dtype or not rows.is_contiguous():
@@ -240,19 +241,23 @@ class NativeModel:
                 f"the C step refuses a cache of {tuple(rows.shape)}, {rows.dtype}: expected {shape}, "
                 f"{self.cache_dtype}, contiguous"
             )
-        start, size = rows.data_ptr(), rows.stride(0) * rows.element_size()
-        return (Address * number)(*range(start, start + number * size, size))
+        return _addresses(rows.data_ptr(), rows.stride(0) * rows.element_size(), self.num_layers)
 
-    def _spans(self, spans: Sequence[NativeSpan], pointers: Sequence[Any]) -> Any:
+    def _spans(self, spans: Sequence[NativeSpan]) -> Any:
         records, first = [], 0
-        for span, addresses in zip(spans, pointers, strict=True):
-            keys = ctypes.cast(addresses, ctypes.POINTER(Address))
-            behind = ctypes.addressof(addresses) + self.num_layers * ctypes.sizeof(Address)
-            values = ctypes.cast(behind, ctypes.POINTER(Address))
+        for span in spans:
             count = len(span.token_ids)
-            records.append(_Span(keys, values, span.rows.shape[2], first, count, span.num_committed))
+            records.append(_Span(*self._pointers(span), span.rows.shape[2], first, count, span.num_committed))
             first += count
         return (_Span * len(records))(*records)
+
+
+@functools.lru_cache(maxsize=1024)
+def _addresses(start: int, size: int, number: int) -> tuple[Any, Any]:
+    """Two lists of so many addresses, `size` bytes apart; the same in every step of a sequence."""
+    halves = (range(first, first + number * size, size) for first in (start, start + number * size))
+    keys, values = (ctypes.cast((Address * number)(*half), ctypes.POINTER(Address)) for half in halves)
+    return keys, values
 
 
 class Workspace:
