@@ -19,7 +19,8 @@ from tests.serve.serving import ASKED, KEYS, serving, talkative_llm
 from tests.talkative import talkative_target
 
 CHAT = "/v1/chat/completions"
-PATHS = [CHAT, "/v1/completions", "/v1/models", "/v1/models/tiny", "/tokenize", "/detokenize", "/apply-template"]
+PATHS = [CHAT, "/v1/completions", "/v1/responses", "/v1/models", "/v1/models/tiny", "/tokenize", "/detokenize"]
+PATHS += ["/apply-template"]
 PATHS += ["/metrics", "/openapi.json", "/docs", "/page/../metrics", "/nowhere", "/health/x", "/app.js/"]
 
 

@@ -13,7 +13,8 @@ from tests.serve.serving import KEYS
 NUM_EXAMPLES = 12  # of each operation and mode; 500 of each were run when this was written
 OPERATIONS = [
     "GET /health", "GET /ready", "GET /version", "GET /metrics", "GET /v1/models", "GET /v1/models/{model_id}",
-    "POST /v1/chat/completions", "POST /v1/completions", "POST /tokenize", "POST /detokenize", "POST /apply-template",
+    "POST /v1/chat/completions", "POST /v1/completions", "POST /v1/responses",
+    "POST /tokenize", "POST /detokenize", "POST /apply-template",
 ]  # fmt: skip
 
 
@@ -47,7 +48,7 @@ def test_what_is_asked_is_answered_as_documented(operations, name, mode):
         phases=[Phase.explicit, Phase.generate],
     )
     def ask(case):
-        for field in ("max_tokens", "max_completion_tokens"):
+        for field in ("max_tokens", "max_completion_tokens", "max_output_tokens"):
             if isinstance(case.body, dict) and type(case.body.get(field)) is int:
                 case.body[field] = min(case.body[field], 30)  # else most of the time goes into decoding
         case.call_and_validate(headers={"Authorization": f"Bearer {KEYS[0]}"}, excluded_checks=excluded)

@@ -7,6 +7,7 @@ import contextlib
 import json
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -23,6 +24,7 @@ from amphista.prompts import texts_in
 from amphista.provenance import versions
 from amphista.serve.errors import TELLING, add_handlers, body_of
 from amphista.serve.guard import Guard
+from amphista.serve.responses import ResponseShape, ResponsesRequest
 from amphista.serve.schema import (
     ChatRequest,
     CompletionRequest,
@@ -33,6 +35,7 @@ from amphista.serve.schema import (
 from amphista.serve.service import Call, Service
 from amphista.serve.settings import Settings
 from amphista.serve.shapes import Shape, model, models
+from amphista.target.text import Text
 
 PAGE = Path(__file__).parent / "page"
 PAGE_FILES = {
@@ -80,8 +83,8 @@ class EventStream(StreamingResponse):
 
     media_type = "text/event-stream"
 
-    def __init__(self, service: Service, call: Call) -> None:
-        super().__init__(_events(service, call), headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
+    def __init__(self, service: Service, call: Call, shape: Shape | ResponseShape) -> None:
+        super().__init__(_events(shape), headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
         self._end = lambda: service.worker.cancel(call.ticket)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -91,25 +94,34 @@ class EventStream(StreamingResponse):
             self._end()
 
 
-async def _events(service: Service, call: Call) -> AsyncIterator[bytes]:
+async def _events(shape: Shape | ResponseShape) -> AsyncIterator[bytes]:
     try:
-        async for chunk in Shape(call, service.text).chunks():
-            is_ping = chunk is None
-            yield format_sse_event(comment="ping") if is_ping else format_sse_event(data_str=json.dumps(chunk))
-        yield format_sse_event(data_str="[DONE]")
+        async for chunk in shape.chunks():
+            if chunk is None:
+                yield format_sse_event(comment="ping")
+            else:
+                yield format_sse_event(event=chunk.get("type"), data_str=json.dumps(chunk))
+        if shape.last_words is not None:
+            yield format_sse_event(data_str=shape.last_words)
     except Exception as error:
         yield format_sse_event(event="error", data_str=json.dumps(body_of(error)[1]))
 
 
-async def _answered(service: Service, starting: Coroutine[Any, Any, Call], request: Request) -> Response:
+async def _answered(
+    service: Service,
+    starting: Coroutine[Any, Any, Call],
+    request: Request,
+    shaped: Callable[[Call, Text], Shape | ResponseShape] = Shape,
+) -> Response:
     """Streamed or whole; nothing goes on for a client that has gone."""
     call = await starting
     try:
         whole = None
         if await _unless_gone(call.begin(), request) is not None:
+            shape = shaped(call, service.text)
             if call.body.stream:
-                return EventStream(service, call)
-            whole = await _unless_gone(Shape(call, service.text).whole(), request)
+                return EventStream(service, call, shape)
+            whole = await _unless_gone(shape.whole(), request)
     except BaseException:
         service.worker.cancel(call.ticket)
         raise
@@ -206,6 +218,11 @@ def _add_answers(app: FastAPI, service: Service) -> None:
     @app.post("/v1/completions", responses=STREAMED)
     async def complete(body: CompletionRequest, request: Request) -> Response:
         return await _answered(service, service.complete(body, request.state.tenant), request)
+
+    @app.post("/v1/responses", responses=STREAMED)
+    async def respond(body: ResponsesRequest, request: Request) -> Response:
+        starting = service.chat(body.as_chat(), request.state.tenant)
+        return await _answered(service, starting, request, partial(ResponseShape, body=body))
 
 
 def _add_texts(app: FastAPI, service: Service) -> None:

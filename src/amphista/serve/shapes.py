@@ -12,7 +12,9 @@ from amphista.target.text import Text
 
 
 class Shape:
-    """How a call's answers are told."""
+    """How a call's answers are told; `last_words` behind the last chunk."""
+
+    last_words: str | None = "[DONE]"
 
     def __init__(self, call: Call, text: Text) -> None:
         self._call, self._text = call, text
