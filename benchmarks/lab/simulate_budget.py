@@ -33,7 +33,7 @@ from amphista.tree.controller import DraftController
 from amphista.tree.dynamic import best_first
 from amphista.tree.grow import DynamicGrower
 from amphista.tree.learned import Forward, StepCosts
-from amphista.tree.offers import GrownNodes, Growth
+from amphista.tree.children import GrownNodes, Growth
 from amphista.tree.token_tree import TokenTree
 from amphista.tree.tune import Costs
 

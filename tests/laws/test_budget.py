@@ -14,11 +14,11 @@ import pytest
 from amphista.tree.account import FORGIVEN, SPENT, Account
 from amphista.tree.budget import EARLY, LONGEST_STREAK, WORTH, Claim, DraftRow, NodeBudget, Plan, share
 from amphista.tree.candidates import Candidates, NgramDraft
+from amphista.tree.children import Growth
 from amphista.tree.controller import DraftController
 from amphista.tree.dynamic import best_first
 from amphista.tree.grow import AutoGrower
 from amphista.tree.learned import DraftCurve, Forward, StepCosts
-from amphista.tree.offers import Growth
 from amphista.tree.token_tree import TokenTree
 from amphista.tree.tune import Costs
 

@@ -13,8 +13,8 @@ import pytest
 
 from amphista.tree.budget import NodeBudget
 from amphista.tree.candidates import Candidates, NgramDraft
+from amphista.tree.children import NO_RANK, ChildCandidates
 from amphista.tree.grow import AutoGrower, ChainGrower, DynamicGrower, StaticGrower
-from amphista.tree.offers import NO_RANK, ChildCandidates
 from amphista.tree.template import TreeTemplate
 from amphista.tree.tune import Costs
 from tests.unit.tree.test_offers import all_paths, best_plainly, children_plainly, with_paths
@@ -107,7 +107,7 @@ def test_mutations_are_seen(mutation, monkeypatch):
         children = ChildCandidates._children
         monkeypatch.setattr(ChildCandidates, "_children", lambda offers, depth, _: children(offers, depth, NO_RANK))
     else:
-        monkeypatch.setattr("amphista.tree.offers._joined", lambda heads, *_: heads)
+        monkeypatch.setattr("amphista.tree.children._joined", lambda heads, *_: heads)
     with pytest.raises(AssertionError):
         for name in COSTS:
             test_no_tree_commits_more_tokens_a_second(name, "paths+graft")

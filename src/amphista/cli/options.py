@@ -149,7 +149,8 @@ class ChoiceOptions:
         float | None, _setting("Above 1 makes tokens already in prompt or answer less likely.")
     ] = None
     seed: Annotated[
-        int | None, _setting("Same seed, same text, whatever drafter or tree. Default: a fresh one, told.")
+        int | None,
+        _setting("Same seed, same text, whatever drafter or tree. Default: a fresh one, told (evaluate: 0)."),
     ] = None
     ignore_eos: Annotated[
         bool | None, _setting("Decode on behind end tokens, for measuring long answers.", "--ignore-eos")

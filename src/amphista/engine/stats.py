@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from amphista.tree.offers import Growth
+from amphista.tree.children import Growth
 
 PHASES = ("prefill", "draft", "tree", "verify", "accept", "commit")
 

@@ -38,9 +38,9 @@ from amphista.target.target import Target
 from amphista.target.text import IncrementalText
 from amphista.tree.budget import DraftRow, Plan
 from amphista.tree.candidates import Candidates, with_forced
+from amphista.tree.children import Growth
 from amphista.tree.grow import Grower
 from amphista.tree.learned import Forward
-from amphista.tree.offers import Growth
 from amphista.tree.token_tree import TokenTree
 
 TOLD_CHUNK = 64  # tokens of a prompt read at once where logits of all are wanted: they take V floats each

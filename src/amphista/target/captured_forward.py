@@ -28,7 +28,7 @@ from amphista.cache.static import KVCache
 from amphista.errors import CaptureError
 from amphista.kernels.graph import Inputs, Recorded, Recorder, ThreadLease, bucket, capacities
 from amphista.target.attention import Layout
-from amphista.target.kept import Taps
+from amphista.target.hidden_states import Taps
 from amphista.target.lean import LeanModel
 from amphista.target.output import TargetOutput
 from amphista.target.spec import TargetSpec

@@ -25,7 +25,7 @@ from amphista.cache.static import sent
 from amphista.kernels.linear import Product, TorchLinear
 from amphista.kernels.parts import Norm, RotaryTable, paired
 from amphista.target.attention import Layout, layer_rules
-from amphista.target.kept import Taps
+from amphista.target.hidden_states import Taps
 from amphista.target.pages import give_back
 from amphista.target.probe_rows import embedded, layers_of
 from amphista.target.spans import Span

@@ -18,7 +18,7 @@ from amphista.native.build import load
 from amphista.native.step import DecoderShape, NativeLayer, NativeModel, NativeOutput, NativeProbes, NativeSpan
 from amphista.target.attention import Rule
 from amphista.target.blocks import BlockedLinear, BlockLinear, native_of
-from amphista.target.kept import Taps
+from amphista.target.hidden_states import Taps
 from amphista.target.lean import LeanLayer, LeanModel
 from amphista.target.probe_rows import tails
 from amphista.target.products import NativeLinear, PlainLinear, RoundedLinear

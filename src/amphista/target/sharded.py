@@ -24,7 +24,7 @@ from amphista.cache.static import KVCache
 from amphista.errors import TargetError
 from amphista.target.exactness import check_exactness
 from amphista.target.families import auto_class, refuse_unsupported
-from amphista.target.kept import Taps
+from amphista.target.hidden_states import Taps
 from amphista.target.loading import DTYPES, Hub, ModelSource, load_text, locate
 from amphista.target.spans import Span
 from amphista.target.spec import LogitTransform, SharedWeights

@@ -17,7 +17,7 @@ from amphista.cache.hf import Rows, as_transformers_cache
 from amphista.cache.static import sent
 from amphista.target.attention import Layout, laid_out
 from amphista.target.families import decoder_of
-from amphista.target.kept import KeptStates, Taps
+from amphista.target.hidden_states import HookedStates, Taps
 from amphista.target.probe_rows import embedded, layers_of
 from amphista.target.spans import Span
 
@@ -27,7 +27,7 @@ class StockForward:
 
     def __init__(self, model: Any, num_layers: int) -> None:
         self._model, self.decoder = model, decoder_of(model)
-        self._kept = KeptStates(self.decoder, num_layers)
+        self._kept = HookedStates(self.decoder, num_layers)
         self._keeps_logits = "logits_to_keep" in signature(model.forward).parameters
 
     def __call__(

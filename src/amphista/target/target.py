@@ -2,7 +2,7 @@
 its weights without its overhead: in torch, in C (native_forward.py), or as captured graphs (captured_forward.py).
 
 Hidden states are what the LM head reads (after the final norm); behind each, in its row, stand the taps that are asked
-for: states after so many layers (kept.py).
+for: states after so many layers (hidden_states.py).
 
 Shapes: B sequences, T prompt tokens, N tree nodes, D hidden size, W = (1 + taps) D, V vocabulary.
 """
@@ -26,7 +26,7 @@ from amphista.target.attention import refuse_attention
 from amphista.target.blocks import GGUF
 from amphista.target.captured_forward import CapturedForward
 from amphista.target.families import kept_by_layers
-from amphista.target.kept import Taps
+from amphista.target.hidden_states import Taps
 from amphista.target.lean import LeanModel
 from amphista.target.native_forward import NativeForward, native_form, product_of, why_not_native
 from amphista.target.output import TargetOutput

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from amphista.errors import ConfigError, DataError
 from amphista.files import Lock, new_folder, replace_folder, write_json
-from amphista.target.kept import Taps
+from amphista.target.hidden_states import Taps
 from amphista.train.token_row import TokenRow
 
 GIGABYTE = 1e9

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from amphista.tree.candidates import Candidates, ConditionalRanks
-from amphista.tree.offers import NO_RANK, GrownNodes
+from amphista.tree.children import NO_RANK, GrownNodes
 
 MEMORY = 0.9  # what a past draft still counts after a further one
 

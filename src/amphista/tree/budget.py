@@ -20,9 +20,9 @@ from dataclasses import dataclass
 from itertools import islice
 
 from amphista.tree.candidates import NgramDraft
+from amphista.tree.children import Growth
 from amphista.tree.controller import FIRST_WEIGHT, HOPE, LONGEST_REST, WORD_WEIGHT, DraftController
 from amphista.tree.learned import DraftCurve, Forward, StepCosts
-from amphista.tree.offers import Growth
 from amphista.tree.tune import Costs, chain_scores
 
 FIRST_STREAK, LONGEST_STREAK = 4, 128  # steps, all plain or all drafted, until one of the other kind is taken

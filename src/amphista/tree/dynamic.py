@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from itertools import islice
 
 from amphista.tree.candidates import Candidates
-from amphista.tree.offers import ChildCandidate, ChildCandidates, GrownNodes
+from amphista.tree.children import ChildCandidate, ChildCandidates, GrownNodes
 
 
 def best_first(pending: int, candidates: Candidates, num_nodes: int, max_depth: int) -> GrownNodes:

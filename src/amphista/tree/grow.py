@@ -16,10 +16,10 @@ from amphista.tree.asking import UsualRounds, named_at
 from amphista.tree.budget import DraftRow, NodeBudget, Plan
 from amphista.tree.build import build_template
 from amphista.tree.candidates import Candidates
+from amphista.tree.children import GrownNodes, Growth
 from amphista.tree.controller import DraftController
 from amphista.tree.dynamic import best_first, next_nodes
 from amphista.tree.learned import Forward
-from amphista.tree.offers import GrownNodes, Growth
 from amphista.tree.probing import nodes_that_pay
 from amphista.tree.template import TreeTemplate
 from amphista.tree.tune import NOTHING_PAYS, Costs

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 
-from amphista.tree.offers import Growth
+from amphista.tree.children import Growth
 
 
 def last_accepted(growth: Growth) -> list[float]:

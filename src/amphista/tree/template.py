@@ -15,7 +15,7 @@ from pathlib import Path
 
 from amphista.errors import ConfigError
 from amphista.tree.candidates import Candidates
-from amphista.tree.offers import ChildCandidates, GrownNodes
+from amphista.tree.children import ChildCandidates, GrownNodes
 from amphista.tree.token_tree import TokenTree
 
 

@@ -11,9 +11,9 @@ import pytest
 
 from amphista.tree.asking import Offered, UsualRounds, named_at
 from amphista.tree.candidates import NgramDraft
+from amphista.tree.children import NO_RANK
 from amphista.tree.dynamic import best_first
 from amphista.tree.grow import ChainGrower, DynamicGrower, StaticGrower
-from amphista.tree.offers import NO_RANK
 from amphista.tree.template import TreeTemplate
 from tests.unit.tree.test_offers import best_plainly, paths_of
 

@@ -22,7 +22,7 @@ from amphista.errors import TargetError
 Taps = tuple[int, ...]  # after how many layers (1..L), ascending
 
 
-class KeptStates:
+class HookedStates:
     """The hooks on one model, and what each thread's last forward left there."""
 
     def __init__(self, decoder: nn.Module, num_layers: int) -> None:

@@ -10,8 +10,8 @@ from dataclasses import replace
 import pytest
 
 from amphista.tree.candidates import Candidates, ConditionalRanks, NgramDraft
+from amphista.tree.children import ChildCandidates
 from amphista.tree.dynamic import best_first
-from amphista.tree.offers import ChildCandidates
 from amphista.tree.template import TreeTemplate
 
 
@@ -22,7 +22,7 @@ def offered(probs, graft_probs, graft_tokens):
 
 
 def children_plainly(candidates, path):
-    """{token: probability} below a path of tokens, by the words of offers.py."""
+    """{token: probability} below a path of tokens, by the words of children.py."""
     depth = len(path)
     heads = {}
     if depth < candidates.num_heads:
