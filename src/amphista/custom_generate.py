@@ -122,8 +122,11 @@ def _params(config: Any, num_columns: int, target: Target, seed: int | None) -> 
         longest = config.max_length
         settings["max_new_tokens"] = DEFAULT_MAX_LENGTH if longest is None else longest - num_columns
     settings["min_tokens"] = max(settings.get("min_tokens", 0), (config.min_length or 0) - num_columns)
-    if config.eos_token_id is not None and set(_ids(config.eos_token_id)) != target.eos_ids:
-        settings |= {"ignore_eos": True, "stop_token_ids": _ids(config.eos_token_id)}
+    if settings.get("stop") and settings["min_tokens"]:
+        raise _unsupported(["stop_strings with a least length"])  # there they may end an answer before it, here not
+    ends = [] if config.eos_token_id is None else _ids(config.eos_token_id)
+    if set(ends) != target.eos_ids:
+        settings |= {"ignore_eos": True, "stop_token_ids": ends}
     return SamplingParams(**settings, seed=int(torch.randint(2**53, ())) if seed is None else seed)
 
 

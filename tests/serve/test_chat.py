@@ -4,16 +4,28 @@ from __future__ import annotations
 
 import asyncio
 import json
+from types import SimpleNamespace
 
 import openai
 import pytest
 import torch
 from pydantic import BaseModel
+from tokenizers import Tokenizer, decoders, models
+from transformers import PreTrainedTokenizerFast
 
+from amphista.accept.logprobs import TokenLogprob
 from amphista.drafter.proposer import Proposer
-from amphista.engine.params import SamplingParams
+from amphista.engine.loop import Update
+from amphista.engine.params import FinishReason, SamplingParams
+from amphista.engine.request import Request, State
+from amphista.engine.scheduler import Limits
+from amphista.engine.step import StepResult
 from amphista.llm import LLM
+from amphista.serve.answers import TokenTexts, completion_logprobs
+from amphista.serve.schema import ChatRequest, CompletionRequest
+from amphista.serve.service import Service
 from amphista.serve.worker import Worker
+from amphista.target.text import IncrementalText, Text
 from tests.serve.serving import ASKED, KEYS, TOOL_TEMPLATE, serving, talkative_llm
 from tests.tiny import tiny_target
 
@@ -182,6 +194,8 @@ def test_completions(served, client):
     logprobs = one.choices[0].logprobs
     assert "".join(logprobs.tokens) == one.choices[0].text and len(logprobs.top_logprobs[0]) >= 2
     assert logprobs.text_offset[0] == 0 and logprobs.text_offset[-1] == len(one.choices[0].text) - 1
+    twice = client.completions.create(model="tiny", prompt=["abc", "abc"], n=2, extra_body={"ignore_eos": True})
+    assert twice.usage.prompt_tokens == 6 and twice.usage.completion_tokens == 4 * 16, "as many as with OpenAI"
 
 
 def test_a_prompts_own_log_probabilities(served, client):
@@ -227,6 +241,39 @@ def test_stops_and_limits(served, client):
     long = served.chat(max_tokens=None, ignore_eos=True)
     assert long["choices"][0]["finish_reason"] == "length"
     assert long["usage"]["total_tokens"] == served.server._service.max_len
+
+
+@pytest.mark.parametrize("seed", [-1, 2**62])
+def test_the_seed_that_is_told_may_be_sent_back(served, seed):
+    said = served.chat(seed=seed)
+    assert said["seed"] == seed
+    assert served.chat(seed=said["seed"])["choices"] == said["choices"]
+
+
+def test_places_of_tokens_are_those_in_the_text():
+    """Characters of several tokens, control tokens that are not shown, text that is held back for a stop string."""
+    llm = LLM(tiny_target(with_text=True), Proposer(use_lookup=True), tree="4")  # answers in bytes of all kinds
+    asked = {"prompt": "é<s>abc", "max_tokens": 40, "seed": 5, "logprobs": 3, "ignore_eos": True, "echo": True}
+    with serving(llm) as served, served.client() as client:
+        free = served.post("/v1/completions", asked).json()["choices"][0]["text"]
+        asked["stop"] = [free[12:15] + "~~", free[20:22] + "~~"]
+        whole = served.post("/v1/completions", asked).json()["choices"][0]
+        text = client.post("/v1/completions", json={**asked, "stream": True}).text
+    chunks = [json.loads(line[6:])["choices"][0] for line in text.splitlines() if line.startswith("data: {")]
+    told = whole["logprobs"]
+    for name in told:
+        assert [one for chunk in chunks if chunk["logprobs"] for one in chunk["logprobs"][name]] == told[name]
+    ids = llm.target.text.encode(asked["prompt"])
+    assert told["text_offset"][: len(ids) + 1] == [0, 0, 1, 4, 5, 6, 7]  # é, <s>, abc, what comes behind
+    assert told["text_offset"] == sorted(told["text_offset"]) and told["text_offset"][-1] <= len(whole["text"])
+    places = zip(told["tokens"], told["text_offset"], strict=True)
+    assert all(whole["text"][at] == token for token, at in places if token.isascii() and len(token) == 1)
+
+
+def test_what_is_told_of_tokens_of_one_name_is_the_best():
+    record = TokenLogprob(1, -0.5, {1: -0.5, 2: -3.0})
+    text = SimpleNamespace(token_bytes=lambda token_id, is_first: b"the", special_ids=())
+    assert completion_logprobs(TokenTexts(text, is_first=True), [record])["top_logprobs"] == [{"the": -0.5}]
 
 
 def test_a_prefix_is_read_once(served):
@@ -358,6 +405,88 @@ def test_tools_go_through_the_template_and_calls_are_found(served):
         assert served.chat(messages=answered, tools=TOOLS)["choices"]
         tokens = served.post("/tokenize", {"messages": answered}).json()["tokens"]
         assert '(weather{"days"' in llm.target.text.decode_exactly(tokens)
+
+
+def reading(llm, ids, *, parser, stop=()):
+    """What engine and reader make of tokens, and how many of these the engine takes."""
+    service = Service(llm, Limits(kv_bytes=2**20, row_bytes=llm.engine.row_bytes), "tiny")
+    body = ChatRequest(messages=ASKED, stop=list(stop) or None, max_tokens=200)
+    submitted = []
+    service.worker.submit = lambda sequences, *more: (
+        submitted.extend(sequences) or SimpleNamespace(requests=[Request(sequence) for sequence in sequences])
+    )
+    call = asyncio.run(service._call("chatcmpl", body, [[1, 2]], 0, lambda: parser))
+    (reader,), (sequence,), (request,) = call.readers.values(), submitted, call.readers
+    ending = sequence.ending(ids)
+    sequence.take(ids[: ending.num_taken], ending)
+    sequence.finish_reason = sequence.finish_reason or FinishReason.LENGTH
+    update = Update(request, State.FINISHED, StepResult(ids[: ending.num_taken], 0))
+    return reader.read([update]), ending.num_taken
+
+
+CALLS = {
+    "defaults": {"role": "assistant"},
+    "start_anchor": "<s>assistant\n",
+    "fields": {
+        "tool_calls": {
+            "open": "<tool_call>", "close": "</tool_call>", "repeats": True, "content": "json",
+            "transform": {"type": "function", "function": "{content}"},
+        },
+        "content": {"content": "text"},
+    },
+}  # fmt: skip
+GOOD = '<tool_call>{"name": "weather", "arguments": {"days": 3}}</tool_call>'
+
+
+@pytest.mark.parametrize(
+    ("said", "text", "num_calls"),
+    [
+        (f"Sure: {GOOD}", "Sure:", 1),
+        ("Sure: <tool_call>f()</tool_call> then", "Sure: <tool_call>f()</tool_call> then", 0),
+        (GOOD[:30], GOOD[:30], 0),
+        (f"Sure: {GOOD} and {GOOD[:40]}", f"Sure:  and {GOOD[:40]}", 1),
+        ("<tool_call>[7]</tool_call>", "", 1),
+    ],
+)
+def test_a_call_that_is_none_or_cut_off_is_text(said, text, num_calls):
+    llm = talkative_llm(TOOL_TEMPLATE)
+    llm.target.text.tokenizer.response_template = CALLS
+    parser = llm.target.text.response_parser(llm.target.text.encode("<s>assistant\n"), TOOLS)
+    piece, _ = reading(llm, llm.target.text.encode(said), parser=parser)
+    assert piece.text.split() == text.split() and len(piece.tool_calls) == num_calls
+    assert piece.finish_reason is not None
+
+
+@pytest.mark.parametrize("with_calls", [True, False])
+@pytest.mark.parametrize("stop", ["s>", "bc", "cd"])
+def test_engine_and_reader_end_at_the_same_stop_string(with_calls, stop):
+    llm = talkative_llm(TOOL_TEMPLATE)
+    llm.target.text.tokenizer.response_template = CALLS
+    text = llm.target.text
+    parser = text.response_parser(text.encode("<s>assistant\n"), TOOLS) if with_calls else None
+    ids = text.encode("ab<s>cd tail")
+    piece, num_taken = reading(llm, ids, parser=parser, stop=[stop])
+    shown = "ab<s>cd tail" if with_calls else "abcd tail"
+    assert piece.text.strip() == shown.partition(stop)[0].strip()
+    assert (num_taken < len(ids)) == (stop in shown)
+
+
+def test_a_completion_goes_on_from_its_prompt():
+    """Of tokenizers that leave out the space before the first token."""
+    names = {f"<0x{byte:02X}>": byte for byte in range(256)} | {"▁once": 256, "▁upon": 257}
+    tokenizer = Tokenizer(models.BPE(vocab=names, merges=[], byte_fallback=True))
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    text = Text(PreTrainedTokenizerFast(tokenizer_object=tokenizer))
+    behind, first = IncrementalText(text, behind=[256]), IncrementalText(text)
+    assert behind.push(257) + behind.finish() == " upon" and first.push(257) + first.finish() == "upon"
+    assert text.token_bytes(257) == b" upon" and text.token_bytes(257, is_first=True) == b"upon"
+    assert text.token_bytes(0xC3, is_first=True) == b"\xc3"
+    split = IncrementalText(text, behind=[256, 0xC3])  # in the middle of a character: what it would be is not known
+    assert split.push(257) + split.finish() == "upon"
+    assert CompletionRequest(prompt="x").goes_on and not ChatRequest(messages=ASKED).goes_on
+    assert ChatRequest(messages=ASKED, continue_final_message=True).goes_on
 
 
 def test_tokens_that_are_no_characters_are_told_all_the_same():

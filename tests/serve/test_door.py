@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 import time
 
@@ -9,11 +10,16 @@ import httpx
 import openai
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
+from pydantic import ValidationError
 
 from amphista.drafter.proposer import Proposer
-from amphista.errors import ConfigError
+from amphista.errors import ConfigError, TargetError
 from amphista.llm import LLM
+from amphista.serve.responses import ResponsesRequest
+from amphista.serve.schema import ChatRequest, CompletionRequest, DetokenizeRequest
+from amphista.serve.service import Service
 from amphista.serve.settings import Settings, read_keys
+from amphista.serve.shapes import Shape
 from amphista.target.text import Text
 from tests.serve.serving import ASKED, KEYS, serving, talkative_llm
 from tests.talkative import talkative_target
@@ -90,6 +96,8 @@ def test_other_sites_get_nothing_from_a_server_without_keys():
         assert client.options(CHAT, headers=ask).headers["access-control-allow-origin"] == "http://mine.example"
         other = client.options(CHAT, headers={**ask, "Origin": "http://evil.example"})
         assert "access-control-allow-origin" not in other.headers
+        openai_js = {**ask, "Access-Control-Request-Headers": "authorization,content-type,x-stainless-lang"}
+        assert client.options(CHAT, headers=openai_js).status_code == 200
 
 
 REGEX = {"type": "grammar", "syntax": "regex", "definition": "("}
@@ -139,7 +147,9 @@ def test_what_is_neutral_is_taken(served):
     checked(served.post("/v1/completions", {"prompt": ["x"] * 30, "n": 8}), 400)
 
 
-@pytest.mark.parametrize("name", ["chat_template", "tools", "tokenizer_kwargs", "messages", "add_generation_prompt"])
+@pytest.mark.parametrize(
+    "name", ["chat_template", "tools", "tokenizer_kwargs", "messages", "add_generation_prompt", "self"]
+)
 def test_nobody_brings_a_template_of_their_own(served, name):
     asked = {"messages": ASKED, "chat_template_kwargs": {name: "{% for i in range(9) %}{% endfor %}"}}
     assert checked(served.post(CHAT, asked), 400)["param"] == "chat_template_kwargs"
@@ -159,12 +169,72 @@ def test_prompts_longer_than_the_context(served):
 
 
 @pytest.mark.parametrize(
-    "many", [{"messages": ASKED * 90_000}, {"messages": [{"role": "user", "content": [{}] * 90_000}]}]
+    "path, many",
+    [
+        (CHAT, {"messages": ASKED * 90_000}),
+        (CHAT, {"messages": [{"role": "user", "content": [{}] * 90_000}]}),
+        (CHAT, {"messages": [{"role": "user", "content": [1] * 2000}] * 250}),
+        (CHAT, {"messages": ASKED, "logit_bias": {f"x{number}": 0 for number in range(200_000)}}),
+        (CHAT, {"messages": ASKED, "modalities": [1] * 900_000}),
+        ("/v1/completions", {"prompt": [-1] * 900_000}),
+        ("/v1/completions", {"prompt": [[-1] * 1000] * 900}),
+        ("/v1/completions", {"prompt": ["x", 1] * 400_000}),
+        ("/v1/responses", {"input": [1] * 900_000}),
+        ("/v1/responses", {"input": "x", "metadata": {str(number): 0 for number in range(200_000)}}),
+        ("/detokenize", {"tokens": ["a"] * 900_000}),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_many_small_messages_are_refused_before_they_are_checked(served, many):
-    started = time.monotonic()
-    assert checked(served.post(CHAT, many), 400)["param"] == "messages"
-    assert time.monotonic() - started < 5
+def test_many_small_parts_are_refused_before_each_is_checked(path, many):
+    """Each would have an error of its own: a million of them take gigabytes, and nobody else is answered meanwhile."""
+    model = {CHAT: ChatRequest, "/v1/completions": CompletionRequest, "/v1/responses": ResponsesRequest}
+    with pytest.raises(ValidationError) as refused:
+        model.get(path, DetokenizeRequest).model_validate(many)
+    assert refused.value.error_count() < 20
+
+
+def test_the_form_that_was_meant_is_told(served):
+    for asked, said in (
+        ({"prompt": [3, -1]}, "greater"),
+        ({"prompt": [-1]}, "greater"),
+        ({"prompt": "x", "stop": ["a", ""]}, "at least 1 character"),
+    ):
+        assert said in checked(served.post("/v1/completions", asked), 400)["message"]
+
+
+def test_a_defect_is_logged_and_ends_one_request_alone(served, monkeypatch, caplog):
+    """Whole or streamed; the connection is kept, since whoever asks next on it has done nothing."""
+
+    def broken(*args, **settings):
+        raise FloatingPointError("of ours")
+
+    asked = {"messages": ASKED, "max_tokens": 4}
+    with served.client() as client:
+        for name, error in (("_prompt", FloatingPointError), ("check_model", TargetError)):
+            monkeypatch.setattr(Service, name, broken if error is FloatingPointError else bad_target)
+            message = checked(client.post(CHAT, json=asked), 500)["message"]
+            monkeypatch.undo()
+            assert "of ours" not in message and "of ours" in caplog.text
+            caplog.clear()
+            assert client.post(CHAT, json=asked).status_code == 200
+        monkeypatch.setattr(Shape, "_deltas", broken)
+        assert "internal_error" in client.post(CHAT, json={**asked, "stream": True}).text and "of ours" in caplog.text
+        monkeypatch.undo()
+        assert client.post(CHAT, json=asked).status_code == 200
+
+
+def bad_target(*args):
+    raise TargetError("of ours")
+
+
+def test_who_comes_behind_the_end_is_told_so():
+    with serving(talkative_llm()) as served, served.client() as client:
+        service = served.server._service
+        closing = asyncio.run_coroutine_threadsafe(service.close(0), service.worker._asyncio)
+        closing.result(20)
+        for path, asked in ((CHAT, {"messages": ASKED}), ("/tokenize", {"prompt": "x"})):
+            assert "retry-after" in client.post(path, json=asked).headers
+            checked(client.post(path, json=asked), 503)
 
 
 @pytest.mark.parametrize(

@@ -81,6 +81,7 @@ def test_greedy_tokens_are_those_of_transformers_in_fewer_forwards(generate, mod
         {"max_new_tokens": 30, "min_length": 20, "eos_token_id": list(range(150))},
         {"max_new_tokens": 30, "eos_token_id": [3, 100, 101, 102, 103, 104, 105]},
         {"generation_config": GenerationConfig(max_new_tokens=12, eos_token_id=EOS)},
+        {"max_new_tokens": 60, "eos_token_id": None},
     ],
     ids=str,
 )
@@ -156,6 +157,7 @@ def test_stop_strings_and_streamers(generate, model):
         ({"max_time": 3.0}, "max_time"),
         ({"no_repeat_ngram_size": 2}, "no_repeat_ngram_size"),
         ({"max_length": 3}, "max_new_tokens"),
+        ({"stop_strings": ["a"], "min_new_tokens": 4}, "stop_strings"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )

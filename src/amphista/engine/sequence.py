@@ -127,10 +127,13 @@ class Sequence:
             rows.keep(match.num_rows)
             rows.token_ids = self.token_ids
             self.rows = rows
-        self.stats.num_cached_tokens = self.rows.num_rows
+        if not self.num_output:  # else it goes on behind a preemption
+            self.stats.num_cached_tokens = min(self.rows.num_rows, self.num_prompt)
 
     def release(self) -> None:
         """Let go of its rows and have none; the prefix store or another sequence may hold them still."""
+        if not self.num_output:
+            self.stats.num_cached_tokens = 0
         self.rows = self.rows.empty(self.token_ids)
 
     def ending(self, tokens: list[int]) -> Ending:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 import math
 import secrets
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -40,13 +41,13 @@ class Piece:
 
 
 class Reader:
-    """Reads one answer. parser: finds calls of tools and reasoning in its text (`transformers`' ResponseParser)."""
+    """Reads one answer by its `reader`. parser: finds calls of tools and reasoning in its text (`transformers`'
+    ResponseParser); what it cannot read is told as it is."""
 
-    def __init__(self, text: Text, sequence: Decoded, parser: Any = None) -> None:
-        self.sequence, self._text, self._parser = sequence, text, parser
-        params = sequence.params
-        self._reader = IncrementalText(text, params.stop, params.min_tokens, shows_special=parser is not None)
+    def __init__(self, text: Text, sequence: Decoded, reader: IncrementalText, parser: Any = None) -> None:
+        self.sequence, self._text, self._reader, self._parser = sequence, text, reader, parser
         self._num_calls = 0
+        self._parsed, self._num_told = "", 0  # what the parser was given, and how much of that was told
         self._held = Piece()  # tokens that are not yet a whole character
         self.has_ended = False
 
@@ -66,7 +67,8 @@ class Reader:
     def _take(self, result: StepResult, piece: Piece) -> None:
         ends = self.sequence.end_ids
         texts = ["" if token in ends else self._reader.push(token) for token in result.token_ids]
-        self._add("".join(texts), piece)
+        for text in texts if self._parser is not None else ("".join(texts),):
+            self._add(text, piece)
         piece.token_ids += result.token_ids
         piece.logprobs += [record for record in result.logprobs if record.token_id not in ends]
         if self.sequence.is_traced:
@@ -98,7 +100,7 @@ class Reader:
             raise UnavailableError("the request was cancelled")
         self._add(self._reader.finish(), piece)
         if self._parser is not None:
-            self._note_events(self._parser.finalize()[1], piece)
+            self._parse(lambda: self._parser.finalize()[1], piece)
         reason = self.sequence.finish_reason
         piece.finish_reason = "length" if reason is FinishReason.LENGTH else "stop"
         if self._num_calls and piece.finish_reason == "stop":
@@ -108,7 +110,16 @@ class Reader:
         if self._parser is None:
             piece.text += text
         elif text:
-            self._note_events(self._parser.feed(text), piece)
+            self._parsed += text
+            self._parse(lambda: self._parser.feed(text), piece)
+
+    def _parse(self, parse: Callable[[], list[dict[str, Any]]], piece: Piece) -> None:
+        """Note what the parser finds; a call that is none, or was cut off, is text like all that follows."""
+        try:
+            self._note_events(parse(), piece)
+        except Exception:  # whatever a template's forms make of what a model writes
+            piece.text += self._parsed[self._num_told :]
+            self._parser = None
 
     def _note_events(self, events: list[dict[str, Any]], piece: Piece) -> None:
         """A call is told once it is whole; text and reasoning as they come."""
@@ -116,13 +127,22 @@ class Reader:
             if event["type"] == "region_close" and event["field"] == "tool_calls":
                 values = event["value"] if isinstance(event["value"], list) else [event["value"]]
                 piece.tool_calls += [self._call(value) for value in values]
+                self._num_told = len(self._parsed)
             elif event["type"] == "region_chunk" and event["field"] == "content":
                 piece.text += event["text"]
+                self._note_told(event["text"])
             elif event["type"] == "region_chunk" and event["field"] in ("reasoning_content", "thinking"):
                 piece.reasoning += event["text"]
+                self._note_told(event["text"])
+
+    def _note_told(self, text: str) -> None:
+        """Told is what was parsed, to the end of this text: nothing but marks lies before it."""
+        at = self._parsed.find(text, self._num_told)
+        self._num_told = max(self._num_told, at + len(text))
 
     def _call(self, value: Any) -> dict[str, Any]:
         function = value.get("function", value) if isinstance(value, dict) else {}
+        function = function if isinstance(function, dict) else {"name": function}
         arguments = function.get("arguments", {})
         self._num_calls += 1
         return {
@@ -136,41 +156,71 @@ class Reader:
         }
 
 
-def chat_logprobs(text: Text, records: Sequence[TokenLogprob]) -> dict[str, Any]:
+class TokenTexts:
+    """Tokens of one text, told one after the other: what each stands for, and where it begins.
+
+    is_first: whether the next one begins the text; some decoders leave out the space before that one. echoed: what is
+    shown before the answer; control tokens are shown nowhere else.
+    """
+
+    def __init__(self, text: Text, *, is_first: bool, echoed: str = "") -> None:
+        self._text, self._is_first, self._echoed, self._end = text, is_first, echoed, 0
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")  # characters may be of several tokens
+
+    def bytes_of(self, token_id: int) -> bytes:
+        """What the next token stands for, if it is this one."""
+        return self._text.token_bytes(token_id, is_first=self._is_first)
+
+    def name(self, token_id: int) -> str:
+        """The same as text."""
+        return self.bytes_of(token_id).decode(errors="replace")
+
+    def passed(self, token_id: int) -> int:
+        """Go on behind this token; how many characters of text stand before it."""
+        held, begin = self.bytes_of(token_id), self._end
+        if token_id in self._text.special_ids:
+            name = held.decode()
+            self._end += len(name) * self._echoed.startswith(name, begin)
+            return begin
+        if held and not 0x80 <= held[0] < 0xC0:  # it goes on with no character: one that was begun has come to nothing
+            begin += len(self._decoder.decode(b"", final=True))
+        self._end, self._is_first = begin + len(self._decoder.decode(held)), False
+        return begin
+
+
+def chat_logprobs(texts: TokenTexts, records: Sequence[TokenLogprob]) -> dict[str, Any]:
     """As chat completions tell them."""
 
     def told(token_id: int, logprob: float) -> dict[str, Any]:
-        held = text.token_bytes(token_id)
+        held = texts.bytes_of(token_id)
         return {"token": held.decode(errors="replace"), "logprob": _finite(logprob), "bytes": list(held)}
 
-    return {
-        "content": [
-            {**told(record.token_id, record.logprob), "top_logprobs": [told(*best) for best in record.top.items()]}
-            for record in records
-        ]
-    }
-
-
-def completion_logprobs(text: Text, records: Sequence[TokenLogprob], offset: int) -> dict[str, Any]:
-    """As completions tell them; offset: characters before the first token."""
-    names, offsets = [], []
+    content = []
     for record in records:
-        names.append(text.decode_exactly([record.token_id]))
-        offsets.append(offset)
-        offset += len(names[-1])
-    tops = [{text.decode_exactly([token]): _finite(value) for token, value in r.top.items()} for r in records]
-    return {
-        "tokens": names,
-        "token_logprobs": [_finite(record.logprob) for record in records],
-        "top_logprobs": tops,
-        "text_offset": offsets,
-    }
+        best = [told(*other) for other in record.top.items()]
+        content.append({**told(record.token_id, record.logprob), "top_logprobs": best})
+        texts.passed(record.token_id)
+    return {"content": content}
 
 
-def prompt_logprobs(text: Text, sequence: Decoded) -> dict[str, Any]:
+def completion_logprobs(texts: TokenTexts, records: Sequence[TokenLogprob]) -> dict[str, Any]:
+    """As completions tell them; of tokens with the same name the best."""
+    told: dict[str, list[Any]] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
+    for record in records:
+        tops: dict[str, float] = {}
+        for token_id, logprob in record.top.items():
+            tops.setdefault(texts.name(token_id), _finite(logprob))
+        told["tokens"].append(texts.name(record.token_id))
+        told["token_logprobs"].append(_finite(record.logprob))
+        told["top_logprobs"].append(tops)
+        told["text_offset"].append(texts.passed(record.token_id))
+    return told
+
+
+def prompt_logprobs(texts: TokenTexts, sequence: Decoded) -> dict[str, Any]:
     """Of a prompt that was asked about, as completions tell them: nothing is known of its first token."""
     first = TokenLogprob(sequence.token_ids[0], 0.0, {})
-    told = completion_logprobs(text, [first, *(sequence.prompt_logprobs or [])], 0)
+    told = completion_logprobs(texts, [first, *(sequence.prompt_logprobs or [])])
     told["token_logprobs"][0] = told["top_logprobs"][0] = None
     return told
 
@@ -180,12 +230,12 @@ def _finite(logprob: float) -> float:
     return max(logprob, -9999.0)
 
 
-def usage(sequences: Sequence[Decoded]) -> dict[str, Any]:
-    """Tokens of all choices; the answers to one prompt have read it once."""
-    prompts = {tuple(sequence.prompt_ids): sequence for sequence in reversed(sequences)}
-    num_prompt = sum(sequence.num_prompt for sequence in prompts.values())
+def usage(sequences: Sequence[Decoded], num_choices: int = 1) -> dict[str, Any]:
+    """Tokens of all answers, `num_choices` to each prompt, which have read it once."""
+    firsts = sequences[::num_choices]
+    num_prompt = sum(sequence.num_prompt for sequence in firsts)
     num_output = sum(sequence.num_output for sequence in sequences)
-    num_cached = sum(sequence.stats.num_cached_tokens for sequence in prompts.values())
+    num_cached = sum(sequence.stats.num_cached_tokens for sequence in firsts)
     return {
         "prompt_tokens": num_prompt,
         "completion_tokens": num_output,

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from fastapi.routing import APIRoute
@@ -20,9 +21,10 @@ from pydantic_core import from_json
 from starlette.exceptions import HTTPException
 from starlette.types import Receive, Scope, Send
 
+from amphista.errors import AmphistaError
 from amphista.prompts import texts_in
 from amphista.provenance import versions
-from amphista.serve.errors import TELLING, add_handlers, body_of
+from amphista.serve.errors import TELLING, add_handlers, body_of, logged, response_to
 from amphista.serve.guard import Guard
 from amphista.serve.responses import ResponseShape, ResponsesRequest
 from amphista.serve.schema import (
@@ -73,7 +75,13 @@ class Route(APIRoute):
         answer = super().get_route_handler()
 
         async def answer_strictly(request: Request) -> Response:
-            return await answer(StrictJson(request.scope, request.receive))
+            try:
+                return await answer(StrictJson(request.scope, request.receive))
+            except (AmphistaError, HTTPException, RequestValidationError, RecursionError):
+                raise
+            except Exception as error:  # uvicorn would hang up, and whoever asks next on that connection would hear it
+                logged(error, request.url.path)
+                return response_to(error)
 
         return answer_strictly
 
@@ -84,7 +92,7 @@ class EventStream(StreamingResponse):
     media_type = "text/event-stream"
 
     def __init__(self, service: Service, call: Call, shape: Shape | ResponseShape) -> None:
-        super().__init__(_events(shape), headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
+        super().__init__(_events(call.id, shape), headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
         self._end = lambda: service.worker.cancel(call.ticket)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -94,7 +102,7 @@ class EventStream(StreamingResponse):
             self._end()
 
 
-async def _events(shape: Shape | ResponseShape) -> AsyncIterator[bytes]:
+async def _events(name: str, shape: Shape | ResponseShape) -> AsyncIterator[bytes]:
     try:
         async for chunk in shape.chunks():
             if chunk is None:
@@ -104,6 +112,7 @@ async def _events(shape: Shape | ResponseShape) -> AsyncIterator[bytes]:
         if shape.last_words is not None:
             yield format_sse_event(data_str=shape.last_words)
     except Exception as error:
+        logged(error, name)
         yield format_sse_event(event="error", data_str=json.dumps(body_of(error)[1]))
 
 
@@ -166,9 +175,12 @@ def create_app(service: Service, settings: Settings) -> FastAPI:
     add_handlers(app)
     app.add_middleware(Guard, keys=settings.api_keys, hosts=settings.known_hosts)
     if settings.cors_origins:
-        headers = ["Authorization", "Content-Type"]
         app.add_middleware(
-            CORSMiddleware, allow_origins=settings.cors_origins, allow_headers=headers, allow_methods=["*"]
+            CORSMiddleware,
+            allow_origins=settings.cors_origins,
+            allow_headers=["*"],  # OpenAI's own client sends a dozen of its own
+            allow_methods=["*"],
+            expose_headers=["Retry-After"],
         )
     _add_state(app, service)
     _add_answers(app, service)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -20,6 +21,7 @@ STATUSES: dict[type[BaseException], int] = {
 }
 KINDS = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
 CODES = {401: "invalid_api_key", 429: "rate_limit_exceeded", 503: "unavailable", 500: "internal_error"}
+LOG = logging.getLogger("amphista.serve")
 TELLING = (400, 401, 404, 405, 413, 429, 500, 503)
 
 
@@ -45,6 +47,12 @@ def _body(status: int, message: str, param: str | None = None, code: str | None 
     return {"error": {"message": message, "type": kind, "param": param, "code": code or CODES.get(status)}}
 
 
+def logged(error: BaseException, what: str) -> None:
+    """Leave a defect of ours in the log: who asked is told no more than that it is one."""
+    if body_of(error)[0] == 500:
+        LOG.error("%s failed", what, exc_info=error)
+
+
 def response_to(error: BaseException) -> JSONResponse:
     """Says when to try again where that is known."""
     status, body = body_of(error)
@@ -60,6 +68,7 @@ def add_handlers(app: FastAPI) -> None:
     """Catch everything, what the framework says by itself included."""
 
     async def of_ours(request: Request, error: Exception) -> JSONResponse:
+        logged(error, request.url.path)
         return response_to(error)
 
     async def of_checks(request: Request, error: Exception) -> JSONResponse:
@@ -78,8 +87,11 @@ def add_handlers(app: FastAPI) -> None:
 
 
 def _first(error: RequestValidationError) -> ApiError:
-    """The first field that is wrong; nothing of what was given is told back."""
-    found = error.errors()[0]
+    """The first field that is wrong, as the form says it that what was given came closest to; nothing of that is told
+    back."""
+    every = error.errors()
+    of_first = [found for found in every if found["loc"][:2] == every[0]["loc"][:2]]
+    found = max(of_first, key=lambda one: (len(one["loc"]), not one["type"].endswith("_type")))
     where = [part for part in found["loc"] if part != "body"]
     param = where[0] if where and isinstance(where[0], str) else None
     if found["type"] == "none_required":

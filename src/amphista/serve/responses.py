@@ -11,12 +11,13 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
-from amphista.serve.answers import Piece, chat_logprobs, timings, usage
+from amphista.serve.answers import Piece, TokenTexts, chat_logprobs, timings, usage
 from amphista.serve.schema import (
     MAX_PARTS,
     AnyText,
     Body,
     ChatRequest,
+    Few,
     Function,
     GrammarText,
     JsonObject,
@@ -24,6 +25,7 @@ from amphista.serve.schema import (
     Own,
     Refused,
     Whole,
+    listed,
 )
 from amphista.serve.service import Call
 from amphista.target.text import Text
@@ -37,7 +39,7 @@ class InputText(Body):
     text: str
 
 
-Content = str | Annotated[list[InputText], Field(max_length=MAX_PARTS)]
+Content = str | Annotated[list[InputText], listed(MAX_PARTS)]
 
 
 class InputMessage(Body):
@@ -97,7 +99,7 @@ class Reasoning(Body):
 
 class ResponsesRequest(Body):
     model: str | None = None
-    input: str | Annotated[list[Item], Field(min_length=1, max_length=MAX_PARTS - 1)]
+    input: str | Annotated[list[Item], listed(MAX_PARTS - 1, 1)]
     instructions: str | None = None
     max_output_tokens: Annotated[Whole, Field(ge=1, lt=2**31)] | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
@@ -105,12 +107,12 @@ class ResponsesRequest(Body):
     seed: Annotated[Whole, Field(ge=-(2**63), lt=2**63)] | None = None
     stream: bool | None = None
     text: TextSettings | None = None
-    tools: Annotated[list[FunctionTool], Field(max_length=128)] | None = None
+    tools: Annotated[list[FunctionTool], listed(128)] | None = None
     tool_choice: Literal["none", "auto"] | None = None
     reasoning: Reasoning | None = None
-    include: list[str] | None = None
+    include: Annotated[list[str], listed(16)] | None = None
     top_logprobs: Annotated[Whole, Field(ge=0, le=20)] | None = None
-    metadata: dict[str, str] | None = None
+    metadata: Annotated[dict[str, str], Few] | None = None
     prompt_cache_key: str | None = None
     amphista: Own | None = None
     previous_response_id: Refused = None
@@ -175,7 +177,8 @@ class ResponseShape:
     last_words = None
 
     def __init__(self, call: Call, text: Text, body: ResponsesRequest) -> None:
-        self._call, self._text, self._body = call, text, body
+        self._call, self._body = call, body
+        self._texts = TokenTexts(text, is_first=True)
         self._id = call.id.partition("-")[2]
         self._items: list[dict[str, Any]] = []
         self._open: str | None = None  # the kind of the last item, while text is added to it
@@ -272,7 +275,7 @@ class ResponseShape:
         part, told = self._items[-1]["content"][0], {}
         part["text"] += text
         if piece is not None:
-            told["logprobs"] = chat_logprobs(self._text, piece.logprobs)["content"]
+            told["logprobs"] = chat_logprobs(self._texts, piece.logprobs)["content"]
             part["logprobs"] += told["logprobs"]
         yield self._event(f"response.{KINDS[kind]}.delta", **self._place(), delta=text, **told)
 

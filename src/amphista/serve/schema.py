@@ -14,15 +14,31 @@ from amphista.engine.params import SamplingParams
 
 MAX_CHOICES = 32  # of one request, prompts times n
 MAX_PARTS = 2048  # of a conversation, or of one message: to check many small ones would hold up everybody
+MAX_ENTRIES = 4096  # of an object
+MAX_IDS = 2**20
 
 
 def _whole(value: Any) -> Any:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
+def _few(value: Any) -> Any:
+    if isinstance(value, dict) and len(value) > MAX_ENTRIES:
+        raise ValueError(f"{len(value)} entries: at most {MAX_ENTRIES}")
+    return value
+
+
+def listed(most: int, least: int = 0) -> Any:
+    """How long a list may be; its first wrong element is told, not each: there may be a million."""
+    return Field(min_length=least, max_length=most, fail_fast=True)
+
+
+Few = BeforeValidator(_few)
 Refused = Annotated[None, Field(description="Not supported: must be left out.")]
 Whole = Annotated[int, BeforeValidator(_whole)]  # 5.0 is one in JSON
-TokenId = Annotated[Whole, Field(ge=0, lt=2**31)]
+TokenId = Annotated[int, Field(ge=0, lt=2**31)]
+TokenIds = Annotated[list[TokenId], listed(MAX_IDS)]
+BiasedId = Annotated[str, StringConstraints(pattern=r"^[0-9]{1,9}$")]
 Stop = Annotated[str, StringConstraints(min_length=1, max_length=256)]  # its length is paid for with every token
 
 
@@ -50,9 +66,9 @@ class ToolCall(Body):
 
 class Message(Body):
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | Annotated[list[TextPart], Field(max_length=MAX_PARTS)] | None = None
+    content: str | Annotated[list[TextPart], listed(MAX_PARTS)] | None = None
     name: str | None = None
-    tool_calls: list[ToolCall] | None = None
+    tool_calls: Annotated[list[ToolCall], listed(MAX_PARTS)] | None = None
     tool_call_id: str | None = None
     reasoning_content: str | None = None
 
@@ -72,7 +88,7 @@ class Message(Body):
         return plain
 
 
-Messages = Annotated[list[Message], Field(min_length=1, max_length=MAX_PARTS)]
+Messages = Annotated[list[Message], listed(MAX_PARTS, 1)]
 
 
 def _object(text: str) -> Any:
@@ -148,14 +164,11 @@ class Sampled(Body):
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     n: Annotated[Whole, Field(ge=1, le=8)] | None = None
     seed: Annotated[Whole, Field(ge=-(2**63), lt=2**63)] | None = None
-    stop: Stop | Annotated[list[Stop], Field(max_length=16)] | None = None
-    stop_token_ids: Annotated[list[TokenId], Field(max_length=64)] | None = None
+    stop: Stop | Annotated[list[Stop], listed(16)] | None = None
+    stop_token_ids: Annotated[list[TokenId], listed(64)] | None = None
     ignore_eos: bool | None = None
     min_tokens: Annotated[Whole, Field(ge=0, lt=2**31)] | None = None
-    logit_bias: (
-        dict[Annotated[str, StringConstraints(pattern=r"^[0-9]{1,9}$")], Annotated[float, Field(ge=-100, le=100)]]
-        | None
-    ) = None
+    logit_bias: Annotated[dict[BiasedId, Annotated[float, Field(ge=-100, le=100)]], Few] | None = None
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] | None = None
@@ -187,6 +200,11 @@ class Sampled(Body):
         """Whether log-probabilities of the prompt's own tokens are wanted."""
         return False
 
+    @property
+    def goes_on(self) -> bool:
+        """Whether the answer goes on with the prompt's text."""
+        return False
+
     def params(self, seed: int, max_new_tokens: int) -> SamplingParams:
         """Settings of an answer; OpenAI's temperature is 1 where none is given."""
         names = ("top_p", "top_k", "min_p", "min_tokens", "logit_bias", "presence_penalty", "frequency_penalty")
@@ -215,12 +233,12 @@ class ChatRequest(Sampled):
     max_completion_tokens: Annotated[Whole, Field(ge=1, lt=2**31)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[Whole, Field(ge=0, le=20)] | None = None
-    tools: Annotated[list[Tool], Field(max_length=128)] | None = None
+    tools: Annotated[list[Tool], listed(128)] | None = None
     tool_choice: Literal["none", "auto"] | None = None
     continue_final_message: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     reasoning_effort: str | None = None
-    modalities: list[Literal["text"]] | None = None
+    modalities: Annotated[list[Literal["text"]], listed(8)] | None = None
     audio: Refused = None
     functions: Refused = None
     function_call: Refused = None
@@ -236,6 +254,10 @@ class ChatRequest(Sampled):
         return (self.top_logprobs or 0) if self.logprobs else None
 
     @property
+    def goes_on(self) -> bool:
+        return bool(self.continue_final_message)
+
+    @property
     def told_tools(self) -> list[dict[str, Any]] | None:
         """Tools that the model shall know of."""
         if not self.tools or self.tool_choice == "none":
@@ -244,11 +266,21 @@ class ChatRequest(Sampled):
 
 
 class CompletionRequest(Sampled):
-    prompt: str | Annotated[list[str] | list[TokenId] | list[list[TokenId]], Field(min_length=1, max_length=2**20)]
+    prompt: (
+        str
+        | Annotated[list[str], listed(MAX_IDS, 1)]
+        | Annotated[list[TokenId], listed(MAX_IDS, 1)]
+        | Annotated[list[TokenIds], listed(MAX_IDS, 1)]
+    )
     logprobs: Annotated[Whole, Field(ge=0, le=20)] | None = None
     echo: bool | None = None
     best_of: Whole | None = None
     suffix: Refused = None
+
+    @property
+    def num_asked(self) -> int | None:
+        """OpenAI's default is 16."""
+        return 16 if self.max_tokens is None else self.max_tokens
 
     @property
     def num_top_logprobs(self) -> int | None:
@@ -257,6 +289,10 @@ class CompletionRequest(Sampled):
     @property
     def tells_prompt(self) -> bool:
         return bool(self.echo) and self.logprobs is not None
+
+    @property
+    def goes_on(self) -> bool:
+        return True
 
     @property
     def prompts(self) -> list[str | list[int]]:
@@ -292,7 +328,7 @@ class TokenizeRequest(Body):
 
 class DetokenizeRequest(Body):
     model: str | None = None
-    tokens: list[TokenId]
+    tokens: TokenIds
 
 
 class TemplateRequest(Body):

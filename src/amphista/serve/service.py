@@ -12,12 +12,12 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from amphista.accept.sampling import fresh_seed
-from amphista.engine.loop import Update
+from amphista.engine.loop import CLOSED, Update
 from amphista.engine.params import SamplingParams
 from amphista.engine.request import Request
 from amphista.engine.scheduler import Limits
 from amphista.engine.sequence import Sequence as Decoded
-from amphista.errors import ConfigError, RequestError
+from amphista.errors import ConfigError, RequestError, UnavailableError
 from amphista.llm import LLM
 from amphista.prompts import texts_in
 from amphista.serve.answers import Piece, Reader
@@ -26,6 +26,7 @@ from amphista.serve.grammar import Grammars
 from amphista.serve.metrics import Metrics
 from amphista.serve.schema import ChatRequest, CompletionRequest, Message, Sampled
 from amphista.serve.worker import Ticket, Worker
+from amphista.target.text import IncrementalText
 from amphista.tree.grow import ALONE, AutoGrower
 from amphista.tree.learned import Forward, StepCosts
 
@@ -88,7 +89,7 @@ class Service:
         self.worker = Worker(llm.engine, limits)
         self._costs = costs = _step_costs(llm)
         self.metrics = Metrics(name, lambda: self.worker.load, None if costs is None else lambda: _cost_ratio(costs))
-        self.is_ready = False
+        self.is_ready, self._is_closed = False, False
         self._most_characters = self.max_len * max(map(len, self.text.vocabulary))
         self._grammars = Grammars(llm.target)
         self._renderer = ThreadPoolExecutor(1, thread_name_prefix="amphista-text")
@@ -118,6 +119,7 @@ class Service:
         """End, answers first."""
         self.is_ready = False
         await self.worker.close(drain_seconds)
+        self._is_closed = True
         self._renderer.shutdown(wait=False, cancel_futures=True)
         self._compiler.shutdown(wait=False, cancel_futures=True)
 
@@ -165,7 +167,7 @@ class Service:
 
     async def rendered(self, work: Callable[[], Result]) -> Result:
         """The result of some work on texts, which does not hold up asyncio."""
-        return await asyncio.get_running_loop().run_in_executor(self._renderer, work)
+        return await self._in(self._renderer, work)
 
     def render(self, messages: Sequence[Message], /, **settings: Any) -> list[int]:
         """Token ids of a conversation."""
@@ -202,22 +204,30 @@ class Service:
     ) -> Call:
         grammar = await self._grammar(body)
         seed = fresh_seed() if body.seed is None else body.seed % 2**64
-        sequences = []
+        readers = []
         for prompt in prompts:
             max_new_tokens = self._num_new_tokens(len(prompt), body.num_asked)
             for index in range(body.num_choices):
-                sequence = self.llm.engine.new_sequence(prompt, body.params((seed + index) % 2**64, max_new_tokens))
+                params = body.params((seed + index) % 2**64, max_new_tokens)
+                sequence, parser = self.llm.engine.new_sequence(prompt, params), parse()
+                text = IncrementalText(
+                    self.text,
+                    params.stop,
+                    params.min_tokens,
+                    shows_special=parser is not None,
+                    behind=prompt if body.goes_on else (),
+                )
+                sequence.stops = text.copy() if params.stop else None  # the engine's; both must end at the same token
                 sequence.chooser.grammar = None if grammar is None else grammar()
                 sequence.drafts = body.amphista is None or body.amphista.drafter is None
                 sequence.is_traced = body.amphista is not None and body.amphista.trace
                 sequence.prompt_logprobs = [] if body.tells_prompt else None
-                sequences.append(sequence)
-        readers = [Reader(self.text, sequence, parse()) for sequence in sequences]
+                readers.append(Reader(self.text, sequence, text, parser))
         namespace = None if body.tells_prompt else (tenant, body.cache_salt, body.prompt_cache_key)
-        ticket = self.worker.submit(sequences, tenant, namespace)
+        ticket = self.worker.submit([reader.sequence for reader in readers], tenant, namespace)
         name = f"{kind}-{secrets.token_hex(12)}"
         readers_of = dict(zip(ticket.requests, readers, strict=True))
-        return Call(name, self.name, seed, body, ticket, readers_of, self.traced)
+        return Call(name, self.name, seed if body.seed is None else body.seed, body, ticket, readers_of, self.traced)
 
     def _num_new_tokens(self, num_prompt: int, asked: int | None) -> int:
         """What is asked for, or all there is room for. raises ApiError."""
@@ -242,8 +252,12 @@ class Service:
             raise ApiError(400, message, param="response_format") from None
 
     async def _compiled(self, response_format: dict[str, Any]) -> Any:
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._compiler, self._grammars.compiled, response_format)
+        return await self._in(self._compiler, lambda: self._grammars.compiled(response_format))
+
+    async def _in(self, executor: ThreadPoolExecutor, work: Callable[[], Result]) -> Result:
+        if self._is_closed:
+            raise UnavailableError(CLOSED)
+        return await asyncio.get_running_loop().run_in_executor(executor, work)
 
 
 def _step_costs(llm: LLM) -> StepCosts | None:

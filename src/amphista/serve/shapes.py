@@ -5,7 +5,15 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
-from amphista.serve.answers import Piece, chat_logprobs, completion_logprobs, prompt_logprobs, timings, usage
+from amphista.serve.answers import (
+    Piece,
+    TokenTexts,
+    chat_logprobs,
+    completion_logprobs,
+    prompt_logprobs,
+    timings,
+    usage,
+)
 from amphista.serve.schema import ChatRequest
 from amphista.serve.service import Call
 from amphista.target.text import Text
@@ -17,11 +25,12 @@ class Shape:
     last_words: str | None = "[DONE]"
 
     def __init__(self, call: Call, text: Text) -> None:
-        self._call, self._text = call, text
+        self._call = call
         self._is_chat = isinstance(call.body, ChatRequest)
         numbers = range(len(call.readers))
         self._echoed = [call.prompts[number // call.body.num_choices] if call.prompts else "" for number in numbers]
-        self._num_shown = [len(prompt) for prompt in self._echoed]  # characters
+        is_first = call.body.tells_prompt or not call.body.goes_on
+        self._texts = [TokenTexts(text, is_first=is_first, echoed=echoed) for echoed in self._echoed]
         self._has_begun = [False] * len(call.readers)
 
     async def whole(self) -> dict[str, Any]:
@@ -62,7 +71,7 @@ class Shape:
 
     def _tail(self) -> dict[str, Any]:
         sequences = self._call.sequences
-        return {"usage": usage(sequences), **timings(sequences)}
+        return {"usage": usage(sequences, self._call.body.num_choices), **timings(sequences)}
 
     def _deltas(self, index: int, piece: Piece) -> list[dict[str, Any]]:
         """The role goes first, the reason last and alone."""
@@ -84,11 +93,10 @@ class Shape:
         tells = self._call.body.num_top_logprobs is not None
         if self._is_chat:
             choice["delta" if is_delta else "message"] = _message(piece, is_delta=is_delta)
-            choice["logprobs"] = chat_logprobs(self._text, piece.logprobs) if tells else None
+            choice["logprobs"] = chat_logprobs(self._texts[index], piece.logprobs) if tells else None
         else:
             choice["text"] = self._echoed[index] * is_first + piece.text
             choice["logprobs"] = self._completion_logprobs(index, piece, is_first=is_first) if tells else None
-        self._num_shown[index] += len(piece.text)
         choice["finish_reason"] = piece.finish_reason
         if self._call.body.return_token_ids:
             choice["token_ids"] = piece.token_ids
@@ -98,10 +106,11 @@ class Shape:
 
     def _completion_logprobs(self, index: int, piece: Piece, *, is_first: bool) -> dict[str, Any]:
         """Of the prompt first, where it is echoed."""
-        told = completion_logprobs(self._text, piece.logprobs, self._num_shown[index])
+        texts = self._texts[index]
         if not (is_first and self._call.body.tells_prompt):
-            return told
-        before = prompt_logprobs(self._text, self._call.sequences[index])
+            return completion_logprobs(texts, piece.logprobs)
+        before = prompt_logprobs(texts, self._call.sequences[index])
+        told = completion_logprobs(texts, piece.logprobs)
         return {name: before[name] + told[name] for name in told}
 
 

@@ -27,7 +27,7 @@ REPLACEMENT = "\ufffd"  # what a decoder prints for bytes that are not yet a who
 MAX_OPEN = 16  # tokens that may wait for a character to end; none has more than 4 bytes
 CHARACTER_BYTES = 4
 NO_VARIABLES = frozenset(
-    {"conversation", "messages", "tokenize"}
+    {"self", "conversation", "messages", "tokenize"}
 )  # and what begins with `return_`: arguments, not of a template
 
 
@@ -51,6 +51,10 @@ class Text:
         """The tokens that are no text, and their ids."""
         added = self.tokenizer.added_tokens_decoder.items()
         return {token.content: token_id for token_id, token in added if token.special and not self.decode([token_id])}
+
+    @cached_property
+    def special_ids(self) -> frozenset[int]:
+        return frozenset(self.special_tokens.values())
 
     @cached_property
     def byte_tokens(self) -> dict[int, int]:
@@ -103,7 +107,7 @@ class Text:
         self._refuse_control_tokens(plain)
         return str(self._apply_template(plain, tokenize=False, add_generation_prompt=add_generation_prompt))
 
-    def _apply_template(self, messages: list[dict[str, Any]], **settings: Any) -> Any:
+    def _apply_template(self, messages: list[dict[str, Any]], /, **settings: Any) -> Any:
         if not self.has_chat_template:
             raise TargetError("the target's tokenizer has no chat template: pass plain text (--raw)")
         try:
@@ -124,11 +128,21 @@ class Text:
                     "transformers that has `sanitize_control_tokens`"
                 )
 
-    def token_bytes(self, token_id: int) -> bytes:
-        """What a token stands for, a part of a character too; special tokens written out."""
+    @cached_property
+    def _before(self) -> list[int]:
+        """A token that others may stand behind: some decoders leave out the space that the first one begins with."""
+        return self.encode_part("a")[-1:]
+
+    def token_text(self, token_id: int, *, is_first: bool = False) -> str:
+        """Text of one token behind others, or at the beginning of a text; special tokens written out."""
+        before = [] if is_first else self._before
+        return self.decode_exactly([*before, token_id])[len(self.decode_exactly(before)) :]
+
+    def token_bytes(self, token_id: int, *, is_first: bool = False) -> bytes:
+        """What a token stands for, a part of a character too."""
         if token_id in self.byte_tokens:
             return bytes([self.byte_tokens[token_id]])
-        text = self.decode([token_id], with_special=True)
+        text = self.token_text(token_id, is_first=is_first)
         name = self.tokenizer.convert_ids_to_tokens(token_id) if REPLACEMENT in text else None
         if name is not None and all(character in BYTES for character in name):
             return bytes(BYTES[character] for character in name)
@@ -183,10 +197,17 @@ class IncrementalText:
     `push` returns what may be shown now, `finish` the rest. `stopped` is set by the token that completes a stop
     string, from the one behind `min_tokens` on; the text then excludes the stop string. Stop strings may hold special
     tokens, which are shown only where that is asked for. The work for a token does not grow with the text.
+    behind: tokens of a text that this one goes on from, such as a prompt's.
     """
 
     def __init__(
-        self, text: Text, stops: Sequence[str] = (), min_tokens: int = 0, *, shows_special: bool = False
+        self,
+        text: Text,
+        stops: Sequence[str] = (),
+        min_tokens: int = 0,
+        *,
+        shows_special: bool = False,
+        behind: Sequence[int] = (),
     ) -> None:
         self._text, self._stops, self._min_tokens = text, tuple(stops), min_tokens
         self._shows_special = shows_special
@@ -196,6 +217,8 @@ class IncrementalText:
         self._unread = frozenset() if self._reads_special else frozenset(special.values())
         self._num_tokens = 0
         self._context: list[int] = []  # the last tokens before the open ones: decoders treat a first token differently
+        if behind and behind[-1] not in text.byte_tokens and not self._decode(behind[-1:]).endswith(REPLACEMENT):
+            self._context = list(behind[-MAX_OPEN:])
         self._open: list[int] = []  # tokens whose text is not certain yet
         self._decoded = ""
         self._num_shown = 0
@@ -262,7 +285,7 @@ class IncrementalText:
         before = self._decode(self._context) if self._context else ""
         return self._decode([*self._context, *open_ids])[len(before) :]
 
-    def _decode(self, token_ids: list[int]) -> str:
+    def _decode(self, token_ids: Sequence[int]) -> str:
         return self._text.decode(token_ids, with_special=True) if self._reads_special else self._text.decode(token_ids)
 
     def _close(self, num_tokens: int, tail: str) -> None:
