@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import openai
@@ -285,6 +286,21 @@ def test_a_prefix_is_read_once(served):
     assert first["choices"] == second["choices"]
     other = served.chat(**{**asked, "cache_salt": "another"})
     assert other["usage"]["prompt_tokens_details"]["cached_tokens"] == 0 and other["choices"] == first["choices"]
+
+
+def test_cached_tokens_are_the_prompts_also_behind_a_preemption():
+    """Who had to give up rows finds those of the same answer, which is longer than its prompt."""
+    llm = talkative_llm()
+    asked = {"messages": [{"role": "user", "content": "remember " * 5}], "max_tokens": 400, "temperature": 0}
+    with serving(llm, kv_gib=760 * llm.engine.row_bytes / 2**30) as served:
+        with ThreadPoolExecutor(2) as pool:
+            told = list(pool.map(lambda _: served.chat(**asked, ignore_eos=True), range(2)))
+        assert served.worker.load.num_preempted > 0
+        for said in told:
+            usage = said["usage"]
+            assert 0 <= usage["prompt_tokens_details"]["cached_tokens"] < usage["prompt_tokens"]
+            assert said["timings"]["prompt_n"] > 0
+        assert told[0]["choices"] == told[1]["choices"]
 
 
 def test_plain_and_traced_at_once(served):
