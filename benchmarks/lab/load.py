@@ -273,7 +273,7 @@ def systems(asked: argparse.Namespace, stack: ExitStack) -> Iterator[System]:
         return System(name, server(port, extra), process)
 
     serve = [sys.executable, "-m", "amphista", "serve", "--port", "{port}"]
-    for name in asked.systems.split(","):
+    for name in filter(None, asked.systems.split(",")):
         if name == "none":
             yield running(name, *serve, extra=partial(exactly, amphista={"drafter": "none"}), log="amphista")
         elif name == "amphista":
@@ -379,7 +379,7 @@ def measured(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--systems", default=SYSTEMS)
+    parser.add_argument("--systems", default=SYSTEMS, help="may be empty where --serve names some")
     parser.add_argument("--serve", action="append", default=[], metavar="NAME=OPTIONS")
     parser.add_argument("--gguf", type=Path, help="the default target's file, from its wheel")
     parser.add_argument("--data", type=Path, help="folder with spec_bench.jsonl")
