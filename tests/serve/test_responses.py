@@ -150,8 +150,8 @@ def test_log_probabilities_are_told_where_they_are_included(served, client):
         ({"tool_choice": "required"}, "tool_choice"),
         ({"tools": [{"type": "web_search"}]}, "tools"),
         ({"tools": [TOOL]}, "tools"),
-        ({"text": {"format": {"type": "json_schema", "schema": {"type": 7}}}}, "response_format"),
-        ({"max_output_tokens": 10**6}, "max_tokens"),
+        ({"text": {"format": {"type": "json_schema", "schema": {"type": 7}}}}, "text"),
+        ({"max_output_tokens": 10**6}, "max_output_tokens"),
         ({"model": "other"}, "model"),
     ],
 )

@@ -26,7 +26,7 @@ from amphista.prompts import texts_in
 from amphista.provenance import versions
 from amphista.serve.errors import TELLING, add_handlers, body_of, logged, response_to
 from amphista.serve.guard import Guard
-from amphista.serve.responses import ResponseShape, ResponsesRequest
+from amphista.serve.responses import ResponseShape, ResponsesRequest, named
 from amphista.serve.schema import (
     ChatRequest,
     CompletionRequest,
@@ -233,7 +233,7 @@ def _add_answers(app: FastAPI, service: Service) -> None:
 
     @app.post("/v1/responses", responses=STREAMED)
     async def respond(body: ResponsesRequest, request: Request) -> Response:
-        starting = service.chat(body.as_chat(), request.state.tenant)
+        starting = named(service.chat(body.as_chat(), request.state.tenant))
         return await _answered(service, starting, request, partial(ResponseShape, body=body))
 
 

@@ -6,12 +6,13 @@ Nothing is stored, so a conversation is sent whole each time, the items of earli
 from __future__ import annotations
 
 import itertools
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Coroutine, Iterator
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
 from amphista.serve.answers import Piece, TokenTexts, chat_logprobs, timings, usage
+from amphista.serve.errors import ApiError
 from amphista.serve.schema import (
     MAX_PARTS,
     AnyText,
@@ -32,6 +33,9 @@ from amphista.target.text import Text
 
 TOLD_LOGPROBS = "message.output_text.logprobs"
 KINDS = {"message": "output_text", "reasoning": "reasoning_text"}  # of items that hold text, and what their parts are
+
+
+CHAT_FIELDS = {"max_tokens": "max_output_tokens", "messages": "input", "response_format": "text"}
 
 
 class InputText(Body):
@@ -165,6 +169,15 @@ class ResponsesRequest(Body):
                 function = {"name": item.name, "arguments": item.arguments}
                 found[-1]["tool_calls"].append({"id": item.call_id, "type": "function", "function": function})
         return found
+
+
+async def named(starting: Coroutine[Any, Any, Call]) -> Call:
+    """The call of a chat; what a refusal names is named as in a response's request."""
+    try:
+        return await starting
+    except ApiError as error:
+        error.param = CHAT_FIELDS.get(error.param or "", error.param)
+        raise
 
 
 def _text(content: str | list[InputText]) -> str:
