@@ -29,11 +29,11 @@ from amphista.llm import load
 from amphista.tree.account import Account
 from amphista.tree.budget import Claim, DraftRow, NodeBudget, Plan
 from amphista.tree.candidates import Candidates, NgramDraft
+from amphista.tree.children import GrownNodes, Growth
 from amphista.tree.controller import DraftController
 from amphista.tree.dynamic import best_first
 from amphista.tree.grow import DynamicGrower
 from amphista.tree.learned import Forward, StepCosts
-from amphista.tree.children import GrownNodes, Growth
 from amphista.tree.token_tree import TokenTree
 from amphista.tree.tune import Costs
 
