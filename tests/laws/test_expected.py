@@ -17,7 +17,7 @@ from amphista.tree.children import NO_RANK, ChildCandidates
 from amphista.tree.grow import AutoGrower, ChainGrower, DynamicGrower, StaticGrower
 from amphista.tree.template import TreeTemplate
 from amphista.tree.tune import Costs
-from tests.unit.tree.test_offers import all_paths, best_plainly, children_plainly, with_paths
+from tests.unit.tree.test_children import all_paths, best_plainly, children_plainly, with_paths
 
 COSTS = {
     "cheap": Costs([1.0, 1.02, 1.04, 1.06, 1.08, 1.1], draft=0.1),

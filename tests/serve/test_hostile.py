@@ -152,7 +152,7 @@ def test_under_siege(monkeypatch):
 
         assert asyncio.run(attacked())["answers"] > 3
         settled(served)
-        for _ in range(2):  # the first still warms up
+        for _ in range(3):  # the first still warm up
             soaked = asyncio.run(siege.soak(port, os.getpid(), 2.0))
             settled(served)
             gc.collect()

@@ -15,7 +15,7 @@ from amphista.tree.children import NO_RANK
 from amphista.tree.dynamic import best_first
 from amphista.tree.grow import ChainGrower, DynamicGrower, StaticGrower
 from amphista.tree.template import TreeTemplate
-from tests.unit.tree.test_offers import best_plainly, paths_of
+from tests.unit.tree.test_children import best_plainly, paths_of
 
 
 def word(path):
