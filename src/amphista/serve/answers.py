@@ -116,10 +116,12 @@ class Reader:
     def _parse(self, parse: Callable[[], list[dict[str, Any]]], piece: Piece) -> None:
         """Note what the parser finds; a call that is none, or was cut off, is text like all that follows."""
         try:
-            self._note_events(parse(), piece)
+            events = parse()
         except Exception:  # whatever a template's forms make of what a model writes
             piece.text += self._parsed[self._num_told :]
             self._parser = None
+        else:
+            self._note_events(events, piece)
 
     def _note_events(self, events: list[dict[str, Any]], piece: Piece) -> None:
         """A call is told once it is whole; text and reasoning as they come."""
