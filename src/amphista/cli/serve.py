@@ -44,6 +44,9 @@ def serve(
         int, _option("So many engines, each with weights of its own, by Ray ('amphista[ray]').", min=1)
     ] = 1,
     drain: Annotated[float, _option("Seconds that answers may go on when the server is told to end.", min=0)] = 30.0,
+    ignore_tools: Annotated[
+        bool, _option("Answer without tools where the chat template knows none, not refuse.", "--ignore-tools")
+    ] = False,
 ) -> None:
     """Answer OpenAI's API, and show a page that tells who guessed each token."""
     try:
@@ -67,6 +70,7 @@ def serve(
         max_stall=max_stall,
         kv_gib=kv_gib,
         drain=drain,
+        ignore_tools=ignore_tools,
     )
     if replicas > 1 and model.tensor_parallel:
         raise typer.BadParameter("--replicas and --tensor-parallel do not go together: start torchrun once a replica")

@@ -43,7 +43,7 @@ def application(model: Mapping[str, Any], settings: Settings, num_replicas: int)
         from amphista.serve.service import Service
 
         llm = load(**model)
-        return create_app(Service(llm, own.limits(llm), own.name_of(llm)), own)
+        return create_app(Service(llm, own.limits(llm), own.name_of(llm), ignore_tools=own.ignore_tools), own)
 
     @serve.deployment(
         name=APP,

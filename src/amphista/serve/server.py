@@ -71,7 +71,7 @@ class Server(uvicorn.Server):
 
 def server_of(llm: LLM, settings: Settings, told: Callable[[str], None]) -> Server:
     """A server to `run` until the process is told to end. told: called with the address, once it listens."""
-    service = Service(llm, settings.limits(llm), settings.name_of(llm))
+    service = Service(llm, settings.limits(llm), settings.name_of(llm), ignore_tools=settings.ignore_tools)
     config = uvicorn.Config(
         create_app(service, settings),
         host=settings.host,

@@ -82,10 +82,11 @@ class Call:
 class Service:
     """An LLM that many may ask at once. Texts are rendered in one thread, grammars compiled in another."""
 
-    def __init__(self, llm: LLM, limits: Limits, name: str) -> None:
+    def __init__(self, llm: LLM, limits: Limits, name: str, *, ignore_tools: bool = False) -> None:
+        """ignore_tools: answer without tools where the chat template knows none, which is refused else."""
         if llm.target.text is None:
             raise ConfigError("the server needs a tokenizer, and this target was loaded without one")
-        self.llm, self.text, self.name = llm, llm.target.text, name
+        self.llm, self.text, self.name, self._ignore_tools = llm, llm.target.text, name, ignore_tools
         self.worker = Worker(llm.engine, limits)
         self._costs = costs = _step_costs(llm)
         self.metrics = Metrics(name, lambda: self.worker.load, None if costs is None else lambda: _cost_ratio(costs))
@@ -134,7 +135,10 @@ class Service:
         self.check_model(body.model)
         tools = body.told_tools
         if tools and not self.text.takes_tools:
-            raise ApiError(400, "this model's chat template knows no tools: leave them out", param="tools")
+            if not self._ignore_tools:
+                message = "this model's chat template knows no tools: leave them out, or start with --ignore-tools"
+                raise ApiError(400, message, param="tools")
+            tools = None
         prompt = await self.rendered(lambda: self._prompt(body, tools))
         parse = (lambda: self.text.response_parser(prompt, tools or [])) if tools else (lambda: None)
         return await self._call("chatcmpl", body, [prompt], tenant, parse)

@@ -21,7 +21,8 @@ class Settings:
 
     no_auth: answer everybody although others than this machine can reach it. kv_gib: memory for keys and values, by
     default a quarter of what is free. max_stall: seconds that reading a prompt may hold up those that are being
-    answered. drain: seconds that answers may go on behind a SIGTERM.
+    answered. drain: seconds that answers may go on behind a SIGTERM. ignore_tools: answer without tools where the chat
+    template knows none, which is refused else.
     """
 
     host: str = "127.0.0.1"
@@ -35,6 +36,7 @@ class Settings:
     max_stall: float = 0.1
     kv_gib: float | None = None
     drain: float = 30.0
+    ignore_tools: bool = False
 
     def __post_init__(self) -> None:
         if not (self.api_keys or self.no_auth or self.host in LOOPBACK):
