@@ -147,7 +147,7 @@ def differences(forward: NativeForward, num_layers: int, seed: int) -> int:
             plain.append((path, whole, found[len(prompt) :]))
         output = forward(spans, taps=TAPS)
         rows, first = torch.cat([output.logits, output.hidden], dim=1), 0
-        wrong += int((output.choices.long() != output.logits.argmax(-1)).sum())
+        wrong += sum(map(int.__ne__, output.choices, output.logits.argmax(-1).tolist()))
         for span, (path, whole, found) in zip(spans, plain, strict=True):
             wrong += sum(not torch.equal(rows[first + node], row) for node, row in zip(path, found, strict=True))
             first += span.tree.num_nodes
@@ -168,7 +168,7 @@ def distance(forward: NativeForward, target: Target) -> float:
     ours.commit(range(len(tokens)))
     found.append((forward([span_of(TREE.tokens, TREE.parents, ours)], taps=TAPS), target.verify(TREE, theirs, TAPS)))
     ours.trim(len(tokens)), theirs.trim(len(tokens))
-    probed = [Span.probed(TREE, cache, [0, 3], probes_of(forward)) for cache in (ours, theirs)]
+    probed = [Span(TREE, cache).probed([0, 3], probes_of(forward)) for cache in (ours, theirs)]
     found.append((forward([probed[0]], range(TREE.num_nodes), TAPS), target.forward([probed[1]], TAPS)[0]))
     found = [(getattr(a, part), getattr(b, part)) for part in ("logits", "hidden") for a, b in found]
     return max(float((a - b.float()).abs().max() / b.float().abs().max()) for a, b in found)

@@ -51,7 +51,7 @@ def rode(target: Target, probes: Probes, length: int = 20):
     for nodes in ([], NODES):
         cache = target.new_cache()
         target.prefill(prompt_of(length), cache)
-        (output,) = target.forward([Span.probed(TREE, cache, nodes, probes)])
+        (output,) = target.forward([Span(TREE, cache).probed(nodes, probes)])
         output = dataclasses.replace(output, logits=output.logits.clone(), hidden=output.hidden.clone())
         assert cache.num_rows == length + len(output.hidden)
         cache.commit(PATH), cache.check_integrity()
@@ -116,7 +116,7 @@ def test_several_sequences_are_probed_as_each_alone(form):
         for length, tree, nodes in ((11, TREE, NODES), (2, TokenTree([9], [-1]), []), (30, TokenTree([8], [-1]), [0])):
             cache = target.new_cache()
             target.prefill(prompt_of(length), cache)
-            spans.append(Span.probed(tree, cache, nodes, probes))
+            spans.append(Span(tree, cache).probed(nodes, probes))
         chunk = Span(TokenTree.chain([4, 5, 6]), target.new_cache(), only_last=True)
         spans.append(chunk)
         if together:

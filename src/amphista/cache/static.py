@@ -122,7 +122,6 @@ class KVCache:
         tensors = [t for layer in self.layers for t in (layer.keys, layer.values) if t is not None]
         return sum(t.numel() * t.element_size() for t in tensors)
 
-    @torch.inference_mode()
     def commit(self, path: Sequence[int]) -> None:
         """Keep the tree rows named by `path` (node indices, ascending) and drop all others."""
         tree_rows = self.num_rows - self.num_committed
@@ -134,7 +133,8 @@ class KVCache:
         if fixed < len(path):  # rows before `fixed` already lie where they belong
             base = self.num_committed
             device = next((layer.keys.device for layer in self.layers if layer.keys is not None), None)
-            self._move(sent([base + node for node in path[fixed:]], device), base + fixed)
+            with torch.inference_mode():
+                self._move(sent([base + node for node in path[fixed:]], device), base + fixed)
         self.num_committed += len(path)
         for layer in self.layers:
             layer.num_rows = self.num_committed

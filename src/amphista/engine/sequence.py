@@ -108,6 +108,11 @@ class Sequence:
         """How deep a tree may be: a step emits one token more than it accepts, and positions end with the context."""
         return max(0, self.num_left - 1)
 
+    @property
+    def only_choices(self) -> bool:
+        """Whether of logits nothing is read but which is the largest."""
+        return self.chooser.is_argmax and not self.params.logprobs and self.prompt_logprobs is None
+
     def check(self) -> None:
         """Raise CapacityError where the caches do not hold what this sequence has read."""
         cache = self.rows.cache

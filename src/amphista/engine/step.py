@@ -198,9 +198,8 @@ class Engine:
         chunks = [_chunk(sequence) for sequence in reading]
         plan, offered, asked_at = self._plan(decoding, chunks, clock)
         pairs = zip(decoding, plan.growths, strict=True)
-        spans = chunks + [Span(growth.tree, sequence.rows.cache) for sequence, growth in pairs]
-        if plan.probed:
-            spans[len(chunks) :] = self._with_probes(spans[len(chunks) :], plan)
+        trees = [Span(growth.tree, s.rows.cache, only_choices=s.only_choices) for s, growth in pairs]
+        spans = chunks + (self._with_probes(trees, plan) if plan.probed else trees)
         with clock.phase("verify"):
             outputs = self.target.forward(spans, self._taps)
         ended = clock.now()
@@ -269,7 +268,7 @@ class Engine:
         """The same with probes below the nodes that the plan names."""
         assert self._probes is not None
         pairs = zip(spans, plan.probed, strict=True)
-        return [Span.probed(span.tree, span.cache, nodes, self._probes) for span, nodes in pairs]
+        return [span.probed(nodes, self._probes) for span, nodes in pairs]
 
     def _draft_row(self, sequence: Sequence, seldom: bool) -> DraftRow:
         depth = min(sequence.max_depth, self.grower.max_depth) if sequence.drafts else 0
@@ -310,7 +309,7 @@ def _chunk(sequence: Sequence) -> Span:
     is_told = sequence.prompt_logprobs is not None
     size = min(max(1, sequence.chunk_len), sequence.num_unread, *[TOLD_CHUNK] * is_told)
     tokens = sequence.token_ids[start : start + size]
-    return Span(TokenTree.chain(tokens), sequence.rows.cache, only_last=not is_told)
+    return Span(TokenTree.chain(tokens), sequence.rows.cache, not is_told, sequence.only_choices)
 
 
 def _read(sequence: Sequence, span: Span, output: TargetOutput) -> _Outcome:

@@ -12,11 +12,11 @@ from __future__ import annotations
 import ctypes
 import functools
 import threading
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -151,12 +151,12 @@ class NativeProbes:
 
 @dataclass(frozen=True)
 class NativeOutput:
-    """hidden: float32 [N, (1 + taps) * D] after the final norm, taps behind. logits: float32 [W, V]. choices: int32
-    [W], the lowest id of each row's largest logit."""
+    """hidden: float32 [N, (1 + taps) * D] after the final norm, taps behind. logits: float32 [W, V], or none [0, V].
+    choices: of each of the W rows, the lowest id of its largest logit."""
 
     hidden: Tensor
     logits: Tensor
-    choices: Tensor
+    choices: list[int]
 
 
 class NativeModel:
@@ -181,7 +181,7 @@ class NativeModel:
         stack = stack_record(shape, layers, self.hidden_size, self.cache_dtype, self._held)
         self._model = _Model(stack, padded(norm, self._held), embedding.record(), head.record())
         self.shape, self.num_layers = shape, len(layers)
-        self._workspace = Workspace()
+        self._workspace, self._no_logits = Workspace(), torch.empty(0, self.vocab_size)
 
     def forward(
         self,
@@ -190,19 +190,22 @@ class NativeModel:
         turns: Tensor,
         taps: Sequence[int] = (),
         probes: NativeProbes | None = None,
+        *,
+        has_logits: bool = True,
     ) -> NativeOutput:
         """One forward over the flat row of all spans' tokens.
 
-        wanted: rows whose logits are asked for. turns: rotary table, complex64 [positions, E / 2]. taps: after how many
-        layers states are asked for, too. probes: what token ids below 0 are. Keys and values of the new rows are
-        written in place.
+        wanted: rows whose logits are asked for; has_logits: not only which is the largest. turns: rotary table,
+        complex64 [positions, E / 2]. taps: after how many layers states are asked for, too. probes: what token ids
+        below 0 are. Keys and values of the new rows are written in place.
         """
-        num_rows = sum(len(span.token_ids) for span in spans)
-        flat = np.array([*_ids(spans), *_parents(spans), *wanted, *taps], dtype=np.int32)
-        start = flat.ctypes.data
+        num_rows, num_wanted = sum(len(span.token_ids) for span in spans), len(wanted)
+        # little of torch: behind a forward nothing of it is in the processor's caches, and each call takes 20 to 50 us
+        flat = array("i", [*_ids(spans), *_parents(spans), *wanted, *taps, *[0] * num_wanted])
+        start, _ = flat.buffer_info()
+        choices = len(flat) - num_wanted
         hidden = torch.empty(num_rows, (1 + len(taps)) * self.hidden_size)
-        logits = torch.empty(len(wanted), self.vocab_size)
-        choices = torch.empty(len(wanted), dtype=torch.int32)
+        logits = torch.empty(num_wanted, self.vocab_size) if has_logits else self._no_logits
         batch = _Batch(
             start,
             start + 4 * num_rows,
@@ -218,11 +221,11 @@ class NativeModel:
         forward = _Forward(
             batch,
             start + 8 * num_rows,
-            start + 8 * num_rows + 4 * len(wanted),
+            start + 8 * num_rows + 4 * num_wanted,
             hidden.data_ptr(),
-            address(logits),
-            choices.data_ptr(),
-            num_wanted=len(wanted),
+            logits.data_ptr() if has_logits else None,
+            start + 4 * choices,
+            num_wanted=num_wanted,
             num_taps=len(taps),
         )
         needed = self._library.amphista_workspace(ctypes.byref(self._model), ctypes.byref(forward))
@@ -230,7 +233,7 @@ class NativeModel:
         code = self._library.amphista_forward(ctypes.byref(self._model), ctypes.byref(forward))
         if code:
             raise NativeError(f"the C step refuses a forward: {WRONG.get(code, code)}")
-        return NativeOutput(hidden, logits, choices)
+        return NativeOutput(hidden, logits, flat[choices:].tolist())
 
     def _pointers(self, span: NativeSpan) -> tuple[Any, Any]:
         """Addresses of all layers' keys, and of their values."""

@@ -104,8 +104,9 @@ class NativeForward:
 
         wanted: rows whose logits are asked for; None: all.
         """
-        native, furthest, num_rows, probes = [], 0, 0, None
+        native, furthest, num_rows, probes, has_logits = [], 0, 0, None, False
         for span in spans:
+            has_logits = has_logits or not span.only_choices
             probes = probes or span.probes
             num_rows += span.tree.num_nodes
             end = span.num_past + span.tree.num_nodes
@@ -114,7 +115,9 @@ class NativeForward:
             native.append(NativeSpan(span.tree.tokens, span.tree.parents, rows, span.num_past))
         turns = self._lean.rotary.reserve(furthest)
         lent = None if probes is None else self._lent(probes)
-        output = self.model.forward(native, range(num_rows) if wanted is None else wanted, turns, taps, lent)
+        output = self.model.forward(
+            native, range(num_rows) if wanted is None else wanted, turns, taps, lent, has_logits=has_logits
+        )
         for span in spans:
             end = span.num_past + span.tree.num_nodes
             for layer in span.cache.layers:

@@ -9,8 +9,8 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class TargetOutput:
-    """One forward: logits [N, V] (prefill: [1, V], the last row) and hidden states of all rows, behind them the taps
-    that were asked for [N, (1 + taps) * D].
+    """One forward: logits [N, V] (prefill: [1, V], the last row; none [0, V] where choices are enough) and hidden
+    states of all rows, behind them the taps that were asked for [N, (1 + taps) * D].
 
     choices: the argmax of each row of logits, where the forward has brought them along. The tensors of a recorded
     forward (captured_forward.py) are valid until the next forward of the same target.

@@ -7,7 +7,7 @@ prompt is a chain, a step of plain decoding a single root.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from amphista.cache.static import KVCache
 from amphista.target.spec import Probes
@@ -18,20 +18,22 @@ from amphista.tree.token_tree import TokenTree
 class Span:
     """A tree of tokens behind the committed rows of a cache; only_last: of the last node alone are logits wanted.
 
-    probes: whose inputs the tree's last nodes stand for, the token -1 - j for the j-th; no logits are made of them.
+    only_choices: which logit is the largest is enough; where all spans of a forward say so, logits may be none. probes:
+    whose inputs the tree's last nodes stand for, the token -1 - j for the j-th; no logits are made of them.
     """
 
     tree: TokenTree
     cache: KVCache
     only_last: bool = False
+    only_choices: bool = False
     probes: Probes | None = None
 
-    @classmethod
-    def probed(cls, tree: TokenTree, cache: KVCache, nodes: Sequence[int], probes: Probes) -> Span:
-        """A tree, and all probes below each of these nodes."""
+    def probed(self, nodes: Sequence[int], probes: Probes) -> Span:
+        """The same with all probes below each of these nodes."""
         if not nodes:
-            return cls(tree, cache)
-        return cls(tree.with_chains(nodes, [-1 - j for j in range(probes.num_rows)]), cache, probes=probes)
+            return self
+        tree = self.tree.with_chains(nodes, [-1 - j for j in range(probes.num_rows)])
+        return replace(self, tree=tree, probes=probes)
 
     @property
     def num_past(self) -> int:

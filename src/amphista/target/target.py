@@ -74,6 +74,7 @@ class Target:
         if embedding is None or lm_head is None:
             raise TargetError(f"{model.config.model_type} has no embedding or no LM head that drafters could share")
         self.shared = SharedWeights(embedding, lm_head, LogitTransform.from_config(model.config))
+        self.device, self.dtype = lm_head.weight.device, lm_head.weight.dtype
         self.spec = TargetSpec.from_config(
             model.config, embedding_size=embedding.weight.shape[1], vocab_size=lm_head.weight.shape[0]
         )
@@ -82,14 +83,6 @@ class Target:
         self.num_weight_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
         decoder = self._stock_forward.decoder
         self.num_layer_weights = sum(p.numel() for p in decoder.parameters()) - embedding.weight.numel()
-
-    @property
-    def device(self) -> torch.device:
-        return self.shared.head_weight.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.shared.head_weight.dtype
 
     @property
     def model(self) -> Any:
@@ -337,17 +330,21 @@ class Target:
             ends = [end - span.num_probes for end, span in zip(accumulate(sizes), spans, strict=True)]
             wanted = [row for end, number in zip(ends, num_logits, strict=True) for row in range(end - number, end)]
         logits, hidden, choices = self._run(spans, wanted, taps)
-        parts = zip(logits.split(num_logits), hidden.split(sizes), strict=True)
-        if choices is None:
-            return [TargetOutput(*part) for part in parts]
-        each = iter(choices.tolist())  # of all rows in one copy
-        return [TargetOutput(*part, list(islice(each, len(part[0])))) for part in parts]
+        if len(spans) == 1:
+            return [TargetOutput(logits, hidden, choices)]
+        each = None if choices is None else iter(choices)
+        rows = logits.split(num_logits) if len(logits) else [logits] * len(spans)
+        parts = zip(rows, hidden.split(sizes), num_logits, strict=True)
+        return [TargetOutput(*part, None if each is None else list(islice(each, n))) for *part, n in parts]
 
-    def _run(self, spans: Sequence[Span], wanted: list[int] | None, taps: Taps) -> tuple[Tensor, Tensor, Tensor | None]:
+    def _run(
+        self, spans: Sequence[Span], wanted: list[int] | None, taps: Taps
+    ) -> tuple[Tensor, Tensor, list[int] | None]:
         """Logits of the wanted rows, hidden states and taps of all, choices where they cost nothing to tell."""
         if self._native is not None and self._native.reads(spans):
             output = self._native(spans, wanted, taps)
-            return output.logits, output.hidden.to(self.dtype), output.choices
+            hidden = output.hidden if self.dtype is torch.float32 else output.hidden.to(self.dtype)
+            return output.logits, hidden, output.choices
         rows = None if wanted is None else sent(wanted, self.device)
         if self._lean is None:
             logits, hidden = self._stock_forward(spans, rows, taps, self.device)
@@ -355,7 +352,7 @@ class Target:
             hidden = self._lean.hidden_of(spans, taps)
             scored = hidden[:, : self.spec.hidden_size] if taps else hidden
             logits = self._lean.logits(scored if rows is None else scored[rows])
-        return logits, hidden, None if self.device.type == "cpu" else logits.argmax(-1)
+        return logits, hidden, None if self.device.type == "cpu" else logits.argmax(-1).tolist()  # in one copy
 
     def _check_context(self, position: int) -> None:
         if position >= self.spec.max_positions:
