@@ -6,9 +6,10 @@ eagle=runs/drafters/eagle-seed0/last@4, ... and @8, @16; the same with --tempera
     python -m benchmarks.lab.drafters_table runs/drafters greedy/summary.json [sampled/summary.json]
 
 Cost of a draft: of its first round and of a further one, in forwards of one row, as measured in the first evaluation.
-Possible: the highest of tau / (forward of n rows + draft) over the fixed sizes n, greedy; realised: decoding under
-`auto` over plain decoding. 7B: tau at 16 nodes over 1 + (weights that K rounds read / weights of a target of Llama 7B's
-shape), where rows cost nothing and a drafter built for that shape accepts as much as this one: a bound, not a promise.
+Possible: the highest of tau / (forward of n rows, and of n groups of probes, + draft) over the fixed sizes n whose
+forwards were measured, greedy; realised: decoding under `auto` over plain decoding. 7B: tau at 16 nodes over 1 +
+(weights that K rounds read / weights of a target of Llama 7B's shape), where rows cost nothing and a drafter built for
+that shape accepts as much as this one: a bound, not a promise.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ AGAIN = {
     "tandem": ("layers.", "widen."),
     "early-exit": ("",),
 }  # what every round reads, all else is read once
+PROBED = {"bita"}  # each node of a fixed tree has a row for each depth below it
 HEADERS = ["", "weights", "positions", "rate", "draft", "tau at 4 / 8 / 16", "sampled", "possible", "realised", "7B"]
 
 
@@ -72,8 +74,12 @@ def cells(result: dict[str, Any], records: list[dict[str, Any]], seven_b: float,
     found = [record["measures"]["all"] for record in records]
     one = costs["verify_ms"][0]
     taus = [[measures[f"{name}@{size}"]["tau"] for size in SIZES] for measures in found]
+    depths = result["identity"]["config"]["model"]["num_heads"]
+    rows = 1 + depths if result["identity"]["config"]["drafter"] in PROBED else 1  # of each node
     draft = costs["draft_ms"] + costs["round_ms"] * (rounds - 1)
-    possible = max(tau * one / (costs["verify_ms"][n - 1] + draft) for n, tau in zip(SIZES, taus[0], strict=True))
+    verify = dict(enumerate(costs["verify_ms"], 1))
+    known = [(tau, verify[n * rows]) for n, tau in zip(SIZES, taus[0], strict=True) if n * rows in verify]
+    possible = max(tau * one / (milliseconds + draft) for tau, milliseconds in known)
     asked = f"{costs['draft_ms'] / one:.2f}" + (f" + {costs['round_ms'] / one:.2f}" if costs["round_ms"] else "")
     measured = found[0][f"{name}@auto"]
     low, high = measured["decode_speedup_interval"]
