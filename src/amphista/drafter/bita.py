@@ -15,6 +15,7 @@ Shapes: B sequences, P selected rows, K = M heads, D hidden size, L layers, J ke
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -24,10 +25,11 @@ from torch import Tensor, nn
 from amphista.drafter.base import MAX_SIZE, Ask, DrafterState, Look, check_range
 from amphista.drafter.heads import ParallelConfig, ParallelHeads
 from amphista.drafter.scoring import StateOf
-from amphista.errors import DrafterError
+from amphista.errors import DrafterError, NativeError
 from amphista.target.spec import Probes, SharedWeights, TargetSpec
 from amphista.tree.candidates import Candidates
 
+logger = logging.getLogger("amphista")
 START_STD = 0.02  # of the prefix; masks start as embeddings are spread, of so many tokens:
 SEEN_TOKENS = 4096
 MOST = 1e3  # no embedding, key or value is larger: what overflowed in a probe's row would reach masked sums as a NaN
@@ -77,7 +79,12 @@ class Bita(ParallelHeads):
         return self.spec.row_width(self.taps) + self.num_heads * self.spec.hidden_size
 
     def _go_native(self, *, exact: bool) -> None:
-        self.why_not_native = "its heads are rows of the target's forward, which are scored in torch"
+        """Score in C: all else is the target's forward."""
+        try:
+            self._native_heads, self.why_not_native = self._heads_in_c(exact=exact), None
+        except NativeError as error:
+            self.why_not_native = str(error)
+            logger.warning("%s scores without products in C, slower: %s", self.name, error)
 
     def check_weights(self) -> None:
         for name, weight in (("mask embedding", self.masks), ("prefix", self.prefix)):

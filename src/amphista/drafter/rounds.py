@@ -26,11 +26,10 @@ import torch
 from torch import Tensor
 
 from amphista.cache.static import sent
-from amphista.drafter.base import Ask, DrafterConfig, DrafterState, Look
-from amphista.drafter.native_layers import NativeLayer, put_in
+from amphista.drafter.base import Ask, DrafterState, Look
+from amphista.drafter.native_layers import put_in
 from amphista.drafter.scoring import ScoringDrafter, StateOf
 from amphista.errors import NativeError
-from amphista.target.spec import SharedWeights, TargetSpec
 from amphista.tree.asking import Offered
 from amphista.tree.candidates import Candidates
 
@@ -67,10 +66,6 @@ PathsT = TypeVar("PathsT", bound=Paths)
 class SequentialHeads(ScoringDrafter, Generic[PathsT]):
     """K heads, of which head k reads the k - 1 tokens drafted above its own."""
 
-    def __init__(self, config: DrafterConfig, spec: TargetSpec, shared: SharedWeights) -> None:
-        super().__init__(config, spec, shared)
-        self._native_heads: list[NativeLayer] = []  # one, or one for each head
-
     @property
     def heads_a_round(self) -> int:
         return 1
@@ -78,11 +73,7 @@ class SequentialHeads(ScoringDrafter, Generic[PathsT]):
     def _go_native(self, *, exact: bool) -> None:
         """Multiply in C, or say in a line why not."""
         try:
-            if self.device.type != "cpu":
-                raise NativeError("it is for CPUs")
-            own = self.config.lm_head == "own"
-            weights = [self.own_weights(k) for k in range(self.num_heads)] if own else [self._gather_head()]
-            native_heads = [NativeLayer(*pair, exact=exact) for pair in weights]
+            native_heads = self._heads_in_c(exact=exact)
             put_in(self, exact=exact)
         except NativeError as error:
             self.why_not_native = str(error)
@@ -90,14 +81,8 @@ class SequentialHeads(ScoringDrafter, Generic[PathsT]):
             return
         self.why_not_native, self._native_heads = None, native_heads
         self._frozen = (torch.float32, self.device, self.num_weights)
-        if own:
+        if self.config.lm_head == "own":
             del self.own_head, self.own_bias
-
-    def head_logits(self, states: Tensor, head: int | None = None) -> Tensor:
-        if not self._native_heads or head is None:
-            return super().head_logits(states, head)
-        own = self._native_heads[head if len(self._native_heads) > 1 else 0]
-        return self._shared.transform(own(states))
 
     @abstractmethod
     def first(self, states: Sequence[DrafterState]) -> PathsT:

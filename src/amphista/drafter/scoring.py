@@ -20,8 +20,9 @@ from torch.nn import functional
 
 from amphista.drafter.base import Ask, Drafter, DrafterConfig, DrafterState
 from amphista.drafter.frozen_head import FrozenHead
+from amphista.drafter.native_layers import NativeLayer
 from amphista.drafter.path import PathCorrection
-from amphista.errors import ConfigError, DrafterError
+from amphista.errors import ConfigError, DrafterError, NativeError
 from amphista.target.spec import SharedWeights, TargetSpec
 from amphista.tree.candidates import Candidates
 
@@ -44,6 +45,7 @@ class ScoringDrafter(Drafter):
         self._shared_rows: tuple[Tensor, Tensor | None] | None = None
         self._frozen_head: FrozenHead | None = None
         self._frozen: tuple[torch.dtype, torch.device, int] | None = None
+        self._native_heads: list[NativeLayer] = []  # once ready for decoding in C: one, or one for each head
         self.why_not_native: str | None = "it was not asked for"
         size = config.draft_vocab
         if size is not None and size > spec.vocab_size:
@@ -74,6 +76,14 @@ class ScoringDrafter(Drafter):
     @abstractmethod
     def _go_native(self, *, exact: bool) -> None:
         """Decode in C, or say in a line why not."""
+
+    def _heads_in_c(self, *, exact: bool) -> list[NativeLayer]:
+        """What the heads score with, multiplied in C. raises NativeError."""
+        if self.device.type != "cpu":
+            raise NativeError("it is for CPUs")
+        own = self.config.lm_head == "own"
+        weights = [self.own_weights(k) for k in range(self.num_heads)] if own else [self._gather_head()]
+        return [NativeLayer(*pair, exact=exact) for pair in weights]
 
     @property
     def cost_key(self) -> dict[str, Any]:
@@ -191,6 +201,8 @@ class ScoringDrafter(Drafter):
 
     def head_logits(self, states: Tensor, head: int | None = None) -> Tensor:
         """States [..., K, D] -> logits [..., K, N]; or, for one head, [..., D] -> [..., N]."""
+        if self._native_heads and (head is not None or self.config.lm_head == "shared"):
+            return self._shared.transform(self._native_heads[(head or 0) % len(self._native_heads)](states))
         if self.config.lm_head == "shared":
             return self.target_logits(states)
         if head is not None:
