@@ -198,8 +198,8 @@ class Engine:
         chunks = [_chunk(sequence) for sequence in reading]
         plan, offered, asked_at = self._plan(decoding, chunks, clock)
         pairs = zip(decoding, plan.growths, strict=True)
-        trees = [Span(growth.tree, s.rows.cache, only_choices=s.only_choices) for s, growth in pairs]
-        spans = chunks + (self._with_probes(trees, plan) if plan.probed else trees)
+        drafted = [Span(growth.tree, s.rows.cache, only_choices=s.only_choices) for s, growth in pairs]
+        spans = chunks + (self._with_probes(drafted, plan) if plan.probed else drafted)
         with clock.phase("verify"):
             outputs = self.target.forward(spans, self._taps)
         ended = clock.now()

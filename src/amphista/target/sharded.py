@@ -104,7 +104,9 @@ class ShardedTarget(Target):
                     getattr(caches[number], method)(*arguments)
             self.forward([Span(TokenTree(*tree), caches[number], only_last) for number, tree, only_last in spans])
 
-    def _run(self, spans: Sequence[Span], wanted: list[int] | None, taps: Taps) -> tuple[Tensor, Tensor, Tensor | None]:
+    def _run(
+        self, spans: Sequence[Span], wanted: list[int] | None, taps: Taps
+    ) -> tuple[Tensor, Tensor, list[int] | None]:
         if any(span.probes is not None for span in spans):
             raise TargetError("a tensor-parallel target reads no probes: choose another drafter")
         if self._told is not None:

@@ -74,7 +74,8 @@ class Target:
         if embedding is None or lm_head is None:
             raise TargetError(f"{model.config.model_type} has no embedding or no LM head that drafters could share")
         self.shared = SharedWeights(embedding, lm_head, LogitTransform.from_config(model.config))
-        self.device, self.dtype = lm_head.weight.device, lm_head.weight.dtype
+        self.device: torch.device = lm_head.weight.device
+        self.dtype: torch.dtype = lm_head.weight.dtype
         self.spec = TargetSpec.from_config(
             model.config, embedding_size=embedding.weight.shape[1], vocab_size=lm_head.weight.shape[0]
         )
@@ -333,9 +334,9 @@ class Target:
         if len(spans) == 1:
             return [TargetOutput(logits, hidden, choices)]
         each = None if choices is None else iter(choices)
+        told = [None if each is None else list(islice(each, number)) for number in num_logits]
         rows = logits.split(num_logits) if len(logits) else [logits] * len(spans)
-        parts = zip(rows, hidden.split(sizes), num_logits, strict=True)
-        return [TargetOutput(*part, None if each is None else list(islice(each, n))) for *part, n in parts]
+        return [TargetOutput(*parts) for parts in zip(rows, hidden.split(sizes), told, strict=True)]
 
     def _run(
         self, spans: Sequence[Span], wanted: list[int] | None, taps: Taps
