@@ -7,8 +7,11 @@ import torch
 
 from amphista.engine.params import SamplingParams
 from amphista.engine.step import Engine
+from amphista.target.target import Target
 from amphista.tree.grow import parse_tree
 from tests.decoding import decode
+from tests.laws.test_fast_path import shaken_model
+from tests.laws.test_native import NEEDS_COMPILER
 from tests.tiny import HOSTILE
 
 PROMPT = [5, 17, 230, 44, 9]
@@ -56,6 +59,25 @@ def test_those_of_a_prompt_are_the_models_own(target, chunk_len, is_preempted):
         assert told.logprob == pytest.approx(float(row[told.token_id]), abs=1e-3)
         assert list(told.top.values()) == pytest.approx(row.topk(2).values.tolist(), abs=1e-3)
     assert sequence.output_ids == decode(engine, prompt, sequence.params).output_ids, "asking changes the answer"
+
+
+@NEEDS_COMPILER
+@pytest.mark.parametrize("asked", [{"logprobs": True}, {"top_logprobs": 2}, {}])
+def test_the_c_step_has_logits_where_they_are_told(asked):
+    """Greedily, where of others' logits nothing is read but which is the largest: alone, and beside one of those."""
+    target, params = Target(shaken_model("llama")), SamplingParams(max_new_tokens=8, ignore_eos=True, **asked)
+    expected = decode(Engine(target, HOSTILE["random"]([]), parse_tree(1)), PROMPT, params)
+    assert target.speed_up(native=True) and target.is_native
+    engine = Engine(target, HOSTILE["always-right"](PROMPT + expected.output_ids), parse_tree("chain"))
+    for others in ([], [engine.new_sequence(PROMPT, SamplingParams(max_new_tokens=40))]):
+        sequence = engine.new_sequence(PROMPT, params)
+        sequence.prompt_logprobs = None if asked else []  # the answer's or the prompt's
+        while not sequence.is_finished:
+            assert not [result for result in engine.step([*others, sequence]) if isinstance(result, Exception)]
+        assert sequence.output_ids == expected.output_ids
+        assert asked or [one.token_id for one in sequence.prompt_logprobs] == PROMPT[1:]
+        found, told = ([one.logprob for one in answer.logprobs] for answer in (sequence, expected))
+        assert found == pytest.approx(told, abs=1e-3) and len(told) == (8 if asked else 0)
 
 
 def test_they_cost_nothing_when_off(target, monkeypatch):
