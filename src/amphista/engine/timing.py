@@ -182,7 +182,7 @@ def _forward(target: Target, num_nodes: int, cache: KVCache, rows: int) -> Cell:
     tree = TokenTree(list(range(num_nodes)), [-1, *((node - 1) // 2 for node in range(1, num_nodes))])
 
     def run() -> None:
-        output = target.verify(tree, cache)
+        (output,) = target.forward([Span(tree, cache, only_choices=True)])
         if output.choices is None:
             int(output.logits[0].argmax())
         cache.commit([0])
@@ -195,7 +195,7 @@ def _several(target: Target, cache: KVCache, num_cached: int) -> Cell:
     copies = [target.new_cache() for _ in range(SEVERAL)]
     for copy in copies:
         target.copy_rows(cache, copy, num_cached)
-    spans = [Span(TokenTree.chain([0]), copy) for copy in copies]
+    spans = [Span(TokenTree.chain([0]), copy, only_choices=True) for copy in copies]
 
     def run() -> None:
         for output in target.forward(spans):

@@ -200,7 +200,7 @@ class NativeModel:
         below 0 are. Keys and values of the new rows are written in place.
         """
         num_rows, num_wanted = sum(len(span.token_ids) for span in spans), len(wanted)
-        # little of torch: behind a forward nothing of it is in the processor's caches, and each call takes 20 to 50 us
+        # little of torch: behind a forward nothing of it is in the processor's caches, and each call is dear
         flat = array("i", [*_ids(spans), *_parents(spans), *wanted, *taps, *[0] * num_wanted])
         start, _ = flat.buffer_info()
         choices = len(flat) - num_wanted
