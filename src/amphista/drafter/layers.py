@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from amphista.native import training as native
 from amphista.target.spec import TargetSpec
 
 FEW_ROWS = 16
@@ -58,7 +59,8 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if x.device.type == "cpu" and torch.is_grad_enabled() and self.weight.requires_grad:
-            normed: Tensor = _TrainedNorm.apply(x, self.weight, self.eps)
+            kind = _NormInC if native.norms(x, self.weight) else _TrainedNorm
+            normed: Tensor = kind.apply(x, self.weight, self.eps)
             return normed
         if x.dtype == self.weight.dtype:
             return F.rms_norm(x, (x.shape[-1],), self.weight, self.eps)
@@ -95,6 +97,25 @@ class _TrainedNorm(torch.autograd.Function):
             mean = torch.mv(rows, weight.to(scale.dtype)).view_as(scale).div_(x.shape[-1])
             of_x = torch.mul(upstream, weight, out=product).mul_(scale)
             return of_x.addcmul_(x.to(scale.dtype), mean.mul_(scale**3), value=-1).to(x.dtype), of_weight, None
+
+
+class _NormInC(torch.autograd.Function):
+    """The same in one pass each way, for products in bfloat16: rounded here, not before each product."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        rows = x.reshape(-1, x.shape[-1]).contiguous()
+        normed, scales = native.norm(rows, weight.detach(), eps)
+        ctx.save_for_backward(rows, weight, scales)
+        return normed.view(x.shape)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        rows, weight, scales = ctx.saved_tensors
+        given = upstream.reshape(rows.shape).bfloat16().contiguous()
+        of_x, of_weight = native.norm_gradient(rows, given, weight.detach(), scales)
+        return of_x.view(upstream.shape), of_weight, None
 
 
 class ResidualBlock(nn.Module):

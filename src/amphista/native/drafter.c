@@ -118,7 +118,7 @@ static void fuse_stage(const Drafting *g, const Stage *stage, const float *from,
         memset(row + m->hidden + size, 0, 4 * (size_t)(wide - m->hidden - size));
     }
     const Product *fuse = &stage->fuse;
-    const Rows x = prepare(fuse->kind, rows, wide, n, fuse->inputs, g->work.own_prepared[thread], g->work.own_steps[thread]);
+    const Rows x = prepare(fuse, rows, wide, n, g->work.own_prepared[thread], g->work.own_steps[thread]);
     product_stage(fuse, &x, n, worker, to, hidden, 0, NULL);
 }
 
@@ -167,8 +167,8 @@ static void feed(const Drafting *g, Worker *worker) {
 
 /* Prepared rows from the given one on. */
 static Rows rows_from(Rows x, int kind, long row) {
-    const long bytes = kind == INT8 ? 1 : kind == BFLOAT16 ? 2 : 4;
-    return (Rows){(const char *)x.data + row * x.stride * bytes, x.steps ? x.steps + row : NULL, x.stride};
+    const long bytes = kind == INT8 ? 1 : kind == BFLOAT16 ? 2 : 4, away = x.are_pairs ? 4 : x.stride * bytes;
+    return (Rows){(const char *)x.data + row * away, x.steps ? x.steps + row : NULL, x.stride, x.are_pairs};
 }
 
 /* One residual block of all heads, from features (NULL) or slots to slots. */
@@ -184,7 +184,7 @@ static void block_stage(const Drafting *g, int number, const float *from, float 
         memcpy(rows + i * hidden, from ? from + i * hidden : feature, 4 * (size_t)hidden);
     }
     const float *positions = number + 1 == h->num_blocks ? h->slot_positions : NULL;
-    const Rows x = prepare(products->kind, rows, hidden, n, size, g->work.own_prepared[thread], g->work.own_steps[thread]);
+    const Rows x = prepare(products, rows, hidden, n, g->work.own_prepared[thread], g->work.own_steps[thread]);
     for (int piece = take(worker); piece >= 0; piece = take(worker)) {
         const int k = piece / blocks_of(size);
         const long first = (long)(piece % blocks_of(size)) * BLOCK, count = block_size(size, first);
@@ -228,7 +228,7 @@ static void slot_attention_stage(const Drafting *g, const Work *w, Worker *worke
 
 /* A whole product of float32 rows by one thread. */
 static void product_alone(const Product *p, const float *rows, long stride, int n, float *to, long ldo) {
-    const Rows x = {rows, NULL, stride};
+    const Rows x = {rows, NULL, stride, 0};
     for (long first = 0; first < p->outputs; first += BLOCK)
         multiply(p, &x, n, first, block_size(p->outputs, first), to + first, ldo);
 }
@@ -272,7 +272,7 @@ static void score_stage(const Drafting *g, Worker *worker) {
     const int blocks = blocks_of(h->scores->outputs);
     const long size = h->stages.hidden;
     meet(worker, h->has_own_scores ? g->d->depth * blocks : blocks);
-    const Rows x = prepare(kind, g->outputs, padded(size), n, size, g->work.own_prepared[thread], g->work.own_steps[thread]);
+    const Rows x = prepare(h->scores, g->outputs, padded(size), n, g->work.own_prepared[thread], g->work.own_steps[thread]);
     for (int piece = take(worker); piece >= 0; piece = take(worker)) {
         const int k = piece / blocks;
         const long first = (long)(piece % blocks) * BLOCK, count = block_size(h->scores->outputs, first);

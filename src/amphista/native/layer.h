@@ -167,11 +167,11 @@ static void norm_row(const float *from, const float *weight, long len, float eps
     for (long i = 0; i < padded(len); i += LANES) store(to + i, load(from + i) * factor * load(weight + i));
 }
 
-static Rows normed(const Stack *m, const Work *w, int n, const float *weight, int kind, int thread) {
+static Rows normed(const Stack *m, const Work *w, int n, const float *weight, const Product *p, int thread) {
     const long size = padded(m->hidden);
     float *rows = w->own_rows[thread];
     for (int r = 0; r < n; r++) norm_row(w->states + r * size, weight, m->hidden, m->eps, rows + r * size);
-    return prepare(kind, rows, size, n, m->hidden, w->own_prepared[thread], w->own_steps[thread]);
+    return prepare(p, rows, size, n, w->own_prepared[thread], w->own_steps[thread]);
 }
 
 /* A product for all rows, block by block, stored (to) or added to the states. */
@@ -237,8 +237,8 @@ static void place_row(const Stack *m, const Layer *layer, int l, const Batch *f,
     for (long h = 0; h < m->heads; h++) {
         float *to = w->queries + (row * m->heads + h) * wide;
         turn_head(from + h * size, layer->query_norm, turn, size, m->eps, m->scale, one);
-        Rows ready = prepare(m->cache_kind, one, wide, 1, size, to, NULL);
-        if (ready.data != to) memcpy(to, one, (size_t)wide * sizeof *to);
+        if (m->cache_kind == BFLOAT16) round_rows(one, wide, 1, size, (uint16_t *)to);
+        else memcpy(to, one, (size_t)wide * sizeof *to);
     }
     const int64_t at = span->committed + (row - span->first);
     for (long j = 0; j < m->key_heads; j++) {
@@ -347,7 +347,7 @@ static void attention_stage(const Stack *m, const Layer *layer, int l, const Bat
 static void project(const Stack *m, const Layer *layer, const Work *w, int n, Worker *worker) {
     const Product *qkv = &layer->qkv;
     meet(worker, blocks_of(qkv->outputs));
-    const Rows x = normed(m, w, n, layer->attention_norm, qkv->kind, worker->thread);
+    const Rows x = normed(m, w, n, layer->attention_norm, qkv, worker->thread);
     product_stage(qkv, &x, n, worker, w->qkv, qkv->outputs, 0, w->own_block[worker->thread]);
 }
 
@@ -357,13 +357,13 @@ static void widen(const Stack *m, const Layer *layer, const Work *w, int n, Work
     const int thread = worker->thread;
     float *block = w->own_block[thread], *prepared = w->own_prepared[thread], *steps = w->own_steps[thread];
     meet(worker, blocks_of(layer->output.outputs));
-    Rows x = prepare(layer->output.kind, w->mixed, padded(attended), n, attended, prepared, steps);
+    Rows x = prepare(&layer->output, w->mixed, padded(attended), n, prepared, steps);
     product_stage(&layer->output, &x, n, worker, w->states, hidden, 1, block);
     meet(worker, blocks_of(m->inner));
-    x = normed(m, w, n, layer->mlp_norm, layer->gate.kind, thread);
+    x = normed(m, w, n, layer->mlp_norm, &layer->gate, thread);
     gated_stage(m, layer, &x, n, worker, w->inner, block);
     meet(worker, blocks_of(layer->down.outputs));
-    x = prepare(layer->down.kind, w->inner, inner, n, m->inner, prepared, steps);
+    x = prepare(&layer->down, w->inner, inner, n, prepared, steps);
     product_stage(&layer->down, &x, n, worker, w->states, hidden, 1, block);
 }
 

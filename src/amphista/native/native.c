@@ -2,3 +2,4 @@
 #include "weights.c"
 #include "step.c"
 #include "drafter.c"
+#include "training.c"

@@ -5,7 +5,8 @@
  * result has the same bits whatever rows are beside it.
  *
  * FLOAT32    the weight as it lies, [outputs][inputs]
- * BFLOAT16   as it lies, rows rounded to bfloat16, too, as torch does; sums in float32
+ * BFLOAT16   as it lies, rows rounded to bfloat16, too, as torch does; sums in float32. By tiles (tiles.h) where the
+ *            processor has them, for any number of rows: their sums have an order of their own
  * INT8       blocks of 32 outputs, [outputs / 32][inputs / 4][32][4], zeros at the ends; one scale an output, and rows
  *            rounded to 8 bits with one step a row. Whole numbers: the order does not matter
  * F16, Q4_1  and others of blocks.h: a GGUF file's own blocks, widened tile by tile to exactly the float32 numbers that
@@ -15,8 +16,9 @@
 #define AMPHISTA_PRODUCTS_H
 
 #include "blocks.h"
+#include "tiles.h"
 
-enum { TILE = 4, BLOCK = 32, LEVELS = 127, ZERO = 128, WIDE_INPUTS = 1 << 14, AHEAD = 12 << 10, INT8_AHEAD = 8 << 10 };
+enum { TILE = 4, BLOCK = 32, LEVELS = 127, ZERO = 128, WIDE_INPUTS = 1 << 14, AHEAD = 12 << 10, INT8_AHEAD = 8 << 10, LEAST_TILE_ROWS = 9 };
 #if LANES == 16 && defined(__AVX512BF16__)
 enum { FLOAT_ROWS = 6, BF16_ROWS = 6, INT8_ROWS = 8, BLOCK_ROWS = 8 };
 #elif LANES == 16
@@ -46,6 +48,7 @@ typedef struct {
     const void *data;
     const float *steps; /* INT8: what 1 stands for in each row */
     long stride;
+    int are_pairs; /* BFLOAT16 for tiles: [inputs / 2][stride][2] */
 } Rows;
 
 /* -- float32 ------------------------------------------------------------------------------------------------------ */
@@ -197,6 +200,25 @@ static void bf16_dots(const uint16_t *w, long ldw, long outputs, const uint16_t 
     }
 }
 
+/* Whether rows of this weight meet it by tiles. */
+INLINE int is_tiled(const Product *p) {
+    return may_use_tiles && p->kind == BFLOAT16 && p->inputs % 32 == 0 && p->outputs >= BLOCK;
+}
+
+/* Outputs of one block by tiles, `count` of them, of n rows. */
+static void bf16_tiles(const Product *p, const Rows *rows, int n, long first, long count, float *out, long ldo) {
+    const int group = group_of(n, 2 * TILE_ROWS);
+    const long from = first + BLOCK <= p->outputs ? first : p->outputs - BLOCK; /* whole blocks: the last overlaps */
+    for (int r = 0; r < n; r += group) {
+        const int at = r + group < n ? r : n - group; /* always so many: the last may be worked out twice */
+        float found[BLOCK][2 * TILE_ROWS];
+        bf16_tile_dots((const uint16_t *)p->weight + from * p->inputs, (const uint32_t *)rows->data + at, rows->stride,
+                       group, p->inputs, found);
+        for (int k = 0; k < group; k++)
+            for (long o = 0; o < count; o++) out[(at + k) * ldo + o] = found[first - from + o][k];
+    }
+}
+
 /* -- 8 bits ------------------------------------------------------------------------------------------------------- */
 
 /* Whole-number dots of one block of outputs with `rows` rows (a constant) of unsigned numbers, ZERO taken off. */
@@ -260,14 +282,27 @@ INLINE void int8_tile(const int8_t *w, const int32_t *offsets, const uint8_t *x,
 static void int8_dots(const Product *p, const Rows *rows, int n, long first, long count, float *out, long ldo) {
     const long steps = (p->inputs + 3) / 4;
     const int8_t *w = (const int8_t *)p->weight + first * steps * 4;
+    const int32_t *offsets = p->offsets + first;
+    if (may_use_tiles && n >= LEAST_TILE_ROWS && p->inputs % 64 == 0) {
+        const int group = group_of(n, 2 * TILE_ROWS);
+        for (int r = 0; r < n; r += group) {
+            const int at = r + group < n ? r : n - group; /* always so many: the last may be worked out twice */
+            int32_t found[2 * TILE_ROWS][BLOCK];
+            int8_tile_dots(w, (const uint8_t *)rows->data + at * rows->stride, rows->stride, group, p->inputs, found[0]);
+            for (int k = 0; k < group; k++)
+                for (long o = 0; o < count; o++)
+                    out[(at + k) * ldo + o] = (float)(found[k][o] + offsets[o]) * p->scales[first + o] * rows->steps[at + k];
+        }
+        return;
+    }
     const int group = group_of(n, INT8_ROWS);
     for (int r = 0; r < n; r += group) {
         const int size = n - r < group ? n - r : group;
         const uint8_t *x = (const uint8_t *)rows->data + r * rows->stride;
         int32_t found[INT8_ROWS][BLOCK];
-        if (size == 8) INT8_TILE(w, p->offsets + first, x, rows->stride, steps, found, 8);
-        else if (size == 7) INT8_TILE(w, p->offsets + first, x, rows->stride, steps, found, 7);
-        else BY_ROWS(INT8_TILE, size, w, p->offsets + first, x, rows->stride, steps, found)
+        if (size == 8) INT8_TILE(w, offsets, x, rows->stride, steps, found, 8);
+        else if (size == 7) INT8_TILE(w, offsets, x, rows->stride, steps, found, 7);
+        else BY_ROWS(INT8_TILE, size, w, offsets, x, rows->stride, steps, found)
         for (int k = 0; k < size; k++)
             for (long o = 0; o < count; o++)
                 out[(r + k) * ldo + o] = (float)found[k][o] * p->scales[first + o] * rows->steps[r + k];
@@ -394,6 +429,8 @@ static void multiply(const Product *p, const Rows *x, int n, long first, long co
     const long inputs = p->inputs;
     if (p->kind == FLOAT32) {
         float_dots((const float *)p->weight + first * inputs, inputs, count, x->data, x->stride, n, inputs, out, ldo);
+    } else if (x->are_pairs) {
+        bf16_tiles(p, x, n, first, count, out, ldo);
     } else if (p->kind == BFLOAT16) {
         bf16_dots((const uint16_t *)p->weight + first * inputs, inputs, count, x->data, x->stride, n, inputs, out, ldo);
     } else if (p->kind == INT8) {
@@ -425,16 +462,31 @@ static void weight_row(const Product *p, long row, float *out) {
 /* Numbers of 4 bytes that a prepared row of `len` takes. */
 INLINE long prepared_size(long len) { return padded(len); }
 
-/* n rows [n][stride], zeros behind their `len` numbers, as the kind of weight wants them; `room` is for a copy. */
-static Rows prepare(int kind, const float *from, long stride, int n, long len, float *room, float *steps) {
+/* n rows [n][stride], zeros behind their `len` numbers, rounded to bfloat16. */
+static Rows round_rows(const float *from, long stride, int n, long len, uint16_t *room) {
     const long size = padded(len);
-    if (kind == BFLOAT16) {
-        uint16_t *numbers = (uint16_t *)room;
-        for (int r = 0; r < n; r++)
-            for (long i = 0; i < size; i += LANES) store_bf16(numbers + r * size + i, load(from + r * stride + i));
-        return (Rows){numbers, NULL, size};
-    }
-    if (kind != INT8) return (Rows){from, NULL, stride};
+    for (int r = 0; r < n; r++)
+        for (long i = 0; i < size; i += LANES) store_bf16(room + r * size + i, load(from + r * stride + i));
+    return (Rows){room, NULL, size, 0};
+}
+
+/* The same in pairs, row by row side by side. */
+static Rows pair_rows(const float *from, long stride, int n, long len, uint32_t *room) {
+    uint32_t pairs[PAD / 2];
+    for (int r = 0; r < n; r++)
+        for (long i = 0; i < len; i += PAD) {
+            for (long k = 0; k < PAD; k += LANES) store_bf16((uint16_t *)pairs + k, load(from + r * stride + i + k));
+            for (long k = 0; k < PAD / 2 && i + 2 * k < len; k++) room[(i / 2 + k) * n + r] = pairs[k];
+        }
+    return (Rows){room, NULL, n, 1};
+}
+
+/* n rows [n][stride], zeros behind their numbers, as the weight wants them; `room` is for a copy. */
+static Rows prepare(const Product *p, const float *from, long stride, int n, float *room, float *steps) {
+    const long size = padded(p->inputs);
+    if (is_tiled(p)) return pair_rows(from, stride, n, p->inputs, (uint32_t *)room);
+    if (p->kind == BFLOAT16) return round_rows(from, stride, n, p->inputs, (uint16_t *)room);
+    if (p->kind != INT8) return (Rows){from, NULL, stride, 0};
     typedef uint8_t bytes __attribute__((vector_size(LANES)));
     uint8_t *numbers = (uint8_t *)room;
     for (int r = 0; r < n; r++) {
@@ -449,7 +501,7 @@ static Rows prepare(int kind, const float *from, long stride, int n, long len, f
             memcpy(numbers + r * size + i, &rounded, sizeof rounded);
         }
     }
-    return (Rows){numbers, steps, size};
+    return (Rows){numbers, steps, size, 0};
 }
 
 #endif

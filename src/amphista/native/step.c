@@ -112,7 +112,7 @@ static void run_forward(const void *call, Worker *worker) {
     for (int i = 0; i < f->num_wanted; i++)
         norm_row(w->states + f->wanted[i] * hidden, m->norm, stack->hidden, stack->eps, rows + i * hidden);
     float *prepared = w->own_prepared[thread], *steps = w->own_steps[thread];
-    const Rows x = prepare(m->head.kind, rows, hidden, f->num_wanted, stack->hidden, prepared, steps);
+    const Rows x = prepare(&m->head, rows, hidden, f->num_wanted, prepared, steps);
     head_stage(step, &x, worker);
 }
 

@@ -12,7 +12,7 @@
 #include <omp.h>
 #endif
 
-#include "lanes.h"
+#include "tiles.h"
 
 enum { SPINS = 4000, NEIGHBOURS = 3, LINE = 64 };
 
@@ -75,6 +75,12 @@ INLINE int take(Worker *worker) {
     return -1;
 }
 
+static void run_with_tiles(void (*run)(const void *call, Worker *worker), const void *call, Worker worker) {
+    const TileSetting before = begin_tiles();
+    run(call, &worker);
+    end_tiles(&before);
+}
+
 /* Does a call with so many threads, or as many as there are; how many they were. shares: [2][threads]. */
 static int together(int threads, Share *shares, void (*run)(const void *call, Worker *worker), const void *call) {
     Barrier barrier = {.team = 1};
@@ -83,11 +89,11 @@ static int together(int threads, Share *shares, void (*run)(const void *call, Wo
     {
 #pragma omp single
         barrier.team = omp_get_num_threads();
-        run(call, &(Worker){shares, &barrier, omp_get_thread_num(), barrier.team, 0, 0});
+        run_with_tiles(run, call, (Worker){shares, &barrier, omp_get_thread_num(), barrier.team, 0, 0});
     }
 #else
     (void)threads;
-    run(call, &(Worker){shares, &barrier, 0, 1, 0, 0});
+    run_with_tiles(run, call, (Worker){shares, &barrier, 0, 1, 0, 0});
 #endif
     return barrier.team;
 }

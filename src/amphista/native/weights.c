@@ -12,9 +12,14 @@ void amphista_rows(const Product *p, const int64_t *rows, int64_t n, float *out,
  * room: [n][padded(inputs) + 1]. */
 void amphista_product(const Product *p, const float *rows, int64_t n, float *out, int threads, float *room) {
     const long size = padded(p->inputs);
-    const Rows x = prepare(p->kind, rows, size, (int)n, p->inputs, room, room + n * size);
+    const Rows x = prepare(p, rows, size, (int)n, room, room + n * size);
     (void)threads;
-#pragma omp parallel for num_threads(threads) schedule(dynamic, 4)
-    for (int32_t first = 0; first < p->outputs; first += BLOCK)
-        multiply(p, &x, (int)n, first, p->outputs - first < BLOCK ? p->outputs - first : BLOCK, out + first, p->outputs);
+#pragma omp parallel num_threads(threads)
+    {
+        const TileSetting before = begin_tiles();
+#pragma omp for schedule(dynamic, 4)
+        for (int32_t first = 0; first < p->outputs; first += BLOCK)
+            multiply(p, &x, (int)n, first, p->outputs - first < BLOCK ? p->outputs - first : BLOCK, out + first, p->outputs);
+        end_tiles(&before);
+    }
 }

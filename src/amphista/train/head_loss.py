@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from amphista.drafter.frozen_head import ROWS_IN_CACHE, FrozenHead
+from amphista.drafter.frozen_head import Aims, FrozenHead
 from amphista.drafter.heads import ParallelHeads, with_paths
 from amphista.drafter.scoring import ScoringDrafter, StateOf
 from amphista.train.losses import LossConfig, depth_weight, head_losses, state_distance, widened
@@ -190,7 +190,7 @@ class _Part:
 
     @cached_property
     def frozen_head(self) -> FrozenHead | None:
-        """The shared LM head for `_frozen_losses`, where that knows its form and the objectives."""
+        """The shared LM head for `_FrozenLosses`, where that knows its form and the objectives."""
         return None if self.config.aims_at_acceptance else self.drafter.frozen_head()
 
     @property
@@ -207,7 +207,9 @@ class _Part:
         num_corrections = 0 if corrected is None else 1
         frozen = self.frozen_head
         if frozen is not None and not num_corrections:
-            return _frozen_losses(frozen, inputs[0], (self.target_probs, aim), labels, self.config)
+            weights = self.config.soft_weight, self.config.text_weight
+            loss, right = _FrozenLosses.apply(inputs[0], frozen, Aims(self.target_probs, aim, labels), weights)
+            return loss, right
         target_probs = self.target_probs[aim]
 
         def compute(states: Tensor, *others: Tensor) -> tuple[Tensor, Tensor]:
@@ -256,55 +258,20 @@ class _GradientAtOnce(torch.autograd.Function):
         return None, *(None if gradient is None else gradient * upstream for gradient in ctx.saved_tensors)
 
 
-def _frozen_losses(
-    head: FrozenHead, states: Tensor, aims: tuple[Tensor, Tensor], labels: Tensor, config: LossConfig
-) -> tuple[Tensor, Tensor]:
-    loss, right = _FrozenLosses.apply(states, head, aims, labels, (config.soft_weight, config.text_weight))
-    return loss, right
-
-
 class _FrozenLosses(torch.autograd.Function):
     """Both cross-entropies of rows under a frozen LM head, summed, and whether each row's best token is the text's.
 
-    aims: target distributions, and which of them is each row's. Equal to `head_losses` of the head's logits (a law).
-    With r = soft p + text onehot(label), sum_v p_v = 1 and z less its largest entry, a row's loss is
-    |r| log sum_v e^z_v - sum_v r_v z_v, its gradient |r| q - r; a few rows at a time go from the product to the
-    gradient of the states, each pass over their logits in place.
+    Equal to `head_losses` of the head's logits (a law); `FrozenHead.cross_entropies` has the gradient at once.
     """
 
     @staticmethod
     def forward(
-        ctx: Any,
-        states: Tensor,
-        head: FrozenHead,
-        aims: tuple[Tensor, Tensor],
-        labels: Tensor,
-        weights: tuple[float, float],
+        ctx: Any, states: Tensor, head: FrozenHead, aims: Aims, weights: tuple[float, float]
     ) -> tuple[Tensor, Tensor]:
-        soft, text = weights
-        target_probs, aim = aims
-        loss = target_probs.new_zeros(())
-        gradients, rights = [], []
-        parts = (x.split(ROWS_IN_CACHE) for x in (states, aim, labels))
         with torch.autocast(states.device.type, enabled=False):  # which would sum in bfloat16
-            for rows, of_rows, label in zip(*parts, strict=True):
-                logits = widened(head.logits(rows.to(head.dtype)))
-                logits.sub_(logits.amax(-1, keepdim=True))
-                probs = target_probs.index_select(0, of_rows)
-                index, known = label.clamp_min(0)[:, None], label >= 0
-                of_label = logits.gather(-1, index).squeeze(-1)
-                rights.append(_is_best(logits, index, known & (of_label == 0)))
-                aligned = torch.linalg.vecdot(probs, logits)
-                total = logits.exp_().sum(-1)
-                of_text = text * known.to(logits.dtype)
-                loss = loss + ((soft + of_text) * total.log() - soft * aligned - of_text * of_label).sum()
-                if ctx.needs_input_grad[0]:
-                    gradient = logits.mul_(((soft + of_text) / total)[:, None]).sub_(probs, alpha=soft)
-                    gradient.scatter_add_(-1, index, -of_text[:, None])
-                    gradients.append(head.gradient(gradient.to(head.dtype)))
-        if gradients:
-            ctx.save_for_backward(torch.cat(gradients).to(states.dtype))
-        right = torch.cat(rights)
+            loss, right, gradient = head.cross_entropies(states, aims, weights, ctx.needs_input_grad[0])
+        if gradient is not None:
+            ctx.save_for_backward(gradient)
         ctx.mark_non_differentiable(right)
         return loss, right
 
@@ -312,15 +279,7 @@ class _FrozenLosses(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
-        return gradient * upstream.to(gradient.dtype), None, None, None, None
-
-
-def _is_best(logits: Tensor, index: Tensor, as_large: Tensor) -> Tensor:
-    """Of rows whose label is as large as any, whether it is the first such token; bfloat16 logits often have equals."""
-    rows = as_large.nonzero().squeeze(-1)
-    best = torch.zeros_like(as_large)
-    best[rows] = logits[rows].argmax(-1) == index[rows, 0]
-    return best
+        return gradient * upstream.to(gradient.dtype), None, None, None
 
 
 def draft_labels(drafter: ScoringDrafter, token_ids: Tensor) -> Tensor:

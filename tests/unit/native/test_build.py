@@ -106,9 +106,10 @@ def test_a_cache_folder_that_cannot_be_written_says_so(tmp_path):
 def test_sources_are_in_the_package():
     assert {path.name for path in SOURCES.glob("*.[ch]")} == {
         "native.c",
+        "training.c",
         "weights.c",
         "step.c",
         "drafter.c",
-        *(f"{name}.h" for name in ("layer", "attention", "team", "products", "lanes", "blocks")),
+        *(f"{name}.h" for name in ("layer", "attention", "team", "products", "lanes", "blocks", "tiles")),
     }
     assert "-ffp-contract=fast" in BASE_FLAGS and sys.maxsize > 2**32
