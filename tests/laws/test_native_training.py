@@ -1,4 +1,4 @@
-"""Losses over a vocabulary in C: those of the passes in float64 over the same logits, whatever vocabulary and labels."""
+"""Passes of training in C: losses over any vocabulary and norms are those of torch in float64 over the same numbers."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def drawn(size, rows=37, spread=4.0):
 @pytest.mark.parametrize("size", SIZES)
 def test_losses_in_c_are_those_of_the_passes(size, weights):
     logits, aims = drawn(size)
-    exact = Aims(aims.target_probs.double(), aims.index, aims.labels)
+    exact = Aims(aims.target_probs.double(), aims.rows, aims.labels)
     losses, right, gradient = frozen_head._by_passes(logits.double(), exact, weights, True)
     untouched = logits.clone()
     found, is_right = native.cross_entropies(untouched, *aims, weights, False)

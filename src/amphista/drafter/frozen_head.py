@@ -25,7 +25,7 @@ class Aims(NamedTuple):
     """What rows aim at: distributions [P, N], which of them is each row's [M], the text's tokens or -1 [M]."""
 
     target_probs: Tensor
-    index: Tensor
+    rows: Tensor
     labels: Tensor
 
 
@@ -63,7 +63,7 @@ class FrozenHead:
         weights: of the target's distribution and of the text.
         """
         loss, rights, gradients = aims.target_probs.new_zeros(()), [], []
-        parts = (x.split(self._rows) for x in (states, aims.index, aims.labels))
+        parts = (x.split(self._rows) for x in (states, aims.rows, aims.labels))
         for rows, index, labels in zip(*parts, strict=True):
             logits = self.logits(rows.to(self.dtype))
             if self._in_c:
@@ -87,7 +87,7 @@ def _by_passes(logits: Tensor, aims: Aims, weights: tuple[float, float], wanted:
     soft, text = weights
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     logits.sub_(logits.amax(-1, keepdim=True))
-    probs = aims.target_probs.index_select(0, aims.index)
+    probs = aims.target_probs.index_select(0, aims.rows)
     index, known = aims.labels.clamp_min(0)[:, None], aims.labels >= 0
     of_label = logits.gather(-1, index).squeeze(-1)
     right = _is_best(logits, index, known & (of_label == 0))

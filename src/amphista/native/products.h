@@ -18,7 +18,7 @@
 #include "blocks.h"
 #include "tiles.h"
 
-enum { TILE = 4, BLOCK = 32, LEVELS = 127, ZERO = 128, WIDE_INPUTS = 1 << 14, AHEAD = 12 << 10, INT8_AHEAD = 8 << 10, LEAST_TILE_ROWS = 9 };
+enum { TILE = 4, BLOCK = 32, LEVELS = 127, ZERO = 128, WIDE_INPUTS = 1 << 14, AHEAD = 12 << 10, INT8_AHEAD = 8 << 10 };
 #if LANES == 16 && defined(__AVX512BF16__)
 enum { FLOAT_ROWS = 6, BF16_ROWS = 6, INT8_ROWS = 8, BLOCK_ROWS = 8 };
 #elif LANES == 16

@@ -84,7 +84,7 @@ def softmax(logits: Tensor, out: Tensor) -> None:
 def cross_entropies(
     logits: Tensor, target_probs: Tensor, aims: Tensor, labels: Tensor, weights: tuple[float, float], wanted: bool
 ) -> tuple[Tensor, Tensor]:
-    """(losses [M], whether the label is a row's first largest logit [M]); the gradient takes the logits' place if wanted.
+    """(losses [M], whether the label is a row's first largest logit [M]); the logits become their gradient if wanted.
 
     logits [M, N], target_probs [P, N] in float32, aims [M] among P, labels [M] or -1; weights: of the distribution and
     of the text.
