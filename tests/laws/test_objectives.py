@@ -511,7 +511,7 @@ def test_nothing_of_vocabulary_size_waits_for_the_backward_pass(precise, kind, m
         (ONLY, "nor all 0"),
         ({"hybrid_eta": -1.0}, "hybrid_eta is -1.0"),
         ({"depth_decay": 0.0}, "depth_decay is 0.0"),
-        ({"chunk_rows": 0}, "chunk_rows is 0"),
+        ({"chunk_rows": -1}, "chunk_rows is -1"),
         ({"hybrid": 1.0}, "did you mean 'hybrid_eta'|did you mean 'hybrid_weight'"),
         ({"accept_until_fail": 1}, "accept_until_fail is 1: expected bool"),
     ],

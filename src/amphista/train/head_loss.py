@@ -33,6 +33,9 @@ from amphista.drafter.heads import ParallelHeads, with_paths
 from amphista.drafter.scoring import ScoringDrafter, StateOf
 from amphista.train.losses import LossConfig, depth_weight, head_losses, state_distance, widened
 
+LOGITS_AT_ONCE = 1 << 24  # of one head and chunk: 64 MB in float32; more rows at once cost less each
+FEWEST_ROWS = 128
+
 
 @dataclass(frozen=True)
 class AnswerRows:
@@ -106,6 +109,7 @@ class HeadLoss(nn.Module):
     def __init__(self, drafter: ScoringDrafter, config: LossConfig, *, one_by_one: bool = True) -> None:
         super().__init__()
         self.drafter, self.config, self.one_by_one = drafter, config, one_by_one
+        self.chunk_rows = config.chunk_rows or max(FEWEST_ROWS, LOGITS_AT_ONCE // drafter.draft_vocab)
 
     def forward(self, hidden: Tensor, next_ids: Tensor, answer_rows: AnswerRows) -> HeadSums:
         """hidden [B, T, W], next_ids [B, T] -> what this batch adds to each head's loss."""
@@ -114,11 +118,11 @@ class HeadLoss(nn.Module):
         state_of = self._states(hidden, next_ids, answer_rows.rows)
         parts = [
             self._part(
-                state_of(slice(start, start + self.config.chunk_rows)),
-                _Part(self.drafter, aimed_at, labels, start, self.config),
+                state_of(slice(start, start + self.chunk_rows)),
+                _Part(self.drafter, aimed_at, labels, slice(start, start + self.chunk_rows), self.config),
                 answer_rows,
             )
-            for start in range(0, max(len(labels), 1), self.config.chunk_rows)
+            for start in range(0, max(len(labels), 1), self.chunk_rows)
         ]
         losses, counted = (torch.stack(column).sum(0) for column in zip(*parts, strict=True))
         aims = counted.new_tensor([answer_rows.aims(k).numel() for k in range(self.drafter.num_heads)])
@@ -140,7 +144,7 @@ class HeadLoss(nn.Module):
         corrected = with_paths(self.drafter)
         for k in range(self.drafter.num_heads):
             index = answer_rows.aims(k)
-            index = index[(index >= part.start) & (index < part.start + self.config.chunk_rows)]
+            index = index[(index >= part.chunk.start) & (index < part.chunk.stop)]
             index = index[counts[index]]
             counted.append(float(index.numel()))
             own = self.drafter.own_weights(k)
@@ -148,7 +152,7 @@ class HeadLoss(nn.Module):
                 nothing = state(k, asked[:1]).sum() * 0
                 losses.append(widened(sum((weight.flatten()[0] * 0 for weight in own), nothing)))
                 continue
-            asked = index - part.start
+            asked = index - part.chunk.start
             states = state(k, asked)
             above: tuple[Tensor, ...] = ()
             if k and corrected is not None:
@@ -165,12 +169,12 @@ class HeadLoss(nn.Module):
 
 @dataclass(frozen=True)
 class _Part:
-    """The rows from `start` on, `chunk_rows` of them, and what their heads aim at."""
+    """A chunk of rows, and what their heads aim at."""
 
     drafter: ScoringDrafter
     aimed_at: Tensor
     labels: Tensor
-    start: int
+    chunk: slice
     config: LossConfig
 
     @property
@@ -180,9 +184,8 @@ class _Part:
 
     @cached_property
     def target_probs(self) -> Tensor:
-        """The target's distribution over the draft vocabulary from row start + 1 on; row `start` is nobody's aim."""
-        last = self.start + self.config.chunk_rows + self.drafter.num_heads
-        aimed_at = self.aimed_at[self.start + 1 : last]
+        """The target's distribution over the draft vocabulary from the chunk's second row on: nobody aims at its first."""
+        aimed_at = self.aimed_at[self.chunk.start + 1 : self.chunk.stop + self.drafter.num_heads]
         with torch.no_grad():
             if self.frozen_head is None:
                 return torch.softmax(widened(self.drafter.target_logits(aimed_at)), dim=-1)
@@ -202,7 +205,7 @@ class _Part:
     def scored(self, head: int, index: Tensor, *inputs: Tensor) -> tuple[Tensor, Tensor]:
         """(summed loss of a head's rows, whether each row's best token is the text's, as far as anybody asks)."""
         aim = index + head + 1
-        labels, aim = self.labels[aim], aim - self.start - 1
+        labels, aim = self.labels[aim], aim - self.chunk.start - 1
         corrected = self.corrected if head else None
         num_corrections = 0 if corrected is None else 1
         frozen = self.frozen_head

@@ -103,7 +103,7 @@ class LossConfig:
     `feature_weight`: of `state_distance`, which looks at no token. `depth_decay` 1.0 is the paper's uniform.
     `path_share`: how much of a head's loss is that given the token above (drafters with a path correction, heads behind
     the first); all of it where the heads are frozen. `chunk_rows` bounds memory, not the loss: no more rows meet the
-    vocabulary at once.
+    vocabulary at once; 0: as many as give some 16 million logits.
     """
 
     soft_weight: float = weighs(lambda at: soft_cross_entropy(at.log_probs, at.target_probs), 1.0)
@@ -116,7 +116,7 @@ class LossConfig:
     depth_decay: float = 1.0
     accept_until_fail: bool = False
     path_share: float = 0.5
-    chunk_rows: int = 512
+    chunk_rows: int = 0
 
     def __post_init__(self) -> None:
         if self.feature_weight < 0:
@@ -125,8 +125,8 @@ class LossConfig:
             raise ConfigError(f"{', '.join(self.weights)} must not be negative, nor all 0")
         if self.hybrid_eta < 0:
             raise ConfigError(f"hybrid_eta is {self.hybrid_eta}: expected 0 or more (0 is plain KL)")
-        if self.chunk_rows < 1:
-            raise ConfigError(f"chunk_rows is {self.chunk_rows}: expected at least 1")
+        if self.chunk_rows < 0:
+            raise ConfigError(f"chunk_rows is {self.chunk_rows}: expected 0 or more")
         if not 0 < self.path_share <= 1:
             raise ConfigError(f"path_share is {self.path_share}: expected a number in (0, 1]")
         if not 0 < self.depth_decay <= 1:
