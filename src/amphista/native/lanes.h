@@ -131,13 +131,41 @@ INLINE four sums(vec a, vec b, vec c, vec d) {
 
 INLINE float sum(vec value) { return sums(value, (vec){0}, (vec){0}, (vec){0})[0]; }
 
-INLINE vec larger(vec a, vec b) { return select_vec((ivec)(a > b), a, b); }
+/* a where it is larger, else b: also where either is NaN. */
+INLINE vec larger(vec a, vec b) {
+#if LANES == 16
+    return (vec)_mm512_max_ps((__m512)a, (__m512)b);
+#elif LANES == 8
+    return (vec)_mm256_max_ps((__m256)a, (__m256)b);
+#else
+    return select_vec((ivec)(a > b), a, b);
+#endif
+}
+
 INLINE vec magnitude(vec value) { return (vec)((ivec)value & 0x7fffffff); }
 
+/* Whether any lane of a comparison is true. */
+INLINE int any_lane(ivec mask) {
+#if LANES == 16
+    return _mm512_test_epi32_mask((__m512i)mask, (__m512i)mask) != 0;
+#elif LANES == 8
+    return !_mm256_testz_si256((__m256i)mask, (__m256i)mask);
+#else
+    int found = 0;
+    for (int lane = 0; lane < LANES; lane++) found |= mask[lane];
+    return found;
+#endif
+}
+
+/* Of numbers none of which is NaN. */
 INLINE float largest(vec value) {
+#if LANES == 16
+    return _mm512_reduce_max_ps((__m512)value);
+#else
     float found = value[0];
     for (int lane = 1; lane < LANES; lane++) found = value[lane] > found ? value[lane] : found;
     return found;
+#endif
 }
 
 /* e to the power of x to about 1e-7 of it: 2^n e^r with |r| <= ln 2 / 2 (Cephes' polynomial); 0 below -87. */

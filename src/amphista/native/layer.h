@@ -161,9 +161,11 @@ static int look_through(const Stack *m, const Batch *f, int num_ids, Work *w) {
 
 /* Root-mean-square norm (arXiv 1910.07467) of one padded row. */
 static void norm_row(const float *from, const float *weight, long len, float eps, float *to) {
-    vec squares = {0};
-    for (long i = 0; i < padded(len); i += LANES) squares += load(from + i) * load(from + i);
-    const vec factor = all(1.0f / sqrtf(sum(squares) / (float)len + eps));
+    vec squares[4] = {{0}}; /* one sum would wait for itself */
+    for (long i = 0; i < padded(len); i += 4 * LANES)
+        for (int k = 0; k < 4; k++) squares[k] += load(from + i + k * LANES) * load(from + i + k * LANES);
+    const vec all_squares = (squares[0] + squares[1]) + (squares[2] + squares[3]);
+    const vec factor = all(1.0f / sqrtf(sum(all_squares) / (float)len + eps));
     for (long i = 0; i < padded(len); i += LANES) store(to + i, load(from + i) * factor * load(weight + i));
 }
 

@@ -38,6 +38,13 @@ typedef struct {
     Choice **choices; /* the best that each thread has found, [num_wanted] */
 } Step;
 
+/* Whether a number of a block is larger than the best so far. */
+INLINE int may_be_larger(const float *block, float best) {
+    ivec any = {0};
+    for (int o = 0; o < BLOCK; o += LANES) any |= load(block + o) > best;
+    return any_lane(any);
+}
+
 static void head_stage(const Step *step, const Rows *x, Worker *worker) {
     const Model *m = step->m;
     const Forward *f = step->f;
@@ -50,9 +57,12 @@ static void head_stage(const Step *step, const Rows *x, Worker *worker) {
         float *to = f->logits ? f->logits + first : step->work.own_block[worker->thread];
         const long ldo = f->logits ? outputs : BLOCK;
         multiply(&m->head, x, n, first, count, to, ldo);
-        for (int r = 0; r < n; r++)
+        for (int r = 0; r < n; r++) {
+            const float *row = to + r * ldo;
+            if (count == BLOCK && !may_be_larger(row, best[r].value)) continue;
             for (long o = 0; o < count; o++)
-                if (to[r * ldo + o] > best[r].value) best[r] = (Choice){to[r * ldo + o], (int32_t)(first + o)};
+                if (row[o] > best[r].value) best[r] = (Choice){row[o], (int32_t)(first + o)};
+        }
     }
 }
 
