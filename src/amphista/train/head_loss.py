@@ -184,7 +184,7 @@ class _Part:
 
     @cached_property
     def target_probs(self) -> Tensor:
-        """The target's distribution over the draft vocabulary from the chunk's second row on: nobody aims at its first."""
+        """The target's distribution from the chunk's second row on: nobody aims at its first."""
         aimed_at = self.aimed_at[self.chunk.start + 1 : self.chunk.stop + self.drafter.num_heads]
         with torch.no_grad():
             if self.frozen_head is None:
