@@ -59,7 +59,7 @@ def test_in_8_bits_they_are_those_of_a_build_without_tiles_bit_for_bit(shape):
         assert torch.equal(product.multiply(rows[:count]), product.multiply(rows[:count], WITHOUT_TILES))
 
 
-def test_other_users_of_the_units_find_them_as_they_left_them():
+def test_torch_multiplies_by_the_same_units_in_turn_with_us():
     """torch multiplies in bfloat16 by the same units, in the same threads, before, between and behind."""
     _, product, rows = shaped((70, 64), Weight.of_8_bits)
     generator = torch.Generator().manual_seed(1)
