@@ -1,7 +1,6 @@
 /* Matrix units of x86 (AMX): dots of up to 32 rows with 32 outputs at a time, in 8 bits and in bfloat16.
  *
- * A thread that uses the units has what they held before put back,
- * as other libraries of the process (oneDNN) use them, too, and remember how they left them.
+ * A thread that uses the units puts their setting back, as other libraries of the process (oneDNN) use them, too.
  */
 #ifndef AMPHISTA_TILES_H
 #define AMPHISTA_TILES_H

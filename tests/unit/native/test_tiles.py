@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from amphista.errors import NativeError
-from amphista.native.build import BEST_FLAGS, load
+from amphista.native.build import BEST_FLAGS, find_compiler, load
 from amphista.native.weights import Weight
 
 WITHOUT_TILES = (*BEST_FLAGS, "-mno-amx-tile", "-mno-amx-int8", "-mno-amx-bf16")
@@ -15,9 +15,9 @@ SHAPES = [(32, 64), (70, 64), (33, 576), (64, 96), (31, 64), (200, 1536), (5, 32
 
 
 @pytest.fixture(scope="module", autouse=True)
-def compiled():
+def compiler():
     try:
-        load()
+        find_compiler()
     except NativeError as error:
         pytest.skip(str(error))
 
