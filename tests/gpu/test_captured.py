@@ -101,7 +101,9 @@ def test_a_replay_waits_for_nothing_and_its_buffers_stay():
     target.verify(DEEP, cache)
     (region, replay) = next(reversed(target._captured._regions._kept.values()))
     before = buffers_of(region)
-    torch.cuda.set_sync_debug_mode("error")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that it is a prototype
+        torch.cuda.set_sync_debug_mode("error")
     try:
         with torch.inference_mode():
             replay(), replay()
@@ -121,6 +123,11 @@ def test_old_graphs_still_serve_after_larger_ones():
         tree = TokenTree([node % 290 for node in range(size)], [-1, *((node - 1) // 2 for node in range(1, size))])
         logits = target.verify(tree, cache).logits.clone()
         assert torch.equal(found.setdefault(size, logits), logits)
+
+
+def is_captured(name):
+    """Whether this drafter's heads are drawn in fixed shapes: those asked all at once, from rows of their own."""
+    return name.startswith(("amphista", "medusa"))
 
 
 @pytest.fixture(scope="module")
@@ -170,10 +177,10 @@ def test_real_drafters(target, drafters, expected, name, tree, sampling):
         engine = Engine(target, drafters[name], TREES[tree])
         sequence = decode(engine, PROMPT, SAMPLINGS[sampling])
     assert sequence.output_ids == expected[sampling]
-    assert isinstance(engine._heads, CapturedDrafter) == (not name.startswith("none"))
+    assert isinstance(engine._heads, CapturedDrafter) == is_captured(name)
 
 
-@pytest.mark.parametrize("name", [name for name in REAL_DRAFTERS if "none" not in name and "+" not in name])
+@pytest.mark.parametrize("name", [name for name in REAL_DRAFTERS if is_captured(name) and "+" not in name])
 def test_the_same_candidates(target, drafters, name):
     around, drafter = CapturedDrafter(drafters[name]), drafters[name]
     ours, theirs = drafter.start(), drafter.start()

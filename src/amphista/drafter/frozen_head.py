@@ -19,6 +19,7 @@ from amphista.native import training as native
 
 ROWS_IN_CACHE = 64  # whose logits over a draft vocabulary stay near the processor from one pass to the next
 ROWS_IN_C = 512  # passes over a row stay near it in any case: enough for the product
+ROWS_ON_GPU = 1 << 15  # nothing stays anywhere: as many as there are
 
 
 class Aims(NamedTuple):
@@ -36,7 +37,7 @@ class FrozenHead:
         """weight [N, D], bias [N]; products are in the weight's type."""
         self.dtype, self._weight, self._bias = weight.dtype, weight, bias
         self._in_c = native.reads(weight)
-        self._rows = ROWS_IN_C if self._in_c else ROWS_IN_CACHE
+        self._rows = ROWS_ON_GPU if weight.is_cuda else ROWS_IN_C if self._in_c else ROWS_IN_CACHE
 
     def logits(self, states: Tensor) -> Tensor:
         """States [M, D] -> logits [M, N]; without gradient."""

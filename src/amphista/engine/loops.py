@@ -57,12 +57,12 @@ class LoopWatch:
         ids, runs, looped = self._ids, self._runs, False
         for span in range(1, min(LONGEST_SPAN, len(ids)) + 1):
             runs[span] = runs[span] + 1 if ids[-span] == token else 0
-            looped = looped or runs[span] >= _NEEDED[span]
+            looped = looped or runs[span] >= TOKENS_TO_LOOP[span]
         ids.append(token)
         return looped
 
 
-_NEEDED = [0] + [span * (_repeats(span) - 1) for span in range(1, LONGEST_SPAN + 1)]
+TOKENS_TO_LOOP = [0] + [span * (_repeats(span) - 1) for span in range(1, LONGEST_SPAN + 1)]
 
 
 def steps_within(accepted: Sequence[int], num_tokens: int, prefill_tokens: int = 1) -> int:

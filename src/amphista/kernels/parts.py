@@ -7,7 +7,8 @@ numbers (arXiv 2104.09864): `paired` puts the rows of a weight, or of a norm ove
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,6 +32,19 @@ class Norm:
 
     def __call__(self, rows: Tensor) -> Tensor:
         return torch.rms_norm(rows, self.weight.shape, self.weight, self.eps)
+
+
+@contextmanager
+def any_shape() -> Iterator[None]:
+    """Attention by kernels that take any shape at once: cuDNN makes a plan for each new one, which takes longer than
+    the attention of a prompt or of a batch whose length does not come again."""
+    backends: Any = torch.backends.cuda
+    was_enabled = backends.cudnn_sdp_enabled()
+    backends.enable_cudnn_sdp(False)
+    try:
+        yield
+    finally:
+        backends.enable_cudnn_sdp(was_enabled)
 
 
 class RotaryTable:

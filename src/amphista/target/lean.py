@@ -23,7 +23,7 @@ from transformers.masking_utils import causal_mask_function
 
 from amphista.cache.static import sent
 from amphista.kernels.linear import Product, TorchLinear
-from amphista.kernels.parts import Norm, RotaryTable, paired
+from amphista.kernels.parts import Norm, RotaryTable, any_shape, paired
 from amphista.target.attention import Layout, layer_rules
 from amphista.target.hidden_states import Taps
 from amphista.target.pages import give_back
@@ -139,6 +139,11 @@ class LeanModel:
         return sum(product.num_bytes for product in [*products, self.head])
 
     @property
+    def sees_all(self) -> bool:
+        """Whether every row of every layer sees all rows before it."""
+        return self.rules == [causal_mask_function]
+
+    @property
     def dtype(self) -> torch.dtype:
         dtype: torch.dtype = self._embedding.dtype
         return dtype
@@ -193,7 +198,7 @@ class LeanModel:
     def _attention(self, span: Span) -> list[_Attention]:
         """By rule; a mask that hides nothing from a single row is left out."""
         shape = (1, span.tree.num_nodes)
-        if shape[1] == 1 and self.rules == [causal_mask_function]:
+        if shape[1] == 1 and self.sees_all:
             return [_Attention.of(self, shape, None)]
         layout = Layout.of(span, self.device)
         masks = [layout.mask(rule) for rule in self.rules]
@@ -211,12 +216,20 @@ class LeanModel:
     ) -> Tensor:
         """Flat rows [N, W] of embeddings. attention: by rule, then by span; rows: by layer, then by span."""
         tapped = []
-        for layer, caches in zip(self.layers, rows, strict=False):  # either may have been cut
-            states = self._layer(layer, states, turn, attention[layer.rule], caches)
-            if layer.number in taps:
-                tapped.append(states)
+        with any_shape():
+            for layer, caches in zip(self.layers, rows, strict=False):  # either may have been cut
+                states = self._layer(layer, states, turn, attention[layer.rule], caches)
+                if layer.number in taps:
+                    tapped.append(states)
         hidden = self._norm(states)
         return torch.cat([hidden, *tapped], dim=-1) if taps else hidden
+
+    @torch.inference_mode()
+    def step(self, token_ids: Tensor, positions: Tensor, mix: Any, caches: Sequence[Any]) -> Tensor:
+        """Hidden states [N, D] of one row of each of N sequences. mix: (queries, keys, values, a layer's cache) ->
+        [N, H * E]; positions [N] there are turns for. Can be recorded."""
+        rows = [[cache] for cache in caches]
+        return self._states(self.embed(token_ids), self._rotation(positions), [[mix]], rows, ())
 
     @torch.inference_mode()
     def read_early(self, token_ids: Tensor, positions: Sequence[int], num_layers: int, mix: Mix) -> list[Tensor]:

@@ -107,6 +107,11 @@ class Target:
         return "captured" if self.device.type == "cuda" else f"{fast}-static"
 
     @property
+    def lean(self) -> LeanModel | None:
+        """The fast forward; None on the stock path."""
+        return self._lean
+
+    @property
     def why_not_captured(self) -> str | None:
         """Why the calling thread decodes without recorded forwards; None where it has them, or nobody wanted them."""
         captured = self._captured

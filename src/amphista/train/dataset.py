@@ -28,6 +28,7 @@ from amphista.train.head_loss import AnswerRows
 from amphista.train.hidden_store import HiddenStore
 from amphista.train.token_row import TokenRow
 
+ANSWERS_A_ROW = 10000  # numbers of one row's answers and the next one's never meet
 BUCKET_BATCHES = 32  # rows of this many batches are sorted by length together
 
 
@@ -129,10 +130,12 @@ class HiddenStates:
     def _forward(self, rows: Sequence[TokenRow], read: Callable[[Tensor], Tensor]) -> list[Tensor]:
         if not rows:
             return []
-        ids = _pad([row.token_ids for row in rows]).to(self._target.device)
+        ids = _padded_ids(rows).to(self._target.device)
         with torch.autocast(ids.device.type, enabled=False):  # the target keeps its own precision, whoever asks
             hidden = read(ids).float().clone()
         states = [hidden[i, : len(row.token_ids)] for i, row in enumerate(rows)]
+        if torch.isfinite(hidden).all():  # asked once: a device answers when it has done everything else
+            return states
         for row, state in zip(rows, states, strict=True):
             if not torch.isfinite(state).all():
                 raise DataError(
@@ -168,15 +171,12 @@ def collate(rows: Sequence[TokenRow], hidden: Sequence[Tensor]) -> PaddedBatch:
 def answer_rows(rows: Sequence[TokenRow]) -> AnswerRows:
     """The rows h_t of a padded batch whose next token x_{t+1} lies in an answer."""
     next_ids = _next_ids(rows)
-    length = next_ids.shape[1]
-    flat, answers = [], []
-    for b, row in enumerate(rows):
-        for t in range(len(row.token_ids) - 1):
-            if row.answers[t + 1]:
-                flat.append(b * length + t)
-                answers.append(b * 10000 + row.answers[t + 1])
-    index = torch.tensor(flat, dtype=torch.long)
-    return AnswerRows(index, next_ids.flatten()[index], torch.tensor(answers, dtype=torch.long))
+    marks = torch.zeros_like(next_ids)
+    for number, (of_row, row) in enumerate(zip(marks.numpy(), rows, strict=True)):
+        answers = row.arrays[1, 1:]
+        of_row[: len(answers)] = np.where(answers > 0, answers + number * ANSWERS_A_ROW, 0)
+    index = marks.flatten().nonzero().squeeze(-1)
+    return AnswerRows(index, next_ids.flatten()[index], marks.flatten()[index])
 
 
 def idle_batch(width: int) -> PaddedBatch:
@@ -186,13 +186,17 @@ def idle_batch(width: int) -> PaddedBatch:
 
 
 def _next_ids(rows: Sequence[TokenRow]) -> Tensor:
-    ids = _pad([row.token_ids for row in rows])
+    ids = _padded_ids(rows)
     return torch.cat([ids[:, 1:], ids[:, -1:]], dim=1)
 
 
-def _pad(ids: Sequence[Sequence[int]]) -> Tensor:
-    longest = max(len(row) for row in ids)
-    return torch.tensor([list(row) + [row[-1]] * (longest - len(row)) for row in ids])
+def _padded_ids(rows: Sequence[TokenRow]) -> Tensor:
+    """[B, T], each row's last token repeated."""
+    padded = np.empty((len(rows), max(len(row.token_ids) for row in rows)), dtype=np.int64)
+    for to, row in zip(padded, rows, strict=True):
+        to[: len(row.token_ids)] = row.arrays[0]
+        to[len(row.token_ids) :] = row.token_ids[-1]
+    return torch.from_numpy(padded)
 
 
 def batches_of(rows: Sequence[TokenRow], hidden: HiddenStates, batch_size: int) -> Iterator[PaddedBatch]:

@@ -25,6 +25,8 @@ from amphista.drafter.proposer import Proposer
 from amphista.engine.batch import Batch, Finished, Job
 from amphista.engine.costs import costs_for
 from amphista.engine.params import FinishReason, SamplingParams
+from amphista.engine.slot_batch import SlotBatch
+from amphista.engine.slots import has_slots
 from amphista.engine.step import Engine
 from amphista.errors import ConfigError, RequestError, TargetError
 from amphista.files import write_json
@@ -162,11 +164,8 @@ class Dialogue:
         if not self._finish:
             self._skipped = reason
 
-    def take(self, finished: Finished[Dialogue]) -> None:
+    def take(self, prompt_ids: list[int], output_ids: list[int], reason: FinishReason) -> None:
         """Add an answer to the row it continues; where the template has rewritten what came before, to a new one."""
-        prompt_ids, output_ids = finished.job.prompt_ids, finished.sequence.output_ids
-        reason = finished.sequence.finish_reason
-        assert reason is not None
         ids, marks = self._rows.pop() if self._rows else ([], [])
         if prompt_ids[: len(ids)] != ids:
             self._rows.append((ids, marks))
@@ -209,11 +208,22 @@ class Distiller:
                 f"{target.spec.max_positions} tokens: give fewer"
             )
         self._mine = list(prompts.conversations.items())[self._share.index :: self._share.count]
-        proposer = proposer or Proposer()
+        self._batch = self._make_batch(proposer or Proposer())
+
+    def _make_batch(self, proposer: Proposer) -> Batch[Dialogue] | SlotBatch[Dialogue]:
+        """On a GPU slots, which decode plainly; elsewhere the engine, with drafts where they pay."""
+        target, config = self.target, self.config
+        if target.lean is not None and has_slots(target.lean):
+            longest = min(config.max_len, target.spec.max_positions)
+            return SlotBatch(target.lean, target.eos_ids, config.batch_size, longest)
         if proposer.heads is not None:
             proposer.heads.freeze(native=target.is_native)
-        engine = Engine(target, proposer, AutoGrower(costs_for(target, proposer)))
-        self._batch: Batch[Dialogue] = Batch(engine, config.batch_size)
+        return Batch(Engine(target, proposer, AutoGrower(costs_for(target, proposer))), config.batch_size)
+
+    def _answer(self, jobs: Iterator[Job[Dialogue]]) -> Iterator[object]:
+        if isinstance(self._batch, SlotBatch):
+            return self._batch.run(jobs, self._next)
+        return self._batch.run(jobs, self._follow)
 
     def run(self) -> dict[str, Any]:
         """Answer what is not yet answered; returns the summary, also written to OUT/summary-<process>.json."""
@@ -221,15 +231,16 @@ class Distiller:
         with AnswerFile(self.out, self._share.index, self._run_record()) as self._file:
             to_do = [(name, messages) for name, messages in self._mine if name not in self._file.done]
             self._num_done = self._num_before = len(self._mine) - len(to_do)
-            for _ in self._batch.run(self._jobs(to_do), self._follow):
+            for _ in self._answer(self._jobs(to_do)):
                 self._report()
         summary = self._summary()
         write_json(self.out / f"summary-{self._share.index}.json", summary)
         return summary
 
     def _jobs(self, to_do: Sequence[tuple[str, list[dict[str, str]]]]) -> Iterator[Job[Dialogue]]:
-        """First turns, near-equal lengths together: a forward is as wide as its longest row."""
-        window = self.config.batch_size * WINDOW_BATCHES
+        """First turns, near-equal lengths together: a forward is as wide as its longest row. Slots read prompts of one
+        length together by themselves, and wait for none that is not due."""
+        window = 1 if isinstance(self._batch, SlotBatch) else self.config.batch_size * WINDOW_BATCHES
         for number, start in enumerate(range(0, len(to_do), window)):
             opened = []
             for name, messages in to_do[start : start + window]:
@@ -244,12 +255,17 @@ class Distiller:
     def _follow(self, finished: Finished[Dialogue]) -> Job[Dialogue] | None:
         if finished.error is not None:
             raise finished.error
-        dialogue = finished.job.tag
-        dialogue.take(finished)
-        job = dialogue.next_job()
-        if job is None:
+        assert finished.sequence.finish_reason is not None
+        return self._next(finished.job, finished.sequence.output_ids, finished.sequence.finish_reason)
+
+    def _next(self, job: Job[Dialogue], output_ids: list[int], reason: FinishReason) -> Job[Dialogue] | None:
+        """Keep an answer; the next turn of its conversation."""
+        dialogue = job.tag
+        dialogue.take(job.prompt_ids, output_ids, reason)
+        following = dialogue.next_job()
+        if following is None:
             self._keep(dialogue)
-        return job
+        return following
 
     def _keep(self, dialogue: Dialogue) -> None:
         self._file.add(dialogue.answered())

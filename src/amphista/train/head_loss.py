@@ -31,9 +31,11 @@ from torch.autograd.function import once_differentiable
 from amphista.drafter.frozen_head import Aims, FrozenHead
 from amphista.drafter.heads import ParallelHeads, with_paths
 from amphista.drafter.scoring import ScoringDrafter, StateOf
+from amphista.kernels.parts import any_shape
 from amphista.train.losses import LossConfig, depth_weight, head_losses, state_distance, widened
 
-LOGITS_AT_ONCE = 1 << 24  # of one head and chunk: 64 MB in float32; more rows at once cost less each
+# Of one head and chunk, 64 MB in float32 (on a GPU 1 GB): more rows at once cost less each.
+LOGITS_AT_ONCE = {"cpu": 1 << 24, "cuda": 1 << 28}
 FEWEST_ROWS = 128
 
 
@@ -109,13 +111,15 @@ class HeadLoss(nn.Module):
     def __init__(self, drafter: ScoringDrafter, config: LossConfig, *, one_by_one: bool = True) -> None:
         super().__init__()
         self.drafter, self.config, self.one_by_one = drafter, config, one_by_one
-        self.chunk_rows = config.chunk_rows or max(FEWEST_ROWS, LOGITS_AT_ONCE // drafter.draft_vocab)
+        at_once = LOGITS_AT_ONCE.get(drafter.device.type, LOGITS_AT_ONCE["cpu"])
+        self.chunk_rows = config.chunk_rows or max(FEWEST_ROWS, at_once // drafter.draft_vocab)
 
     def forward(self, hidden: Tensor, next_ids: Tensor, answer_rows: AnswerRows) -> HeadSums:
         """hidden [B, T, W], next_ids [B, T] -> what this batch adds to each head's loss."""
         labels = draft_labels(self.drafter, answer_rows.next_ids)
         aimed_at = hidden.flatten(0, 1)[:, : self.drafter.spec.hidden_size].index_select(0, answer_rows.rows)
-        state_of = self._states(hidden, next_ids, answer_rows.rows)
+        with any_shape():
+            state_of = self._states(hidden, next_ids, answer_rows.rows)
         parts = [
             self._part(
                 state_of(slice(start, start + self.chunk_rows)),

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
 
 from amphista.errors import DataError
 
@@ -19,6 +23,11 @@ class TokenRow:
     token_ids: list[int]
     answers: list[int]
     temperature: float | None = None
+
+    @cached_property
+    def arrays(self) -> NDArray[np.int64]:
+        """Token ids and answers [2, T]: a batch is made of them at every step."""
+        return np.array([self.token_ids, self.answers])
 
     @property
     def num_answer_tokens(self) -> int:
