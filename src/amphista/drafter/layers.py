@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from amphista.kernels.parts import attention_of_any_shape
 from amphista.native import training as native
 from amphista.target.spec import TargetSpec
 
@@ -223,7 +224,7 @@ def mix(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *, is_ca
     if is_causal and length < num_keys:  # torch's own causal mask lets the first row see one key
         mask, is_causal = _future(length, num_keys, query), False
     grouped = query.shape[1] != key.shape[1]
-    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=is_causal, enable_gqa=grouped)
+    return attention_of_any_shape(query, key, value, attn_mask=mask, is_causal=is_causal, enable_gqa=grouped)
 
 
 def _future(length: int, num_keys: int, like: Tensor) -> Tensor:

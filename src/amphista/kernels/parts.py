@@ -7,13 +7,13 @@ numbers (arXiv 2104.09864): `paired` puts the rows of a weight, or of a norm ove
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 FIRST_POSITIONS = 1024
 
@@ -34,15 +34,16 @@ class Norm:
         return torch.rms_norm(rows, self.weight.shape, self.weight, self.eps)
 
 
-@contextmanager
-def any_shape() -> Iterator[None]:
-    """Attention by kernels that take any shape at once: cuDNN makes a plan for each new one, which takes longer than
-    the attention of a prompt or of a batch whose length does not come again."""
+def attention_of_any_shape(query: Tensor, key: Tensor, value: Tensor, **how: Any) -> Tensor:
+    """torch's attention by kernels that take any shape at once. On a Hopper GPU torch prefers cuDNN, which makes a plan
+    for each shape it meets first: 50 ms and more, for every new length of a prompt (seen on an H200)."""
+    if not query.is_cuda:
+        return functional.scaled_dot_product_attention(query, key, value, **how)
     backends: Any = torch.backends.cuda
     was_enabled = backends.cudnn_sdp_enabled()
     backends.enable_cudnn_sdp(False)
     try:
-        yield
+        return functional.scaled_dot_product_attention(query, key, value, **how)
     finally:
         backends.enable_cudnn_sdp(was_enabled)
 

@@ -23,7 +23,7 @@ from transformers.masking_utils import causal_mask_function
 
 from amphista.cache.static import sent
 from amphista.kernels.linear import Product, TorchLinear
-from amphista.kernels.parts import Norm, RotaryTable, any_shape, paired
+from amphista.kernels.parts import Norm, RotaryTable, attention_of_any_shape, paired
 from amphista.target.attention import Layout, layer_rules
 from amphista.target.hidden_states import Taps
 from amphista.target.pages import give_back
@@ -216,11 +216,10 @@ class LeanModel:
     ) -> Tensor:
         """Flat rows [N, W] of embeddings. attention: by rule, then by span; rows: by layer, then by span."""
         tapped = []
-        with any_shape():
-            for layer, caches in zip(self.layers, rows, strict=False):  # either may have been cut
-                states = self._layer(layer, states, turn, attention[layer.rule], caches)
-                if layer.number in taps:
-                    tapped.append(states)
+        for layer, caches in zip(self.layers, rows, strict=False):  # either may have been cut
+            states = self._layer(layer, states, turn, attention[layer.rule], caches)
+            if layer.number in taps:
+                tapped.append(states)
         hidden = self._norm(states)
         return torch.cat([hidden, *tapped], dim=-1) if taps else hidden
 
@@ -351,7 +350,7 @@ class _Attention:
 
     def _fused(self, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         (batch, length), rows = self.shape, len(queries)
-        mixed = functional.scaled_dot_product_attention(
+        mixed = attention_of_any_shape(
             queries.view(batch, length, *queries.shape[1:]).transpose(1, 2),
             keys,
             values,

@@ -31,7 +31,6 @@ from torch.autograd.function import once_differentiable
 from amphista.drafter.frozen_head import Aims, FrozenHead
 from amphista.drafter.heads import ParallelHeads, with_paths
 from amphista.drafter.scoring import ScoringDrafter, StateOf
-from amphista.kernels.parts import any_shape
 from amphista.train.losses import LossConfig, depth_weight, head_losses, state_distance, widened
 
 # Of one head and chunk, 64 MB in float32 (on a GPU 1 GB): more rows at once cost less each.
@@ -118,8 +117,7 @@ class HeadLoss(nn.Module):
         """hidden [B, T, W], next_ids [B, T] -> what this batch adds to each head's loss."""
         labels = draft_labels(self.drafter, answer_rows.next_ids)
         aimed_at = hidden.flatten(0, 1)[:, : self.drafter.spec.hidden_size].index_select(0, answer_rows.rows)
-        with any_shape():
-            state_of = self._states(hidden, next_ids, answer_rows.rows)
+        state_of = self._states(hidden, next_ids, answer_rows.rows)
         parts = [
             self._part(
                 state_of(slice(start, start + self.chunk_rows)),
