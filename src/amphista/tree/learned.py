@@ -21,6 +21,7 @@ from amphista.tree.tune import Costs
 
 POWERS = 14  # of two: 8192 rows and more are alike
 COMMON, OTHER = 1.0, 0.3  # how far off, of the log, the term for all steps and each other one may be expected to be
+ALIKENESS = 0.7  # correlation of the terms of two neighbouring powers
 NOISE = 0.1  # standard deviation of a step's log(seconds)
 DRIFT = 3e-4  # share of all that is known which a further step makes stale
 OUTLIER = 2.0
@@ -43,6 +44,14 @@ class Forward(NamedTuple):
     num_asked: int = 0
     num_rounds: float = 1
     num_prompt_rows: int = 0
+
+
+def _prior() -> np.ndarray:
+    """Covariance of all terms: those of neighbouring powers of two are wrong alike."""
+    powers = np.arange(POWERS)
+    prior = np.diag([COMMON**2] + [OTHER**2] * (1 + POWERS))
+    prior[2:, 2:] = OTHER**2 * ALIKENESS ** np.abs(powers[:, None] - powers)
+    return prior
 
 
 class DraftCurve:
@@ -69,7 +78,7 @@ class StepCosts:
 
     def __init__(self, costs: Costs) -> None:
         self.costs = costs
-        self._prior = np.diag([COMMON**2] + [OTHER**2] * (1 + POWERS))
+        self._prior = _prior()
         self._covariance = self._prior.copy()
         self._terms = np.zeros(2 + POWERS)  # for all steps, heads asked, powers of two
         self._known = self._terms.tolist()  # the same, quick to read
