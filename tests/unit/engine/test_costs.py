@@ -314,3 +314,31 @@ def test_a_drafter_that_is_asked_in_rounds_is_timed_by_them(target, monkeypatch)
     assert asking.further_round > 0 and asking.ratio > 0 and sizes == {timing.LOOKED}
     pairs = Falcon(FalconConfig(num_heads=3), target.spec, target.shared).eval()
     assert timing.draft_ratio(target, pairs).further_round > 0, "the last pass gives one depth of two"
+
+
+def test_what_follows_its_like_is_run_before_it_is_timed():
+    told = []
+    cell = Cell(lambda: told.append("run"), lambda: told.append("reset"), before=2)
+    assert 0 <= cell.time(torch.device("cpu")) < 1
+    assert told == ["run", "reset"] * 3
+
+
+def test_asking_costs_what_it_adds_to_the_forward_behind_it(monkeypatch):
+    """Heads that draft in no time and make the forward behind them slower cost that."""
+    target, clock = tiny_target(), [0.0]
+    heads = Medusa(MedusaConfig(num_heads=2), target.spec, target.shared).eval()
+    monkeypatch.setattr(timing, "now", lambda device: clock[0])
+    is_cold, forward, draft_all = [False], target.forward, heads.draft_all
+
+    def slower(spans, *rest):
+        clock[0] += 3.0 if is_cold[0] and len(spans) == 1 else 2.0
+        is_cold[0] = False
+        return forward(spans, *rest)
+
+    def draft(*parts):
+        is_cold[0] = True
+        return draft_all(*parts)
+
+    monkeypatch.setattr(target, "forward", slower)
+    monkeypatch.setattr(heads, "draft_all", draft)
+    assert timing.draft_ratio(target, heads).ratio == 0.5

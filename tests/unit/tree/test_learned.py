@@ -66,6 +66,13 @@ def test_another_clock_is_learned_at_once_and_bends_nothing(factor):
     assert min(ratios) > 0.85 and max(ratios) < 1.15
 
 
+def test_what_is_seen_of_a_size_speaks_more_for_its_neighbours_than_for_others():
+    truth = StepCosts(COSTS)
+    costs = learned(COSTS, [(Forward(8), 1.5 * truth.seconds(Forward(8)))] * 8)
+    close, far = (costs.seconds(Forward(rows)) / truth.seconds(Forward(rows)) for rows in (4, 512))
+    assert 1.5 > close > 1.005 * far > 1.3
+
+
 def test_a_bent_curve_is_straightened_where_it_was_seen():
     bent = replace(COSTS, verify=[seconds * rows**0.53 for rows, seconds in enumerate(COSTS.verify, 1)])
     truth, source = StepCosts(COSTS), random.Random(0)
