@@ -44,8 +44,8 @@ LOOKED = 4  # tokens below which a further round of asking looks
 @dataclass
 class Cell:
     """One thing to time; `reset` undoes it, outside the clock. `before`: how often it is run first, for in decoding
-    it mostly follows its like: a forward of one row behind one of 48 takes a fifth longer, the fourth as long as ever
-    (an Intel Xeon with AMX, 8 bits)."""
+    it mostly follows its like. A forward of one row behind one of 48 takes a fifth longer, and so on for some more (an
+    Intel Xeon with AMX, 8 bits: benchmarks/xeon-amx-2-cores/auto-costs.txt)."""
 
     run: Callable[[], object]
     reset: Callable[[], object] = lambda: None
