@@ -14,8 +14,10 @@ import torch
 from amphista.drafter.proposer import Proposer
 from amphista.engine.loops import loop_free_length
 from amphista.engine.params import SamplingParams
+from amphista.engine.slot_batch import SlotBatch
 from amphista.engine.step import Engine
 from amphista.errors import ConfigError, TargetError
+from amphista.train import distill
 from amphista.train.conversations import load_conversations
 from amphista.train.distill import DistillConfig, Distiller, Share, chance
 from amphista.train.distilled import AnswerFile, read_answered, read_folder, read_run
@@ -290,3 +292,22 @@ def test_run_json_says_how_the_rows_came_about(target, whole):
     assert run["identity"]["target"]["type"] == "float64"
     assert {"versions", "machine", "command"} <= run["provenance"].keys()
     assert json.loads((whole / "summary-0.json").read_text())["conversations"] == 40
+
+
+# -- on a GPU ---------------------------------------------------------------------------------------------------------
+
+
+def test_slots_answer_conversations_as_the_engine_does(prompts, tmp_path, monkeypatch):
+    """Turns, ends and loops: greedy conversations are the same rows; sampled ones have other noise."""
+    target = tiny_target("llama", with_text=True, dtype=torch.float64)
+    assert target.speed_up(), target.why_stock
+    Distiller(target, CONFIG, prompts, tmp_path / "engine").run()
+    monkeypatch.setattr(distill, "has_slots", lambda model: True)
+    distiller = Distiller(target, CONFIG, prompts, tmp_path / "slots")
+    assert isinstance(distiller._batch, SlotBatch)
+    distiller.run()
+    ours, theirs = ({one.id: one for one in read_answered(tmp_path / by, 0)} for by in ("slots", "engine"))
+    greedy = [name for name, one in theirs.items() if not one.temperature]
+    assert ours.keys() == theirs.keys() and 10 < len(greedy) < len(theirs)
+    assert [ours[name] for name in greedy] == [theirs[name] for name in greedy]
+    assert [name for name in theirs if not ours[name].temperature] == greedy

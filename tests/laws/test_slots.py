@@ -12,7 +12,7 @@ from amphista.engine.batch import Batch, Job
 from amphista.engine.params import SamplingParams
 from amphista.engine.slot_batch import SlotBatch
 from amphista.engine.step import Engine
-from amphista.errors import CapacityError
+from amphista.errors import CapacityError, CaptureError
 from amphista.kernels.slot_kernels import choose
 from amphista.target.target import Target
 from amphista.tree.grow import parse_tree
@@ -116,3 +116,15 @@ def test_fewer_slots_where_memory_is_short(monkeypatch):
 def test_only_models_of_plain_causal_rows_have_slots():
     assert not slots.has_slots(None)
     assert not slots.has_slots(fast_target().lean)  # not on CUDA
+
+
+def test_a_block_that_cannot_be_recorded_is_run_as_it_is(monkeypatch):
+    def refuse(recorder, run):
+        run()  # warming up has moved everything on by then
+        raise CaptureError("no room")
+
+    monkeypatch.setattr(slots.Recorder, "record", refuse)
+    target = fast_target()
+    with pytest.warns(RuntimeWarning, match="without a captured graph, slower: no room"):
+        ours = answered(SlotBatch(target.lean, target.eos_ids, 3, 96), jobs(20))
+    assert ours == by_engine(target, jobs(20))

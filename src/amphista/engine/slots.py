@@ -11,6 +11,7 @@ Shapes: B slots, R rows a slot has room for, T tokens of the longest prompt, J k
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor
 
 from amphista.engine.loops import LONGEST_SPAN, TOKENS_TO_LOOP
+from amphista.errors import CaptureError
 from amphista.kernels import slot_kernels
 from amphista.kernels.graph import Recorder
 from amphista.target.attention import Layout
@@ -105,7 +107,11 @@ class Slots:
         looped with them or before [BLOCK, B], arrays."""
         if self._replay is None:
             kept = [part.clone() for part in self._state]  # recording runs the block several times
-            self._replay = Recorder(self._model.device).record(self._block)
+            try:
+                self._replay = Recorder(self._model.device).record(self._block)
+            except CaptureError as error:
+                warnings.warn(f"slots decode without a captured graph, slower: {error}", RuntimeWarning, stacklevel=2)
+                self._replay = self._block
             for part, value in zip(self._state, kept, strict=True):
                 part.copy_(value)
         self._replay()
