@@ -1,6 +1,6 @@
 # The same commands for people and for CI; each one sets up .venv by itself and does nothing twice.
 #
-#   make demo     a first answer: same tokens as plain decoding? how much faster?
+#   make demo     three first answers: same tokens as plain decoding? how much faster?
 #   make test     the whole test suite
 #   make test-browser  the server's page in a browser; skipped with the reason where there is no Chromium
 #   make test-ray the server on two replicas, by Ray
@@ -36,8 +36,11 @@ ALSO_FAILED := || test $$? -eq 1  # an evaluation with failed answers ends with 
 
 .PHONY: demo test test-browser test-ray test-vllm check docs docs-check test-package bench bench-speed bench-gpu format clean
 
+# a question, a sum, a text to mend: how much is guessed differs from kind to kind
 demo: $(READY)
-	@$(BIN)/amphista generate --compare --dtype int8 --max-new-tokens 96 "Why is the sky blue?"
+	@$(BIN)/amphista generate --compare --dtype int8 --max-new-tokens 96 "Why is the sky blue?" \
+	  "A train travels 60 miles an hour. How far does it come in two and a half hours? Think step by step." \
+	  "Correct this text: The quick brown fox jumps ovr the lazy dog. It was a suny day in the forrest, and the birds were singing in the trees. The dog did not mind the fox at all, becuase he was to sleepy to get up."
 
 test: $(READY)
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_WORKERS)

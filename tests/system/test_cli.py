@@ -201,7 +201,17 @@ def test_human_output_has_text_on_stdout_and_numbers_on_stderr(target_folder):
     result = amphista("generate", "Hello", "--target", target_folder, "--max-new-tokens", 6, "--compare")
     assert result.returncode == 0
     assert "tokens/s" in result.stderr and "the same tokens" in result.stderr
-    assert "tokens/s" not in result.stdout
+    assert "tokens/s" not in result.stdout and "1 of 1" not in result.stderr
+
+
+def test_several_compared_answers_end_with_a_line_about_all(target_folder, tmp_path):
+    settings = ["A", "Two", "Three", "--target", target_folder, "--max-new-tokens", 6, "--compare"]
+    result = amphista("generate", *settings, "--output", tmp_path / "answers.jsonl")
+    answers = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
+    took = [sum(one["seconds"] for one in some) for some in (answers, [one["baseline"] for one in answers])]
+    last = result.stderr.strip().splitlines()[-1].strip()
+    assert last == f"all 3 of 3 answers have the same tokens, {took[1] / took[0]:.2f}x the speed"
+    assert "of 3 answers" not in amphista("generate", *settings, "--json").stderr
 
 
 def test_missing_drafter_is_said(target_folder):

@@ -61,16 +61,20 @@ class AnswerJob:
 def run_job(job: AnswerJob) -> None:
     """Check every prompt, then answer; each record is written as soon as it exists and its turn has come."""
     first_ids = [_first_ids(job, prompt) for prompt in job.prompts]
+    compared: list[dict[str, Any]] = []
     with _sink(job.output) as write:
 
         def put(record: dict[str, Any]) -> None:
             if job.json_lines:
                 print(_json(record, is_utf8(sys.stdout)), flush=True)
             write(_json(record, True) + "\n")
+            compared.extend([record] * ("baseline" in record))
 
         if job.baseline is not None:
             _warm_up(job, job.baseline, first_ids)
         failed = _one_by_one(job, put) if job.batch_size == 1 else _Together(job, put).run()
+        if len(compared) > 1 and not job.json_lines:
+            print(summary_of_all(compared), file=sys.stderr, flush=True)
     if failed:
         raise RequestError(f"{failed} of {len(job.prompts)} prompts could not be answered to their end")
 
@@ -313,6 +317,17 @@ def summary(record: dict[str, Any]) -> str:
         decode = "" if record["decode_speedup"] is None else f" ({record['decode_speedup']:.2f}x without the prompt)"
         lines.append(f"  {'=>':>10} {same}{faster}{decode}")
     return "\n".join(lines)
+
+
+def summary_of_all(records: Sequence[dict[str, Any]]) -> str:
+    """A line about several compared answers: how many are the same, and their tokens a second over the baseline's."""
+    same = sum(record["identical"] for record in records)
+    ours, plain = (
+        _ratio(sum(one["num_tokens"] for one in some), sum(one["seconds"] for one in some))
+        for some in (records, [record["baseline"] for record in records])
+    )
+    faster = "" if (ratio := _ratio(ours, plain)) is None else f", {ratio:.2f}x the speed"
+    return f"  {'all':>10} {same} of {len(records)} answers have the same tokens{faster}"
 
 
 def _line(measures: dict[str, Any]) -> str:
