@@ -278,19 +278,6 @@ INLINE void int8_tile(const int8_t *w, const int32_t *offsets, const uint8_t *x,
 #define INT8_TILE(w, offsets, x, ldx, steps, out, rows)                                                                \
     int8_tile(w, offsets, x, ldx, (rows) < INT8_ROWS ? (rows) : INT8_ROWS, steps, out)
 
-/* One row's dots with a block, what the weights' offsets (or NULL) give added, as the numbers that they stand for. */
-INLINE void scale_dots(const int32_t *found, const int32_t *offsets, const float *scales, float step, long count,
-                       float *out) {
-    for (long o = 0; o + LANES <= count; o += LANES) {
-        ivec dots, offset = {0};
-        memcpy(&dots, found + o, sizeof dots);
-        if (offsets) memcpy(&offset, offsets + o, sizeof offset);
-        store(out + o, __builtin_convertvector(dots + offset, vec) * load(scales + o) * all(step));
-    }
-    for (long o = count / LANES * LANES; o < count; o++)
-        out[o] = (float)(found[o] + (offsets ? offsets[o] : 0)) * scales[o] * step;
-}
-
 /* Outputs of one block, `count` of them, of n rows. */
 static void int8_dots(const Product *p, const Rows *rows, int n, long first, long count, float *out, long ldo) {
     const long steps = (p->inputs + 3) / 4;
@@ -303,7 +290,8 @@ static void int8_dots(const Product *p, const Rows *rows, int n, long first, lon
             int32_t found[2 * TILE_ROWS][BLOCK];
             int8_tile_dots(w, (const uint8_t *)rows->data + at * rows->stride, rows->stride, group, p->inputs, found[0]);
             for (int k = 0; k < group; k++)
-                scale_dots(found[k], offsets, p->scales + first, rows->steps[at + k], count, out + (at + k) * ldo);
+                for (long o = 0; o < count; o++)
+                    out[(at + k) * ldo + o] = (float)(found[k][o] + offsets[o]) * p->scales[first + o] * rows->steps[at + k];
         }
         return;
     }
@@ -316,7 +304,8 @@ static void int8_dots(const Product *p, const Rows *rows, int n, long first, lon
         else if (size == 7) INT8_TILE(w, offsets, x, rows->stride, steps, found, 7);
         else BY_ROWS(INT8_TILE, size, w, offsets, x, rows->stride, steps, found)
         for (int k = 0; k < size; k++)
-            scale_dots(found[k], NULL, p->scales + first, rows->steps[r + k], count, out + (r + k) * ldo);
+            for (long o = 0; o < count; o++)
+                out[(r + k) * ldo + o] = (float)found[k][o] * p->scales[first + o] * rows->steps[r + k];
     }
 }
 
