@@ -295,6 +295,7 @@ AMPHISTA_SWITCHES = {
     "no-stages": {"stages": 0},
     "no-auto-embedding": {"auto_embedding": False},
     "causal-slots": {"slot_mask": "causal"},
+    "own-slots": {"slot_mask": "own"},
     "no-position-encoding": {"position_encoding": False},
     "own-head": {"lm_head": "own"},
     "draft-vocabulary": {"draft_vocab": 100},

@@ -81,15 +81,23 @@ def drafted(drafter: ParallelHeads, cuts: list[int], num_ranks: int = 5, tempera
 
 
 def distance(ours: Candidates, theirs: Candidates) -> float:
-    """The largest difference of log-probabilities; infinite where tokens or their order differ."""
-    if ours.tokens != theirs.tokens or (ours.below is None) != (theirs.below is None):
-        return math.inf
-    parts = [(ours.log_probs, theirs.log_probs)]
-    if ours.below is not None and theirs.below is not None:
-        if ours.below.ranks != theirs.below.ranks:
-            return math.inf
-        parts.append((ours.below.log_probs, theirs.below.log_probs))
-    return max(float((torch.tensor(mine) - torch.tensor(other)).abs().max()) for mine, other in parts)
+    """The largest difference of any token's log-probability; infinite where other tokens are named. So the order is the
+    same but for tokens that are equally likely, to that difference."""
+    mine, other = named(ours), named(theirs)
+    return max(abs(mine[where] - other[where]) for where in mine) if mine.keys() == other.keys() else math.inf
+
+
+def named(drafted: Candidates) -> dict[tuple[int, ...], float]:
+    """Log-probabilities by depth, token above where paths are known, and token."""
+    found = {}
+    for depth, ranked in enumerate(zip(drafted.tokens, drafted.log_probs, strict=True)):
+        found |= {(depth, token): value for token, value in zip(*ranked, strict=True)}
+    if drafted.below is not None:
+        for depth, rows in enumerate(zip(drafted.below.ranks, drafted.below.log_probs, strict=True)):
+            for place, row in enumerate(zip(*rows, strict=True)):
+                for rank, value in zip(*row, strict=True):
+                    found[depth, drafted.tokens[depth][place], drafted.tokens[depth + 1][rank]] = value
+    return found
 
 
 @pytest.mark.usefixtures("two_threads")

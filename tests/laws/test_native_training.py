@@ -8,6 +8,7 @@ import torch
 from amphista.drafter import frozen_head
 from amphista.drafter.frozen_head import Aims, FrozenHead
 from amphista.drafter.layers import RMSNorm
+from amphista.kernels.parts import Norm, gated
 from amphista.native import training as native
 
 SIZES = [1, 3, 16, 63, 64, 130, 1000]
@@ -106,3 +107,33 @@ def test_a_norm_is_in_c_only_where_products_are_in_bfloat16():
     with torch.autocast("cpu", torch.bfloat16):
         assert native.norms(x, layer.weight)
         assert not native.norms(x.double(), layer.weight) and not native.norms(x[:, :40], layer.weight)
+
+
+@pytest.mark.parametrize("shape", [(1, 16), (37, 64), (300, 1536)], ids=str)
+def test_a_targets_rows_are_normed_and_activated_in_c_as_in_float64(monkeypatch, shape):
+    """Also a row alone; torch's passes round between two of them."""
+    generator = torch.Generator().manual_seed(shape[-1])
+    rows = (torch.randn(shape[0], 2 * shape[1], generator=generator) * 3).bfloat16()
+    norm = Norm((torch.randn(2 * shape[1], generator=generator)).bfloat16(), 1e-5)
+    gate, up = rows.double().chunk(2, -1)
+    wanted = {
+        gated: torch.nn.functional.silu(gate) * up,
+        norm: torch.nn.functional.rms_norm(rows.double(), (rows.shape[1],), norm.weight.double(), 1e-5),
+    }
+    for compute, exact in wanted.items():
+        assert native.passes(rows, rows.shape[1])
+        found = compute(rows)
+        assert found.dtype is torch.bfloat16 and torch.equal(compute(rows[-1:].clone())[0], found[-1])
+        torch.testing.assert_close(found.double(), exact, rtol=2**-8, atol=1e-6)
+        with monkeypatch.context() as patch:
+            patch.setattr(native, "passes", lambda *of: False)
+            torch.testing.assert_close(compute(rows).double(), exact, rtol=2**-6, atol=1e-6)
+
+
+def test_rows_that_need_a_gradient_or_are_of_another_kind_stay_with_torch():
+    rows = torch.randn(4, 64).bfloat16()
+    assert native.passes(rows, 32) and not native.passes(rows.float(), 32) and not native.passes(rows, 40)
+    assert not native.passes(rows[:, :32], 16) and not native.passes(rows.clone().requires_grad_(), 32)
+    kept = rows.clone().requires_grad_()
+    gated(Norm(torch.ones(64).bfloat16(), 1e-5)(kept)).sum().backward()
+    assert kept.grad is not None and kept.grad.abs().sum() > 0

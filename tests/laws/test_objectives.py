@@ -23,6 +23,7 @@ from amphista.drafter.frozen_head import FrozenHead
 from amphista.drafter.hydra import Hydra, HydraConfig
 from amphista.drafter.medusa import Medusa, MedusaConfig
 from amphista.errors import ConfigError
+from amphista.kernels import shapes
 from amphista.train import head_loss, losses
 from amphista.train.config import TrainConfig
 from amphista.train.dataset import HiddenStates, collate, frequent_tokens
@@ -403,6 +404,7 @@ SWITCHES = [
     {"stages": 1},
     {"stage_split": 0, "num_encoder_layers": 2},
     {"slot_mask": "causal", "position_encoding": False},
+    {"slot_mask": "own", "num_encoder_layers": 2},
     {"auto_embedding": False},
 ]
 
@@ -435,6 +437,31 @@ def check_one_by_one(precise, kind, until_fail):
         found[one_by_one] = [*sums, *(p.grad.clone() for p in drafter.parameters())]
     torch.testing.assert_close(found[True], found[False])
     assert (float(found[True][1][1]) < float(found[True][2][1])) == until_fail
+
+
+@pytest.mark.parametrize("kind", DRAFTERS)
+@pytest.mark.parametrize("until_fail", [False, True])
+def test_even_numbers_of_rows_change_no_loss_and_no_gradient(precise, monkeypatch, kind, until_fail):
+    """Rows that make a number even are in no loss, no count and no gradient, whatever the drafter."""
+    drafter, batch, rows = case(precise, kind)
+    config = LossConfig(accept_until_fail=until_fail, chunk_rows=9)
+    monkeypatch.setattr(shapes, "LEAST_STEP", 4)
+    found, lengths = [], set()
+    for is_even in (False, True):
+        with monkeypatch.context() as patch:
+            if is_even:
+                patch.setattr(head_loss, "evened", lambda index: noted(shapes.evened(index, always=True), lengths))
+            sums = HeadLoss(drafter, config)(batch.hidden, batch.next_ids, rows)
+        drafter.zero_grad()
+        sums.loss(config).backward()
+        found.append([*sums, *(p.grad.clone() for p in drafter.parameters())])
+    torch.testing.assert_close(found[1], found[0])
+    assert lengths and all(length % 4 == 0 for length in lengths)
+
+
+def noted(index, lengths):
+    lengths.add(len(index))
+    return index
 
 
 @pytest.mark.parametrize("kind", ["draft-vocabulary", "medusa"])

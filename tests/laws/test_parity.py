@@ -125,12 +125,13 @@ def test_medusa_sees_nothing_but_its_own_row(target, drafters):
     assert difference[[*range(6), *range(7, 12)]].max() == 0 and difference[6] > 1e-4
 
 
-@pytest.mark.parametrize(("name", "sees_later"), [("amphista-full", True), ("amphista-causal-slots", False)])
-def test_slots_see_each_other_as_the_mask_says(target, drafters, name, sees_later):
-    """Change only the last head's MLP: a bi-directional block moves the first head's logits, a causal one does not."""
+@pytest.mark.parametrize("changed", [0, 1, -1])
+@pytest.mark.parametrize("name", ["amphista-full", "amphista-causal-slots", "amphista-own-slots"])
+def test_slots_see_each_other_as_the_mask_says(target, drafters, name, changed):
+    """Change one head's MLP: all heads' logits move, those of it and of later ones, or its own alone."""
     drafter = drafters[name]
     _, _, before = training_logits(target, drafter)
-    bias = drafter.heads[-1].linear.bias
+    bias = drafter.heads[changed].linear.bias
     original = bias.detach().clone()
     with torch.no_grad():
         bias.add_(1.0)
@@ -140,7 +141,9 @@ def test_slots_see_each_other_as_the_mask_says(target, drafters, name, sees_late
         with torch.no_grad():
             bias.copy_(original)
     moved = (after - before).abs().amax(dim=(0, 2)) > 1e-5
-    assert moved.tolist() == [sees_later] * (drafter.num_heads - 1) + [True]
+    own, heads = changed % drafter.num_heads, range(drafter.num_heads)
+    sees = {"bidirectional": heads, "causal": range(own, drafter.num_heads), "own": [own]}[drafter.config.slot_mask]
+    assert moved.tolist() == [head in sees for head in heads]
 
 
 @pytest.mark.parametrize("switches", [{}, {"stages": 1}, {"stages": 0}, {"auto_embedding": False}, {"lm_head": "own"}])

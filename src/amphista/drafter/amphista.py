@@ -19,7 +19,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +30,7 @@ from amphista.drafter.native_drafter import Modules
 from amphista.drafter.scoring import StateOf
 from amphista.drafter.staged import StagedAdaptation
 from amphista.errors import ConfigError
+from amphista.native.drafting import SLOT_MASKS, SlotMask
 from amphista.target.spec import SharedWeights, TargetSpec
 
 POSITION_START_STD = 0.02  # small against the unit rms of the slots: every head starts close to LM(h_t)
@@ -42,13 +42,15 @@ class AmphistaConfig(ParallelConfig):
 
     `stages` 0, 1 or 2 staged adaptation layers (0: heads read the normed h_t, nothing else); heads k <= `stage_split`
     read stage 1 (default floor(K/2)). `taps`: after which of the target's layers stage 1 reads states, too.
-    `intermediate_size` and `encoder_intermediate_size` default to the target's.
+    `slot_mask`: which slots a slot sees in the block, all, those up to its own, or only its own: then the block is a
+    layer for each slot alone, with as many weights. `intermediate_size` and `encoder_intermediate_size` default to the
+    target's.
     """
 
     stages: int = 2
     stage_split: int | None = None
     auto_embedding: bool = True
-    slot_mask: Literal["bidirectional", "causal"] = "bidirectional"
+    slot_mask: SlotMask = "bidirectional"
     position_encoding: bool = True
     num_encoder_layers: int = 1
     intermediate_size: int | None = None
@@ -61,8 +63,8 @@ class AmphistaConfig(ParallelConfig):
         check_range("stage_split", self.stage_split, 0, self.num_heads)
         if self.taps and not self.stages:
             raise ConfigError("taps are read by the first stage, and stages is 0: expected 1 or 2")
-        if self.slot_mask not in ("bidirectional", "causal"):
-            raise ConfigError(f"slot_mask is {self.slot_mask!r}: expected 'bidirectional' or 'causal'")
+        if self.slot_mask not in SLOT_MASKS:
+            raise ConfigError(f"slot_mask is {self.slot_mask!r}: expected one of {', '.join(SLOT_MASKS)}")
         check_range("num_encoder_layers", self.num_encoder_layers, 1, MAX_LAYERS)  # without: auto_embedding off
         check_range("intermediate_size", self.intermediate_size, 1, MAX_SIZE)
         check_range("encoder_intermediate_size", self.encoder_intermediate_size, 1, MAX_SIZE)
@@ -79,28 +81,36 @@ class AutoEmbedding(nn.Module):
             else None
         )
         self.layers = nn.ModuleList(TransformerLayer(sizes) for _ in range(config.num_encoder_layers))
-        self.is_causal = config.slot_mask == "causal"
+        self.slot_mask = config.slot_mask
 
     def forward(self, slots: Tensor) -> Tensor:
         """Slots [P, K, D] -> [P, K, D]."""
         slots = self._placed(slots)
         for layer in self.layers:
-            slots = layer(slots, is_causal=self.is_causal)
+            slots = self._seen_by(layer, slots)
         return slots
+
+    def _seen_by(self, layer: nn.Module, slots: Tensor) -> Tensor:
+        if self.slot_mask == "own":  # each a sequence of its own
+            seen: Tensor = layer(slots.flatten(0, 1)[:, None]).view_as(slots)
+        else:
+            seen = layer(slots, is_causal=self.slot_mask == "causal")
+        return seen
 
     def one_by_one(self, slots: Tensor) -> StateOf:
         """The same, a slot at a time and only of the rows that are asked for; the last layer works for these alone."""
         slots = self._placed(slots)
         *before, last = self.layers
         for layer in before:
-            slots = layer(slots, is_causal=self.is_causal)
+            slots = self._seen_by(layer, slots)
         assert isinstance(last, TransformerLayer)
         keys, values = last.keys_values(slots)
         by_slot = slots.unbind(1)
 
         def state(slot: int, rows: Tensor) -> Tensor:
-            seen = slot + 1 if self.is_causal else len(by_slot)
-            some_keys, some_values = (some[:, :, :seen].index_select(0, rows) for some in (keys, values))
+            first = slot if self.slot_mask == "own" else 0
+            end = len(by_slot) if self.slot_mask == "bidirectional" else slot + 1
+            some_keys, some_values = (some[:, :, first:end].index_select(0, rows) for some in (keys, values))
             return last.look_up(by_slot[slot].index_select(0, rows), some_keys, some_values)
 
         return state
@@ -198,7 +208,7 @@ class Amphista(ParallelHeads):
             stages=[(stage.state_norm, stage.fuse, stage.layer) for stage in self.stages],
             tap_norms=list(self.tap_norms),
             encoder=[] if block is None else list(block.layers),
-            is_causal=block is not None and block.is_causal,
+            slot_mask=self.config.slot_mask,
             slot_positions=None if block is None else block.position,
             embedding_norm=self.embedding_norm,
             hidden_norm=self.hidden_norm,

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from amphista.kernels.shapes import even
 from amphista.native import training as native
 
 ROWS_IN_CACHE = 64  # whose logits over a draft vocabulary stay near the processor from one pass to the next
@@ -48,9 +49,9 @@ class FrozenHead:
         wide = torch.promote_types(self.dtype, torch.float32)
         probs = torch.empty(len(states), len(self._weight), dtype=wide, device=states.device)
         for rows, out in zip(states.split(self._rows), probs.split(self._rows), strict=True):
-            logits = self.logits(rows)
+            logits = self.logits(self._evened(rows))
             if self._in_c:
-                native.softmax(logits, out)
+                native.softmax(logits[: len(rows)], out)
                 continue
             out.copy_(logits).sub_(out.amax(-1, keepdim=True)).exp_()
             out.div_(out.sum(-1, keepdim=True))
@@ -66,17 +67,22 @@ class FrozenHead:
         loss, rights, gradients = aims.target_probs.new_zeros(()), [], []
         parts = (x.split(self._rows) for x in (states, aims.rows, aims.labels))
         for rows, index, labels in zip(*parts, strict=True):
-            logits = self.logits(rows.to(self.dtype))
+            logits = self.logits(self._evened(rows.to(self.dtype)))
             if self._in_c:
-                losses, right = native.cross_entropies(logits, aims.target_probs, index, labels, weights, wanted)
+                of_rows = logits[: len(rows)]
+                losses, right = native.cross_entropies(of_rows, aims.target_probs, index, labels, weights, wanted)
                 gradient = logits
             else:
                 losses, right, gradient = _by_passes(logits, Aims(aims.target_probs, index, labels), weights, wanted)
             loss = loss + losses.sum()
             rights.append(right)
             if wanted:
-                gradients.append(self.gradient(gradient.to(self.dtype)))
+                gradients.append(self.gradient(gradient.to(self.dtype))[: len(rows)])
         return loss, torch.cat(rights), torch.cat(gradients).to(states.dtype) if wanted else None
+
+    def _evened(self, states: Tensor) -> Tensor:
+        """The same with rows of zeros behind, where shapes are compiled for."""
+        return functional.pad(states, (0, 0, 0, even(len(states)) - len(states))) if self._in_c else states
 
     def gradient(self, upstream: Tensor) -> Tensor:
         """Gradient of the logits [M, N] -> gradient of the states [M, D]."""

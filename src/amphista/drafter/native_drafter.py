@@ -20,7 +20,7 @@ from amphista.drafter.path import PathCorrection
 from amphista.drafter.ranked import candidates_of
 from amphista.errors import NativeError
 from amphista.kernels.parts import RotaryTable, paired
-from amphista.native.drafting import DraftQuery, Fed, NativeHeads, NativeParts, NativePath, StageCache
+from amphista.native.drafting import DraftQuery, Fed, NativeHeads, NativeParts, NativePath, SlotMask, StageCache
 from amphista.native.huge_pages import Arena
 from amphista.native.step import DecoderShape, NativeLayer
 from amphista.native.weights import Weight
@@ -42,7 +42,7 @@ class Modules:
     stages: Sequence[tuple[Any, Any, Any]] = ()
     tap_norms: Sequence[Any] = ()
     encoder: Sequence[Any] = ()
-    is_causal: bool = False
+    slot_mask: SlotMask = "bidirectional"
     slot_positions: Tensor | None = None
     embedding_norm: RMSNorm | None = None
     hidden_norm: RMSNorm | None = None
@@ -95,7 +95,7 @@ class NativeDrafter:
             tap_norms=[norm.weight for norm in modules.tap_norms],
             layers=[_layer(layer, weight, turned=True) for _, _, layer in modules.stages],
             encoder=[_layer(layer, weight, turned=False) for layer in modules.encoder],
-            is_causal=modules.is_causal,
+            slot_mask=modules.slot_mask,
             embedding_norm=_weight_of(modules.embedding_norm),
             hidden_norm=_weight_of(modules.hidden_norm),
             output_norm=_weight_of(modules.output_norm),

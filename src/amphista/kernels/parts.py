@@ -9,11 +9,14 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
+
+from amphista.native import training as native
 
 FIRST_POSITIONS = 1024
 
@@ -30,7 +33,13 @@ class Norm:
         """That of a norm module, ours or the target's."""
         return cls(module.weight.detach(), getattr(module, "eps", None) or module.variance_epsilon)
 
+    @cached_property
+    def _wide(self) -> Tensor:
+        return self.weight.float()
+
     def __call__(self, rows: Tensor) -> Tensor:
+        if native.passes(rows, rows.shape[-1]):  # torch takes five passes
+            return native.norm(rows.view(-1, rows.shape[-1]), self._wide, self.eps)[0].view_as(rows)
         return torch.rms_norm(rows, self.weight.shape, self.weight, self.eps)
 
 
@@ -74,3 +83,11 @@ def paired(rows: Tensor, head_size: int) -> Tensor:
     """Rows [heads * E, ...], of which i and i + E / 2 of a head are rotated together: these two side by side."""
     heads = rows.detach().view(-1, 2, head_size // 2, *rows.shape[1:])
     return heads.transpose(1, 2).reshape(rows.shape)
+
+
+def gated(rows: Tensor) -> Tensor:
+    """Rows [gate ; up] [N, 2 I] -> silu(gate) up [N, I] (arXiv 2002.05202)."""
+    if native.passes(rows, rows.shape[-1] // 2):
+        return native.gated(rows)
+    gate, up = rows.chunk(2, dim=-1)
+    return functional.silu(gate) * up

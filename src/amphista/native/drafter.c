@@ -15,6 +15,8 @@
  */
 #include "layer.h"
 
+enum { ALL_SLOTS, EARLIER_SLOTS, OWN_SLOT }; /* slot_mask */
+
 typedef struct {
     const float *state_norm;
     Product fuse;
@@ -38,7 +40,7 @@ typedef struct {
     const int32_t *draft_ids; /* ascending; NULL: all tokens */
     Product embedding;
     Path path;
-    int32_t num_heads, num_blocks, split, has_own_scores, is_causal, num_taps; /* heads up to the split read stage 1 */
+    int32_t num_heads, num_blocks, split, has_own_scores, slot_mask, num_taps; /* heads up to the split read stage 1 */
 } Heads;
 
 typedef struct {
@@ -202,7 +204,7 @@ static void block_stage(const Drafting *g, int number, const float *from, float 
     }
 }
 
-/* Every slot sees those of its sequence, or, where the encoder is causal, those up to itself. */
+/* Every slot sees those of its sequence: all, those up to itself, or itself alone. */
 static void slot_attention_stage(const Drafting *g, const Work *w, Worker *worker) {
     const Stack *m = &g->h->encoder;
     const int num = g->batch.num_spans;
@@ -214,14 +216,15 @@ static void slot_attention_stage(const Drafting *g, const Work *w, Worker *worke
         const float *keys = w->qkv + b * line + (m->heads + head / (m->heads / m->key_heads)) * size;
         const float *values = keys + m->key_heads * size;
         for (long k = 0; k < g->h->num_heads; k++) {
-            const long row = k * num + b, seen = g->h->is_causal ? k + 1 : g->h->num_heads;
+            const long row = k * num + b, first = g->h->slot_mask == OWN_SLOT ? k : 0;
+            const long seen = (g->h->slot_mask == ALL_SLOTS ? g->h->num_heads : k + 1) - first;
             float *to = w->mixed + row * attended + head * size;
-            float_dots(keys, num * line, seen, w->qkv + row * line + head * size, line, 1, size, scores, 1);
+            float_dots(keys + first * num * line, num * line, seen, w->qkv + row * line + head * size, line, 1, size, scores, 1);
             for (long s = 0; s < seen; s++) scores[s] *= m->scale;
             const float share = 1.0f / exponentials(scores, seen);
             memset(to, 0, 4 * (size_t)size);
             for (long s = 0; s < seen; s++)
-                for (long i = 0; i < size; i++) to[i] += scores[s] * share * values[s * num * line + i];
+                for (long i = 0; i < size; i++) to[i] += scores[s] * share * values[(first + s) * num * line + i];
         }
     }
 }

@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -30,6 +30,8 @@ from amphista.native.step import (
 )
 from amphista.native.weights import PAD, Address, ProductStruct, Weight, address, rounded_up
 
+SlotMask = Literal["bidirectional", "causal", "own"]
+SLOT_MASKS: tuple[SlotMask, ...] = get_args(SlotMask)  # drafter.c numbers them so
 MOST_ROWS = 1 << 30
 FIRST_CAPACITY = 128
 
@@ -59,7 +61,7 @@ class _Heads(ctypes.Structure):
         ("path", _Path),
         *(
             (name, ctypes.c_int32)
-            for name in ("num_heads", "num_blocks", "split", "has_own_scores", "is_causal", "num_taps")
+            for name in ("num_heads", "num_blocks", "split", "has_own_scores", "slot_mask", "num_taps")
         ),
     ]
 
@@ -105,7 +107,7 @@ class NativeParts:
     tap_norms: Sequence[Tensor]
     layers: Sequence[NativeLayer]
     encoder: Sequence[NativeLayer]
-    is_causal: bool
+    slot_mask: SlotMask
     embedding_norm: Tensor | None
     hidden_norm: Tensor | None
     output_norm: Tensor | None
@@ -229,7 +231,7 @@ class NativeHeads:
             len(parts.blocks),
             parts.split,
             len(parts.scores) > 1,
-            parts.is_causal,
+            SLOT_MASKS.index(parts.slot_mask),
             len(parts.tap_norms),
         )
 

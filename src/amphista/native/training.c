@@ -1,4 +1,5 @@
-/* Passes of training in bfloat16 over rows, in one way through memory: norms, softmax and cross-entropies, with gradients.
+/* Passes of bfloat16 over many rows, in one way through memory: norms, gated activations, softmax and cross-entropies,
+ * with the gradients that training takes.
  *
  * Products are torch's; a row between two of them stays in the first or second cache from its first number to its last.
  */
@@ -122,6 +123,17 @@ void amphista_norm(int is_bf16, const void *x, const float *weight, int64_t rows
     for (int64_t r = 0; r < rows; r++)
         if (is_bf16) norm_forward(1, x, weight, r, size, eps, out, scales);
         else norm_forward(0, x, weight, r, size, eps, out, scales);
+}
+
+/* silu(gate) up of rows [gate ; up], [M][2 I] -> [M][I], I of whole vectors. */
+void amphista_gated(const uint16_t *x, int64_t rows, int64_t size, uint16_t *out, int threads) {
+    (void)threads;
+#pragma omp parallel for num_threads(threads)
+    for (int64_t r = 0; r < rows; r++)
+        for (long i = 0; i < size; i += LANES) {
+            const vec gate = load_bf16(x + r * 2 * size + i), up = load_bf16(x + (2 * r + 1) * size + i);
+            store_bf16(out + r * size + i, gate / (1.0f + exponential(-gate)) * up);
+        }
 }
 
 INLINE void norm_backward(const int is_bf16, const void *x, const uint16_t *upstream, const float *weight, float scale,

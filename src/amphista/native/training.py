@@ -1,6 +1,6 @@
-"""Passes of training over rows, in C (training.c), where products are in bfloat16 on a CPU.
+"""Passes over many rows, in C (training.c), where products are in bfloat16 on a CPU: training's, and the torch form's.
 
-Shapes: M rows, P target distributions, N vocabulary, D size of a norm.
+Shapes: M rows, I inner size, P target distributions, N vocabulary, D size of a norm.
 """
 
 from __future__ import annotations
@@ -42,6 +42,20 @@ def norms(x: Tensor, weight: Tensor) -> bool:
     in_bf16 = torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") is torch.bfloat16
     kinds = x.dtype in (torch.float32, torch.bfloat16) and weight.dtype is torch.float32 and x.device.type == "cpu"
     return in_bf16 and kinds and x.shape[-1] % LANES == 0 and _library() is not None
+
+
+def passes(rows: Tensor, size: int) -> bool:
+    """Whether rows of a target, with no gradient to take, are normed and activated here in pieces of `size` numbers."""
+    of_kind = rows.dtype is torch.bfloat16 and rows.device.type == "cpu" and rows.is_contiguous()
+    return of_kind and not rows.requires_grad and size % LANES == 0 and _library() is not None
+
+
+def gated(rows: Tensor) -> Tensor:
+    """Rows [gate ; up] [M, 2 I], contiguous -> silu(gate) up [M, I]."""
+    library, out = _library(), rows.new_empty(len(rows), rows.shape[1] // 2)
+    assert library is not None
+    library.amphista_gated(*_places(rows), *_sizes(out), *_places(out), ctypes.c_int(torch.get_num_threads()))
+    return out
 
 
 def norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:

@@ -18,12 +18,11 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 from transformers.masking_utils import causal_mask_function
 
 from amphista.cache.static import sent
 from amphista.kernels.linear import Product, TorchLinear
-from amphista.kernels.parts import Norm, RotaryTable, attention_of_any_shape, paired
+from amphista.kernels.parts import Norm, RotaryTable, attention_of_any_shape, gated, paired
 from amphista.target.attention import Layout, layer_rules
 from amphista.target.hidden_states import Taps
 from amphista.target.pages import give_back
@@ -280,8 +279,7 @@ class LeanModel:
     def _behind(self, layer: LeanLayer, states: Tensor, mixed: Tensor) -> Tensor:
         """States behind a layer, of those before it and what its attention gave [N, H * E]."""
         states = layer.output.added(mixed, states)
-        gate, up = layer.gate_up(layer.mlp_norm(states)).chunk(2, dim=-1)
-        return layer.down.added(functional.silu(gate) * up, states)
+        return layer.down.added(gated(layer.gate_up(layer.mlp_norm(states))), states)
 
     def _rotation(self, positions: Tensor) -> Tensor:
         """What queries and keys at positions [N] are multiplied by: complex [N, H + J, E / 2]."""

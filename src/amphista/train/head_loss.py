@@ -31,6 +31,7 @@ from torch.autograd.function import once_differentiable
 from amphista.drafter.frozen_head import Aims, FrozenHead
 from amphista.drafter.heads import ParallelHeads, with_paths
 from amphista.drafter.scoring import ScoringDrafter, StateOf
+from amphista.kernels.shapes import evened
 from amphista.train.losses import LossConfig, depth_weight, head_losses, state_distance, widened
 
 # Of one head and chunk, 64 MB in float32 (on a GPU 1 GB): more rows at once cost less each.
@@ -135,7 +136,7 @@ class HeadLoss(nn.Module):
     def _states(self, hidden: Tensor, next_ids: Tensor, rows: Tensor) -> Callable[[slice], StateOf]:
         """For a slice of the answer rows, the heads' states of some of its rows."""
         if self.one_by_one:
-            return self.drafter.states_of(hidden, next_ids, rows)
+            return self.drafter.states_of(hidden, next_ids, evened(rows))
         states = self.drafter(hidden, next_ids, rows)
         return lambda some: lambda head, index: states[some][index, head]
 
@@ -155,7 +156,7 @@ class HeadLoss(nn.Module):
                 losses.append(widened(sum((weight.flatten()[0] * 0 for weight in own), nothing)))
                 continue
             asked = index - part.chunk.start
-            states = state(k, asked)
+            states = state(k, evened(asked))[: len(asked)]
             above: tuple[Tensor, ...] = ()
             if k and corrected is not None:
                 above = (corrected.correction(states, answer_rows.next_ids[index + k]),)

@@ -137,7 +137,7 @@ static int drafts_differ(int kind, int own, int depth) {
                          .path = {.norm = vector(HIDDEN), .reads = keep_it(filled(DRAFTED * 2 * RANK, 4, 91)), .rows = rows,
                                   .state = product(FLOAT32, 2 * RANK, HIDDEN, 93), .output = product(FLOAT32, HIDDEN, RANK, 94),
                                   .rank = RANK},
-                         .num_heads = SLOTS, .num_blocks = BLOCKS, .split = 1, .has_own_scores = own, .is_causal = own};
+                         .num_heads = SLOTS, .num_blocks = BLOCKS, .split = 1, .has_own_scores = own, .slot_mask = own};
     void *kept[ASKED][2][LAYERS];
     float *features[ASKED], *log_probs[2];
     Span spans[ASKED];
