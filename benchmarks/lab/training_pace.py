@@ -5,7 +5,7 @@
         --init amphista --data answers.jsonl --out benchmarks/MACHINE/training-pace/amphista.json
 
 Each tree trains in a process of its own, of one thread. First it fills its store of hidden states with all rows, which
-is not counted; then each turn begins anew with batches in another order, so with shapes that were not met before, as in
+is timed apart; then each turn begins anew with batches in another order, so with shapes that were not met before, as in
 a run of hours. The processes take turns, so both see the same machine. Reported are medians over turns: positions a
 second by the clock, and by the processor's time of the process, which other programs disturb less.
 """
@@ -35,12 +35,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         trees = {"before": options.before, "after": options.after}
         workers = {name: _start(tree, Path(folder) / name, options) for name, tree in trees.items()}
-        for worker in workers.values():
-            _turn(worker)
+        filled = {name: _turn(worker) for name, worker in workers.items()}
         turns = [{name: _turn(worker) for name, worker in workers.items()} for _ in range(options.turns)]
         for worker in workers.values():
             worker.communicate("end\n")
-    record: dict[str, Any] = {name: _summary([turn[name] for turn in turns]) for name in trees}
+    record: dict[str, Any] = {name: filled[name] | _summary([turn[name] for turn in turns]) for name in trees}
     ratios = {
         kind: [turn["after"][kind] / turn["before"][kind] for turn in turns]
         for kind in ("per_second", "per_cpu_second")
@@ -53,6 +52,8 @@ def main() -> None:
     if options.out:
         options.out.parent.mkdir(parents=True, exist_ok=True)
         options.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    read = [round(filled[name]["read_per_second"]) for name in trees]
+    sys.stdout.write(f"hidden states of tokens a second: {read[0]} before, {read[1]} after\n")
     for kind, ratio in record["ratio"].items():
         before, after = (round(record[name][kind]) for name in ("before", "after"))
         sys.stdout.write(f"positions {kind}: {before} before, {after} after; median ratio {ratio['median']:.2f}\n")
@@ -131,6 +132,7 @@ def work(arguments: dict[str, Any]) -> None:
     from amphista.target import DEFAULT_TARGET
     from amphista.target.loading import load_target
     from amphista.train.config import TrainConfig
+    from amphista.train.dataset import epoch_batches
     from amphista.train.trainer import Trainer
 
     torch.set_num_threads(1)
@@ -148,9 +150,12 @@ def work(arguments: dict[str, Any]) -> None:
             marks.trainer.run(stop_after=arguments["steps"] + 1)
             sys.stdout.write(json.dumps({**marks.record(), "version": provenance.git_state()}) + "\n")
         else:
-            for row in marks.trainer.parts.data.rows:
-                marks.trainer.parts.hidden.get([row])
-            sys.stdout.write("{}\n")
+            rows, size = marks.trainer.parts.data.rows, config.optimizer.batch_size
+            start = time.perf_counter()
+            for batch in epoch_batches(rows, size, seed, 0):
+                marks.trainer.parts.hidden.get(batch)
+            pace = sum(len(row.token_ids) for row in rows) / (time.perf_counter() - start)
+            sys.stdout.write(json.dumps({"read_per_second": pace}) + "\n")
         sys.stdout.flush()
 
 
