@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 from pathlib import Path
 
@@ -43,7 +44,7 @@ class Interrupt:
 
     def __call__(self, frame, event, argument):
         code = frame.f_code  # not a generator's, which may be called to close it, where nothing can be raised
-        if event == "call" and code.co_filename.startswith(SRC) and code.co_name != "<genexpr>":
+        if event == "call" and code.co_filename.startswith(SRC) and not code.co_flags & inspect.CO_GENERATOR:
             self.num_calls += 1
             if self.num_calls - 1 == self.at:
                 self.at = None

@@ -115,6 +115,21 @@ def test_what_the_torch_form_says(name, flags):
     assert sorted(everything) == sorted(known)
 
 
+@pytest.mark.usefixtures("two_threads")
+@pytest.mark.parametrize("name", [name for name in HEADS if "paths" in name])
+def test_a_move_beyond_any_exponential_is_a_probability(monkeypatch, name):
+    """What a token above moves a score by may be larger than 88, where e to the power of it is no float32."""
+    far = copy.deepcopy(drafters()[name])
+    with torch.no_grad():
+        far.path.output.weight.mul_(100)
+    monkeypatch.setitem(drafters("float32"), name, far)  # a cache of its own
+    ours, theirs = (named(drafted(form, [9])) for form in (in_c(name), far))
+    assert all(math.isfinite(value) for value in ours.values())
+    both = ours.keys() & theirs.keys()
+    assert len(both) > 0.9 * len(ours) and min(theirs.values()) < -88
+    assert max(abs(ours[where] - theirs[where]) for where in both) < 2e-5 * -min(theirs.values())
+
+
 @pytest.mark.parametrize("name", HEADS)
 def test_with_a_calibration(name):
     ours, theirs = in_c(name), copy.deepcopy(drafters()[name])

@@ -352,14 +352,16 @@ static void rank_below(const Drafting *g, int k, int b, float *room) {
     float_dots(rows, hidden, size, shifts, hidden, size, h->stages.hidden, moves, size);
     for (int p = 0; p < size; p++) {
         Rank best[size];
-        float *row = moves + p * size, total = outside;
+        float *row = moves + p * size;
         for (int s = 0; s < size; s++) {
             row[s] = d->log_probs[here + s] - d->log_coverage + row[s] / d->divisors[b * d->depth + k];
-            total += expf(row[s]);
             offer(best, s + 1, (Rank){row[s] == row[s] ? row[s] : -INFINITY, s});
         }
+        const float top = best[0].value > 0 ? best[0].value : 0; /* a move may be beyond any exponential */
+        float total = outside * expf(-top);
+        for (int s = 0; s < size; s++) total += expf(row[s] - top);
         for (int r = 0; r < d->children; r++) {
-            const float found = best[r].value - logf(total) + d->log_coverage;
+            const float found = best[r].value - top - logf(total) + d->log_coverage;
             d->below[to + p * d->children + r] = best[r].place;
             d->log_probs_below[to + p * d->children + r] = found == found ? found : -INFINITY;
         }
