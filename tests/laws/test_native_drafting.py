@@ -81,10 +81,15 @@ def drafted(drafter: ParallelHeads, cuts: list[int], num_ranks: int = 5, tempera
 
 
 def distance(ours: Candidates, theirs: Candidates) -> float:
-    """The largest difference of any token's log-probability; infinite where other tokens are named. So the order is the
-    same but for tokens that are equally likely, to that difference."""
-    mine, other = named(ours), named(theirs)
-    return max(abs(mine[where] - other[where]) for where in mine) if mine.keys() == other.keys() else math.inf
+    """The largest difference of log-probabilities; infinite where tokens or their order differ."""
+    if ours.tokens != theirs.tokens or (ours.below is None) != (theirs.below is None):
+        return math.inf
+    parts = [(ours.log_probs, theirs.log_probs)]
+    if ours.below is not None and theirs.below is not None:
+        if ours.below.ranks != theirs.below.ranks:
+            return math.inf
+        parts.append((ours.below.log_probs, theirs.below.log_probs))
+    return max(float((torch.tensor(mine) - torch.tensor(other)).abs().max()) for mine, other in parts)
 
 
 def named(drafted: Candidates) -> dict[tuple[int, ...], float]:

@@ -15,9 +15,13 @@ def even(number: int) -> int:
     return -(-number // step) * step
 
 
-def evened(index: Tensor, *, always: bool = False) -> Tensor:
+def is_compiled_for(rows: Tensor) -> bool:
+    """Whether products of such rows are compiled for their number."""
+    return rows.device.type == "cpu" and torch.is_autocast_enabled("cpu")
+
+
+def evened(index: Tensor) -> Tensor:
     """An index [M] of rows for products, its last repeated up to an even number, where shapes are compiled for."""
-    compiled = index.device.type == "cpu" and torch.is_autocast_enabled("cpu")
-    if not (compiled or always) or not len(index):
+    if not is_compiled_for(index) or not len(index):
         return index
     return torch.cat([index, index[-1:].expand(even(len(index)) - len(index))])
