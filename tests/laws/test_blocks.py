@@ -1,10 +1,13 @@
 """A GGUF file's own blocks: the weights, and the bits of every product, are those of the float32 weight they stand for.
 
 The oracle of a block's numbers is the `gguf` package's `dequantize`; of a product's bits, the C step's own with float32
-weights.
+weights. Packed blocks are multiplied by whole numbers: near the product in float64, a row's bits the same in any place.
 """
 
 from __future__ import annotations
+
+import math
+from pathlib import Path
 
 import gguf
 import numpy as np
@@ -76,6 +79,89 @@ def test_a_product_has_the_bits_of_float32(kind, flags):
         for num_rows in range(1, 10) if inputs < 10_000 else (2, 5):
             found = ours.multiply(rows[:num_rows], flags)
             assert same_bits(found, theirs.multiply(rows[:num_rows], flags)) and same_bits(found[:1], alone)
+
+
+PACKED_KINDS = [Kind.Q4_0, Kind.Q4_1, Kind.Q8_0, Kind.Q4_K]
+STRETCH = 32
+NO_TILES = ("-march=native", "-mno-amx-tile", "-mno-amx-int8", "-mno-amx-bf16", "-fopenmp")
+
+
+def has_tiles() -> bool:
+    """Whether the processor has matrix units, which a build may be without."""
+    return "amx_tile" in Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else False
+
+
+def packed_of(kind: Kind, outputs: int, inputs: int, seed: int = 0) -> tuple[Weight, torch.Tensor]:
+    """A packed weight and its float32 numbers."""
+    blocks, plain = blocks_of(kind, outputs, inputs, seed)
+    weight = Weight.of_blocks(blocks)
+    packed = weight.packed()
+    if packed is weight:
+        pytest.skip("whole numbers are not quicker on this processor")
+    return packed, plain
+
+
+def rows_of_all_kinds(inputs: int) -> torch.Tensor:
+    """Random rows, and some with zeros, tiny, large and equal numbers, and such as need all digits of both signs."""
+    rows = torch.randn(40, inputs, generator=torch.Generator().manual_seed(2))
+    rows[3], rows[4] = rows[3] * 1e-32, rows[4] * 1e30
+    rows[5, ::7] *= 1e3
+    rows[6], rows[7, :STRETCH] = 0, 0
+    rows[8] = torch.where(rows[8] > 0, 1.0, -1.0) * (2 - 2**-23)
+    rows[9] = torch.where(rows[9] > 0, 1.0, -1.0) * (0x7F7F7F / 2**22)
+    rows[10] = -(1 + 2**-22)
+    return rows
+
+
+def least_steps(rows: torch.Tensor) -> torch.Tensor:
+    """What one more in the last digit of each number's stretch may be at most: [N, I]."""
+    most = rows.abs().unflatten(1, (-1, STRETCH)).amax(-1, keepdim=True).double()
+    return (most * 2.0**-21).clamp_min(2.0**-126).expand(-1, -1, STRETCH).flatten(1)
+
+
+@pytest.mark.parametrize("kind", PACKED_KINDS)
+def test_a_packed_product_is_near_the_exact_one(kind):
+    for outputs, inputs in ((1, 256), (35, 256 * 3), (64, 256 * 6)):
+        packed, plain = packed_of(kind, outputs, inputs, seed=outputs)
+        rows = rows_of_all_kinds(inputs)
+        plain = plain.double()
+        exact = rows.double() @ plain.T
+        reach = plain.unflatten(1, (-1, STRETCH)).abs().amax(-1, keepdim=True).expand(-1, -1, STRETCH).flatten(1)
+        allowed = (
+            least_steps(rows) + rows.abs().double() * inputs / STRETCH * 2.0**-22
+        ) @ reach.T + exact.abs() * 2.0**-23
+        assert ((packed.multiply(rows) - exact).abs() <= allowed).all()
+
+
+@pytest.mark.parametrize("kind", PACKED_KINDS)
+def test_a_packed_row_has_the_same_bits_beside_any_others(kind):
+    packed, _ = packed_of(kind, 67, 768)
+    rows = rows_of_all_kinds(768)
+    alone = torch.cat([packed.multiply(row[None]) for row in rows])
+    for flags in (None, NO_TILES) if has_tiles() else (None,):
+        for num_rows in range(1, 41):
+            assert same_bits(packed.multiply(rows[:num_rows], flags), alone[:num_rows])
+            assert same_bits(packed.multiply(rows[-num_rows:], flags), alone[-num_rows:])
+
+
+@pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf])
+def test_a_packed_row_that_is_not_finite_is_nan_alone(number):
+    packed, _ = packed_of(Kind.Q4_1, 33, 512)
+    rows = torch.randn(5, 512)
+    expected = packed.multiply(rows)
+    for place in (0, 31, 300, 511):
+        broken = rows.clone()
+        broken[2, place] = number
+        found = packed.multiply(broken)
+        assert found[2].isnan().all() and torch.equal(found[[0, 1, 3, 4]], expected[[0, 1, 3, 4]])
+
+
+def test_packed_weights_side_by_side_with_others():
+    kinds, rows = [(Kind.Q6_K, 40), (Kind.Q4_K, 64), (None, 7), (Kind.Q8_0, 33)], torch.randn(5, 512)
+    made = [(blocks_of(kind or Kind.F16, outputs, 512), kind) for kind, outputs in kinds]
+    parts = [Weight.of_blocks(b if kind else p).packed() for (b, p), kind in made]
+    expected = torch.cat([part.multiply(rows) for part in parts], dim=1)
+    assert same_bits(Weight.side_by_side(parts).multiply(rows), expected)
 
 
 def test_weights_of_several_kinds_side_by_side(flags):

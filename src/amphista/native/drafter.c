@@ -170,7 +170,7 @@ static void feed(const Drafting *g, Worker *worker) {
 /* Prepared rows from the given one on. */
 static Rows rows_from(Rows x, int kind, long row) {
     const long bytes = kind == INT8 ? 1 : kind == BFLOAT16 ? 2 : 4, away = x.are_pairs ? 4 : x.stride * bytes;
-    return (Rows){(const char *)x.data + row * away, x.steps ? x.steps + row : NULL, x.stride, x.are_pairs};
+    return (Rows){(const char *)x.data + row * away, x.steps ? x.steps + row : NULL, x.stride, x.are_pairs, NULL};
 }
 
 /* One residual block of all heads, from features (NULL) or slots to slots. */
@@ -231,7 +231,7 @@ static void slot_attention_stage(const Drafting *g, const Work *w, Worker *worke
 
 /* A whole product of float32 rows by one thread. */
 static void product_alone(const Product *p, const float *rows, long stride, int n, float *to, long ldo) {
-    const Rows x = {rows, NULL, stride, 0};
+    const Rows x = {rows, NULL, stride, 0, NULL};
     for (long first = 0; first < p->outputs; first += BLOCK)
         multiply(p, &x, n, first, block_size(p->outputs, first), to + first, ldo);
 }

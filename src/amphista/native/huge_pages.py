@@ -27,13 +27,17 @@ class Arena:
 
     def copy(self, tensor: Tensor) -> Tensor:
         """A contiguous copy of a tensor."""
-        num_bytes = tensor.numel() * tensor.element_size()
+        place = self.empty(tensor.numel() * tensor.element_size())
+        return place.view(tensor.dtype).view(tensor.shape).copy_(tensor.detach())
+
+    def empty(self, num_bytes: int) -> Tensor:
+        """So many bytes."""
         with self._lock:
             if self._used + num_bytes > self._piece.numel():
                 self._piece, self._used = _piece(max(num_bytes, PIECE_BYTES)), 0
             place = self._piece[self._used : self._used + num_bytes]
             self._used += -(-num_bytes // LINE_BYTES) * LINE_BYTES
-        return place.view(tensor.dtype).view(tensor.shape).copy_(tensor.detach())
+        return place
 
 
 def _piece(num_bytes: int) -> Tensor:

@@ -362,7 +362,7 @@ static void widen(const Stack *m, const Layer *layer, const Work *w, int n, Work
     Rows x = prepare(&layer->output, w->mixed, padded(attended), n, prepared, steps);
     product_stage(&layer->output, &x, n, worker, w->states, hidden, 1, block);
     meet(worker, blocks_of(m->inner));
-    x = normed(m, w, n, layer->mlp_norm, &layer->gate, thread);
+    x = normed(m, w, n, layer->mlp_norm, is_packed(layer->up.kind) ? &layer->up : &layer->gate, thread);
     gated_stage(m, layer, &x, n, worker, w->inner, block);
     meet(worker, blocks_of(layer->down.outputs));
     x = prepare(&layer->down, w->inner, inner, n, prepared, steps);

@@ -11,12 +11,12 @@
  *            rounded to 8 bits with one step a row. Whole numbers: the order does not matter
  * F16, Q4_1  and others of blocks.h: a GGUF file's own blocks, widened tile by tile to exactly the float32 numbers that
  *            they stand for, and summed in FLOAT32's order: the same bits as that weight's
+ * PACKED     and a kind of block: packed.h, where the processor is quick at whole numbers
  */
 #ifndef AMPHISTA_PRODUCTS_H
 #define AMPHISTA_PRODUCTS_H
 
-#include "blocks.h"
-#include "tiles.h"
+#include "packed.h"
 
 enum { TILE = 4, BLOCK = 32, LEVELS = 127, ZERO = 128, WIDE_INPUTS = 1 << 14, AHEAD = 12 << 10, INT8_AHEAD = 8 << 10 };
 #if LANES == 16 && defined(__AVX512BF16__)
@@ -36,7 +36,7 @@ enum { NO_FAULT, SKIP_ANCESTOR, SEE_SIBLING, LATE_POSITION, DROP_TAIL, DROP_ODD,
        EARLY_TAP, SEE_PREFIX };
 
 typedef struct Product {
-    const void *weight;     /* SIDE_BY_SIDE: products whose outputs follow each other, all of kinds that read FLOAT32's rows */
+    const void *weight;     /* SIDE_BY_SIDE: products whose outputs follow each other, none of BFLOAT16 or INT8 */
     const float *scales;    /* INT8: of each output */
     const int32_t *offsets; /* INT8: -ZERO times the sum of each output's weights; padded to whole blocks */
     const float *bias;      /* or NULL */
@@ -49,6 +49,7 @@ typedef struct {
     const float *steps; /* INT8: what 1 stands for in each row */
     long stride;
     int are_pairs; /* BFLOAT16 for tiles: [inputs / 2][stride][2] */
+    const uint8_t *digits; /* PACKED: of groups of TILE_ROWS rows or fewer */
 } Rows;
 
 /* -- float32 ------------------------------------------------------------------------------------------------------ */
@@ -414,6 +415,13 @@ static void any_block_dots(const Product *p, const Rows *x, int n, long first, l
     switch (p->kind) { ANY_BLOCKS(DOTS); }
 }
 
+static void packed_rows(const Product *p, const Rows *x, int n, long first, long count, float *out, long ldo) {
+    const int group = group_of(n, TILE_ROWS);
+    for (int r = 0; r < n; r += group)
+        any_packed_dots(p->kind, p->weight, x->digits + r * row_bytes(p->inputs), n - r < group ? n - r : group, p->inputs,
+                        first, count, out + r * ldo, ldo);
+}
+
 static void any_row(const Product *p, long row, float *out) {
     const long inputs = p->inputs, bytes = inputs / block_numbers(p->kind) * block_bytes(p->kind);
     const uint8_t *w = (const uint8_t *)p->weight + row * bytes;
@@ -443,6 +451,8 @@ static void multiply(const Product *p, const Rows *x, int n, long first, long co
             first += own, count -= own, out += own;
         }
         return;
+    } else if (is_packed(p->kind)) {
+        packed_rows(p, x, n, first, count, out, ldo);
     } else {
         any_block_dots(p, x, n, first, count, out, ldo);
     }
@@ -467,7 +477,7 @@ static Rows round_rows(const float *from, long stride, int n, long len, uint16_t
     const long size = padded(len);
     for (int r = 0; r < n; r++)
         for (long i = 0; i < size; i += LANES) store_bf16(room + r * size + i, load(from + r * stride + i));
-    return (Rows){room, NULL, size, 0};
+    return (Rows){room, NULL, size, 0, NULL};
 }
 
 /* The same in pairs, row by row side by side. */
@@ -478,7 +488,24 @@ static Rows pair_rows(const float *from, long stride, int n, long len, uint32_t 
             for (long k = 0; k < PAD; k += LANES) store_bf16((uint16_t *)pairs + k, load(from + r * stride + i + k));
             for (long k = 0; k < PAD / 2 && i + 2 * k < len; k++) room[(i / 2 + k) * n + r] = pairs[k];
         }
-    return (Rows){room, NULL, n, 1};
+    return (Rows){room, NULL, n, 1, NULL};
+}
+
+/* The same as they are, with their digits beside them. */
+static Rows packed_form(const float *from, long stride, int n, long len, uint8_t *room) {
+    const int group = group_of(n, TILE_ROWS);
+    for (int r = 0; r < n; r++) {
+        const int first = r / group * group, rows = n - first < group ? n - first : group;
+        digits_of(from + r * stride, len, r - first, rows, room + first * row_bytes(len));
+    }
+    return (Rows){from, NULL, stride, 0, room};
+}
+
+INLINE int reads_digits(const Product *p) {
+    if (p->kind != SIDE_BY_SIDE) return is_packed(p->kind);
+    int outputs = 0, any = 0;
+    for (const Product *part = p->weight; outputs < p->outputs; outputs += (part++)->outputs) any |= is_packed(part->kind);
+    return any;
 }
 
 /* n rows [n][stride], zeros behind their numbers, as the weight wants them; `room` is for a copy. */
@@ -486,7 +513,8 @@ static Rows prepare(const Product *p, const float *from, long stride, int n, flo
     const long size = padded(p->inputs);
     if (is_tiled(p)) return pair_rows(from, stride, n, p->inputs, (uint32_t *)room);
     if (p->kind == BFLOAT16) return round_rows(from, stride, n, p->inputs, (uint16_t *)room);
-    if (p->kind != INT8) return (Rows){from, NULL, stride, 0};
+    if (reads_digits(p)) return packed_form(from, stride, n, p->inputs, (uint8_t *)room);
+    if (p->kind != INT8) return (Rows){from, NULL, stride, 0, NULL};
     typedef uint8_t bytes __attribute__((vector_size(LANES)));
     uint8_t *numbers = (uint8_t *)room;
     for (int r = 0; r < n; r++) {
@@ -501,7 +529,7 @@ static Rows prepare(const Product *p, const float *from, long stride, int n, flo
             memcpy(numbers + r * size + i, &rounded, sizeof rounded);
         }
     }
-    return (Rows){numbers, steps, size, 0};
+    return (Rows){numbers, steps, size, 0, NULL};
 }
 
 #endif

@@ -10,6 +10,7 @@
 enum { TILE_ROWS = 16, LEAST_TILE_ROWS = 9 }; /* of 8 bits: fewer rows are as quick or quicker by vectors */
 
 #if defined(__AMX_INT8__) && defined(__AMX_BF16__) && defined(__AMX_TILE__) && defined(__linux__) && LANES == 16
+#define HAVE_TILES
 #include <sys/syscall.h>
 long syscall(long number, ...); /* unistd.h names it only beyond C11 */
 

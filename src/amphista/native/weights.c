@@ -23,3 +23,18 @@ void amphista_product(const Product *p, const float *rows, int64_t n, float *out
         end_tiles(&before);
     }
 }
+
+/* Bytes of blocks of a kind as packed.h has them; 0 where that is not quicker, or not for this kind. */
+int64_t amphista_packed_size(int kind, int64_t outputs, int64_t inputs) {
+    if (!CAN_PACK || !terms_bytes(kind)) return 0;
+    return (outputs + ABREAST - 1) / ABREAST * (inputs / STRETCH) * packed_bytes(kind);
+}
+
+void amphista_pack(const Product *p, uint8_t *to, int threads) {
+    const long inputs = p->inputs, bytes = inputs / block_numbers(p->kind) * block_bytes(p->kind);
+    (void)threads;
+#pragma omp parallel for num_threads(threads)
+    for (int32_t o = 0; o < p->outputs; o += ABREAST)
+        pack_outputs(p->kind, (const uint8_t *)p->weight + o * bytes, inputs, p->outputs - o < ABREAST ? p->outputs - o : ABREAST,
+                     to + o / ABREAST * (inputs / STRETCH) * packed_bytes(p->kind));
+}

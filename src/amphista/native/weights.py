@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from amphista.native.huge_pages import Arena
 BLOCK, GROUP, LEVELS, ZERO = 32, 4, 127, 128  # of packed 8-bit weights: outputs side by side, inputs side by side
 KINDS = {torch.float32: 0, torch.bfloat16: 1}
 INT8, SIDE_BY_SIDE = 2, 3
+PACKED = 32  # added to the kind of blocks
 BLOCK_KINDS = {2: 4, 18: 5, 20: 6, 22: 7, 24: 8, 34: 9, 144: 10, 176: 11, 210: 12}  # of a GGUF file, by a block's bytes
 BLOCK_NUMBERS = {2: 1, 144: 256, 176: 256, 210: 256}  # in a block; of all others 32
 HALVES = 32  # float16 is read by so many
@@ -88,6 +89,18 @@ class Weight:
             raise NativeError(f"the C step has no weights in blocks of {size} bytes, {inputs} numbers a row")
         bias = None if bias is None else bias.detach().float().clone()
         return cls(outputs, inputs, BLOCK_KINDS[size], blocks.contiguous(), bias=bias)
+
+    def packed(self, arena: Arena | None = None, flags: tuple[str, ...] | None = None) -> Weight:
+        """Blocks as products of whole numbers read them, a copy (packed.h); itself where that is not quicker."""
+        library = load(flags)
+        library.amphista_packed_size.restype = ctypes.c_int64
+        sizes = ctypes.c_int64(self.num_outputs), ctypes.c_int64(self.num_inputs)
+        size = library.amphista_packed_size(self.kind, *sizes)
+        if not size:
+            return self
+        place = torch.empty(size, dtype=torch.uint8) if arena is None else arena.empty(size)
+        library.amphista_pack(ctypes.byref(self.record()), Address(place.data_ptr()), torch.get_num_threads())
+        return replace(self, kind=self.kind + PACKED, weight=place)
 
     @classmethod
     def side_by_side(cls, parts: Sequence[Weight]) -> Weight:

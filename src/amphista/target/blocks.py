@@ -22,7 +22,7 @@ from torch.nn import functional
 
 from amphista.errors import NativeError
 from amphista.native.weights import HALVES, Weight
-from amphista.target.products import NativeLinear
+from amphista.target.products import ARENA, NativeLinear
 
 GGUF = "gguf"  # as a type of weights
 INDEX = "tensors.json"
@@ -105,7 +105,7 @@ class BlockLinear(NativeLinear):
     """Weights in blocks, held as they are."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
-        self._take([Weight.of_blocks(weight, bias)])
+        self._take([Weight.of_blocks(weight, bias).packed(ARENA)])
 
     @staticmethod
     def weight_of(layer: nn.Linear) -> Tensor:
@@ -115,7 +115,7 @@ class BlockLinear(NativeLinear):
     @classmethod
     def side_by_side(cls, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> Self:
         made = cls.__new__(cls)
-        parts = [Weight.of_blocks(weight, bias) for weight, bias in zip(weights, biases, strict=True)]
+        parts = [Weight.of_blocks(weight, bias).packed(ARENA) for weight, bias in zip(weights, biases, strict=True)]
         made._take([Weight.side_by_side(parts)] if len(parts) > 2 else parts)
         return made
 

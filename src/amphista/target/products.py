@@ -18,7 +18,7 @@ from amphista.kernels.linear import Product, TorchLinear
 from amphista.native.huge_pages import Arena
 from amphista.native.weights import Weight
 
-_ARENA = Arena()
+ARENA = Arena()
 
 
 class PlainLinear(TorchLinear):
@@ -27,7 +27,7 @@ class PlainLinear(TorchLinear):
     is_copy = True
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
-        super().__init__(_ARENA.copy(weight), bias)
+        super().__init__(ARENA.copy(weight), bias)
 
     @property
     def native(self) -> Weight:
@@ -73,12 +73,12 @@ class RoundedLinear(NativeLinear):
     is_copy = True
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
-        self._take([Weight.of_8_bits(weight, bias, _ARENA)])
+        self._take([Weight.of_8_bits(weight, bias, ARENA)])
 
     @classmethod
     def side_by_side(cls, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> Self:
         if len(weights) != 2:
             return super().side_by_side(weights, biases)
         made = cls.__new__(cls)
-        made._take([Weight.of_8_bits(w, b, _ARENA) for w, b in zip(weights, biases, strict=True)])
+        made._take([Weight.of_8_bits(w, b, ARENA) for w, b in zip(weights, biases, strict=True)])
         return made

@@ -83,14 +83,20 @@ static int differs(int kind, int window) {
     return memcmp(logits[0], logits[1], 4 * 3 * VOCAB) != 0;
 }
 
-/* Blocks of a kind in memory of exactly their size: a product by one thread and by three, and the last row. */
-static int blocks_differ(int kind) {
+/* Blocks of a kind, packed or not, in memory of exactly their size: a product by one thread and by three, and the last row. */
+static int blocks_differ(int kind, int packs) {
     enum { OUTPUTS = 35, INPUTS = 512 };
     const size_t bytes = (size_t)(OUTPUTS * INPUTS / block_numbers(kind) * block_bytes(kind));
-    const Product p = {.weight = keep_it(filled(bytes, 1, 7)), .kind = kind, .outputs = OUTPUTS, .inputs = INPUTS};
-    const int64_t last = OUTPUTS - 1;
+    Product p = {.weight = keep_it(filled(bytes, 1, 7)), .kind = kind, .outputs = OUTPUTS, .inputs = INPUTS};
+    const int64_t last = OUTPUTS - 1, size = packs ? amphista_packed_size(kind, OUTPUTS, INPUTS) : 0;
+    if (packs) {
+        if (!size) return 0;
+        uint8_t *to = keep_it(malloc((size_t)size));
+        amphista_pack(&p, to, 3);
+        p.weight = to, p.kind = PACKED + kind;
+    }
     int wrong = 0;
-    for (int n = 1; n < 10; n++) {
+    for (int n = 1; n < 20; n++) {
         float *rows = keep_it(filled((size_t)n * INPUTS, 4, 8)), *out[2];
         for (int run = 0; run < 2; run++) {
             out[run] = keep_it(malloc(4 * (size_t)n * OUTPUTS));
@@ -98,7 +104,7 @@ static int blocks_differ(int kind) {
         }
         wrong += memcmp(out[0], out[1], 4 * (size_t)n * OUTPUTS) != 0;
     }
-    amphista_rows(&p, &last, 1, keep_it(malloc(4 * INPUTS)), 1);
+    if (!packs) amphista_rows(&p, &last, 1, keep_it(malloc(4 * INPUTS)), 1);
     return wrong;
 }
 
@@ -172,7 +178,7 @@ static int drafts_differ(int kind, int own, int depth) {
 
 int main(void) {
     int wrong = 0;
-    for (int kind = F16; kind <= Q6_K; kind++) wrong += blocks_differ(kind);
+    for (int kind = F16; kind <= Q6_K; kind++) wrong += blocks_differ(kind, 0) + blocks_differ(kind, 1);
     for (head_size = 64; head_size >= 10; head_size -= 54)
         for (int kind = FLOAT32; kind <= INT8; kind++) wrong += differs(kind, 0) + differs(kind, 7);
     head_size = 10;

@@ -110,6 +110,6 @@ def test_sources_are_in_the_package():
         "weights.c",
         "step.c",
         "drafter.c",
-        *(f"{name}.h" for name in ("layer", "attention", "team", "products", "lanes", "blocks", "tiles")),
+        *(f"{name}.h" for name in ("layer", "attention", "team", "products", "lanes", "blocks", "tiles", "packed")),
     }
     assert "-ffp-contract=fast" in BASE_FLAGS and sys.maxsize > 2**32

@@ -1,0 +1,247 @@
+/* Blocks of 4 and 8 bits packed for products of whole numbers.
+ *
+ * A row is cut into stretches of 32 numbers, each a whole number of 24 bits times a power of two of the stretch's own: as
+ * near its largest number as float32 is. Their digits to the base 256 times a block's numbers are sums of whole numbers,
+ * which vectors and matrix units work out alike, whatever the order; scales and minima follow in float32, stretch by
+ * stretch. So a product is as near the exact one as a sum in float32, and a row's has the same bits whatever is beside it.
+ *
+ * Weight: for 16 outputs at a time and each stretch their scales, their minima where the kind has some, and the numbers,
+ * [4 or 8][16 outputs][4 inputs]; of 4 bits each byte holds inputs 16 apart, the first in its low half.
+ * Rows: for up to 16 at a time and each stretch [3 digits][rows][32], the highest digits first, then Shares [rows].
+ */
+#ifndef AMPHISTA_PACKED_H
+#define AMPHISTA_PACKED_H
+
+#include "blocks.h"
+#include "tiles.h"
+
+enum { ABREAST = 16, DIGITS = 3, MOST_DIGITS = 0x7f7f7f, PACKED_ROWS = 8, LEAST_PACKED_TILE_ROWS = 3, PACKED_AHEAD = 12 };
+enum { PACKED = 32 }; /* added to the kind of the blocks */
+
+typedef struct {
+    float step, sum; /* what 1 stands for in a row's stretch; of its numbers */
+} Share32;
+
+INLINE int is_packed(int kind) { return kind >= PACKED; }
+
+/* Bytes that a stretch's scales and minima take; 0 of a kind that is not packed. */
+INLINE long terms_bytes(int kind) {
+    return kind == Q4_0 || kind == Q8_0 ? 2 * ABREAST : kind == Q4_1 ? 4 * ABREAST : kind == Q4_K ? 8 * ABREAST : 0;
+}
+INLINE long packed_bytes(int kind) { return terms_bytes(kind) + (kind == Q8_0 ? 32 : 16) * ABREAST; }
+INLINE long row_bytes(long inputs) { return inputs / STRETCH * (DIGITS * STRETCH + (long)sizeof(Share32)); }
+
+#if LANES == 16 && defined(__AVX512VNNI__)
+enum { CAN_PACK = 1 };
+
+/* Stretch `part` of a block as that of output `o` among 16. */
+static void pack_stretch(int kind, const uint8_t *block, int part, int o, uint8_t *to) {
+    uint8_t *numbers = to + terms_bytes(kind), q[STRETCH];
+    if (kind == Q4_K) {
+        const Terms terms = k_terms(block, part);
+        memcpy(to + 4 * o, &terms.scale, 4);
+        memcpy(to + 4 * (ABREAST + o), &terms.min, 4);
+    } else {
+        memcpy(to + 2 * o, block, 2);
+        if (kind == Q4_1) memcpy(to + 2 * (ABREAST + o), block + 2, 2);
+    }
+    const uint8_t *from = block + (kind == Q4_K ? 16 + 32 * (part / 2) : kind == Q4_1 ? 4 : 2);
+    for (int i = 0; i < STRETCH; i++)
+        q[i] = kind == Q8_0 ? from[i] ^ 128 : kind == Q4_K ? from[i] >> 4 * (part & 1) & 15 : from[i & 15] >> (i < 16 ? 0 : 4) & 15;
+    for (int i = 0; i < STRETCH; i++) {
+        uint8_t *at = numbers + 4 * ABREAST * (i / 4) + 4 * o + i % 4;
+        if (kind == Q8_0) *at = q[i];
+        else if (i < 16) *at = (uint8_t)(q[i] | q[i + 16] << 4);
+    }
+}
+
+/* Up to 16 outputs of a weight in blocks; the rest are zeros. */
+static void pack_outputs(int kind, const uint8_t *w, long inputs, int outputs, uint8_t *to) {
+    const long parts = block_numbers(kind) / STRETCH, bytes = inputs / block_numbers(kind) * block_bytes(kind);
+    memset(to, 0, (size_t)(inputs / STRETCH * packed_bytes(kind)));
+    for (long s = 0; s < inputs / STRETCH; s++, to += packed_bytes(kind))
+        for (int o = 0; o < outputs; o++)
+            pack_stretch(kind, w + o * bytes + s / parts * block_bytes(kind), (int)(s % parts), o, to);
+}
+
+/* One of `rows` rows, `inputs` numbers, as digits; what is not finite makes all its products NaN. */
+static void digits_of(const float *from, long inputs, int row, int rows, uint8_t *to) {
+    for (long i = 0; i < inputs; i += STRETCH, to += rows * (DIGITS * STRETCH + (long)sizeof(Share32))) {
+        const vec both[2] = {load(from + i), load(from + i + LANES)};
+        Share32 share = {0, sum(both[0] + both[1])};
+        float most = largest(larger(magnitude(both[0]), magnitude(both[1]))) * (0x800000 / (float)MOST_DIGITS);
+        if (!(most > 0x1p-104f)) most = 0x1p-104f; /* so that the step is no subnormal number */
+        uint32_t bits;
+        memcpy(&bits, &most, sizeof bits);
+        const uint32_t exponent = bits >> 23, shrunk = (exponent - 22) << 23, grown = (276 - exponent) << 23;
+        float scale;
+        memcpy(&share.step, &shrunk, sizeof shrunk);
+        memcpy(&scale, &grown, sizeof grown);
+        if (!(share.sum - share.sum == 0)) share.step = share.sum - share.sum;
+        for (int h = 0; h < 2; h++) { /* each digit from -128 to 127 */
+            const __m512i zeros = _mm512_set1_epi32(0x808080), whole = _mm512_cvtps_epi32((__m512)(both[h] * scale));
+            const __m512i digits = _mm512_xor_si512(_mm512_add_epi32(whole, zeros), zeros);
+            uint8_t *at = to + row * STRETCH + h * LANES;
+            _mm_storeu_si128((__m128i *)at, _mm512_cvtepi32_epi8(_mm512_srli_epi32(digits, 16)));
+            _mm_storeu_si128((__m128i *)(at + rows * STRETCH), _mm512_cvtepi32_epi8(_mm512_srli_epi32(digits, 8)));
+            _mm_storeu_si128((__m128i *)(at + 2 * rows * STRETCH), _mm512_cvtepi32_epi8(digits));
+        }
+        memcpy(to + rows * DIGITS * STRETCH + row * (long)sizeof share, &share, sizeof share);
+    }
+}
+
+/* Scales and minima of 16 outputs. `kind` is a constant. */
+INLINE void load_terms(const int kind, const uint8_t *w, __m512 *scales, __m512 *minima) {
+    if (kind == Q4_K) {
+        *scales = _mm512_loadu_ps(w), *minima = _mm512_loadu_ps(w + 4 * ABREAST);
+        return;
+    }
+    *scales = _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)w));
+    if (kind == Q4_1) *minima = _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)(w + 2 * ABREAST)));
+    else *minima = *scales * (kind == Q4_0 ? -8.0f : -128.0f);
+}
+
+/* The numbers of 16 outputs of a stretch, a byte each. `kind` is a constant. */
+INLINE void load_numbers(const int kind, const uint8_t *w, __m512i *q) {
+    const __m512i low = _mm512_set1_epi8(15);
+    for (int line = 0; line < packed_bytes(kind) / 64; line++) __builtin_prefetch(w + PACKED_AHEAD * packed_bytes(kind) + 64 * line, 0, 3);
+    w += terms_bytes(kind);
+    for (int line = 0; line < 8; line++)
+        if (kind == Q8_0) q[line] = _mm512_loadu_si512(w + 64 * line);
+        else if (line < 4) q[line] = _mm512_and_si512(_mm512_loadu_si512(w + 64 * line), low);
+        else q[line] = _mm512_and_si512(_mm512_srli_epi16(_mm512_loadu_si512(w + 64 * (line - 4)), 4), low);
+}
+
+/* A total with what a stretch adds to it: the sums of its three digits. */
+INLINE __m512 add_stretch(__m512 total, __m512i high, __m512i mid, __m512i low, const uint8_t *shares, int row,
+                          __m512 scales, __m512 minima) {
+    Share32 share;
+    memcpy(&share, shares + row * (long)sizeof share, sizeof share);
+    const __m512 rest = _mm512_cvtepi32_ps(_mm512_add_epi32(_mm512_slli_epi32(mid, 8), low));
+    const __m512 dots = _mm512_fmadd_ps(_mm512_cvtepi32_ps(high), _mm512_set1_ps(65536.0f), rest);
+    total = _mm512_fmadd_ps(dots, _mm512_mul_ps(scales, _mm512_set1_ps(share.step)), total);
+    return _mm512_fmadd_ps(minima, _mm512_set1_ps(share.sum), total);
+}
+
+/* Dots of 16 outputs with `count` (a constant) of `rows` rows. `kind` is a constant. */
+INLINE void packed_vectors(const int kind, const uint8_t *w, const uint8_t *x, int first, const int count, int rows,
+                           long stretches, float (*out)[ABREAST]) {
+    __m512 total[PACKED_ROWS], scales, minima;
+    for (int r = 0; r < count; r++) total[r] = _mm512_setzero_ps();
+    for (long s = 0; s < stretches; s++, w += packed_bytes(kind), x += rows * row_bytes(STRETCH)) {
+        __m512i q[8];
+        load_terms(kind, w, &scales, &minima);
+        load_numbers(kind, w, q);
+        for (int r = 0; r < count; r++) {
+            __m512i sums[DIGITS];
+            for (int d = 0; d < DIGITS; d++) {
+                sums[d] = _mm512_setzero_si512();
+                for (int k = 0; k < 8; k++) {
+                    int32_t four_digits;
+                    memcpy(&four_digits, x + (d * rows + first + r) * STRETCH + 4 * k, sizeof four_digits);
+                    sums[d] = _mm512_dpbusd_epi32(sums[d], q[k], _mm512_set1_epi32(four_digits));
+                }
+            }
+            total[r] = add_stretch(total[r], sums[0], sums[1], sums[2], x + rows * DIGITS * STRETCH, first + r, scales, minima);
+        }
+    }
+    for (int r = 0; r < count; r++) _mm512_storeu_ps(out[r], total[r]);
+}
+
+#ifdef HAVE_TILES
+/* The same of all rows by matrix units, their digits below each other. A stretch is unpacked UNDER_WAY stretches before it
+ * is multiplied, and added to the totals behind the next: tiles wait long for what was just written. */
+INLINE void packed_tiles(const int kind, const uint8_t *w, const uint8_t *x, int rows, long stretches, float (*out)[ABREAST]) {
+    const int tiles = (DIGITS * rows + TILE_ROWS - 1) / TILE_ROWS, each = (DIGITS * rows + tiles - 1) / tiles;
+    const uint8_t full = (uint8_t)each, last = (uint8_t)(DIGITS * rows - (tiles - 1) * each);
+    const uint8_t counts[8] = {tiles > 1 ? full : last, tiles > 2 ? full : last, last, 8,
+                               tiles > 1 ? full : last, tiles > 2 ? full : last, last, 8};
+    const uint16_t bytes[8] = {STRETCH, STRETCH, STRETCH, 64, 64, 64, 64, 64};
+    set_tiles(rows + 4 * TILE_ROWS, counts, bytes);
+    enum { UNDER_WAY = 2 };
+    __m512i wide[2 * UNDER_WAY][8], sums[2][DIGITS * TILE_ROWS];
+    __m512 scales, minima, total[TILE_ROWS];
+    for (int r = 0; r < rows; r++) total[r] = _mm512_setzero_ps();
+    const long ldx = rows * row_bytes(STRETCH);
+    for (long s = 0; s <= stretches + UNDER_WAY; s++) {
+        if (s < stretches) load_numbers(kind, w + s * packed_bytes(kind), wide[s % (2 * UNDER_WAY)]);
+        const long t = s - UNDER_WAY, u = t - 1;
+        if (t >= 0 && t < stretches) {
+            __m512i *to = sums[t & 1];
+            const uint8_t *at = x + t * ldx;
+            _tile_loadd(3, wide[t % (2 * UNDER_WAY)], 64);
+            _tile_loadd(0, at, STRETCH);
+            _tile_zero(4);
+            _tile_dpbsud(4, 0, 3);
+            if (tiles > 1) {
+                _tile_loadd(1, at + each * STRETCH, STRETCH);
+                _tile_zero(5);
+                _tile_dpbsud(5, 1, 3);
+            }
+            if (tiles > 2) {
+                _tile_loadd(2, at + 2 * each * STRETCH, STRETCH);
+                _tile_zero(6);
+                _tile_dpbsud(6, 2, 3);
+            }
+            _tile_stored(4, to, 64);
+            if (tiles > 1) _tile_stored(5, to + each, 64);
+            if (tiles > 2) _tile_stored(6, to + 2 * each, 64);
+        }
+        if (u >= 0) {
+            const __m512i *found = sums[u & 1];
+            load_terms(kind, w + u * packed_bytes(kind), &scales, &minima);
+            for (int r = 0; r < rows; r++)
+                total[r] = add_stretch(total[r], found[r], found[rows + r], found[2 * rows + r],
+                                       x + u * ldx + rows * DIGITS * STRETCH, r, scales, minima);
+        }
+    }
+    for (int r = 0; r < rows; r++) _mm512_storeu_ps(out[r], total[r]);
+}
+#else
+INLINE void packed_tiles(const int kind, const uint8_t *w, const uint8_t *x, int rows, long stretches, float (*out)[ABREAST]) {
+    (void)kind, (void)w, (void)x, (void)rows, (void)stretches, (void)out;
+}
+#endif
+
+/* Outputs first .. first + count - 1 of up to 16 rows. `kind` is a constant. */
+INLINE void packed_dots(const int kind, const uint8_t *weight, const uint8_t *x, int rows, long inputs, long first, long count,
+                        float *out, long ldo) {
+    const long stretches = inputs / STRETCH;
+    for (long o = first / ABREAST * ABREAST; o < first + count; o += ABREAST) {
+        const uint8_t *w = weight + o / ABREAST * stretches * packed_bytes(kind);
+        const long before = o < first ? first - o : 0, end = first + count - o < ABREAST ? first + count - o : ABREAST;
+        float found[TILE_ROWS][ABREAST];
+        if (may_use_tiles && rows >= LEAST_PACKED_TILE_ROWS) {
+            packed_tiles(kind, w, x, rows, stretches, found);
+        } else {
+            for (int r = 0; r < rows; r += PACKED_ROWS)
+                switch (rows - r < PACKED_ROWS ? rows - r : PACKED_ROWS) {
+#define SOME_ROWS(count) case count: packed_vectors(kind, w, x, r, count, rows, stretches, found + r); break
+                    SOME_ROWS(1); SOME_ROWS(2); SOME_ROWS(3); SOME_ROWS(4); SOME_ROWS(5); SOME_ROWS(6); SOME_ROWS(7); SOME_ROWS(8);
+                }
+        }
+        for (int r = 0; r < rows; r++)
+            memcpy(out + r * ldo + o + before - first, found[r] + before, sizeof **found * (size_t)(end - before));
+    }
+}
+
+static void any_packed_dots(int kind, const uint8_t *w, const uint8_t *x, int rows, long inputs, long first, long count,
+                            float *out, long ldo) {
+#define PACKED_DOTS(kind) case PACKED + kind: packed_dots(kind, w, x, rows, inputs, first, count, out, ldo); break
+    switch (kind) { PACKED_DOTS(Q4_0); PACKED_DOTS(Q4_1); PACKED_DOTS(Q8_0); PACKED_DOTS(Q4_K); }
+}
+#else
+enum { CAN_PACK = 0 };
+INLINE void pack_outputs(int kind, const uint8_t *w, long inputs, int outputs, uint8_t *to) {
+    (void)kind, (void)w, (void)inputs, (void)outputs, (void)to;
+}
+INLINE void digits_of(const float *from, long inputs, int row, int rows, uint8_t *to) {
+    (void)from, (void)inputs, (void)row, (void)rows, (void)to;
+}
+INLINE void any_packed_dots(int kind, const uint8_t *w, const uint8_t *x, int rows, long inputs, long first, long count,
+                            float *out, long ldo) {
+    (void)first, (void)kind, (void)w, (void)x, (void)rows, (void)inputs, (void)count, (void)out, (void)ldo;
+}
+#endif
+
+#endif
