@@ -1,9 +1,9 @@
-"""A GGUF file's own blocks as a target's weights: mapped, not read, and multiplied as they lie, by the C step.
+"""A GGUF file's own blocks as a target's weights: mapped, and multiplied as they lie or packed anew, by the C step.
 
 A model of the Llama family is built without weights; its linear layers and its embedding get the file's blocks. These
-layers compute what stock ones would with the float32 weights that the blocks stand for, in C, so that the stock model,
-the torch form and the C step all run on the file's pages, which processes share. `NativeError` says what cannot be had
-so; such a target is converted to float32 (gguf.py).
+layers compute what stock ones would with the float32 weights that the blocks stand for, in C, on the file's pages, which
+processes share. The torch form and the C step read them, too, or a copy where whole numbers are quicker. `NativeError`
+says what cannot be had so; such a target is converted to float32 (gguf.py).
 
 Shapes: O outputs, I inputs.
 """
@@ -102,7 +102,7 @@ def rows_of(layer: nn.Linear, ids: Tensor) -> Tensor:
 
 
 class BlockLinear(NativeLinear):
-    """Weights in blocks, held as they are."""
+    """Weights in blocks, packed where that is quicker, else held as they are."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
         self._take([Weight.of_blocks(weight, bias).packed(ARENA)])

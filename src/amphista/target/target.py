@@ -141,7 +141,7 @@ class Target:
 
     @property
     def has_blocks(self) -> bool:
-        """Whether its weights are a GGUF file's blocks: those of the float32 target, and its sums."""
+        """Whether its weights are a GGUF file's blocks: those of the float32 target."""
         return self.shared.is_blocked
 
     @property
