@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-SUMMARY = Path("benchmarks/zen4-2-cores/llama-cpp/run.json")
+SUMMARY = Path("benchmarks/xeon-amx-2-cores/llama-cpp/run.json")
 BESIDE = "llama.cpp GGUF"
 ROWS = {
     BESIDE: "llama.cpp, the same GGUF file (Q4_1)",
