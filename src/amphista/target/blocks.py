@@ -2,8 +2,8 @@
 
 A model of the Llama family is built without weights; its linear layers and its embedding get the file's blocks. These
 layers compute what stock ones would with the float32 weights that the blocks stand for, in C, on the file's pages,
-which processes share. The torch form and the C step read them, too, or a copy where whole numbers are quicker. `NativeError`
-says what cannot be had so; such a target is converted to float32 (gguf.py).
+which processes share. The torch form and the C step read them, too, or a copy where whole numbers are quicker.
+`NativeError` says what cannot be had so; such a target is converted to float32 (gguf.py).
 
 Shapes: O outputs, I inputs.
 """
