@@ -164,6 +164,14 @@ def test_packed_weights_side_by_side_with_others():
     assert same_bits(Weight.side_by_side(parts).multiply(rows), expected)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_product_of_no_rows_is_empty(kind):
+    blocks, plain = blocks_of(kind, 35, 512)
+    weight, rows = Weight.of_blocks(blocks), torch.zeros(0, 512)
+    for form in (weight, weight.packed(), Weight.of(plain), Weight.of(plain.bfloat16()), Weight.of_8_bits(plain)):
+        assert form.multiply(rows).shape == (0, 35)
+
+
 def test_weights_of_several_kinds_side_by_side(flags):
     kinds, rows = [(Kind.Q4_K, 40), (None, 7), (Kind.Q6_K, 64), (Kind.Q8_0, 33)], torch.randn(5, 512)
     made = [(blocks_of(kind or Kind.F16, outputs, 512), kind) for kind, outputs in kinds]

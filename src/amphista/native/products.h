@@ -153,10 +153,10 @@ INLINE void bf16_tile(const uint16_t *w, long ldw, int valid, const uint16_t *x,
         keep_tile(sums(total[0][r], total[1][r], total[2][r], total[3][r]), valid, out + r * ldo);
 }
 
-/* Rows in groups of nearly the same size. */
+/* Rows in groups of nearly the same size, which is at least 1. */
 INLINE int group_of(int rows, int most) {
     int groups = (rows + most - 1) / most;
-    return (rows + groups - 1) / groups;
+    return groups ? (rows + groups - 1) / groups : 1;
 }
 
 #define BY_ROWS(tile, number, ...)                                                                                    \
