@@ -108,15 +108,15 @@ def rows_of_all_kinds(inputs: int) -> torch.Tensor:
     rows[5, ::7] *= 1e3
     rows[6], rows[7, :STRETCH] = 0, 0
     rows[8] = torch.where(rows[8] > 0, 1.0, -1.0) * (2 - 2**-23)
-    rows[9] = torch.where(rows[9] > 0, 1.0, -1.0) * (0x7F7F7F / 2**22)
-    rows[10] = -(1 + 2**-22)
+    rows[9] = torch.where(rows[9] > 0, 1.0, -1.0) * (0x7F7F / 2**14)
+    rows[10] = -(1 + 2**-14)
     return rows
 
 
 def least_steps(rows: torch.Tensor) -> torch.Tensor:
     """What one more in the last digit of each number's stretch may be at most: [N, I]."""
     most = rows.abs().unflatten(1, (-1, STRETCH)).amax(-1, keepdim=True).double()
-    return (most * 2.0**-21).clamp_min(2.0**-126).expand(-1, -1, STRETCH).flatten(1)
+    return (most * 2.0**-14).clamp_min(2.0**-126).expand(-1, -1, STRETCH).flatten(1)
 
 
 @pytest.mark.parametrize("kind", PACKED_KINDS)

@@ -1,13 +1,13 @@
 /* Blocks of 4 and 8 bits packed for products of whole numbers.
  *
- * A row is cut into stretches of 32 numbers, each a whole number of 24 bits times a power of two of the stretch's own: as
- * near its largest number as float32 is. Their digits to the base 256 times a block's numbers are sums of whole numbers,
- * which vectors and matrix units work out alike, whatever the order; scales and minima follow in float32, stretch by
- * stretch. So a product is as near the exact one as a sum in float32, and a row's has the same bits whatever is beside it.
+ * A row is cut into stretches of 32 numbers, each a whole number of 16 bits times a power of two of the stretch's own: in
+ * step with weights of 4 and 8 bits, and 256 times as fine as the rows of llama.cpp, which have 8. Their two digits to the
+ * base 256 times a block's numbers are sums of whole numbers, which vectors and matrix units work out alike, whatever the
+ * order; scales and minima follow in float32, stretch by stretch. So a row's product has the same bits whatever is beside it.
  *
  * Weight: for 16 outputs at a time and each stretch their scales, their minima where the kind has some, and the numbers,
  * [4 or 8][16 outputs][4 inputs]; of 4 bits each byte holds inputs 16 apart, the first in its low half.
- * Rows: for up to 16 at a time and each stretch [3 digits][rows][32], the highest digits first, then Shares [rows].
+ * Rows: for up to 16 at a time and each stretch [2 digits][rows][32], the high digits first, then Shares [rows].
  */
 #ifndef AMPHISTA_PACKED_H
 #define AMPHISTA_PACKED_H
@@ -15,7 +15,7 @@
 #include "blocks.h"
 #include "tiles.h"
 
-enum { ABREAST = 16, DIGITS = 3, MOST_DIGITS = 0x7f7f7f, PACKED_ROWS = 8, LEAST_PACKED_TILE_ROWS = 3, PACKED_AHEAD = 12 };
+enum { ABREAST = 16, DIGITS = 2, MOST_DIGITS = 0x7f7f, PACKED_ROWS = 8, LEAST_PACKED_TILE_ROWS = 4, PACKED_AHEAD = 24 };
 enum { PACKED = 32 }; /* added to the kind of the blocks */
 
 typedef struct {
@@ -69,22 +69,21 @@ static void digits_of(const float *from, long inputs, int row, int rows, uint8_t
     for (long i = 0; i < inputs; i += STRETCH, to += rows * (DIGITS * STRETCH + (long)sizeof(Share32))) {
         const vec both[2] = {load(from + i), load(from + i + LANES)};
         Share32 share = {0, sum(both[0] + both[1])};
-        float most = largest(larger(magnitude(both[0]), magnitude(both[1]))) * (0x800000 / (float)MOST_DIGITS);
-        if (!(most > 0x1p-104f)) most = 0x1p-104f; /* so that the step is no subnormal number */
+        float most = largest(larger(magnitude(both[0]), magnitude(both[1]))) * (0x8000 / (float)MOST_DIGITS);
+        if (!(most > 0x1p-112f)) most = 0x1p-112f; /* so that the step is no subnormal number */
         uint32_t bits;
         memcpy(&bits, &most, sizeof bits);
-        const uint32_t exponent = bits >> 23, shrunk = (exponent - 22) << 23, grown = (276 - exponent) << 23;
+        const uint32_t exponent = bits >> 23, shrunk = (exponent - 14) << 23, grown = (268 - exponent) << 23;
         float scale;
         memcpy(&share.step, &shrunk, sizeof shrunk);
         memcpy(&scale, &grown, sizeof grown);
         if (!(share.sum - share.sum == 0)) share.step = share.sum - share.sum;
         for (int h = 0; h < 2; h++) { /* each digit from -128 to 127 */
-            const __m512i zeros = _mm512_set1_epi32(0x808080), whole = _mm512_cvtps_epi32((__m512)(both[h] * scale));
+            const __m512i zeros = _mm512_set1_epi32(0x8080), whole = _mm512_cvtps_epi32((__m512)(both[h] * scale));
             const __m512i digits = _mm512_xor_si512(_mm512_add_epi32(whole, zeros), zeros);
             uint8_t *at = to + row * STRETCH + h * LANES;
-            _mm_storeu_si128((__m128i *)at, _mm512_cvtepi32_epi8(_mm512_srli_epi32(digits, 16)));
-            _mm_storeu_si128((__m128i *)(at + rows * STRETCH), _mm512_cvtepi32_epi8(_mm512_srli_epi32(digits, 8)));
-            _mm_storeu_si128((__m128i *)(at + 2 * rows * STRETCH), _mm512_cvtepi32_epi8(digits));
+            _mm_storeu_si128((__m128i *)at, _mm512_cvtepi32_epi8(_mm512_srli_epi32(digits, 8)));
+            _mm_storeu_si128((__m128i *)(at + rows * STRETCH), _mm512_cvtepi32_epi8(digits));
         }
         memcpy(to + rows * DIGITS * STRETCH + row * (long)sizeof share, &share, sizeof share);
     }
@@ -104,7 +103,7 @@ INLINE void load_terms(const int kind, const uint8_t *w, __m512 *scales, __m512 
 /* The numbers of 16 outputs of a stretch, a byte each. `kind` is a constant. */
 INLINE void load_numbers(const int kind, const uint8_t *w, __m512i *q) {
     const __m512i low = _mm512_set1_epi8(15);
-    for (int line = 0; line < packed_bytes(kind) / 64; line++) __builtin_prefetch(w + PACKED_AHEAD * packed_bytes(kind) + 64 * line, 0, 3);
+    for (int line = 0; line < packed_bytes(kind) / 64; line++) __builtin_prefetch(w + PACKED_AHEAD * packed_bytes(kind) + 64 * line, 0, 2);
     w += terms_bytes(kind);
     for (int line = 0; line < 8; line++)
         if (kind == Q8_0) q[line] = _mm512_loadu_si512(w + 64 * line);
@@ -112,13 +111,12 @@ INLINE void load_numbers(const int kind, const uint8_t *w, __m512i *q) {
         else q[line] = _mm512_and_si512(_mm512_srli_epi16(_mm512_loadu_si512(w + 64 * (line - 4)), 4), low);
 }
 
-/* A total with what a stretch adds to it: the sums of its three digits. */
-INLINE __m512 add_stretch(__m512 total, __m512i high, __m512i mid, __m512i low, const uint8_t *shares, int row,
+/* A total with what a stretch adds to it: the sums of its digits. */
+INLINE __m512 add_stretch(__m512 total, __m512i high, __m512i low, const uint8_t *shares, int row,
                           __m512 scales, __m512 minima) {
     Share32 share;
     memcpy(&share, shares + row * (long)sizeof share, sizeof share);
-    const __m512 rest = _mm512_cvtepi32_ps(_mm512_add_epi32(_mm512_slli_epi32(mid, 8), low));
-    const __m512 dots = _mm512_fmadd_ps(_mm512_cvtepi32_ps(high), _mm512_set1_ps(65536.0f), rest);
+    const __m512 dots = _mm512_cvtepi32_ps(_mm512_add_epi32(_mm512_slli_epi32(high, 8), low));
     total = _mm512_fmadd_ps(dots, _mm512_mul_ps(scales, _mm512_set1_ps(share.step)), total);
     return _mm512_fmadd_ps(minima, _mm512_set1_ps(share.sum), total);
 }
@@ -142,58 +140,63 @@ INLINE void packed_vectors(const int kind, const uint8_t *w, const uint8_t *x, i
                     sums[d] = _mm512_dpbusd_epi32(sums[d], q[k], _mm512_set1_epi32(four_digits));
                 }
             }
-            total[r] = add_stretch(total[r], sums[0], sums[1], sums[2], x + rows * DIGITS * STRETCH, first + r, scales, minima);
+            total[r] = add_stretch(total[r], sums[0], sums[1], x + rows * DIGITS * STRETCH, first + r, scales, minima);
         }
     }
     for (int r = 0; r < count; r++) _mm512_storeu_ps(out[r], total[r]);
 }
 
 #ifdef HAVE_TILES
-/* The same of all rows by matrix units, their digits below each other. A stretch is unpacked UNDER_WAY stretches before it
- * is multiplied, and added to the totals behind the next: tiles wait long for what was just written. */
+/* The products of stretch `t` in tiles `found` and, of more rows than one holds, `others`. */
+#define MULTIPLY_TILES(numbers, found, others)                                                                         \
+    do {                                                                                                               \
+        _tile_loadd(numbers, wide[t % (2 * UNDER_WAY)], 64);                                                           \
+        _tile_loadd(0, digits, STRETCH);                                                                               \
+        _tile_zero(found);                                                                                             \
+        _tile_dpbsud(found, 0, numbers);                                                                               \
+        if (others_rows) {                                                                                             \
+            _tile_loadd(1, digits + TILE_ROWS * STRETCH, STRETCH);                                                     \
+            _tile_zero(others);                                                                                        \
+            _tile_dpbsud(others, 1, numbers);                                                                          \
+        }                                                                                                              \
+    } while (0)
+#define STORE_TILES(found, others, to)                                                                                 \
+    do {                                                                                                               \
+        _tile_stored(found, to, 64);                                                                                   \
+        if (others_rows) _tile_stored(others, to + TILE_ROWS, 64);                                                     \
+    } while (0)
+
+/* The same of all rows by matrix units, their digits below each other. Tiles wait long for what was just written, and so
+ * does who reads what they just found: a stretch is unpacked UNDER_WAY stretches before it is multiplied, its sums are
+ * stored behind the next product and added to the totals behind one more. */
 INLINE void packed_tiles(const int kind, const uint8_t *w, const uint8_t *x, int rows, long stretches, float (*out)[ABREAST]) {
-    const int tiles = (DIGITS * rows + TILE_ROWS - 1) / TILE_ROWS, each = (DIGITS * rows + tiles - 1) / tiles;
-    const uint8_t full = (uint8_t)each, last = (uint8_t)(DIGITS * rows - (tiles - 1) * each);
-    const uint8_t counts[8] = {tiles > 1 ? full : last, tiles > 2 ? full : last, last, 8,
-                               tiles > 1 ? full : last, tiles > 2 ? full : last, last, 8};
-    const uint16_t bytes[8] = {STRETCH, STRETCH, STRETCH, 64, 64, 64, 64, 64};
+    const int others_rows = DIGITS * rows > TILE_ROWS ? DIGITS * rows - TILE_ROWS : 0;
+    const uint8_t first = (uint8_t)(DIGITS * rows - others_rows), other = (uint8_t)(others_rows ? others_rows : 1);
+    const uint8_t counts[8] = {first, other, 8, 8, first, other, first, other};
+    const uint16_t bytes[8] = {STRETCH, STRETCH, 64, 64, 64, 64, 64, 64};
     set_tiles(rows + 4 * TILE_ROWS, counts, bytes);
     enum { UNDER_WAY = 2 };
     __m512i wide[2 * UNDER_WAY][8], sums[2][DIGITS * TILE_ROWS];
     __m512 scales, minima, total[TILE_ROWS];
     for (int r = 0; r < rows; r++) total[r] = _mm512_setzero_ps();
     const long ldx = rows * row_bytes(STRETCH);
-    for (long s = 0; s <= stretches + UNDER_WAY; s++) {
+    for (long s = 0; s < stretches + UNDER_WAY + 2; s++) {
+        const long t = s - UNDER_WAY, u = t - 2;
         if (s < stretches) load_numbers(kind, w + s * packed_bytes(kind), wide[s % (2 * UNDER_WAY)]);
-        const long t = s - UNDER_WAY, u = t - 1;
         if (t >= 0 && t < stretches) {
-            __m512i *to = sums[t & 1];
-            const uint8_t *at = x + t * ldx;
-            _tile_loadd(3, wide[t % (2 * UNDER_WAY)], 64);
-            _tile_loadd(0, at, STRETCH);
-            _tile_zero(4);
-            _tile_dpbsud(4, 0, 3);
-            if (tiles > 1) {
-                _tile_loadd(1, at + each * STRETCH, STRETCH);
-                _tile_zero(5);
-                _tile_dpbsud(5, 1, 3);
-            }
-            if (tiles > 2) {
-                _tile_loadd(2, at + 2 * each * STRETCH, STRETCH);
-                _tile_zero(6);
-                _tile_dpbsud(6, 2, 3);
-            }
-            _tile_stored(4, to, 64);
-            if (tiles > 1) _tile_stored(5, to + each, 64);
-            if (tiles > 2) _tile_stored(6, to + 2 * each, 64);
+            const uint8_t *digits = x + t * ldx;
+            if (t & 1) MULTIPLY_TILES(3, 6, 7);
+            else MULTIPLY_TILES(2, 4, 5);
         }
-        if (u >= 0) {
-            const __m512i *found = sums[u & 1];
-            load_terms(kind, w + u * packed_bytes(kind), &scales, &minima);
-            for (int r = 0; r < rows; r++)
-                total[r] = add_stretch(total[r], found[r], found[rows + r], found[2 * rows + r],
-                                       x + u * ldx + rows * DIGITS * STRETCH, r, scales, minima);
+        if (t > 0 && t <= stretches) {
+            if (t & 1) STORE_TILES(4, 5, sums[0]);
+            else STORE_TILES(6, 7, sums[1]);
         }
+        if (u < 0) continue;
+        const __m512i *found = sums[u & 1];
+        load_terms(kind, w + u * packed_bytes(kind), &scales, &minima);
+        for (int r = 0; r < rows; r++)
+            total[r] = add_stretch(total[r], found[r], found[rows + r], x + u * ldx + rows * DIGITS * STRETCH, r, scales, minima);
     }
     for (int r = 0; r < rows; r++) _mm512_storeu_ps(out[r], total[r]);
 }

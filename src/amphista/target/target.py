@@ -43,7 +43,7 @@ from amphista.tree.token_tree import TokenTree
 PREFILL_CHUNK = 512
 PROBE_ROWS = 12
 # Of the hidden states' scale, fast against stock (whose norms are of float32 whatever its weights are).
-PROBE_TOLERANCE = {"float64": 1e-4, "float32": 1e-4, "float16": 2e-2, "bfloat16": 1e-1, "int8": 0.3, GGUF: 1e-4}
+PROBE_TOLERANCE = {"float64": 1e-4, "float32": 1e-4, "float16": 2e-2, "bfloat16": 1e-1, "int8": 0.3, GGUF: 2e-3}
 PROBE_TREE = TokenTree([7, 8, 9], [-1, 0, 0])  # padded in its bucket
 
 

@@ -80,7 +80,7 @@ def outputs_of(targets):
 
 def test_prompts_trees_and_batches_are_near_those_of_float32(both):
     for ours, theirs in zip(*outputs_of(both), strict=True):
-        assert (ours - theirs).abs().max() <= 2e-5 * theirs.abs().max()
+        assert (ours - theirs).abs().max() <= 2e-3 * theirs.abs().max()
 
 
 def test_prompts_trees_and_batches_have_the_bits_of_float32_where_blocks_are_widened(gguf_file, both, monkeypatch):
@@ -133,7 +133,8 @@ def test_what_drafters_share(both):
 def test_hidden_states_for_training_and_the_stock_model(both):
     ours, theirs = both
     ids = torch.arange(40).view(2, 20)
-    torch.testing.assert_close(ours.hidden_states(ids), theirs.hidden_states(ids), rtol=1e-4, atol=1e-4)
+    expected = theirs.hidden_states(ids)
+    assert (ours.hidden_states(ids) - expected).abs().max() <= 2e-3 * expected.abs().max()
     assert ours.stock().path == "stock" and ours.stock().dtype is torch.float32
 
 
