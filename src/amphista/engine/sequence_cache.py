@@ -72,8 +72,12 @@ class SequenceCache:
         not pile up without end. probed: what probes below its last node gave."""
         if self._heads is not None:
             end = self.num_unfed + len(next_ids)
-            is_start = path[-1] == len(path) - 1  # of the tree, mostly: no indices to send
-            states = hidden[: len(path)].clone() if is_start else hidden[sent(path, hidden.device)]
+            if len(hidden) == len(path) and not self._target.is_static:  # nobody writes over it
+                states = hidden
+            elif path[-1] == len(path) - 1:  # the start of the tree, mostly: no indices to send
+                states = hidden[: len(path)].clone()
+            else:
+                states = hidden[sent(path, hidden.device)]
             self.unfed.append(Unfed(states, next_ids, probed, end))
             if self.num_unfed > MAX_UNFED:
                 self.feed()

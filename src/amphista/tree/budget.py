@@ -29,6 +29,7 @@ FIRST_STREAK, LONGEST_STREAK = 4, 128  # steps, all plain or all drafted, until 
 EARLY = 4  # one new sequence in so many tries its heads early, though they failed others lately; the first does
 WORTH = 1.03  # times the rate without drafts is what they must promise: claims run a little high, weighing takes time
 SURE = 0.75  # hardly any n-gram draft is more likely to be right
+PAUSE = 7  # steps in which nobody is weighed again, where neither heads nor n-gram drafts promised to pay
 READ = 32  # rows that wait for heads which have read their prompt, at most
 FIRST_GAINS = (0.45, 0.65, 0.8)  # accepted tokens of a tree of 2, 3, 4 nodes, before anything is known
 
@@ -67,6 +68,8 @@ class Plan:
         num_drafted = sum(growth.tree.num_nodes - 1 for growth in self.growths)
         if self.probed:
             num_drafted += self.num_probes * sum(map(len, self.probed))
+        if not num_drafted and not self.asked:
+            return self.plain
         return self.plain._replace(num_rows=self.plain.num_rows + num_drafted, num_asked=len(self.asked))
 
 
@@ -165,6 +168,8 @@ class NodeBudget:
         self._num_new = 0
         self._unasked: list[int] = []  # nodes of each row in the step under way, if no heads are asked
         self._streaks, self._turn = defaultdict[int, Streak](Streak), 0  # by the power of two of a plain step's rows
+        self._weighed: list[DraftController] = []  # of the last step with nothing to gain; those that wait for a trial
+        self._resting, self._pause = self._weighed, 0  # steps until they are weighed again
 
     def looks_seldom(self, plain: Forward) -> bool:
         """Whether a row is so dear beside the others' tokens that hardly any n-gram draft pays."""
@@ -174,6 +179,9 @@ class NodeBudget:
 
     def whom_to_ask(self, rows: Sequence[DraftRow], plain: Forward) -> list[int]:
         """Indices of the rows whose heads are worth asking, or due for a trial; to be called once a step."""
+        if self._pauses(rows):
+            return []
+        self._pause = 0
         for row in rows:
             if row.controller.is_new:
                 self._num_new += 1
@@ -192,13 +200,30 @@ class NodeBudget:
             return self._shows_asking(rows, list(gains))
         asked = self._best_prefix(rows, shares, gains, plain)
         left = sorted(gains.keys() - set(asked))
+        tried: list[DraftController] = []
         if left and not any(row.controller.account.is_wary for row in rows):
             pays = self._paying(plain)
             for b in left if pays(HOPE, self._first(plain)[1]) else ():  # else trials only cost
                 controller = rows[b].controller  # where heads pay but for their n-gram draft, there is nothing to try
-                if not pays(controller.hoped(number), controller.row_seconds) and controller.try_again(missed[b]):
-                    asked.append(b)
+                if not pays(controller.hoped(number), controller.row_seconds):
+                    tried.append(controller)
+                    if controller.try_again(missed[b]):
+                        asked.append(b)
+        if not asked and not any(shares):
+            self._weighed = [row.controller for row in rows]
+            self._resting, self._pause = tried, min([PAUSE, *(controller.num_rests for controller in tried)])
         return sorted(asked)
+
+    def _pauses(self, rows: Sequence[DraftRow]) -> bool:
+        """Whether these had nothing to gain when they were weighed, and nothing is new: weighing them takes time, too."""
+        if not self._pause or any(row.graft is not None for row in rows):
+            return False
+        if self._weighed != [row.controller for row in rows]:
+            return False
+        self._pause -= 1
+        for controller in self._resting:
+            controller.rest_on()
+        return True
 
     def _shows_asking(self, rows: Sequence[DraftRow], able: Sequence[int]) -> list[int]:
         """Whose heads show what asking costs: in turn one that has read; where none has and n-gram drafts can show a
@@ -224,9 +249,10 @@ class NodeBudget:
     def observe(self, plan: Plan, accepted: Sequence[Sequence[int]], seconds: float) -> None:
         """Learn from a step: the draft tokens each row accepted, and its seconds, asking the heads included."""
         forward, plain, self._unasked = plan.forward, plan.plain, []
-        self._streak(plain).note(is_plain=forward == plain)
+        is_plain = forward == plain
+        self._streak(plain).note(is_plain=is_plain)
         self.costs.observe(forward, seconds)
-        plain_steps = self.costs.seconds(forward) / self.costs.seconds(plain)
+        plain_steps = 1.0 if is_plain else self.costs.seconds(forward) / self.costs.seconds(plain)
         for row, tokens in zip(plan.rows, accepted, strict=True):
             row.controller.account.book(1 + len(tokens), plain_steps)
         for b in plan.asked:

@@ -62,12 +62,21 @@ class DraftController:
         """
         if self._is_due:
             return missed >= 0.5
-        self._rested += 1
+        self.rest_on()
         if self._rested < self.rest:
             return False
         self._rested, self.rest, self._is_due = 0, min(2 * self.rest, LONGEST_REST), True
         self._fade(FADING)
         return False
+
+    @property
+    def num_rests(self) -> int:
+        """Steps without its heads until `try_again` has something to say."""
+        return 0 if self._is_due else max(0, self.rest - self._rested - 1)
+
+    def rest_on(self) -> None:
+        """Count a step without its heads."""
+        self._rested += 1
 
     def record(self, num_accepted: int, row_seconds: float) -> None:
         """Count a step in which the heads were asked and no n-gram draft was right."""

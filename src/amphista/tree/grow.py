@@ -111,7 +111,7 @@ class AutoGrower(Grower):
         return UsualRounds()
 
     def whom_to_ask(self, rows: Sequence[DraftRow], plain: Forward) -> list[int]:
-        return self.budget.whom_to_ask(rows, plain._replace(num_rounds=self.rounds.number))
+        return self.budget.whom_to_ask(rows, plain if self.rounds.number == 1 else plain._replace(num_rounds=self.rounds.number))
 
     def looks_seldom(self, plain: Forward) -> bool:
         return self.budget.looks_seldom(plain)
@@ -139,7 +139,7 @@ class AutoGrower(Grower):
     def grow_batch(
         self, rows: Sequence[DraftRow], candidates: Sequence[Candidates], asked: Sequence[int], plain: Forward
     ) -> Plan:
-        if not self.max_depth:  # plain decoding weighs nothing, and learns nothing
+        if not self.max_depth or not (asked or any(row.graft is not None for row in rows)):  # nothing is on offer
             return Plan(rows, [Growth.of(GrownNodes.root(row.pending)) for row in rows], asked, plain)
         plain = _in_rounds(plain, candidates, asked)
         pairs = zip(*self._best(rows, candidates, asked, plain), strict=True)

@@ -11,6 +11,7 @@ for ever. A step that was held up by something else counts as an error of OUTLIE
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Callable
 from functools import cache, partial
 from typing import NamedTuple
@@ -25,7 +26,7 @@ ALIKENESS = 0.7  # correlation of the terms of two neighbouring powers
 NOISE = 0.1  # standard deviation of a step's log(seconds)
 DRIFT = 3e-4  # share of all that is known which a further step makes stale
 OUTLIER = 2.0
-SELDOM = 4  # of steps that take what is expected one is learned from: it says what the last one said
+SELDOM = 4  # steps that take about what is expected are learned from together
 ALIKE = 64  # cached rows by which steps may differ and still be weighed by one curve
 
 
@@ -83,7 +84,8 @@ class StepCosts:
         self._terms = np.zeros(2 + POWERS)  # for all steps, heads asked, powers of two
         self._known = self._terms.tolist()  # the same, quick to read
         self._curves: dict[tuple[Forward, int], DraftCurve] = {}  # since something was learned last
-        self._num_alike = 0  # steps since then, which took what was expected
+        self._alike = defaultdict[tuple[int, bool], list[float]](list)  # of steps since that did not surprise
+        self._num_learned = defaultdict[tuple[int, bool], int](int)
 
     def seconds(self, forward: Forward) -> float:
         """Of the step, from asking the heads to the end of its forward."""
@@ -106,9 +108,11 @@ class StepCosts:
         return partial(self._seconds, beside=self._beside(forward), common=self._common(forward))
 
     def _seconds(self, num_rows: int, beside: float, common: float) -> float:
+        return math.exp(self._correction(num_rows, common)) * (self.costs.forward(num_rows) + beside)
+
+    def _correction(self, num_rows: int, common: float) -> float:
         below, share = _power(num_rows)
-        correction = common + self._known[below] * (1 - share) + self._known[below + 1] * share
-        return math.exp(correction) * (self.costs.forward(num_rows) + beside)
+        return common + self._known[below] * (1 - share) + self._known[below + 1] * share
 
     def by_drafts(self, forward: Forward, most: int) -> DraftCurve:
         """Of the same step with 0, 1, ... `most` further rows, without its prompts; cached rows to the next ALIKE."""
@@ -135,26 +139,35 @@ class StepCosts:
         return self._known[0] + (self._known[1] if forward.num_asked else 0.0)
 
     def observe(self, forward: Forward, seconds: float) -> None:
-        """Learn from a step that took so many seconds; where SELDOM took what was expected, from the last for all."""
+        """Learn from a step that took so many seconds: at once if that surprises or is new, else from SELDOM together."""
         if not 0 < seconds < math.inf:
             return
-        error = math.log(seconds / self.seconds(forward))
-        is_expected = abs(error) < NOISE / 2
-        self._num_alike = self._num_alike + 1 if is_expected else 1
-        if is_expected and self._num_alike < SELDOM:
+        kind = forward.num_rows, forward.num_asked > 0
+        wrong = math.log(seconds / (self.costs.forward(forward.num_rows) + self._beside(forward)))
+        if abs(wrong - self._correction(forward.num_rows, self._common(forward))) > NOISE:
+            self._learn(*kind, wrong, 1)
             return
+        alike = self._alike[kind]
+        alike.append(wrong)
+        if len(alike) >= min(SELDOM, 1 + self._num_learned[kind] // SELDOM):
+            self._learn(*kind, sum(alike) / len(alike), len(alike))
+            self._num_learned[kind] += len(alike)
+            alike.clear()
+
+    def _learn(self, num_rows: int, is_asked: bool, wrong: float, number: int) -> None:
+        """From so many steps, by the mean of how far off, of the log, what was measured is."""
         holds = np.zeros_like(self._terms)
-        below, share = _power(forward.num_rows)
-        holds[0], holds[1], holds[below], holds[below + 1] = 1.0, forward.num_asked > 0, 1 - share, share
+        below, share = _power(num_rows)
+        holds[0], holds[1], holds[below], holds[below + 1] = 1.0, is_asked, 1 - share, share
         spread = self._covariance @ holds
-        variance = float(holds @ spread) + NOISE**2 / self._num_alike
+        variance = float(holds @ spread) + NOISE**2 / number
         most = OUTLIER * math.sqrt(variance)
-        error = max(-most, min(most, error))
-        kept = (1 - DRIFT) ** self._num_alike
+        error = max(-most, min(most, wrong - float(holds @ self._terms)))
+        kept = (1 - DRIFT) ** number
         self._terms = kept * (self._terms + spread * (error / variance))
         self._covariance -= np.outer(spread, spread) / variance
         self._covariance += (1 - kept**2) * (self._prior - self._covariance)
-        self._known, self._num_alike = self._terms.tolist(), 0
+        self._known = self._terms.tolist()
         self._curves.clear()
 
 
