@@ -144,6 +144,12 @@ def test_a_packed_row_has_the_same_bits_beside_any_others(kind):
             assert same_bits(packed.multiply(rows[-num_rows:], flags), alone[-num_rows:])
 
 
+def test_packed_rows_that_are_too_long_to_be_unpacked_for_all_groups_have_the_same_bits():
+    packed, _ = packed_of(Kind.Q4_1, 19, 129 * STRETCH)
+    rows = rows_of_all_kinds(129 * STRETCH)
+    assert same_bits(packed.multiply(rows), torch.cat([packed.multiply(row[None]) for row in rows]))
+
+
 @pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf])
 def test_a_packed_row_that_is_not_finite_is_nan_alone(number):
     packed, _ = packed_of(Kind.Q4_1, 33, 512)

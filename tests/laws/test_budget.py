@@ -339,6 +339,26 @@ def test_ngrams_are_looked_for_seldom_where_a_row_takes_nearly_what_a_step_takes
     assert seldom == [False, False, False, False, True, True]
 
 
+def test_where_nothing_pays_nobody_is_weighed_again_in_most_steps(monkeypatch):
+    """Until something new is on offer: an n-gram draft, or another sequence."""
+    weighed, weigh = [], NodeBudget._share_ngrams
+    monkeypatch.setattr(NodeBudget, "_share_ngrams", lambda *parts: weighed.append(1) or weigh(*parts))
+    budget = NodeBudget(Costs([1.0, 3.0, 5.0, 7.0], draft=5.0))
+    rows = [DraftRow(DraftController(), None, max_depth=9)]
+
+    def times(rows, number=1):
+        weighed.clear()
+        for _ in range(number):
+            assert budget.whom_to_ask(rows, Forward(len(rows), len(rows))) == []
+        return len(weighed)
+
+    assert times(rows, 80) == 10
+    drafted = [replace(rows[0], graft=NgramDraft([5], [-3.0]))]
+    assert times(drafted, 3) == 3
+    assert times(rows, 7) == 0
+    assert times(rows) == 1 and times([*rows, *new_rows(1)]) == 1
+
+
 def test_heads_that_failed_others_are_tried_seldom_and_not_given_up():
     """A trial costs a new sequence the reading of its prompt, too."""
     budget = NodeBudget(COSTS)

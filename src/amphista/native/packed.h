@@ -15,7 +15,8 @@
 #include "blocks.h"
 #include "tiles.h"
 
-enum { ABREAST = 16, DIGITS = 2, MOST_DIGITS = 0x7f7f, PACKED_ROWS = 8, LEAST_PACKED_TILE_ROWS = 4, PACKED_AHEAD = 24 };
+enum { ABREAST = 16, DIGITS = 2, MOST_DIGITS = 0x7f7f, PACKED_ROWS = 8, LEAST_PACKED_TILE_ROWS = 4 };
+enum { PACKED_AHEAD = 24, MOST_READY = 128 }; /* stretches: asked for so early; unpacked at most for several groups of rows */
 enum { PACKED = 32 }; /* added to the kind of the blocks */
 
 typedef struct {
@@ -150,7 +151,7 @@ INLINE void packed_vectors(const int kind, const uint8_t *w, const uint8_t *x, i
 /* The products of stretch `t` in tiles `found` and, of more rows than one holds, `others`. */
 #define MULTIPLY_TILES(numbers, found, others)                                                                         \
     do {                                                                                                               \
-        _tile_loadd(numbers, wide[t % (2 * UNDER_WAY)], 64);                                                           \
+        _tile_loadd(numbers, ready ? ready + 8 * t : wide[t % (2 * UNDER_WAY)], 64);                                   \
         _tile_loadd(0, digits, STRETCH);                                                                               \
         _tile_zero(found);                                                                                             \
         _tile_dpbsud(found, 0, numbers);                                                                               \
@@ -168,8 +169,9 @@ INLINE void packed_vectors(const int kind, const uint8_t *w, const uint8_t *x, i
 
 /* The same of all rows by matrix units, their digits below each other. Tiles wait long for what was just written, and so
  * does who reads what they just found: a stretch is unpacked UNDER_WAY stretches before it is multiplied, its sums are
- * stored behind the next product and added to the totals behind one more. */
-INLINE void packed_tiles(const int kind, const uint8_t *w, const uint8_t *x, int rows, long stretches, float (*out)[ABREAST]) {
+ * stored behind the next product and added to the totals behind one more. ready: all its stretches unpacked, or NULL. */
+INLINE void packed_tiles(const int kind, const uint8_t *w, const __m512i *ready, const uint8_t *x, int rows, long stretches,
+                         float (*out)[ABREAST]) {
     const int others_rows = DIGITS * rows > TILE_ROWS ? DIGITS * rows - TILE_ROWS : 0;
     const uint8_t first = (uint8_t)(DIGITS * rows - others_rows), other = (uint8_t)(others_rows ? others_rows : 1);
     const uint8_t counts[8] = {first, other, 8, 8, first, other, first, other};
@@ -182,7 +184,7 @@ INLINE void packed_tiles(const int kind, const uint8_t *w, const uint8_t *x, int
     const long ldx = rows * row_bytes(STRETCH);
     for (long s = 0; s < stretches + UNDER_WAY + 2; s++) {
         const long t = s - UNDER_WAY, u = t - 2;
-        if (s < stretches) load_numbers(kind, w + s * packed_bytes(kind), wide[s % (2 * UNDER_WAY)]);
+        if (s < stretches && !ready) load_numbers(kind, w + s * packed_bytes(kind), wide[s % (2 * UNDER_WAY)]);
         if (t >= 0 && t < stretches) {
             const uint8_t *digits = x + t * ldx;
             if (t & 1) MULTIPLY_TILES(3, 6, 7);
@@ -201,36 +203,48 @@ INLINE void packed_tiles(const int kind, const uint8_t *w, const uint8_t *x, int
     for (int r = 0; r < rows; r++) _mm512_storeu_ps(out[r], total[r]);
 }
 #else
-INLINE void packed_tiles(const int kind, const uint8_t *w, const uint8_t *x, int rows, long stretches, float (*out)[ABREAST]) {
-    (void)kind, (void)w, (void)x, (void)rows, (void)stretches, (void)out;
+INLINE void packed_tiles(const int kind, const uint8_t *w, const __m512i *ready, const uint8_t *x, int rows, long stretches,
+                         float (*out)[ABREAST]) {
+    (void)kind, (void)w, (void)ready, (void)x, (void)rows, (void)stretches, (void)out;
 }
 #endif
 
-/* Outputs first .. first + count - 1 of up to 16 rows. `kind` is a constant. */
-INLINE void packed_dots(const int kind, const uint8_t *weight, const uint8_t *x, int rows, long inputs, long first, long count,
-                        float *out, long ldo) {
+/* Outputs first .. first + count - 1 of rows whose digits lie in groups of `group`. `kind` is a constant. */
+INLINE void packed_dots(const int kind, const uint8_t *weight, const uint8_t *x, int n, int group, long inputs, long first,
+                        long count, float *out, long ldo) {
     const long stretches = inputs / STRETCH;
+    __m512i unpacked[MOST_READY][8];
+    const int is_ready = may_use_tiles && n > group && stretches <= MOST_READY;
     for (long o = first / ABREAST * ABREAST; o < first + count; o += ABREAST) {
         const uint8_t *w = weight + o / ABREAST * stretches * packed_bytes(kind);
         const long before = o < first ? first - o : 0, end = first + count - o < ABREAST ? first + count - o : ABREAST;
-        float found[TILE_ROWS][ABREAST];
-        if (may_use_tiles && rows >= LEAST_PACKED_TILE_ROWS) {
-            packed_tiles(kind, w, x, rows, stretches, found);
-        } else {
-            for (int r = 0; r < rows; r += PACKED_ROWS)
-                switch (rows - r < PACKED_ROWS ? rows - r : PACKED_ROWS) {
-#define SOME_ROWS(count) case count: packed_vectors(kind, w, x, r, count, rows, stretches, found + r); break
-                    SOME_ROWS(1); SOME_ROWS(2); SOME_ROWS(3); SOME_ROWS(4); SOME_ROWS(5); SOME_ROWS(6); SOME_ROWS(7); SOME_ROWS(8);
-                }
+        for (long s = 0; s < stretches && is_ready; s++) load_numbers(kind, w + s * packed_bytes(kind), unpacked[s]);
+        for (int r = 0; r < n; r += group) {
+            const int rows = n - r < group ? n - r : group;
+            const uint8_t *at = x + r * row_bytes(inputs);
+            float found[TILE_ROWS][ABREAST];
+            if (may_use_tiles && rows >= LEAST_PACKED_TILE_ROWS) {
+                const __m512i *ready = is_ready ? unpacked[0] : NULL;
+                if (rows == TILE_ROWS) packed_tiles(kind, w, ready, at, TILE_ROWS, stretches, found); /* totals in registers */
+                else packed_tiles(kind, w, ready, at, rows, stretches, found);
+            } else {
+                for (int k = 0; k < rows; k += PACKED_ROWS)
+                    switch (rows - k < PACKED_ROWS ? rows - k : PACKED_ROWS) {
+#define SOME_ROWS(count) case count: packed_vectors(kind, w, at, k, count, rows, stretches, found + k); break
+                        SOME_ROWS(1); SOME_ROWS(2); SOME_ROWS(3); SOME_ROWS(4); SOME_ROWS(5); SOME_ROWS(6); SOME_ROWS(7); SOME_ROWS(8);
+                    }
+            }
+            float *to = out + r * ldo + o + before - first;
+            for (int k = 0; k < rows; k++, to += ldo)
+                if (end - before == ABREAST) memcpy(to, found[k], sizeof *found); /* a single store */
+                else memcpy(to, found[k] + before, sizeof **found * (size_t)(end - before));
         }
-        for (int r = 0; r < rows; r++)
-            memcpy(out + r * ldo + o + before - first, found[r] + before, sizeof **found * (size_t)(end - before));
     }
 }
 
-static void any_packed_dots(int kind, const uint8_t *w, const uint8_t *x, int rows, long inputs, long first, long count,
+static void any_packed_dots(int kind, const uint8_t *w, const uint8_t *x, int n, int group, long inputs, long first, long count,
                             float *out, long ldo) {
-#define PACKED_DOTS(kind) case PACKED + kind: packed_dots(kind, w, x, rows, inputs, first, count, out, ldo); break
+#define PACKED_DOTS(kind) case PACKED + kind: packed_dots(kind, w, x, n, group, inputs, first, count, out, ldo); break
     switch (kind) { PACKED_DOTS(Q4_0); PACKED_DOTS(Q4_1); PACKED_DOTS(Q8_0); PACKED_DOTS(Q4_K); }
 }
 #else
@@ -241,9 +255,9 @@ INLINE void pack_outputs(int kind, const uint8_t *w, long inputs, int outputs, u
 INLINE void digits_of(const float *from, long inputs, int row, int rows, uint8_t *to) {
     (void)from, (void)inputs, (void)row, (void)rows, (void)to;
 }
-INLINE void any_packed_dots(int kind, const uint8_t *w, const uint8_t *x, int rows, long inputs, long first, long count,
+INLINE void any_packed_dots(int kind, const uint8_t *w, const uint8_t *x, int n, int group, long inputs, long first, long count,
                             float *out, long ldo) {
-    (void)first, (void)kind, (void)w, (void)x, (void)rows, (void)inputs, (void)count, (void)out, (void)ldo;
+    (void)first, (void)kind, (void)w, (void)x, (void)n, (void)group, (void)inputs, (void)count, (void)out, (void)ldo;
 }
 #endif
 

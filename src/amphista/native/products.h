@@ -415,13 +415,6 @@ static void any_block_dots(const Product *p, const Rows *x, int n, long first, l
     switch (p->kind) { ANY_BLOCKS(DOTS); }
 }
 
-static void packed_rows(const Product *p, const Rows *x, int n, long first, long count, float *out, long ldo) {
-    const int group = group_of(n, TILE_ROWS);
-    for (int r = 0; r < n; r += group)
-        any_packed_dots(p->kind, p->weight, x->digits + r * row_bytes(p->inputs), n - r < group ? n - r : group, p->inputs,
-                        first, count, out + r * ldo, ldo);
-}
-
 static void any_row(const Product *p, long row, float *out) {
     const long inputs = p->inputs, bytes = inputs / block_numbers(p->kind) * block_bytes(p->kind);
     const uint8_t *w = (const uint8_t *)p->weight + row * bytes;
@@ -452,7 +445,7 @@ static void multiply(const Product *p, const Rows *x, int n, long first, long co
         }
         return;
     } else if (is_packed(p->kind)) {
-        packed_rows(p, x, n, first, count, out, ldo);
+        any_packed_dots(p->kind, p->weight, x->digits, n, group_of(n, TILE_ROWS), inputs, first, count, out, ldo);
     } else {
         any_block_dots(p, x, n, first, count, out, ldo);
     }

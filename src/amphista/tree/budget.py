@@ -215,7 +215,7 @@ class NodeBudget:
         return sorted(asked)
 
     def _pauses(self, rows: Sequence[DraftRow]) -> bool:
-        """Whether these had nothing to gain when they were weighed, and nothing is new: weighing them takes time, too."""
+        """Whether these had nothing to gain when they were weighed, and nothing is new: weighing takes time, too."""
         if not self._pause or any(row.graft is not None for row in rows):
             return False
         if self._weighed != [row.controller for row in rows]:

@@ -111,7 +111,8 @@ class AutoGrower(Grower):
         return UsualRounds()
 
     def whom_to_ask(self, rows: Sequence[DraftRow], plain: Forward) -> list[int]:
-        return self.budget.whom_to_ask(rows, plain if self.rounds.number == 1 else plain._replace(num_rounds=self.rounds.number))
+        number = self.rounds.number
+        return self.budget.whom_to_ask(rows, plain if number == 1 else plain._replace(num_rounds=number))
 
     def looks_seldom(self, plain: Forward) -> bool:
         return self.budget.looks_seldom(plain)

@@ -139,7 +139,7 @@ class StepCosts:
         return self._known[0] + (self._known[1] if forward.num_asked else 0.0)
 
     def observe(self, forward: Forward, seconds: float) -> None:
-        """Learn from a step that took so many seconds: at once if that surprises or is new, else from SELDOM together."""
+        """Learn from the seconds of a step: at once where they surprise or are new, else from SELDOM together."""
         if not 0 < seconds < math.inf:
             return
         kind = forward.num_rows, forward.num_asked > 0
