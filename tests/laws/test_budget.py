@@ -373,6 +373,12 @@ def test_heads_that_failed_others_are_tried_seldom_and_not_given_up():
     assert share_asked("honest heads") > 0.9
 
 
+def test_long_prompts_are_read_seldom_for_heads_that_fail():
+    requests = [Request("lying heads", 120, num_unread=640) for _ in range(48)]
+    serve(requests, 1, seed=0, prompts=(0,), budget=NodeBudget(COSTS))
+    assert 1 <= sum(request.num_asked > 0 for request in requests) <= 8
+
+
 def new_rows(number):
     return [DraftRow(DraftController(), None, max_depth=6) for _ in range(number)]
 

@@ -26,7 +26,8 @@ from amphista.tree.learned import DraftCurve, Forward, StepCosts
 from amphista.tree.tune import Costs, chain_scores
 
 FIRST_STREAK, LONGEST_STREAK = 4, 128  # steps, all plain or all drafted, until one of the other kind is taken
-EARLY = 4  # one new sequence in so many tries its heads early, though they failed others lately; the first does
+EARLY, SELDOM_EARLY = 4, 32  # one new sequence in so many tries its heads early, though they failed others lately; the
+# first does; twice as many after each failure, up to
 WORTH = 1.03  # times the rate without drafts is what they must promise: claims run a little high, weighing takes time
 SURE = 0.75  # hardly any n-gram draft is more likely to be right
 PAUSE = 7  # steps in which nobody is weighed again, where neither heads nor n-gram drafts promised to pay
@@ -165,7 +166,8 @@ class NodeBudget:
     def __init__(self, costs: Costs) -> None:
         self.costs = StepCosts(costs)
         self._lately = defaultdict[int, DraftController](DraftController)  # of all sequences, by how many share a step
-        self._num_new = 0
+        self._num_until_early, self._early = 1, EARLY  # new sequences until one tries its heads early; and behind it
+        self._num_unasked = 0  # steps since any heads were asked
         self._unasked: list[int] = []  # nodes of each row in the step under way, if no heads are asked
         self._streaks, self._turn = defaultdict[int, Streak](Streak), 0  # by the power of two of a plain step's rows
         self._weighed: list[DraftController] = []  # of the last step with nothing to gain; those that wait for a trial
@@ -184,8 +186,7 @@ class NodeBudget:
         self._pause = 0
         for row in rows:
             if row.controller.is_new:
-                self._num_new += 1
-                is_early = self._num_new % EARLY == 1
+                is_early = self._is_early(plain)
                 row.controller.expect(*self._expected(plain), FIRST_WEIGHT if is_early else WORD_WEIGHT)
                 if not is_early:
                     row.controller.rest = LONGEST_REST
@@ -196,8 +197,8 @@ class NodeBudget:
         missed = [1 - (nodes[0] if nodes else 0.0) for nodes in shares]
         number = plain.num_decoding
         gains = {b: missed[b] * row.controller.hoped(number) for b, row in enumerate(rows) if row.max_depth > 0}
-        if self._is_drafted(rows, plain):
-            return self._shows_asking(rows, list(gains))
+        if self._is_drafted(rows, plain) and (shown := self._shows_asking(rows, list(gains), plain)):
+            return shown
         asked = self._best_prefix(rows, shares, gains, plain)
         left = sorted(gains.keys() - set(asked))
         tried: list[DraftController] = []
@@ -225,14 +226,27 @@ class NodeBudget:
             controller.rest_on()
         return True
 
-    def _shows_asking(self, rows: Sequence[DraftRow], able: Sequence[int]) -> list[int]:
-        """Whose heads show what asking costs: in turn one that has read; where none has and n-gram drafts can show a
-        drafted step, seldom anybody's."""
+    def _is_early(self, plain: Forward) -> bool:
+        """Whether a new sequence tries its heads early: reading its prompt for a trial costs it several steps."""
+        self._num_until_early -= 1
+        if self._num_until_early:
+            return False
+        pays = self._paying(plain)(*self._expected(plain))
+        self._early = EARLY if pays else min(2 * self._early, SELDOM_EARLY)
+        self._num_until_early = self._early
+        return True
+
+    def _shows_asking(self, rows: Sequence[DraftRow], able: Sequence[int], plain: Forward) -> list[int]:
+        """Whose heads show what asking costs: in turn one that has read; where none has, whoever has least to read, the
+        later the more that is."""
         self._turn += 1
         ready = [b for b in able if rows[b].num_unfed <= READ]
-        if not ready and (self._turn % EARLY == 0 or all(row.graft is None for row in rows)):
-            ready = list(able)
-        return [ready[self._turn % len(ready)]] if ready else []
+        if ready:
+            return [ready[self._turn % len(ready)]]
+        least = min(able, key=lambda b: rows[b].num_unfed, default=None)
+        if least is None or self._num_unasked < self._streak(plain).longest * (1 + rows[least].num_unfed / READ):
+            return []
+        return [least]
 
     def share(
         self, rows: Sequence[DraftRow], scores: Sequence[Iterator[float]], num_asked: int, plain: Forward
@@ -249,6 +263,7 @@ class NodeBudget:
     def observe(self, plan: Plan, accepted: Sequence[Sequence[int]], seconds: float) -> None:
         """Learn from a step: the draft tokens each row accepted, and its seconds, asking the heads included."""
         forward, plain, self._unasked = plan.forward, plan.plain, []
+        self._num_unasked = 0 if plan.asked else self._num_unasked + 1
         is_plain = forward == plain
         self._streak(plain).note(is_plain=is_plain)
         self.costs.observe(forward, seconds)
