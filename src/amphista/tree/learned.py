@@ -14,6 +14,7 @@ import math
 from collections import defaultdict
 from collections.abc import Callable
 from functools import cache, partial
+from statistics import median
 from typing import NamedTuple
 
 import numpy as np
@@ -26,7 +27,7 @@ ALIKENESS = 0.7  # correlation of the terms of two neighbouring powers
 NOISE = 0.1  # standard deviation of a step's log(seconds)
 DRIFT = 3e-4  # share of all that is known which a further step makes stale
 OUTLIER = 2.0
-SELDOM = 4  # steps that take about what is expected are learned from together
+TOGETHER = 8  # steps of a kind are learned from, at most: it takes as long as much of a step
 ALIKE = 64  # cached rows by which steps may differ and still be weighed by one curve
 
 
@@ -84,7 +85,7 @@ class StepCosts:
         self._terms = np.zeros(2 + POWERS)  # for all steps, heads asked, powers of two
         self._known = self._terms.tolist()  # the same, quick to read
         self._curves: dict[tuple[Forward, int], DraftCurve] = {}  # since something was learned last
-        self._alike = defaultdict[tuple[int, bool], list[float]](list)  # of steps since that did not surprise
+        self._alike = defaultdict[tuple[int, bool], list[float]](list)  # of steps since, how far off
         self._num_learned = defaultdict[tuple[int, bool], int](int)
 
     def seconds(self, forward: Forward) -> float:
@@ -139,23 +140,23 @@ class StepCosts:
         return self._known[0] + (self._known[1] if forward.num_asked else 0.0)
 
     def observe(self, forward: Forward, seconds: float) -> None:
-        """Learn from the seconds of a step: at once where they surprise or are new, else from SELDOM together."""
+        """Learn from the seconds of a step; the more of its kind are known, the more are learned from together, but at
+        once from the seldom ones with heads, where they surprise."""
         if not 0 < seconds < math.inf:
             return
-        kind = forward.num_rows, forward.num_asked > 0
-        wrong = math.log(seconds / (self.costs.forward(forward.num_rows) + self._beside(forward)))
-        if abs(wrong - self._correction(forward.num_rows, self._common(forward))) > NOISE:
-            self._learn(*kind, wrong, 1)
-            return
+        num_rows, is_asked = kind = forward.num_rows, forward.num_asked > 0
+        wrong = math.log(seconds / (self.costs.forward(num_rows) + self._beside(forward)))
         alike = self._alike[kind]
         alike.append(wrong)
-        if len(alike) >= min(SELDOM, 1 + self._num_learned[kind] // SELDOM):
-            self._learn(*kind, sum(alike) / len(alike), len(alike))
+        if len(alike) >= min(TOGETHER, 1 + self._num_learned[kind] // TOGETHER) or (
+            is_asked and abs(wrong - self._correction(num_rows, self._common(forward))) > NOISE
+        ):
+            self._learn(*kind, median(alike), len(alike))
             self._num_learned[kind] += len(alike)
             alike.clear()
 
     def _learn(self, num_rows: int, is_asked: bool, wrong: float, number: int) -> None:
-        """From so many steps, by the mean of how far off, of the log, what was measured is."""
+        """From so many steps, by the median of how far off, of the log, what was measured is."""
         holds = np.zeros_like(self._terms)
         below, share = _power(num_rows)
         holds[0], holds[1], holds[below], holds[below + 1] = 1.0, is_asked, 1 - share, share
