@@ -15,7 +15,8 @@ from amphista.cache.static import sent
 from amphista.drafter.base import Ask, Drafter, DrafterState
 from amphista.target.target import Target
 
-MAX_UNFED, MAX_PIECES = 2048, 32
+MAX_UNFED, MAX_PIECES = 2048, 256
+MANY = 32  # rows that are fed before heads are asked, rather than by asking
 
 
 class Unfed(NamedTuple):
@@ -101,7 +102,7 @@ class SequenceCache:
 
     def catch_up(self) -> None:
         """Give the drafter a prompt, or what came while it rested: no part of what asking it costs."""
-        if self.num_unfed > MAX_PIECES:
+        if self.num_unfed > MANY:
             self.feed()
 
     def feed(self) -> None:

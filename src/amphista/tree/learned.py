@@ -48,12 +48,16 @@ class Forward(NamedTuple):
     num_prompt_rows: int = 0
 
 
-def _prior() -> np.ndarray:
+def _prior() -> list[list[float]]:
     """Covariance of all terms: those of neighbouring powers of two are wrong alike."""
     powers = np.arange(POWERS)
     prior = np.diag([COMMON**2] + [OTHER**2] * (1 + POWERS))
     prior[2:, 2:] = OTHER**2 * ALIKENESS ** np.abs(powers[:, None] - powers)
-    return prior
+    found: list[list[float]] = prior.tolist()
+    return found
+
+
+_PRIOR = _prior()
 
 
 class DraftCurve:
@@ -80,10 +84,8 @@ class StepCosts:
 
     def __init__(self, costs: Costs) -> None:
         self.costs = costs
-        self._prior = _prior()
-        self._covariance = self._prior.copy()
-        self._terms = np.zeros(2 + POWERS)  # for all steps, heads asked, powers of two
-        self._known = self._terms.tolist()  # the same, quick to read
+        self._covariance = list(_PRIOR)
+        self._terms = [0.0] * (2 + POWERS)  # for all steps, heads asked, powers of two
         self._curves: dict[tuple[Forward, int], DraftCurve] = {}  # since something was learned last
         self._alike = defaultdict[tuple[int, bool], list[float]](list)  # of steps since, how far off
         self._num_learned = defaultdict[tuple[int, bool], int](int)
@@ -113,7 +115,7 @@ class StepCosts:
 
     def _correction(self, num_rows: int, common: float) -> float:
         below, share = _power(num_rows)
-        return common + self._known[below] * (1 - share) + self._known[below + 1] * share
+        return common + self._terms[below] * (1 - share) + self._terms[below + 1] * share
 
     def by_drafts(self, forward: Forward, most: int) -> DraftCurve:
         """Of the same step with 0, 1, ... `most` further rows, without its prompts; cached rows to the next ALIKE."""
@@ -137,7 +139,7 @@ class StepCosts:
 
     def _common(self, forward: Forward) -> float:
         """The terms that rows have no part in."""
-        return self._known[0] + (self._known[1] if forward.num_asked else 0.0)
+        return self._terms[0] + (self._terms[1] if forward.num_asked else 0.0)
 
     def observe(self, forward: Forward, seconds: float) -> None:
         """Learn from the seconds of a step; the more of its kind are known, the more are learned from together, but at
@@ -156,19 +158,26 @@ class StepCosts:
             alike.clear()
 
     def _learn(self, num_rows: int, is_asked: bool, wrong: float, number: int) -> None:
-        """From so many steps, by the median of how far off, of the log, what was measured is."""
-        holds = np.zeros_like(self._terms)
+        """From so many steps, by the median of how far off, of the log, what was measured is.
+
+        In plain lists: behind a forward no array library is in the processor's caches, and each call of one is dear.
+        """
         below, share = _power(num_rows)
-        holds[0], holds[1], holds[below], holds[below + 1] = 1.0, is_asked, 1 - share, share
-        spread = self._covariance @ holds
-        variance = float(holds @ spread) + NOISE**2 / number
+        holds = [(0, 1.0), (below, 1 - share), (below + 1, share), *[(1, 1.0)] * is_asked]
+        spread = [sum(row[term] * part for term, part in holds) for row in self._covariance]
+        variance = sum(spread[term] * part for term, part in holds) + NOISE**2 / number
         most = OUTLIER * math.sqrt(variance)
-        error = max(-most, min(most, wrong - float(holds @ self._terms)))
+        error = max(-most, min(most, wrong - sum(self._terms[term] * part for term, part in holds)))
         kept = (1 - DRIFT) ** number
-        self._terms = kept * (self._terms + spread * (error / variance))
-        self._covariance -= np.outer(spread, spread) / variance
-        self._covariance += (1 - kept**2) * (self._prior - self._covariance)
-        self._known = self._terms.tolist()
+        self._terms = [
+            kept * (value + moved * error / variance) for value, moved in zip(self._terms, spread, strict=True)
+        ]
+        for n, (row, prior) in enumerate(zip(self._covariance, _PRIOR, strict=True)):
+            gain = spread[n] / variance
+            self._covariance[n] = [
+                kept**2 * (value - gain * moved) + (1 - kept**2) * start
+                for value, moved, start in zip(row, spread, prior, strict=True)
+            ]
         self._curves.clear()
 
 
