@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import socket
 import subprocess
 import sys
 
 import httpx
+import pytest
 
 from tests.system.test_cli import amphista
 
@@ -50,3 +52,27 @@ def test_a_port_that_is_taken_is_said_before_anything_is_loaded():
     with socket.create_server(("127.0.0.1", 0)) as taken:
         refused = amphista("serve", "--port", taken.getsockname()[1], "--target", "is not even looked for")
     assert refused.returncode == 2 and "in use" in refused.stderr and "--port" in refused.stderr
+
+
+BINDING = """
+import os, sys
+from amphista.cli.serve import bind_threads
+if "first" in sys.argv: import torch
+cores = bind_threads()
+import torch
+torch.ones(1 << 22).sum()
+print(cores and len(cores), len(os.sched_getaffinity(0)))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux" or len(os.sched_getaffinity(0)) < 2, reason="no cores to choose from")
+def test_threads_that_multiply_are_bound_unless_openmp_was_told_otherwise_or_is_loaded():
+    def cores(*args, **told):
+        env = {name: value for name, value in os.environ.items() if not name.startswith(("OMP_", "GOMP_", "KMP_"))}
+        command = [sys.executable, "-c", BINDING, *args]
+        return subprocess.run(command, env=env | told, capture_output=True, text=True, check=True).stdout.split()
+
+    every = str(len(os.sched_getaffinity(0)))
+    bound = cores()
+    assert bound[0] == every and int(bound[1]) < int(every)
+    assert cores("first") == cores(OMP_NUM_THREADS=every) == cores(OMP_PROC_BIND="false") == ["None", every]

@@ -17,6 +17,8 @@ import typer
 from amphista.cli import options
 
 PANEL = "Server"
+BOUND = {"OMP_PROC_BIND": "close", "OMP_PLACES": "cores"}
+OWN_WAYS = {*BOUND, "OMP_NUM_THREADS", "GOMP_CPU_AFFINITY", "KMP_AFFINITY"}
 
 
 def _option(text: str, *names: str, **more: Any) -> Any:
@@ -49,6 +51,7 @@ def serve(
     ] = False,
 ) -> None:
     """Answer OpenAI's API, and show a page that tells who guessed each token."""
+    cores = None if replicas > 1 or model.tensor_parallel else bind_threads()
     try:
         from amphista.serve.server import server_of
         from amphista.serve.settings import Settings, read_keys
@@ -78,7 +81,22 @@ def serve(
     if replicas > 1:
         run_replicas(asdict(model), settings, replicas, _told)
     else:
-        server_of(model.load(), settings, _told).run()
+        server = server_of(model.load(), settings, _told)
+        if cores is not None:  # OpenMP has bound this thread, too, which from now on talks to clients
+            os.sched_setaffinity(0, cores)
+        server.run()
+
+
+def bind_threads() -> set[int] | None:
+    """Let each thread that multiplies keep its core: else those that talk to clients drive two of them together on one,
+    and the others wait. Told to OpenMP before it is loaded; returns the cores there are.
+
+    None, and nothing is told, where the user has told it something, and where binding cannot be asked for.
+    """
+    if sys.platform != "linux" or "torch" in sys.modules or OWN_WAYS & os.environ.keys():
+        return None
+    os.environ.update(BOUND)
+    return os.sched_getaffinity(0)
 
 
 def _told(address: str) -> None:
