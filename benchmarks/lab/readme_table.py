@@ -7,20 +7,18 @@ import sys
 from pathlib import Path
 from typing import Any
 
-SUMMARY = Path("benchmarks/xeon-amx-2-cores/llama-cpp/run.json")
+SUMMARY = Path("benchmarks/xeon-amx-2-cores/llama-cpp-file/run.json")
 BESIDE = "llama.cpp GGUF"
 ROWS = {
     BESIDE: "llama.cpp, the same GGUF file (Q4_1)",
     "ours gguf/none": "amphista, plain, the same file",
     "ours gguf/amphista+lookup": "**amphista, drafted, the default**",
-    "ours int8/none": "amphista, plain, weights of 8 bits",
-    "ours int8/amphista+lookup": "amphista, drafted, weights of 8 bits",
 }
 BEGIN, END = "<!-- table: python -m benchmarks.lab.readme_table -->\n", "<!-- end of table -->"
 
 
 def table(summary: dict[str, Any]) -> str:
-    """Five rows of Markdown."""
+    """Three rows of Markdown."""
     found = {row["method"]: row for row in summary["methods"]}
     beside = found[BESIDE]["decode_tokens_per_second"]
     lines = ["| | tokens/s | over llama.cpp | tokens of plain decoding |", "|---|---|---|---|"]
