@@ -111,6 +111,11 @@ class Weight:
         return cls(outputs, parts[0].num_inputs, SIDE_BY_SIDE, weight, parts=tuple(parts))
 
     @property
+    def is_packed(self) -> bool:
+        """Whether whole numbers multiply it, or a part of it."""
+        return self.kind >= PACKED or any(part.is_packed for part in self.parts)
+
+    @property
     def num_bytes(self) -> int:
         """Bytes a product reads."""
         if self.parts:

@@ -132,10 +132,15 @@ class LeanModel:
         self.head = product.of(model.get_output_embeddings())  # last: the largest, when the layers have made room
 
     @property
+    def products(self) -> list[Product]:
+        """Of all layers, and the LM head."""
+        of_layers = [p for layer in self.layers for p in (layer.qkv, layer.output, layer.gate_up, layer.down)]
+        return [*of_layers, self.head]
+
+    @property
     def num_product_bytes(self) -> int:
-        """Bytes of the weights of all products: layers and LM head."""
-        products = [p for layer in self.layers for p in (layer.qkv, layer.output, layer.gate_up, layer.down)]
-        return sum(product.num_bytes for product in [*products, self.head])
+        """Bytes of the weights of all products."""
+        return sum(product.num_bytes for product in self.products)
 
     @property
     def sees_all(self) -> bool:

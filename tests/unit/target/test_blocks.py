@@ -85,7 +85,9 @@ def test_prompts_trees_and_batches_are_near_those_of_float32(both):
 
 def test_prompts_trees_and_batches_have_the_bits_of_float32_where_blocks_are_widened(gguf_file, both, monkeypatch):
     monkeypatch.setattr(Weight, "packed", lambda weight, arena: weight)
-    assert all(map(torch.equal, *outputs_of([load_target(gguf_file), both[1]])))
+    widened = load_target(gguf_file)
+    assert all(map(torch.equal, *outputs_of([widened, both[1]])))
+    assert widened._probe_tolerance == both[1]._probe_tolerance
 
 
 def test_answers_are_those_of_float32(both):
