@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from amphista.errors import CapacityError
+from amphista.native.huge_pages import empty_like
 
 FIRST_CAPACITY = 128
 GROWTH = 1.5
@@ -155,7 +156,7 @@ class KVCache:
         if self._piece is None or not is_whole or first.capacity < num_rows:
             grown = first.capacity if first.capacity >= num_rows else int(first.capacity * GROWTH)
             capacity, size = max(self.first_capacity, num_rows, grown), len(self.layers)
-            piece = row.new_empty(2 * size, row.shape[1], capacity, row.shape[3])
+            piece = empty_like(row, 2 * size, row.shape[1], capacity, row.shape[3])
             for n, layer in enumerate(self.layers):
                 keys, values = piece[n : n + 1], piece[size + n : size + n + 1]
                 if layer.keys is not None and layer.values is not None:

@@ -1,12 +1,13 @@
-"""Memory for weights in huge pages (2 MB), where the system gives them on request: a step reads every weight once, and
-with pages of 4 KB looking them up takes half of the time.
+"""Memory in huge pages (2 MB), where the system gives them on request: a step reads every weight, key and value once,
+and with pages of 4 KB looking them up takes half of the time.
 
-Tensors are laid side by side in pieces of 64 MB, so that small ones share pages. A piece lives as long as any tensor
+Weights are laid side by side in pieces of 64 MB, so that small ones share pages. A piece lives as long as any tensor
 in it.
 """
 
 from __future__ import annotations
 
+import math
 import mmap
 import threading
 
@@ -38,6 +39,14 @@ class Arena:
             place = self._piece[self._used : self._used + num_bytes]
             self._used += -(-num_bytes // LINE_BYTES) * LINE_BYTES
         return place
+
+
+def empty_like(tensor: Tensor, *shape: int) -> Tensor:
+    """Of a tensor's type and device, but of another shape, uninitialized."""
+    num_bytes = math.prod(shape) * tensor.element_size()
+    if tensor.device.type != "cpu" or num_bytes < PAGE_BYTES:
+        return tensor.new_empty(shape)
+    return _piece(num_bytes).view(tensor.dtype).view(shape)
 
 
 def _piece(num_bytes: int) -> Tensor:

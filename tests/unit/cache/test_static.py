@@ -8,6 +8,7 @@ import torch
 
 from amphista.cache.static import FIRST_CAPACITY, KVCache, LayerRows
 from amphista.errors import CapacityError
+from amphista.native.huge_pages import PAGE_BYTES
 
 HEADS, SIZE = 2, 3
 
@@ -160,3 +161,13 @@ def test_one_piece_holds_what_every_layer_held_however_they_grew():
             for mine, its, at in ((layer.keys, other.keys, n), (layer.values, other.values, 3 + n)):
                 assert torch.equal(mine[:, :, :end], its[:, :, :end])
                 assert mine.data_ptr() == piece[at].data_ptr()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_large_piece_fills_pages_of_its_own(dtype):
+    """A step reads all of it: in huge pages, which begin where 2 MB do, looking them up takes less."""
+    cache, row = KVCache(8), torch.zeros(1, 2, 0, 64, dtype=dtype)
+    for num_rows in (PAGE_BYTES // 2048, PAGE_BYTES // 1024):
+        piece = cache.in_one_piece(num_rows, row)
+        assert piece.data_ptr() % PAGE_BYTES == 0 and piece.dtype is dtype
+        assert piece.shape[:2] == (16, 2) and piece.shape[2] >= num_rows and piece.is_contiguous()
