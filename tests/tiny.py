@@ -130,9 +130,10 @@ class Scripted(Drafter):
 
     name = "scripted"
 
-    def __init__(self, depth: int, offer) -> None:
+    def __init__(self, depth: int, offer, fall: float = 0.1) -> None:
+        """fall: by how much a rank's log-probability lies below that of the rank before."""
         super().__init__()
-        self._depth, self._offer = depth, offer
+        self._depth, self._offer, self._fall = depth, offer, fall
 
     @property
     def num_heads(self) -> int:
@@ -145,10 +146,10 @@ class Scripted(Drafter):
     def trim(self, state, num_rows) -> None:
         state.num_rows = min(state.num_rows, num_rows)
 
-    def draft(self, state, num_ranks, temperature=0.0, max_depth=None) -> Candidates:
+    def draft(self, state, num_ranks, max_depth=None) -> Candidates:
         depths = range(1, min(self._depth, max_depth or self._depth) + 1)
         offered = [self._offer(state, depth, num_ranks) for depth in depths]
-        return Candidates(offered, [[-0.1 * (rank + 1) for rank in range(len(ranks))] for ranks in offered])
+        return Candidates(offered, [[-0.1 - self._fall * rank for rank in range(len(ranks))] for ranks in offered])
 
 
 def _distinct(tokens, num_ranks):
@@ -163,7 +164,7 @@ def always_right(tokens: list[int]) -> Scripted:
         token = tokens[at] if at < len(tokens) else 0
         return _distinct([token, *(token + 1 + i for i in range(num_ranks))], num_ranks)
 
-    return Scripted(4, offer)
+    return Scripted(4, offer, fall=20.0)  # it is sure, whatever the noise of a sampled answer says
 
 
 def always_wrong(tokens: list[int]) -> Scripted:
@@ -186,8 +187,8 @@ def randomly(tokens: list[int]) -> Scripted:
 class OnPaths(Scripted):
     """Scripted, and below every token the next depth's in another order, as likely as chance has it."""
 
-    def draft(self, state, num_ranks, temperature=0.0, max_depth=None) -> Candidates:
-        flat = super().draft(state, num_ranks, temperature, max_depth)
+    def draft(self, state, num_ranks, max_depth=None) -> Candidates:
+        flat = super().draft(state, num_ranks, max_depth)
         source = random.Random(state.num_rows)
         ranks = [
             [source.sample(range(len(children)), min(num_ranks, len(children))) for _ in parents]

@@ -124,7 +124,7 @@ def drafts(
             for _ in range(repeats):
                 for name, form in forms.items():
                     fed = hidden[:count], token_ids[:count]
-                    asks = [Ask(state, form.num_heads, 0.0, *fed) for state in states[name][:number]]
+                    asks = [Ask(state, form.num_heads, *fed) for state in states[name][:number]]
                     start = time.perf_counter()
                     form.draft_all(asks, 8)
                     times[name].append((time.perf_counter() - start) * 1000)

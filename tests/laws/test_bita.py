@@ -100,7 +100,7 @@ def test_what_is_drafted_in_service_is_what_training_sees(form):
         read = sequence.token_ids[: rows.num_rows]
         with torch.no_grad():
             states = target.probe_rows(read, torch.tensor([rows.num_rows - 1]), drafter.probes)[0]
-        ask = rows.ask(0.0, drafter.num_heads)
+        ask = rows.ask(drafter.num_heads)
         torch.testing.assert_close(ask.probed, states, atol=1e-4, rtol=1e-4)
         (drafted,) = drafter.draft_all([ask], 5)
         rows.note_fed()
@@ -122,7 +122,7 @@ def test_the_training_form_reads_what_the_target_gave(target, drafters):
             states = drafter.head_states(hidden, text.roll(-1, 1), torch.arange(len(TOKENS)))
             one_by_one = drafter.states_of(hidden, text.roll(-1, 1), torch.arange(len(TOKENS)))(slice(2, 9))
             state = drafter.start()
-            ask = Ask(state, 2, 0.0, hidden[0, :5, : target.spec.hidden_size], TOKENS[1:6], probed[4])
+            ask = Ask(state, 2, hidden[0, :5, : target.spec.hidden_size], TOKENS[1:6], probed[4])
             drafter.commit_all([ask])
             drafting = drafter.draft_states([state])[0]
         torch.testing.assert_close(drafting, states[4], atol=1e-5, rtol=1e-5)
@@ -141,9 +141,9 @@ def test_what_was_not_probed_drafts_nothing(target, drafters):
     drafter, state = drafters["full"], drafters["full"].start()
     assert drafter.draft(state, 5).tokens == []
     probed = torch.randn(3, 32)
-    drafter.commit_all([Ask(state, 3, 0.0, torch.zeros(4, 32), [1, 2, 3, 4], probed)])
+    drafter.commit_all([Ask(state, 3, torch.zeros(4, 32), [1, 2, 3, 4], probed)])
     other = drafter.start()
-    both = drafter.draft_all([Ask(other, 3, 0.0, torch.zeros(1, 32), [1]), Ask(state, 2)], 4)
+    both = drafter.draft_all([Ask(other, 3, torch.zeros(1, 32), [1]), Ask(state, 2)], 4)
     assert [drafted.num_heads for drafted in both] == [0, 2]
     drafter.trim(state, 4)
     assert drafter.draft(state, 5).num_heads == 3

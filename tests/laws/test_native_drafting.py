@@ -69,14 +69,14 @@ def history(drafter: ParallelHeads, seed: int = 0) -> tuple[torch.Tensor, list[i
     return hidden.to(drafter.dtype), torch.randint(300, (NUM_ROWS,), generator=generator).tolist()
 
 
-def drafted(drafter: ParallelHeads, cuts: list[int], num_ranks: int = 5, temperature: float = 0.0, depth: int = 9):
+def drafted(drafter: ParallelHeads, cuts: list[int], num_ranks: int = 5, depth: int = 9):
     """What is said behind rows that were fed in these pieces, the last of them with the question."""
     hidden, ids = history(drafter)
     state = drafter.start()
     *before, (start, end) = pairwise([0, *cuts])
     for first, last in before:
         drafter.commit(state, hidden[first:last], torch.tensor(ids[first:last]))
-    ask = Ask(state, depth, temperature, hidden[start:end], ids[start:end])
+    ask = Ask(state, depth, hidden[start:end], ids[start:end])
     return drafter.draft_all([ask], num_ranks)[0]
 
 
@@ -109,11 +109,11 @@ def named(drafted: Candidates) -> dict[tuple[int, ...], float]:
 @pytest.mark.parametrize("flags", FLAGS)
 @pytest.mark.parametrize("name", HEADS)
 def test_what_the_torch_form_says(name, flags):
-    """At a temperature of its own, less deep or deeper than heads go, with more ranks than there are tokens."""
+    """Less deep or deeper than heads go, with more ranks than there are tokens."""
     if not runs_here(flags):
         pytest.skip("this processor has no AVX2")
     ours, theirs = in_c(name, flags=FLAGS[flags]), drafters()[name]
-    for settings in ({}, {"temperature": 0.7, "depth": 2}, {"depth": 1}, {"temperature": 1.3, "num_ranks": 8}):
+    for settings in ({}, {"depth": 2}, {"depth": 1}, {"num_ranks": 8}):
         given = {"cuts": [3, 4, 9], **settings}
         assert distance(drafted(ours, **given), drafted(theirs, **given)) < 2e-4
     (everything, *_), (known, *_) = (drafted(one, [9], num_ranks=999).tokens for one in (ours, theirs))
@@ -141,9 +141,7 @@ def test_with_a_calibration(name):
     number = theirs.num_heads
     calibration = Calibration(greedy=[1.5 - 0.1 * k for k in range(number)], sampled=[2.0] * number, coverage=0.8)
     ours.calibration = theirs.calibration = calibration
-    for temperature in (0.0, 0.6):
-        found, expected = (drafted(one, [5], temperature=temperature) for one in (ours, theirs))
-        assert distance(found, expected) < 2e-4
+    assert distance(*(drafted(one, [5]) for one in (ours, theirs))) < 2e-4
 
 
 @pytest.mark.parametrize("name", HEADS)
@@ -167,14 +165,14 @@ def test_the_same_bits_in_any_batch_and_in_any_pieces(name, exact):
         hidden, ids = history(drafter, number)
         end = source.randrange(1, NUM_ROWS)
         cut, state = source.randrange(end + 1), drafter.start()
-        given = source.randrange(1, drafter.num_heads + 1), source.choice([0.0, 0.8])
+        depth = source.randrange(1, drafter.num_heads + 1)
         if cut:
             drafter.commit(state, hidden[:cut], torch.tensor(ids[:cut]))
-        asks.append(Ask(state, *given, hidden[cut:end] if cut < end else None, ids[cut:end]))
-        alone.append(Ask(drafter.start(), *given, hidden[:end], ids[:end]))
+        asks.append(Ask(state, depth, hidden[cut:end] if cut < end else None, ids[cut:end]))
+        alone.append(Ask(drafter.start(), depth, hidden[:end], ids[:end]))
     expected = [drafter.draft_all([ask], 6)[0] for ask in alone]
     assert drafter.draft_all(asks, 6) == expected
-    again = [Ask(ask.state, ask.max_depth, ask.temperature) for ask in asks]
+    again = [Ask(ask.state, ask.max_depth) for ask in asks]
     assert drafter.draft_all(again[::-1], 6) == expected[::-1]
 
 
@@ -308,10 +306,10 @@ def test_what_is_drafted_in_service_is_what_a_fresh_drafter_says(name, grower):
                 continue
             ids, fresh = sequence.token_ids, drafter.start()
             drafter.commit(fresh, target.prefill(ids[:-1], target.new_cache()).hidden, torch.tensor(ids[1:]))
-            ask = sequence.rows.ask(0.7, drafter.num_heads)
+            ask = sequence.rows.ask(drafter.num_heads)
             found = drafter.draft_all([ask], 6)
             sequence.rows.note_fed()
-            assert found == [drafter.draft(fresh, 6, 0.7)]
+            assert found == [drafter.draft(fresh, 6)]
             looked += 1
     assert looked > 4
 

@@ -166,19 +166,19 @@ def test_untrained_heads_start_close_to_the_target(target, switches):
 @pytest.mark.parametrize("frozen", [False, True])
 @pytest.mark.parametrize("name", HEADS)
 def test_several_sequences_draft_as_each_alone(target, drafters, name, frozen):
-    """In one pass, each at its own temperature and depth."""
+    """In one pass, each at its own depth."""
     drafter = copy.deepcopy(drafters[name])
     drafter = drafter.freeze() if frozen else drafter
     hidden, next_ids, _ = training_logits(target, drafters[name])
     asks = []
-    for number, given in enumerate([(drafter.num_heads, 0.0), (1, 0.7), (2, 1.3)]):
+    for number, depth in enumerate([drafter.num_heads, 1, 2]):
         state, end = started(target, drafter, IDS), 4 + 3 * number
         drafter.commit(state, hidden[: end - number], next_ids[: end - number])
         waiting = (hidden[end - number : end], next_ids[end - number : end].tolist()) if number else ()
-        asks.append(Ask(state, *given, *waiting))
+        asks.append(Ask(state, depth, *waiting))
     for ask, found in zip(asks, drafter.draft_all(asks, 5), strict=True):
         depth = ask.max_depth
-        alone = drafter.draft(ask.state, 5, ask.temperature, depth)
+        alone = drafter.draft(ask.state, 5, depth)
         assert found.num_heads == depth
         # Of paths a shortlist is shown, which is longer.
         assert [tokens[:5] for tokens in found.tokens] == [tokens[:5] for tokens in alone.tokens]

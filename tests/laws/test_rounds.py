@@ -239,11 +239,11 @@ def paths_looked_below(candidates):
 def check_wide_trees(target, drafters, name):
     drafter = drafters[name]
     states = [fed(target, drafter), fed(target, drafter, 7), fed(target, drafter, 12, (1, 1))]
-    asks = [Ask(states[0], drafter.num_heads), Ask(states[1], 2, 0.7), Ask(states[2], drafter.num_heads)]
+    asks = [Ask(states[0], drafter.num_heads), Ask(states[1], 2), Ask(states[2], drafter.num_heads)]
     widths = []
     some = lambda drafts: [[0, 2, len(draft.tokens[-1]) - 1] for draft in drafts]  # noqa: E731
     for ask, candidates in zip(asks, drafter.draft_all(asks, 9, some), strict=True):
-        divisors = drafter.head_temperatures(ask.temperature)
+        divisors = drafter.head_temperatures()
         assert candidates.num_heads == ask.max_depth
         assert candidates.num_rounds == math.ceil(ask.max_depth / drafter.heads_a_round)
         for number, (path, tokens, logs) in enumerate(paths_looked_below(candidates)):
@@ -443,7 +443,7 @@ def looks_of(grower, max_depth, looked=None):
 
 def test_no_depth_beyond_the_heads_is_asked_for(target, drafters):
     drafter = drafters["hydra-hidden"]
-    assert drafter.draft(fed(target, drafter), 2, 0.0, 99).num_heads == 3
+    assert drafter.draft(fed(target, drafter), 2, 99).num_heads == 3
 
 
 def test_growers_look_below_what_may_have_children(target, drafters):

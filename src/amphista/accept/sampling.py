@@ -18,6 +18,7 @@ import secrets
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from typing import Any, Protocol, Self
 
 import numpy as np
@@ -169,6 +170,7 @@ def gumbel_argmax(scores: Floats, seed: int, position: int) -> int:
     return int(alive[(scores[alive] + _noise(bits[alive])).argmax()])
 
 
+@lru_cache(maxsize=64)  # of a position that is drafted for they are wanted several times
 def _random_bits(seed: int, position: int, vocab_size: int) -> NDArray[np.uint64]:
     """64 random bits a token [V]."""
     return np.random.Philox(key=seed, counter=[0, position, 0, 0]).random_raw(vocab_size)
@@ -241,6 +243,7 @@ class Chooser:
     def __init__(self, sampling: Sampling, prompt_ids: Sequence[int], end_ids: Iterable[int] = ()) -> None:
         self.sampling = sampling
         self._seed = fresh_seed() if sampling.seed is None else sampling.seed
+        self._width = 0  # of the logits, once they were seen
         self._first = len(prompt_ids)  # the position of the first output token
         self._prompt = set(prompt_ids) if sampling.repetition_penalty != 1 else set()
         self.output: Counter[int] = Counter()  # replaced, never changed
@@ -269,6 +272,11 @@ class Chooser:
             self.grammar.chose(position - self._first, token)
         return token
 
+    def noise(self, position: int, token_ids: Sequence[int]) -> Floats:
+        """The noise of some tokens at an absolute position, known before any logits are."""
+        ids = np.array(token_ids, dtype=np.int64)
+        return _noise(_random_bits(self._seed, position, max(self._width, 1 + ids.max(initial=0)))[ids])
+
     def margin(self, logits: Tensor, position: int, path: Iterable[int] = ()) -> float:
         """Gap between the two best scores: the logit margin when greedy, the gap of the noised scores otherwise."""
         best = self._scores(logits, position, path).topk(2).values
@@ -282,6 +290,7 @@ class Chooser:
 
     def _log_probs(self, logits: Tensor, position: int, path: Iterable[int]) -> Floats:
         scores = self._adjusted(logits, position, path).double().cpu().numpy()
+        self._width = scores.size
         _refuse_broken(float(scores.max()))
         return filtered_log_probs(scores, self.sampling)
 

@@ -75,7 +75,6 @@ class Ask:
 
     state: DrafterState
     max_depth: int
-    temperature: float = 0.0
     hidden: Tensor | None = None
     next_ids: Sequence[int] = ()
     probed: Tensor | None = None
@@ -100,8 +99,9 @@ class DrafterConfig:
 class Calibration:
     """Measured on held-out answers (`train/calibrate.py`), so that expected acceptance equals realised.
 
-    `greedy` and `sampled` divide each head's logits at temperature 0 and above; `coverage` is the share of text
-    tokens inside the draft vocabulary; `accuracy[k][r]` is how often head k's rank-r token was the text's.
+    `greedy` and `sampled` divide each head's logits for the target's best token and, times the temperature, for one
+    drawn by noise that nobody knows (engines do: `accept/coupling.py`); `coverage` is the share of text tokens inside
+    the draft vocabulary; `accuracy[k][r]` is how often head k's rank-r token was the text's.
     """
 
     greedy: list[float]
@@ -166,6 +166,15 @@ class Drafter(nn.Module):
         """Number of trained weights."""
         return sum(weight.numel() for weight in self.parameters())
 
+    def head_temperatures(self, temperature: float = 0.0) -> list[float]:
+        """What divides each head's logits [K] for the target's best token, or for one drawn at a temperature by noise
+        that nobody knows."""
+        if self.calibration is None:
+            return [temperature if temperature > 0 else 1.0] * self.num_heads
+        if temperature > 0:
+            return [head * temperature for head in self.calibration.sampled]
+        return self.calibration.greedy
+
     @property
     def row_bytes(self) -> int:
         """Bytes of what is kept for each row."""
@@ -192,9 +201,7 @@ class Drafter(nn.Module):
         """Append rows: `hidden` [T, W] with the tokens `next_ids` [T] that followed each. Only the last row drafts."""
 
     @abstractmethod
-    def draft(
-        self, state: DrafterState, num_ranks: int, temperature: float = 0.0, max_depth: int | None = None
-    ) -> Candidates:
+    def draft(self, state: DrafterState, num_ranks: int, max_depth: int | None = None) -> Candidates:
         """The best `num_ranks` tokens of the first `max_depth` heads, for the position after the last committed row."""
 
     def commit_all(self, asks: Sequence[Ask]) -> None:
@@ -204,13 +211,13 @@ class Drafter(nn.Module):
                 self.commit(ask.state, ask.hidden, sent(ask.next_ids, ask.hidden.device))
 
     def draft_all(self, asks: Sequence[Ask], num_ranks: int, look: Look | None = None) -> list[Candidates]:
-        """Commit the rows that wait and draft for several sequences, each at its own temperature, as deep as it can
-        go. Broken off, it may have committed some of them.
+        """Commit the rows that wait and draft for several sequences, each as deep as it can go. Broken off, it may have
+        committed some of them.
 
         look: asked after each round, of those that draft in rounds; by default the `num_ranks` likeliest of each depth.
         """
         self.commit_all(asks)
-        return [self.draft(ask.state, num_ranks, ask.temperature, ask.max_depth) for ask in asks]
+        return [self.draft(ask.state, num_ranks, ask.max_depth) for ask in asks]
 
     @abstractmethod
     def trim(self, state: DrafterState, num_rows: int) -> None:

@@ -125,7 +125,7 @@ class Bita(ParallelHeads):
         """Nothing for a sequence below whose last row there was no group."""
         self.commit_all(asks)
         able = [ask for ask in asks if ask.state.features is not None]
-        read = [Ask(ask.state, ask.max_depth, ask.temperature) for ask in able]
+        read = [Ask(ask.state, ask.max_depth) for ask in able]
         drafts = iter(super().draft_all(read, num_ranks) if read else ())
         return [Candidates([], []) if ask.state.features is None else next(drafts) for ask in asks]
 

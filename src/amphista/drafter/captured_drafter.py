@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from amphista.drafter.amphista import Amphista
-from amphista.drafter.base import Ask, Drafter, DrafterState, Look
+from amphista.drafter.base import Ask, Calibration, Drafter, DrafterState, Look
 from amphista.drafter.heads import ParallelHeads
 from amphista.drafter.ranked import Ranked
 from amphista.drafter.stage_buffer import StageBuffer, StageRows
@@ -113,7 +113,7 @@ class CapturedDrafter(Drafter):
             self._features = [torch.zeros(shape, dtype=heads.dtype, device=device) for shape in shapes]
             self._pending = torch.zeros((), dtype=torch.long, device=device)
             self._divisors = torch.ones(heads.num_heads, 1, device=device)
-        self._divided: tuple[float, object] | None = None
+        self._divided: Calibration | None = None
         self._owner: weakref.ref[DrafterState] | None = None  # whose features are in the buffers
         self._recorder = Recorder(device)
         self._feeds: Recorded[FeedRegion] = Recorded(self._recorder)
@@ -154,17 +154,18 @@ class CapturedDrafter(Drafter):
                     return
             self._heads.commit(state, hidden, next_ids)
 
+    def head_temperatures(self, temperature: float = 0.0) -> list[float]:
+        return self._heads.head_temperatures(temperature)
+
     @torch.inference_mode()
-    def draft(
-        self, state: DrafterState, num_ranks: int, temperature: float = 0.0, max_depth: int | None = None
-    ) -> Candidates:
+    def draft(self, state: DrafterState, num_ranks: int, max_depth: int | None = None) -> Candidates:
         with self._turn():
             if self._is_recorded:
                 try:
-                    return self._ask(state, min(num_ranks, self._heads.draft_vocab), temperature, max_depth)
+                    return self._ask(state, min(num_ranks, self._heads.draft_vocab), max_depth)
                 except CaptureError as error:
                     self._uncapture(error)
-            return self._heads.draft(state, num_ranks, temperature, max_depth)
+            return self._heads.draft(state, num_ranks, max_depth)
 
     def draft_all(self, asks: Sequence[Ask], num_ranks: int, look: Look | None = None) -> list[Candidates]:
         """Several at once are asked without a recorded function: there is one for a single sequence."""
@@ -218,16 +219,16 @@ class CapturedDrafter(Drafter):
             cache.num_rows = size
         state.features, state.num_rows = self._features, size
 
-    def _ask(self, state: DrafterState, num_ranks: int, temperature: float, max_depth: int | None) -> Candidates:
+    def _ask(self, state: DrafterState, num_ranks: int, max_depth: int | None) -> Candidates:
         region, replay = self._ask_region(num_ranks)
         if state.features is not self._features:
             self._take_buffers(state)
             features = state.features if isinstance(state.features, list) else [state.features]
             for buffer, feature in zip(self._features, features, strict=True):
                 buffer.copy_(feature)
-        if self._divided != (temperature, self._heads.calibration):
-            self._divisors.copy_(torch.tensor(self._heads.head_temperatures(temperature))[:, None])
-            self._divided = temperature, self._heads.calibration
+        if self._divided is not self._heads.calibration:
+            self._divisors.copy_(torch.tensor(self._heads.head_temperatures())[:, None])
+            self._divided = self._heads.calibration
         if state.pending is not None:
             self._pending.copy_(state.pending)
         replay()

@@ -120,7 +120,7 @@ class ParallelHeads(ScoringDrafter):
 
     @torch.inference_mode()
     def draft_all(self, asks: Sequence[Ask], num_ranks: int, look: Look | None = None) -> list[Candidates]:
-        divisors = [self.head_temperatures(ask.temperature) for ask in asks]
+        divisors = [self.head_temperatures()] * len(asks)
         if self._native is not None:
             return self._native.draft(asks, num_ranks, divisors, self._log_coverage)
         self.commit_all(asks)

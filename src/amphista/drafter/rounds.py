@@ -118,14 +118,14 @@ class SequentialHeads(ScoringDrafter, Generic[PathsT]):
         self.commit_all(asks)
         drafts = [Offered(self.heads_a_round) for _ in asks]
         look = look or (lambda _: [draft.likeliest(num_ranks) for draft in drafts])
-        divisors = torch.tensor([self.head_temperatures(ask.temperature) for ask in asks], device=self.device)
+        divisors = torch.tensor(self.head_temperatures(), device=self.device)
         paths = self.first([ask.state for ask in asks])
         owners, places = list(range(len(asks))), [0] * len(asks)  # of each path: whose it is, what it has read last
         for head in range(deepest := min(self.num_heads, max(ask.max_depth for ask in asks))):
             slot = head % self.heads_a_round
             if slot == 0:
                 heads = slice(head, min(head + self.heads_a_round, deepest))
-                logits = self._scores(paths, heads) / divisors[sent(owners, self.device), heads, None]
+                logits = self._scores(paths, heads) / divisors[heads, None]
                 ranked = [part.transpose(0, 1).tolist() for part in self.top_ranks(logits, num_ranks)]
                 blocks = list(range(len(owners)))  # of each path: which of those that were scored
             tokens, log_probs = ([part[slot][block] for block in blocks] for part in ranked)

@@ -245,10 +245,8 @@ class ScoringDrafter(Drafter):
     def feed(self, state: DrafterState, hidden: Tensor, next_ids: Tensor) -> None:
         """`commit` in torch."""
 
-    def draft(
-        self, state: DrafterState, num_ranks: int, temperature: float = 0.0, max_depth: int | None = None
-    ) -> Candidates:
-        return self.draft_all([Ask(state, max_depth or self.num_heads, temperature)], num_ranks)[0]
+    def draft(self, state: DrafterState, num_ranks: int, max_depth: int | None = None) -> Candidates:
+        return self.draft_all([Ask(state, max_depth or self.num_heads)], num_ranks)[0]
 
     def top_ranks(self, logits: Tensor, num_ranks: int) -> tuple[Tensor, Tensor]:
         """Tempered logits [..., N] -> token ids and log-probabilities [..., R], discounted by the coverage.
@@ -266,11 +264,3 @@ class ScoringDrafter(Drafter):
     def _token_ids(self, index: Tensor) -> Tensor:
         """Places in the draft vocabulary -> token ids."""
         return index if self.draft_ids is None else self.draft_ids[index]
-
-    def head_temperatures(self, temperature: float) -> list[float]:
-        """What divides each head's logits [K] at this request temperature."""
-        if self.calibration is None:
-            return [temperature if temperature > 0 else 1.0] * self.num_heads
-        if temperature > 0:
-            return [head * temperature for head in self.calibration.sampled]
-        return self.calibration.greedy

@@ -91,14 +91,14 @@ class SequenceCache:
         next_ids = [token for piece in self.unfed for token in piece.next_ids]
         return self.unfed[-1]._replace(hidden=torch.cat([piece.hidden for piece in self.unfed]), next_ids=next_ids)
 
-    def ask(self, temperature: float, max_depth: int) -> Ask:
+    def ask(self, max_depth: int) -> Ask:
         """What the drafter is asked, every row it has not read going with it. Row j is made of h_j and x_{j+1}."""
         if not self.unfed:
-            return Ask(self.draft_state, max_depth, temperature)
+            return Ask(self.draft_state, max_depth)
         num_fed = self.cache.num_committed - self.num_unfed
         if self._heads is not None and self.draft_state.num_rows > num_fed:  # fed, and broken off before that was noted
             self._heads.trim(self.draft_state, num_fed)
-        return Ask(self.draft_state, max_depth, temperature, *self._joined()[:3])
+        return Ask(self.draft_state, max_depth, *self._joined()[:3])
 
     def catch_up(self) -> None:
         """Give the drafter a prompt, or what came while it rested: no part of what asking it costs."""
@@ -108,7 +108,7 @@ class SequenceCache:
     def feed(self) -> None:
         """Give the drafter every row it has not read."""
         if self._heads is not None and self.unfed:
-            self._heads.commit_all([self.ask(0.0, 0)])
+            self._heads.commit_all([self.ask(0)])
             self.note_fed()
 
     def note_fed(self) -> None:

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from amphista.accept.coupling import coupled, ranks_to_name
 from amphista.accept.logprobs import TokenLogprob, token_logprobs
 from amphista.accept.sampling import Chooser
 from amphista.accept.walk import walk
@@ -284,20 +285,21 @@ class Engine:
     ) -> list[Candidates]:
         """What is on offer for each sequence; the heads of all that are asked draft together."""
         candidates = [Candidates([], [], graft=row.graft) for row in rows]
-        if self._heads is None or not asked:
+        heads, num_ranks, choosers = self._heads, self.grower.num_ranks, [decoding[b].chooser for b in asked]
+        if heads is None or not asked:
             return candidates
-        deepest = self._heads.num_heads
-        asks = [decoding[b].rows.ask(decoding[b].params.temperature, min(rows[b].max_depth, deepest)) for b in asked]
+        asks = [decoding[b].rows.ask(min(rows[b].max_depth, heads.num_heads)) for b in asked]
 
         def note(drafts: Several[Candidates]) -> None:
-            for b, drafted in zip(asked, drafts, strict=True):
+            for b, chooser, offered in zip(asked, choosers, drafts, strict=True):
+                drafted = coupled(offered, chooser, decoding[b].root_position + 1, heads.head_temperatures(), num_ranks)
                 candidates[b] = drafted if rows[b].graft is None else replace(drafted, graft=rows[b].graft)
 
         def look(drafts: Several[Candidates]) -> Several[Several[int]]:
             note(drafts)
             return self.grower.look_below(rows, candidates, asked, plain)
 
-        note(self._heads.draft_all(asks, self.grower.num_ranks, look))
+        note(heads.draft_all(asks, ranks_to_name(choosers, num_ranks), look))
         for b in asked:
             decoding[b].rows.note_fed()
         return candidates

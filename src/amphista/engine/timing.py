@@ -149,7 +149,7 @@ def draft_ratio(target: Target, drafter: Drafter) -> Asking:
 
     def cell(number: int, depth: int = drafter.heads_a_round) -> Cell:
         def draft() -> None:
-            asks = [Ask(state, depth, 0.0, *fed) for state in states[:number]]
+            asks = [Ask(state, depth, *fed) for state in states[:number]]
             for drafted in drafter.draft_all(asks, MAX_RANKS, _look):
                 best_first(0, drafted, GROWN_NODES, drafter.num_heads)
             verify.run()

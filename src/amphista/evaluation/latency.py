@@ -179,7 +179,7 @@ def _drafter_cells(
     ready, fed = drafter.start(), feeder.start()  # feeding is undone by a trim, after which no draft may follow
     ready.target_cache = cache
     probed = None if drafter.probes is None else hidden[-1:].expand(drafter.probes.num_rows, -1)
-    drafter.commit_all([Ask(ready, 0, 0.0, hidden, next_ids.tolist(), probed)])
+    drafter.commit_all([Ask(ready, 0, hidden, next_ids.tolist(), probed)])
     feeder.commit(fed, hidden, next_ids)
     cells: list[Keyed] = []
     for nodes in sizes:
@@ -187,7 +187,7 @@ def _drafter_cells(
             grower = DynamicGrower(nodes)
 
             def draft(grower: DynamicGrower = grower) -> TokenTree:
-                candidates = drafter.draft(ready, grower.num_ranks, 0.0, grower.max_depth)
+                candidates = drafter.draft(ready, grower.num_ranks, grower.max_depth)
                 return grower.grow(0, candidates, drafter.num_heads).tree
 
             cells.append(({"what": "draft", **key, "nodes": nodes}, Cell(draft)))

@@ -72,7 +72,8 @@ class ChildCandidates:
     def _children(self, depth: int, parent_rank: int) -> list[ChildCandidate]:
         tokens = self._tokens[depth - 1]
         if self._paths is None or parent_rank == NO_RANK:
-            return list(map(ChildCandidate, tokens, self._log_probs[depth - 1], repeat(False), count()))
+            offers = list(map(ChildCandidate, tokens, self._log_probs[depth - 1], repeat(False), count()))
+            return offers if self._paths is None else sorted(offers, key=lambda offer: -offer.log_prob)
         ranks, log_probs = self._paths.ranks[depth - 2][parent_rank], self._paths.log_probs[depth - 2][parent_rank]
         return [ChildCandidate(tokens[rank], value, False, rank) for rank, value in zip(ranks, log_probs, strict=True)]
 
