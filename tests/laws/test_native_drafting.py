@@ -226,14 +226,14 @@ def test_a_fault_is_seen(mutable, fault):  # noqa: F811
         patch.setattr(native_drafter, "NativeHeads", lambda parts, **given: NativeHeads(parts, flags=flags))
         drafter = in_c("amphista-full")
     expected = drafted(drafters()["amphista-full"], [3, 8, 13])
-    other = Ask(drafter.start(), 5, 0.0, *(part[:2] for part in history(drafter, 5)))
+    other = Ask(drafter.start(), 5, *(part[:2] for part in history(drafter, 5)))
 
     def found() -> float:
         hidden, ids = history(drafter)
         state = drafter.start()
         drafter.commit(state, hidden[:8], torch.tensor(ids[:8]))
         drafter.trim(other.state, 0)
-        together = drafter.draft_all([Ask(state, 5, 0.0, hidden[8:13], ids[8:13]), other], 5)
+        together = drafter.draft_all([Ask(state, 5, hidden[8:13], ids[8:13]), other], 5)
         return distance(together[0], expected)
 
     assert found() < 2e-4
