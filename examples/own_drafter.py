@@ -22,7 +22,7 @@ class Bigrams(Drafter):
     def commit(self, state, hidden, next_ids):  # the target's hidden states, and the tokens that came after them
         state.num_rows, state.pending = state.num_rows + len(next_ids), int(next_ids[-1])
 
-    def draft(self, state, num_ranks, temperature=0.0, max_depth=None):  # the best tokens of each depth
+    def draft(self, state, num_ranks, max_depth=None):  # the best tokens of each depth
         tokens, log_probs, last = [], [], state.pending
         while len(tokens) < min(max_depth or 3, 3) and (best := self.followers[last].most_common(num_ranks)):
             tokens.append([token for token, _ in best])
