@@ -24,7 +24,7 @@ from dataclasses import replace
 import numpy as np
 
 from amphista.accept.sampling import Chooser, Floats
-from amphista.tree.candidates import Candidates
+from amphista.tree.candidates import Candidates, NgramDraft
 
 NUM_RANKS = 64  # of each head, for noise to choose among
 NOISE_SHARE = 0.7  # w: the likeliest, from 0.45 to 0.85, at temperatures of 0.7 and 1, Amphista's heads and Medusa's
@@ -47,43 +47,61 @@ def coupled(
     """
     if chooser.sampling.is_greedy or not candidates.tokens:
         return candidates
-    weights = [NOISE_SHARE * chooser.sampling.temperature / divisor for divisor in divisors]
-    noises = [weights[k] * chooser.noise(position + k, ids) for k, ids in enumerate(candidates.tokens)]
-    log_probs = list(map(_noised, map(np.array, candidates.log_probs), noises, weights))
-    if candidates.below is not None:  # tokens keep their places, which others name
-        below = candidates.below
-        children = list(map(_children, below.ranks, below.log_probs, noises[1:], weights[1:]))
-        below = replace(below, ranks=[ranks for ranks, _ in children], log_probs=[values for _, values in children])
-        return replace(candidates, log_probs=[values.tolist() for values in log_probs], below=below)
-    orders = [np.argsort(-values, kind="stable")[:num_ranks] for values in log_probs]
-    tokens = [np.array(ids)[order].tolist() for ids, order in zip(candidates.tokens, orders, strict=True)]
-    values = [values[order].tolist() for values, order in zip(log_probs, orders, strict=True)]
-    return replace(candidates, tokens=tokens, log_probs=values)
+    weights = NOISE_SHARE * chooser.sampling.temperature / np.array(divisors[: candidates.num_heads])
+    noises, below = chooser.noise(position, candidates.tokens), candidates.below
+    if below is None:
+        parts = (candidates.tokens, candidates.log_probs, noises, weights)
+        tokens, log_probs = _best_first(*parts, num_ranks)
+        return replace(candidates, tokens=tokens, log_probs=log_probs)
+    ranks, given = [], []  # tokens keep their places, which others name
+    for k, (places, values) in enumerate(zip(below.ranks, below.log_probs, strict=True), 1):
+        weighed = np.repeat(weights[k], len(places))
+        ordered = _best_first(places, values, [noises[k][some] for some in places], weighed)
+        ranks.append(ordered[0])
+        given.append(ordered[1])
+    each = zip(candidates.log_probs, noises, weights, strict=True)
+    log_probs = [_noised(np.array(values), noise, weight).tolist() for values, noise, weight in each]
+    return replace(candidates, log_probs=log_probs, below=replace(below, ranks=ranks, log_probs=given))
 
 
-def _children(
-    ranks: Sequence[Sequence[int]], log_probs: Sequence[Sequence[float]], noise: Floats, weight: float
+def coupled_graft(graft: NgramDraft | None, chooser: Chooser, position: int) -> NgramDraft | None:
+    """An n-gram draft for a sequence; how likely its tokens are was learned of others at the same temperature."""
+    if graft is None or chooser.sampling.is_greedy:
+        return graft
+    noises = np.array(chooser.noise(position, [[token] for token in graft.tokens]))
+    weight = np.array(NOISE_SHARE * chooser.sampling.temperature)
+    noised = _noised(np.array(graft.log_probs)[:, None], noises, weight)[:, 0]
+    return replace(graft, log_probs=[*graft.log_probs[: graft.num_forced], *noised[graft.num_forced :].tolist()])
+
+
+def _best_first(
+    items: Sequence[Sequence[int]],
+    log_probs: Sequence[Sequence[float]],
+    noises: Sequence[Floats],
+    weights: Floats,
+    most: int | None = None,
 ) -> tuple[list[list[int]], list[list[float]]]:
-    """The children of each token of a depth, best first again."""
-    if len(set(map(len, ranks))) > 1:
-        each = [_children([places], [values], noise, weight) for places, values in zip(ranks, log_probs, strict=True)]
-        return [places for (places,), _ in each], [values for _, (values,) in each]
-    places = np.array(ranks, dtype=np.int64)
-    noised = _noised(np.array(log_probs), noise[places], weight)
-    order = np.argsort(-noised, axis=-1, kind="stable")
-    return np.take_along_axis(places, order, -1).tolist(), np.take_along_axis(noised, order, -1).tolist()
+    """Rows of items [n][R] in the order of their log p, and these; of each at most so many."""
+    if len(set(map(len, items))) > 1:
+        rows = [slice(n, n + 1) for n in range(len(items))]
+        each = [_best_first(items[n], log_probs[n], noises[n], weights[n], most) for n in rows]
+        return [row for (row,), _ in each], [values for _, (values,) in each]
+    noised = _noised(np.array(log_probs), np.array(noises), weights[:, None])
+    order = np.argsort(-noised, axis=-1, kind="stable")[:, :most]
+    ordered = np.take_along_axis(np.array(items, dtype=np.int64), order, -1)
+    return ordered.tolist(), np.take_along_axis(noised, order, -1).tolist()
 
 
-def _noised(log_probs: Floats, noise: Floats, weight: float) -> Floats:
-    """log p of the named tokens [..., R], from their log-probabilities without noise and the weighted noise.
+def _noised(log_probs: Floats, noise: Floats, weight: Floats) -> Floats:
+    """log p of the named tokens [..., R], from their log-probabilities without noise, noise and its weight [..., 1].
 
     number: log n of what is not named; the sum over its i of exp(weight log(n / i)) is taken for an integral.
     """
     unnamed = np.log(np.maximum(1 - np.exp(log_probs).sum(-1, keepdims=True), LEAST))
     number = np.maximum(unnamed - np.maximum(log_probs.min(-1, keepdims=True, initial=0), math.log(LEAST)), 0)
-    left = (1 - weight) or 1e-6
+    left = np.where(weight == 1, 1e-6, 1 - weight)
     best = unnamed - number + weight * (number + TYPICAL_NOISE)
     others = best + np.log1p(np.expm1(left * number) / left)
-    scores = log_probs + noise
+    scores = log_probs + weight * noise
     found: Floats = scores - np.logaddexp(np.logaddexp.reduce(scores, axis=-1, keepdims=True), others)
     return found

@@ -18,7 +18,6 @@ import secrets
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
 from typing import Any, Protocol, Self
 
 import numpy as np
@@ -27,6 +26,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from amphista.errors import RequestError, TargetError
+from amphista.native.noise import bits_at, first_bits
 
 Floats = NDArray[np.float64]
 TOP_P_FIRST = 1024
@@ -80,6 +80,11 @@ class Sampling:
             and not (self.logit_bias or self.suppress_tokens)
             and self.min_tokens == 0
         )
+
+    @property
+    def is_filtered(self) -> bool:
+        """Whether tokens of little probability are left out."""
+        return self.top_k > 0 or self.top_p < 1 or self.min_p > 0
 
     def with_seed(self) -> Self:
         """The same with a seed: its own, or a fresh one."""
@@ -154,26 +159,22 @@ def gumbel_noise(seed: int, position: int, vocab_size: int) -> Floats:
 
     Uniforms are 52 bits plus a half, so strictly inside (0, 1), and both logarithms are finite.
     """
-    return _noise(_random_bits(seed, position, vocab_size))
+    return _noise(first_bits(seed, position, vocab_size))
 
 
-def gumbel_argmax(scores: Floats, seed: int, position: int) -> int:
-    """argmax(scores + gumbel_noise(seed, position, V)), with logarithms for the tokens alone that can win.
+def gumbel_argmax(scores: NDArray[np.floating[Any]], seed: int, position: int, temperature: float = 1.0) -> int:
+    """argmax(scores / temperature + gumbel_noise(seed, position, V)), with logarithms for tokens alone that can win.
 
     Noise grows with its bits, so the largest bits bound it: where score + that bound stays below what the best-scored
     token reaches with its own noise, no logarithm is needed. At V = 49152 that leaves some hundred tokens.
     """
-    bits = _random_bits(seed, position, scores.size)
-    best = scores.argmax()
-    floor = scores[best] + _noise(bits[[best]])[0] - _noise(bits.max(keepdims=True))[0]
-    alive = np.flatnonzero(scores >= floor - ROUNDING)
-    return int(alive[(scores[alive] + _noise(bits[alive])).argmax()])
-
-
-@lru_cache(maxsize=64)  # of a position that is drafted for they are wanted several times
-def _random_bits(seed: int, position: int, vocab_size: int) -> NDArray[np.uint64]:
-    """64 random bits a token [V]."""
-    return np.random.Philox(key=seed, counter=[0, position, 0, 0]).random_raw(vocab_size)
+    bits, best = first_bits(seed, position, scores.size), scores.argmax()
+    top, reach = float(scores[best]), float(_noise(bits[[best]])[0] - _noise(bits.max(keepdims=True))[0])
+    with np.errstate(over="ignore"):
+        least = np.nextafter(scores.dtype.type(top + temperature * (reach - ROUNDING)), scores.dtype.type(-np.inf))
+        alive = np.flatnonzero(scores >= least)
+        below = (scores[alive].astype(np.float64) - top) / temperature
+    return int(alive[(below + _noise(bits[alive])).argmax()])
 
 
 def _noise(bits: NDArray[np.uint64]) -> Floats:
@@ -243,7 +244,6 @@ class Chooser:
     def __init__(self, sampling: Sampling, prompt_ids: Sequence[int], end_ids: Iterable[int] = ()) -> None:
         self.sampling = sampling
         self._seed = fresh_seed() if sampling.seed is None else sampling.seed
-        self._width = 0  # of the logits, once they were seen
         self._first = len(prompt_ids)  # the position of the first output token
         self._prompt = set(prompt_ids) if sampling.repetition_penalty != 1 else set()
         self.output: Counter[int] = Counter()  # replaced, never changed
@@ -267,15 +267,25 @@ class Chooser:
             token = int(scores.argmax())
             _refuse_broken(float(scores[token]))
         else:
-            token = gumbel_argmax(self._log_probs(logits, position, path), self._seed, position)
+            token = self._draw(logits, position, path)
         if self.grammar is not None:
             self.grammar.chose(position - self._first, token)
         return token
 
-    def noise(self, position: int, token_ids: Sequence[int]) -> Floats:
-        """The noise of some tokens at an absolute position, known before any logits are."""
-        ids = np.array(token_ids, dtype=np.int64)
-        return _noise(_random_bits(self._seed, position, max(self._width, 1 + ids.max(initial=0)))[ids])
+    def _draw(self, logits: Tensor, position: int, path: Iterable[int]) -> int:
+        if self.sampling.is_filtered:
+            return gumbel_argmax(self._log_probs(logits, position, path), self._seed, position)
+        adjusted = self._adjusted(logits, position, path).cpu()
+        scores: NDArray[np.floating[Any]] = adjusted.to(torch.promote_types(adjusted.dtype, torch.float32)).numpy()
+        _refuse_broken(float(scores.max()))
+        return gumbel_argmax(scores, self._seed, position, self.sampling.temperature)
+
+    def noise(self, position: int, token_ids: Sequence[Sequence[int]]) -> list[Floats]:
+        """The noise of some tokens at each of successive absolute positions, known before any logits are."""
+        bits = [bits_at(self._seed, at, ids) for at, ids in enumerate(token_ids, position)]
+        ends = np.cumsum([len(some) for some in bits])
+        noise = _noise(np.concatenate(bits))
+        return [noise[end - len(some) : end] for some, end in zip(bits, ends, strict=True)]
 
     def margin(self, logits: Tensor, position: int, path: Iterable[int] = ()) -> float:
         """Gap between the two best scores: the logit margin when greedy, the gap of the noised scores otherwise."""
@@ -290,7 +300,6 @@ class Chooser:
 
     def _log_probs(self, logits: Tensor, position: int, path: Iterable[int]) -> Floats:
         scores = self._adjusted(logits, position, path).double().cpu().numpy()
-        self._width = scores.size
         _refuse_broken(float(scores.max()))
         return filtered_log_probs(scores, self.sampling)
 

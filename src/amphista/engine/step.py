@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from amphista.accept.coupling import coupled, ranks_to_name
+from amphista.accept.coupling import coupled, coupled_graft, ranks_to_name
 from amphista.accept.logprobs import TokenLogprob, token_logprobs
 from amphista.accept.sampling import Chooser
 from amphista.accept.walk import walk
@@ -275,7 +275,7 @@ class Engine:
         depth = min(sequence.max_depth, self.grower.max_depth) if sequence.drafts else 0
         ids = sequence.token_ids
         graft = self.proposer.ngrams(sequence.lookup, ids, depth, seldom=seldom) if depth else None
-        grammar = sequence.chooser.grammar
+        grammar, graft = sequence.chooser.grammar, coupled_graft(graft, sequence.chooser, sequence.root_position + 1)
         if grammar is not None and depth:
             graft = with_forced(graft, grammar.forced(sequence.num_output)[: min(depth, self.max_nodes - 1)])
         return DraftRow(sequence.controller, graft, depth, sequence.pending, sequence.rows.num_unfed)

@@ -3,3 +3,4 @@
 #include "step.c"
 #include "drafter.c"
 #include "training.c"
+#include "noise.c"

@@ -96,5 +96,6 @@ def test_noise_is_the_choosers_own_whatever_it_has_seen():
         chooser = sampled(seed=8)
         if width:
             chooser.choose(torch.randn(width), 4)
-        assert np.array_equal(chooser.noise(6, [29, 3, 3]), gumbel_noise(8, 6, 30)[[29, 3, 3]])
-    assert chooser.noise(6, []).size == 0
+        found = chooser.noise(6, [[29, 3, 3], [], [7]])
+        assert np.array_equal(found[0], gumbel_noise(8, 6, 30)[[29, 3, 3]]) and found[1].size == 0
+        assert found[2] == gumbel_noise(8, 8, 30)[7]

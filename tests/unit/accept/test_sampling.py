@@ -286,8 +286,13 @@ def test_gumbel_argmax_is_the_argmax_with_all_noise(spread):
     for trial in range(60):
         scores = np.random.default_rng(trial).normal(size=3000) * spread
         scores[trial::7] = -np.inf
-        expected = int((scores + gumbel_noise(trial, 5, 3000)).argmax())
+        noise = gumbel_noise(trial, 5, 3000)
+        expected = int((scores + noise).argmax())
         assert gumbel_argmax(scores, trial, 5) == expected
+        for temperature in (0.3, 1.7):  # of float32, as logits come
+            rounded = scores.astype(np.float32)
+            drawn = int((rounded.astype(np.float64) / temperature + noise).argmax())
+            assert gumbel_argmax(rounded, trial, 5, temperature) == drawn
         winners.add(expected == int(scores.argmax()))
     assert winners == {True, False} or spread in (0.0, 30.0)
 

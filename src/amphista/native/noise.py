@@ -1,0 +1,56 @@
+"""Random bits by position, for keyed noise: numpy's, in C where the library is loaded already."""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+from collections.abc import Sequence
+from functools import lru_cache
+
+import numpy as np
+from numpy.typing import NDArray
+
+from amphista.native import build
+
+Words = NDArray[np.uint64]
+
+
+class _Room(threading.local):
+    """A thread's own: to touch memory for the first time takes longer than to fill it."""
+
+    words: Words = np.empty(0, dtype=np.uint64)
+
+
+_room = _Room()
+
+
+def first_bits(seed: int, position: int, count: int) -> Words:
+    """The first words [count] of a Philox generator whose key is `seed` and whose counter begins at `position`; valid
+    until the thread asks for others."""
+    if _room.words.size < count:
+        _room.words = np.empty(count, dtype=np.uint64)
+    bits = _room.words[:count]
+    return bits if _in_c(seed, position, None, bits) else _first(seed, position, count)
+
+
+def bits_at(seed: int, position: int, places: Sequence[int]) -> Words:
+    """Words of the same generator, by their places."""
+    ids = np.array(places, dtype=np.int64)
+    bits = np.empty(ids.size, dtype=np.uint64)
+    if _in_c(seed, position, ids, bits):
+        return bits
+    return _first(seed, position, 1 << int(ids.max(initial=0)).bit_length())[ids]
+
+
+def _in_c(seed: int, position: int, places: NDArray[np.int64] | None, bits: Words) -> bool:
+    """Whether the library has filled in the words."""
+    if not build.load.cache_info().currsize:
+        return False
+    words = ctypes.c_uint64(seed), ctypes.c_uint64(position)
+    rows = (None if places is None else ctypes.c_void_p(places.ctypes.data)), ctypes.c_int64(bits.size)
+    return bool(build.load().amphista_random_bits(*words, *rows, ctypes.c_void_p(bits.ctypes.data)))
+
+
+@lru_cache(maxsize=32)  # of a position that is drafted for they are wanted several times
+def _first(seed: int, position: int, count: int) -> Words:
+    return np.random.Philox(key=seed, counter=[0, position, 0, 0]).random_raw(count)
