@@ -13,12 +13,13 @@ ROWS = {
     BESIDE: "llama.cpp, the same GGUF file (Q4_1)",
     "ours gguf/none": "amphista, plain, the same file",
     "ours gguf/amphista+lookup": "**amphista, drafted, the default**",
+    "ours int8/amphista+lookup": "amphista, drafted, weights of 8 bits (`--dtype int8`, another target)",
 }
 BEGIN, END = "<!-- table: python -m benchmarks.lab.readme_table -->\n", "<!-- end of table -->"
 
 
 def table(summary: dict[str, Any]) -> str:
-    """Three rows of Markdown."""
+    """A row of Markdown each."""
     found = {row["method"]: row for row in summary["methods"]}
     beside = found[BESIDE]["decode_tokens_per_second"]
     lines = ["| | tokens/s | over llama.cpp | tokens of plain decoding |", "|---|---|---|---|"]

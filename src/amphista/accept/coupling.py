@@ -6,8 +6,8 @@ t that was measured for that, they say of the best l + T G, too:
 
     p = softmax((z + w T G) / t)
 
-w = 1 if z erred as l would with noise of its own. Drafts that look at the target's noise are the coupling of arXiv
-2408.07978 (drafter-invariant speculative decoding), here for trees; the target's choice stays its own.
+w = 1 if z erred as l would with noise of its own. Drafts that look at the target's noise are drafter-invariant
+speculative decoding (arXiv 2408.07978), here for trees; the target's choice stays its own.
 
 Tokens that a drafter does not name count as n of the probability of the last that it names, with noise as it typically
 lies, log(n / i) of the i-th.
