@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from amphista.accept import coupling
-from amphista.accept.coupling import coupled, ranks_to_name
+from amphista.accept.coupling import coupled, coupled_graft, ranks_to_name
 from amphista.accept.sampling import Chooser, Sampling, gumbel_noise
-from amphista.tree.candidates import Candidates, ConditionalRanks
+from amphista.tree.candidates import Candidates, ConditionalRanks, NgramDraft
 
 VOCAB = 40
 
@@ -74,6 +74,16 @@ def test_children_are_noised_each_for_itself_and_keep_their_places():
             expected = coupled(alone, chooser, 12, [1.25], 9) if whose else alone
             assert [tokens[1][place] for place in places] == expected.tokens[0]
             assert values == pytest.approx(expected.log_probs[0])
+
+
+def test_an_n_gram_draft_is_noised_token_by_token_but_for_what_is_certain():
+    graft, chooser = NgramDraft([4, 7, 9, 9], [0.0, -0.2, -0.7, -0.7], num_forced=1), sampled(temperature=1.0)
+    found = coupled_graft(graft, chooser, 20)
+    assert found.tokens == graft.tokens and found.num_forced == 1 and found.log_probs[0] == 0.0
+    for depth in (1, 2, 3):
+        alone = Candidates([[graft.tokens[depth]]], [[graft.log_probs[depth]]])
+        assert found.log_probs[depth] == pytest.approx(coupled(alone, chooser, 20 + depth, [1.0], 1).log_probs[0][0])
+    assert coupled_graft(graft, Chooser(Sampling(), []), 20) is graft and coupled_graft(None, chooser, 20) is None
 
 
 def test_greedy_sequences_and_empty_offers_stay_as_they_are():

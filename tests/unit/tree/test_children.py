@@ -135,6 +135,15 @@ def test_a_node_has_the_children_of_its_own_token():
     assert paths_of(best_first(7, candidates, 4, 2)) == [(10,), (10, 21), (11,)]
 
 
+def test_children_come_best_first_whatever_the_places_of_tokens():
+    """Of a drafter that knows paths tokens keep their places where noise has moved their probabilities."""
+    below = ConditionalRanks([[[0], [1], [0]]], [[[-0.3], [-0.2], [-0.1]]])
+    candidates = Candidates([[10, 11, 12], [20, 21]], [[-3.0, -0.2, -1.5], [-2.0, -0.4]], None, below)
+    offers = ChildCandidates(candidates, 5).below(1, on_graft=True)
+    assert [(offer.token, offer.rank) for offer in offers] == [(11, 1), (12, 2), (10, 0)]
+    assert paths_of(best_first(7, candidates, 5, 2)) == [(11,), (11, 21), (12,), (12, 20)]
+
+
 def test_a_graft_s_token_that_heads_name_keeps_its_children():
     below = ConditionalRanks([[[0], [1]]], [[[-0.1], [-0.1]]])
     graft = NgramDraft([11, 21], [math.log(0.5), math.log(0.5)])
