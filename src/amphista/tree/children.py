@@ -97,8 +97,9 @@ def _joined(heads: list[ChildCandidate], token: int, log_prob: float, rank: int 
     said = next((math.exp(offer.log_prob) for offer in heads if offer.token == token), 0.0)
     unknown = max(1 - math.exp(log_prob), 1e-9)
     share, left = min(1.0, math.exp(log_prob) + unknown * said), math.log(unknown)
+    joined = math.log(share) if share else log_prob  # below all numbers, as noise may have it
     others = [other._replace(log_prob=other.log_prob + left) for other in heads if other.token != token]
-    return sorted([ChildCandidate(token, math.log(share), True, rank), *others], key=lambda offer: -offer.log_prob)
+    return sorted([ChildCandidate(token, joined, True, rank), *others], key=lambda offer: -offer.log_prob)
 
 
 @dataclass
