@@ -10,7 +10,7 @@ from amphista.drafter.proposer import Proposer
 from amphista.engine.params import SamplingParams
 from amphista.engine.step import Engine
 from amphista.tree.grow import parse_tree
-from tests.decoding import begin
+from tests.decoding import begin, decode
 from tests.tiny import VOCAB, Scripted, tiny_target
 
 DEPTH, PROMPTS = 4, ([5, 6, 7], [9, 8, 7, 6, 5, 4], [3])
@@ -25,6 +25,18 @@ def answers(target, drafter, tree, prompts=PROMPTS):
     while going := [sequence for sequence in batch if not sequence.is_finished]:
         assert not [error for error in engine.step(going) if isinstance(error, Exception)]
     return batch
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("temperature", [1e308, 1e300, 200.0, 1e-5, 1e-300, 5e-324])
+def test_any_temperature_is_drafted_for(temperature):
+    """Numbers beyond all floats make no step fail."""
+    found = []
+    for drafter in (None, Proposer(knows_nothing(), use_lookup=True)):
+        engine = Engine(tiny_target(), drafter, parse_tree("9"))
+        params = SamplingParams(max_new_tokens=12, temperature=temperature, seed=1, ignore_eos=True)
+        found.append(decode(engine, [5, 6, 7] * 9, params).output_ids)
+    assert found[0] == found[1]
 
 
 def knows_nothing():

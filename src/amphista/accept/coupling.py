@@ -30,6 +30,7 @@ NUM_RANKS = 64  # of each head, for noise to choose among
 NOISE_SHARE = 0.7  # w: the likeliest, from 0.45 to 0.85, at temperatures of 0.7 and 1, Amphista's heads and Medusa's
 TYPICAL_NOISE = -math.log(math.log(2))  # the median
 LEAST = 1e-9  # a probability
+MOST = 1e6  # a weight of noise, beside which nothing else counts
 
 
 def ranks_to_name(choosers: Iterable[Chooser], num_ranks: int) -> int:
@@ -47,7 +48,8 @@ def coupled(
     """
     if chooser.sampling.is_greedy or not candidates.tokens:
         return candidates
-    weights = NOISE_SHARE * chooser.sampling.temperature / np.array(divisors[: candidates.num_heads])
+    heat = min(NOISE_SHARE * chooser.sampling.temperature, MOST)
+    weights = np.minimum(heat / np.array(divisors[: candidates.num_heads]), MOST)
     noises, below = chooser.noise(position, candidates.tokens), candidates.below
     if below is None:
         parts = (candidates.tokens, candidates.log_probs, noises, weights)
@@ -69,7 +71,7 @@ def coupled_graft(graft: NgramDraft | None, chooser: Chooser, position: int) -> 
     if graft is None or chooser.sampling.is_greedy:
         return graft
     noises = np.array(chooser.noise(position, [[token] for token in graft.tokens]))
-    weight = np.array(NOISE_SHARE * chooser.sampling.temperature)
+    weight = np.array(min(NOISE_SHARE * chooser.sampling.temperature, MOST))
     noised = _noised(np.array(graft.log_probs)[:, None], noises, weight)[:, 0]
     return replace(graft, log_probs=[*graft.log_probs[: graft.num_forced], *noised[graft.num_forced :].tolist()])
 
