@@ -8,6 +8,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from amphista.accept.coupling import NUM_RANKS
 from amphista.drafter.proposer import Proposer
 from amphista.engine.params import SamplingParams
 from amphista.engine.sequence_cache import SequenceCache
@@ -188,19 +189,19 @@ def test_mutation_of_the_feeding_is_seen(precise, monkeypatch, mutation):
     assert worst_difference(target, drafter)[0] > 1e-6
 
 
-def test_heads_are_divided_by_the_requests_temperature(precise, monkeypatch):
-    """The engine passes the request's temperature on, so that expected acceptance is the realised one."""
+@pytest.mark.parametrize(("temperature", "wanted"), [(0.0, 8), (0.6, NUM_RANKS)])
+def test_heads_name_enough_for_noise_to_choose_among(precise, monkeypatch, temperature, wanted):
+    """For a sampled request more than the tree holds; and as deep as it has room for."""
     target, drafters = precise
     drafter = drafters["amphista-full"]
     asked = []
     draft = drafter.draft_all
     monkeypatch.setattr(drafter, "draft_all", lambda *given: asked.append(given) or draft(*given))
     engine = Engine(target, drafter, parse_tree(9))
-    sequence = begin(engine, PROMPTS[0], SamplingParams(max_new_tokens=6, temperature=0.6, seed=0))
-    step(engine, sequence)
+    step(engine, begin(engine, PROMPTS[0], SamplingParams(max_new_tokens=6, temperature=temperature, seed=0)))
     ((ask,), num_ranks, _), *others = asked
-    assert not others and num_ranks == 8
-    assert (ask.temperature, ask.max_depth) == (0.6, 4)  # the heads that 6 tokens leave room for
+    assert not others and num_ranks == wanted
+    assert ask.max_depth == 4  # the heads that 6 tokens leave room for
 
 
 def test_the_drafter_rests_where_nothing_may_be_drafted(precise, monkeypatch):

@@ -110,6 +110,7 @@ def test_sources_are_in_the_package():
         "weights.c",
         "step.c",
         "drafter.c",
+        "noise.c",
         *(f"{name}.h" for name in ("layer", "attention", "team", "products", "lanes", "blocks", "tiles", "packed")),
     }
     assert "-ffp-contract=fast" in BASE_FLAGS and sys.maxsize > 2**32
