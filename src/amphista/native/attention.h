@@ -1,7 +1,8 @@
 /* What queries of one key head see: scores of keys, their exponentials, sums of values so weighted.
  *
  * Keys and values are rows of `size` numbers, float32 or bfloat16; a query is one as prepare() leaves it, `wide` words of
- * 4 bytes. A score has the same bits wherever it is worked out: lane by lane along the numbers, lanes folded at the end.
+ * 4 bytes. A score has the same bits wherever it is worked out: LANES keys are turned so that each has a lane, which runs
+ * along the words one by one, even and odd ones apart.
  */
 #ifndef AMPHISTA_ATTENTION_H
 #define AMPHISTA_ATTENTION_H
@@ -10,8 +11,7 @@
 
 #include "products.h"
 
-enum { QUAD = 4, MANY_QUERIES = 3 }; /* keys whose scores are worked out together, and from how many queries on */
-enum { KEYS_AHEAD = 4096 };          /* bytes: keys are worked on for so long that the next would come too late */
+enum { SCORED = 4, AHEAD_OF_CACHE = 4096 }; /* queries that read keys together; bytes: how early rows are asked for */
 #if LANES == 16
 enum { MIX_VECTORS = 4 };
 #else
@@ -24,111 +24,73 @@ typedef struct {
     long size, wide;
 } Cached;
 
-/* Queries of one key head; `spread` has each of their stretches of 16 bytes four times, `kept` room for sums. */
-typedef struct {
-    const float *rows; /* [n][wide] */
-    float *spread, *kept;
-    int n;
-} Queries;
+/* Numbers of 4 bytes that n queries take as rows, and LANES keys turned. */
+INLINE long queries_room(long n, long wide) { return (n + LANES) * wide; }
 
-/* Numbers of 4 bytes that n queries take as rows, spread and kept. */
-INLINE long queries_room(long n, long wide) { return n * (5 * wide + QUAD * LANES); }
-
-#if LANES == 16
 /* Adds the products of each word's number, or two numbers of 16 bits. */
 INLINE vec add_words(const int kind, vec total, uvec w, uvec x) {
     return kind == FLOAT32 ? total + (vec)w * (vec)x : add_pairs(total, w, x);
 }
 
-/* Four rows' stretches of 16 bytes side by side. */
-INLINE uvec beside(const uint32_t *from, long words) {
-    __m512i found = _mm512_castsi128_si512(_mm_loadu_si128((const __m128i *)from));
-    for (int k = 1; k < QUAD; k++)
-        found = _mm512_mask_broadcast_i32x4(found, (__mmask16)(0xf << 4 * k), _mm_loadu_si128((const __m128i *)(from + k * words)));
-    return (uvec)found;
+/* The words of LANES keys side by side, an even number: behind their own zeros. */
+static long turn_keys(const Cached *c, const any_word *const *keys, uint32_t *columns) {
+    const long whole = c->kind == FLOAT32 ? c->size : c->size / 2, has_half = c->kind != FLOAT32 && c->size % 2;
+    const long words = (whole + has_half + 1) / 2 * 2;
+    uvec *to = (uvec *)columns;
+    for (long i = 0; i + 4 <= whole; i += 4) turn_words(keys, i, to + i);
+    for (long i = whole / 4 * 4; i < words; i++)
+        for (int lane = 0; lane < LANES; lane++)
+            if (i < whole) to[i][lane] = keys[lane][i];
+            else to[i][lane] = i == whole && has_half ? *(const any_half *)(keys[lane] + i) : 0;
+    return words;
 }
 
-/* Four queries' sums of four keys each, lane l of key k in lane 4 k + l, folded as sums() does; [query][key]. */
-INLINE __m512 fold_fours(const float *kept) {
-    const __m512 a = _mm512_loadu_ps(kept), b = _mm512_loadu_ps(kept + 16);
-    const __m512 c = _mm512_loadu_ps(kept + 32), d = _mm512_loadu_ps(kept + 48);
-    const __m512 ab = _mm512_add_ps(_mm512_shuffle_ps(a, b, 0x44), _mm512_shuffle_ps(a, b, 0xee));
-    const __m512 cd = _mm512_add_ps(_mm512_shuffle_ps(c, d, 0x44), _mm512_shuffle_ps(c, d, 0xee));
-    const __m512 found = _mm512_add_ps(_mm512_shuffle_ps(ab, cd, 0x88), _mm512_shuffle_ps(ab, cd, 0xdd));
-    return _mm512_permutexvar_ps(_mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15), found);
-}
-
-/* Scores of four keys: the lanes that sums() folds by shuffles lie in vectors of their own, and are added. Keys are
- * read once for all queries. `kind` and `chunk` are constants. */
-INLINE void score_quad(const int kind, const int chunk, const uint32_t *keys, long words, const Queries *queries,
-                       float *out, long ldo) {
-    for (long at = 0; at < words; at += chunk) {
-        uvec key[16];
-        for (int g = 0; g < chunk / 4; g++) {
-            __builtin_prefetch((const char *)(keys + QUAD * at) + KEYS_AHEAD + 64 * g, 0, 2);
-            key[g] = beside(keys + at + 4 * g, words);
-            HOLD(key[g]);
-        }
-        for (int q = 0; q < queries->n; q++) {
-            const float *query = queries->spread + QUAD * (q * words + at);
-            float *kept = queries->kept + (long)q * QUAD * LANES;
-            vec part[4];
-            for (int g = 0; g < 4; g++) part[g] = at ? load(kept + g * LANES) : (vec){0};
-            for (int g = 0; g < chunk / 4; g++)
-                part[g % 4] = add_words(kind, part[g % 4], key[g], (uvec)load(query + g * LANES));
-            if (at + chunk < words) for (int g = 0; g < 4; g++) store(kept + g * LANES, part[g]);
-            else store(queries->kept + q * LANES, (part[0] + part[2]) + (part[1] + part[3]));
+/* Scores of `n` (a constant) queries with LANES keys, turned. `kind` is a constant. */
+INLINE void score_few(const int kind, const uint32_t *columns, long words, const float *queries, long wide, const int n,
+                      float *out, long ldo) {
+    vec even[SCORED], odd[SCORED];
+    for (int q = 0; q < n; q++) even[q] = odd[q] = (vec){0};
+    for (long i = 0; i < words; i += 2) {
+        uvec first = (uvec)load((const float *)columns + i * LANES), second = (uvec)load((const float *)columns + (i + 1) * LANES);
+        HOLD(first);
+        HOLD(second);
+        for (int q = 0; q < n; q++) {
+            even[q] = add_words(kind, even[q], first, (uvec)all(queries[q * wide + i]));
+            odd[q] = add_words(kind, odd[q], second, (uvec)all(queries[q * wide + i + 1]));
         }
     }
-    for (int q = 0; q < queries->n; q += 4) {
-        const __m512 found = fold_fours(queries->kept + q * LANES);
-        float *to = out + q * ldo;
-        const int n = queries->n - q;
-        _mm_storeu_ps(to, _mm512_castps512_ps128(found));
-        if (n > 1) _mm_storeu_ps(to + ldo, _mm512_extractf32x4_ps(found, 1));
-        if (n > 2) _mm_storeu_ps(to + 2 * ldo, _mm512_extractf32x4_ps(found, 2));
-        if (n > 3) _mm_storeu_ps(to + 3 * ldo, _mm512_extractf32x4_ps(found, 3));
+    for (int q = 0; q < n; q++) store(out + q * ldo, even[q] + odd[q]);
+}
+
+/* Scores of n queries [n][wide] with `count` keys: cache rows from `first` on or, of these, rows[at]. Whole vectors are
+ * stored: there is room behind. columns: room for LANES keys. */
+static void score(const Cached *c, const char *keys, int64_t first, const int32_t *rows, long count, const float *queries,
+                  int n, uint32_t *columns, float *out, long ldo) {
+    const long bytes = c->size * (c->kind == FLOAT32 ? 4 : 2);
+    for (long at = 0; at < count; at += LANES) {
+        const any_word *key[LANES];
+        for (long k = 0; k < LANES; k++) {
+            const long place = at + k < count ? at + k : count - 1; /* what lies beyond is worked out in vain */
+            key[k] = (const any_word *)(keys + (first + (rows ? rows[place] : place)) * bytes);
+        }
+        for (long byte = 0; byte < LANES * bytes && !rows; byte += 64)
+            __builtin_prefetch((const char *)key[0] + AHEAD_OF_CACHE + byte, 0, 2);
+        const long words = turn_keys(c, key, columns);
+        for (int q = 0; q < n; q += SCORED) {
+            const float *from = queries + q * c->wide;
+            float *to = out + q * ldo + at;
+#define SCORE(kind, number) score_few(kind, columns, words, from, c->wide, number, to, ldo)
+#define SCORE_KIND(kind)                                                                                               \
+    switch (n - q) {                                                                                                   \
+        case 1: SCORE(kind, 1); break;                                                                                 \
+        case 2: SCORE(kind, 2); break;                                                                                 \
+        case 3: SCORE(kind, 3); break;                                                                                 \
+        default: SCORE(kind, 4);                                                                                       \
     }
-}
-
-INLINE void spread_queries(const Queries *queries, long wide, long words) {
-    for (int q = 0; q < queries->n; q++)
-        for (long i = 0; i < words; i += 4)
-            _mm512_storeu_ps(queries->spread + QUAD * (q * words + i),
-                             _mm512_broadcast_f32x4(_mm_loadu_ps(queries->rows + q * wide + i)));
-}
-
-#define BY_QUADS(kind, chunk)                                                                                          \
-    for (; at + QUAD <= count; at += QUAD)                                                                             \
-        score_quad(kind, chunk, (const uint32_t *)keys + (row + at) * words, words, queries, out + at, ldo)
-#endif
-
-/* Scores of n queries [n][wide] with the keys of `count` cache rows from `row` on. */
-static void score(const Cached *c, const void *keys, int64_t row, long count, const float *queries, int n, float *out,
-                  long ldo) {
-    const long size = c->size;
-    if (c->kind == FLOAT32)
-        float_dots((const float *)keys + row * size, size, count, queries, c->wide, n, size, out, ldo);
-    else
-        bf16_dots((const uint16_t *)keys + row * size, size, count, (const uint16_t *)queries, 2 * c->wide, n, size, out,
-                  ldo);
-}
-
-/* The same of many keys, four at a time where there are queries enough and their size is a common one. */
-static void score_many(const Cached *c, const void *keys, int64_t row, long count, const Queries *queries, float *out,
-                       long ldo) {
-    long at = 0;
-#if LANES == 16
-    const long words = c->kind == FLOAT32 ? c->size : c->size % 2 ? 1 : c->size / 2;
-    if (queries->n >= MANY_QUERIES && words % 32 == 0) {
-        spread_queries(queries, c->wide, words);
-        if (c->kind == FLOAT32 && words % 64 == 0) BY_QUADS(FLOAT32, 64);
-        else if (c->kind == FLOAT32) BY_QUADS(FLOAT32, 32);
-        else if (words % 64 == 0) BY_QUADS(BFLOAT16, 64);
-        else BY_QUADS(BFLOAT16, 32);
+            if (c->kind == FLOAT32) SCORE_KIND(FLOAT32)
+            else SCORE_KIND(BFLOAT16)
+        }
     }
-#endif
-    score(c, keys, row + at, count - at, queries->rows, queries->n, out + at, ldo);
 }
 
 /* Scores [count] become their exponentials, the largest 1; their sum. There is room for padding behind them. */
@@ -155,6 +117,7 @@ INLINE void mix_stretch(int kind, const char *values, long size, const int vecto
     for (long s = 0; s < count; s++) {
         vec value[MIX_VECTORS];
         for (int v = 0; v < vectors; v++) {
+            __builtin_prefetch(values + (s * size + v * LANES) * (kind == FLOAT32 ? 4 : 2) + AHEAD_OF_CACHE, 0, 2);
             if (kind == FLOAT32) {
                 const float *at = (const float *)values + s * size + v * LANES;
                 value[v] = part == LANES ? load(at) : load_part(at, part);

@@ -110,17 +110,21 @@ static void begin_rows(const Drafting *g, const Worker *worker) {
 /* [norm(state) ; what is beside it] of all rows, times W_fuse. */
 static void fuse_stage(const Drafting *g, const Stage *stage, const float *from, float *to, Worker *worker) {
     const Stack *m = &g->h->stages;
-    const int n = g->batch.num_rows, thread = worker->thread;
-    const long size = stage->fuse.inputs - m->hidden, wide = padded(m->hidden + size), hidden = padded(m->hidden);
-    float *rows = g->work.own_rows[thread];
-    for (int r = 0; r < n; r++) {
-        float *row = rows + r * wide;
-        norm_row(from + r * hidden, stage->state_norm, m->hidden, m->eps, row);
-        memcpy(row + m->hidden, g->beside + r * size_beside(g->h), 4 * (size_t)size);
-        memset(row + m->hidden + size, 0, 4 * (size_t)(wide - m->hidden - size));
-    }
     const Product *fuse = &stage->fuse;
-    const Rows x = prepare(fuse, rows, wide, n, g->work.own_prepared[thread], g->work.own_steps[thread]);
+    const int n = g->batch.num_rows, owner = owner_of(n, worker);
+    const long size = fuse->inputs - m->hidden, wide = padded(m->hidden + size), hidden = padded(m->hidden);
+    float *rows = g->work.own_rows[owner], *prepared = g->work.own_prepared[owner], *steps = g->work.own_steps[owner];
+    for (int first = -1, count; (count = take_rows(worker, n, &first));) {
+        for (int r = first; r < first + count; r++) {
+            float *row = rows + r * wide;
+            norm_row(from + r * hidden, stage->state_norm, m->hidden, m->eps, row);
+            memcpy(row + m->hidden, g->beside + r * size_beside(g->h), 4 * (size_t)size);
+            memset(row + m->hidden + size, 0, 4 * (size_t)(wide - m->hidden - size));
+        }
+        prepare_some(fuse, rows, wide, n, first, count, prepared, steps);
+    }
+    meet_behind_rows(worker, n, blocks_of(m->hidden));
+    const Rows x = form_of(fuse, rows, wide, prepared, steps);
     product_stage(fuse, &x, n, worker, to, hidden, 0, NULL);
 }
 
@@ -142,7 +146,7 @@ static void feed(const Drafting *g, Worker *worker) {
     for (int l = 0; l < num_layers; l++) {
         const float *from = g->states[(l + 1) % 2];
         w.states = g->states[l % 2];
-        meet(worker, blocks_of(m->hidden));
+        meet_for_rows(worker, n, blocks_of(m->hidden));
         if (l) keep_features(g, 0, from, 0, worker);
         fuse_stage(g, g->h->fusing + l, from, w.states, worker);
         project(m, m->layers + l, &w, n, worker);
@@ -167,12 +171,6 @@ static void feed(const Drafting *g, Worker *worker) {
 
 /* -- asking ------------------------------------------------------------------------------------------------------- */
 
-/* Prepared rows from the given one on. */
-static Rows rows_from(Rows x, int kind, long row) {
-    const long bytes = kind == INT8 ? 1 : kind == BFLOAT16 ? 2 : 4, away = x.are_pairs ? 4 : x.stride * bytes;
-    return (Rows){(const char *)x.data + row * away, x.steps ? x.steps + row : NULL, x.stride, x.are_pairs, NULL};
-}
-
 /* One residual block of all heads, from features (NULL) or slots to slots. */
 static void block_stage(const Drafting *g, int number, const float *from, float *to, Worker *worker) {
     const Heads *h = g->h;
@@ -186,11 +184,12 @@ static void block_stage(const Drafting *g, int number, const float *from, float 
         memcpy(rows + i * hidden, from ? from + i * hidden : feature, 4 * (size_t)hidden);
     }
     const float *positions = number + 1 == h->num_blocks ? h->slot_positions : NULL;
-    const Rows x = prepare(products, rows, hidden, n, g->work.own_prepared[thread], g->work.own_steps[thread]);
+    float *prepared = g->work.own_prepared[thread], *steps = g->work.own_steps[thread];
+    for (int k = 0; k < n; k += num) prepare(products, rows + k * hidden, hidden, num, prepared + k * hidden, steps + k);
     for (int piece = take(worker); piece >= 0; piece = take(worker)) {
-        const int k = piece / blocks_of(size);
+        const int k = piece / blocks_of(size), row = k * num;
         const long first = (long)(piece % blocks_of(size)) * BLOCK, count = block_size(size, first);
-        const Rows own = rows_from(x, products->kind, (long)k * num);
+        const Rows own = form_of(products, rows + row * hidden, hidden, prepared + row * hidden, steps + row);
         multiply(products + k, &own, num, first, count, block, BLOCK);
         for (int b = 0; b < num; b++) {
             const long at = (k * num + b) * hidden + first;
@@ -271,17 +270,17 @@ static void output_stage(const Drafting *g, const float *slots, Worker *worker) 
 
 static void score_stage(const Drafting *g, Worker *worker) {
     const Heads *h = g->h;
-    const int num = g->batch.num_spans, n = g->d->depth * num, thread = worker->thread, kind = h->scores->kind;
+    const int n = g->d->depth * g->batch.num_spans, num = h->has_own_scores ? g->batch.num_spans : n; /* rows of a product */
     const int blocks = blocks_of(h->scores->outputs);
-    const long size = h->stages.hidden;
+    const long size = padded(h->stages.hidden);
+    float *prepared = g->work.own_prepared[worker->thread], *steps = g->work.own_steps[worker->thread];
     meet(worker, h->has_own_scores ? g->d->depth * blocks : blocks);
-    const Rows x = prepare(h->scores, g->outputs, padded(size), n, g->work.own_prepared[thread], g->work.own_steps[thread]);
+    for (int k = 0; k < n; k += num) prepare(h->scores, g->outputs + k * size, size, num, prepared + k * size, steps + k);
     for (int piece = take(worker); piece >= 0; piece = take(worker)) {
-        const int k = piece / blocks;
+        const int k = piece / blocks, row = k * num;
         const long first = (long)(piece % blocks) * BLOCK, count = block_size(h->scores->outputs, first);
-        const Rows own = rows_from(x, kind, (long)k * num);
-        float *to = g->logits + k * num * g->most_logits + first;
-        multiply(h->scores + k, &own, h->has_own_scores ? num : n, first, count, to, g->most_logits);
+        const Rows own = form_of(h->scores, g->outputs + row * size, size, prepared + row * size, steps + row);
+        multiply(h->scores + k, &own, num, first, count, g->logits + row * g->most_logits + first, g->most_logits);
     }
 }
 

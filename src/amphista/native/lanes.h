@@ -29,10 +29,16 @@ typedef uint32_t uvec __attribute__((vector_size(4 * LANES)));
 typedef float four __attribute__((vector_size(16)));
 typedef float any_vec __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 typedef uint32_t any_uvec __attribute__((vector_size(4 * LANES), aligned(2), may_alias));
+typedef uint32_t any_word __attribute__((aligned(2), may_alias));
+typedef uint16_t any_half __attribute__((may_alias));
 
 INLINE long padded(long count) { return (count + PAD - 1) / PAD * PAD; }
 INLINE vec load(const float *from) { return *(const any_vec *)from; }
 INLINE void store(float *to, vec value) { *(any_vec *)to = value; }
+INLINE void store_some(float *to, vec value, long count) {
+    if (count >= LANES) store(to, value);
+    else memcpy(to, &value, (size_t)count * sizeof *to);
+}
 INLINE vec all(float value) { return value - (vec){0}; }
 INLINE vec select_vec(ivec mask, vec yes, vec no) { return (vec)(((ivec)yes & mask) | ((ivec)no & ~mask)); }
 
@@ -101,6 +107,30 @@ INLINE uvec load_pairs(const uint16_t *from, long count) {
     uvec part = {0};
     memcpy(&part, from, (size_t)count * sizeof *from);
     return part;
+}
+
+/* Four words of each of LANES rows, from `at` on, turned: each word's of all rows side by side. */
+INLINE void turn_words(const any_word *const *rows, long at, uvec *to) {
+#if LANES == 16
+#define WORDS(row) _mm_loadu_si128((const __m128i *)(rows[row] + at))
+    __m512i v[4], t[4];
+    for (int a = 0; a < 4; a++) {
+        v[a] = _mm512_castsi128_si512(WORDS(a));
+        for (int k = 1; k < 4; k++) v[a] = _mm512_mask_broadcast_i32x4(v[a], (__mmask16)(0xf << 4 * k), WORDS(4 * k + a));
+    }
+    for (int k = 0; k < 2; k++) {
+        t[k] = _mm512_unpacklo_epi32(v[2 * k], v[2 * k + 1]);
+        t[2 + k] = _mm512_unpackhi_epi32(v[2 * k], v[2 * k + 1]);
+    }
+    for (int k = 0; k < 2; k++) {
+        to[2 * k] = (uvec)_mm512_unpacklo_epi64(t[2 * k], t[2 * k + 1]);
+        to[2 * k + 1] = (uvec)_mm512_unpackhi_epi64(t[2 * k], t[2 * k + 1]);
+    }
+#undef WORDS
+#else
+    for (int i = 0; i < 4; i++)
+        for (int lane = 0; lane < LANES; lane++) to[i][lane] = rows[lane][at + i];
+#endif
 }
 
 /* Four vectors' sums at once. Each is summed in the same order, whatever stands beside it. */

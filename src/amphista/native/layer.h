@@ -64,7 +64,7 @@ typedef struct {
     int32_t num_inputs, prefix_rows;
 } Batch;
 
-enum { ROWS_AT_ONCE = 4 };
+enum { ROWS_AT_ONCE = 8, MANY_ROWS = 32, ROWS_A_PIECE = 16 };
 enum { BAD_SPAN = 1, BAD_PARENT, BAD_ID, BAD_POSITION, BAD_CAPACITY, BAD_WANTED, BAD_WORKSPACE, BAD_TAP };
 
 /* Rows of one span that read the same keys together: the committed ones, and `shared` rows of the span that lie behind
@@ -169,11 +169,35 @@ static void norm_row(const float *from, const float *weight, long len, float eps
     for (long i = 0; i < padded(len); i += LANES) store(to + i, load(from + i) * factor * load(weight + i));
 }
 
-static Rows normed(const Stack *m, const Work *w, int n, const float *weight, const Product *p, int thread) {
-    const long size = padded(m->hidden);
-    float *rows = w->own_rows[thread];
-    for (int r = 0; r < n; r++) norm_row(w->states + r * size, weight, m->hidden, m->eps, rows + r * size);
-    return prepare(p, rows, size, n, w->own_prepared[thread], w->own_steps[thread]);
+/* Rows are made ready for a product by every thread for itself, which costs less than to meet once more, or, of many,
+ * a stretch at a time for all. `pieces`: of the product. */
+INLINE int is_shared(int n) { return n >= MANY_ROWS; }
+INLINE int owner_of(int n, const Worker *worker) { return is_shared(n) ? 0 : worker->thread; }
+INLINE void meet_for_rows(Worker *worker, int n, int pieces) { meet(worker, is_shared(n) ? (n + ROWS_A_PIECE - 1) / ROWS_A_PIECE : pieces); }
+INLINE void meet_behind_rows(Worker *worker, int n, int pieces) { if (is_shared(n)) meet(worker, pieces); }
+
+/* The next rows this thread makes ready, from *first on, which is -1 before; 0: no more. */
+static int take_rows(Worker *worker, int n, int *first) {
+    const int piece = is_shared(n) ? take(worker) : *first < 0 ? 0 : -1;
+    if (piece < 0) return 0;
+    *first = piece * ROWS_A_PIECE;
+    return is_shared(n) && n - *first > ROWS_A_PIECE ? ROWS_A_PIECE : n - *first;
+}
+
+/* n rows [n][stride], normed if there is a norm, ready for a product. */
+static Rows ready(const Stack *m, const Work *w, int n, const float *from, long stride, const float *norm, const Product *p,
+                  Worker *worker, int pieces) {
+    const int owner = owner_of(n, worker);
+    float *rows = w->own_rows[owner], *prepared = w->own_prepared[owner], *steps = w->own_steps[owner];
+    const float *source = norm ? rows : from;
+    meet_for_rows(worker, n, pieces);
+    for (int first = -1, count; (count = take_rows(worker, n, &first));) {
+        for (int r = first; r < first + count && norm; r++)
+            norm_row(from + r * stride, norm, m->hidden, m->eps, rows + r * stride);
+        prepare_some(p, source, stride, n, first, count, prepared, steps);
+    }
+    meet_behind_rows(worker, n, pieces);
+    return form_of(p, source, stride, prepared, steps);
 }
 
 /* A product for all rows, block by block, stored (to) or added to the states. */
@@ -289,7 +313,7 @@ static void attend(const Stack *m, const Layer *layer, int l, const Batch *f, co
     const int64_t at_prefix = (int64_t)(head / (m->heads / m->key_heads)) * f->prefix_rows;
     const Cached c = {m->cache_kind, size, wide};
     float *scores = w->own_scores[thread], *mix = w->own_mix[thread], *queries = mix + n * wide;
-    const Queries together = {queries, queries + n * wide, queries + 5 * n * wide, (int)n};
+    uint32_t *columns = (uint32_t *)(queries + n * wide);
     int32_t *path = w->own_path[thread];
     const int position = w->position[part->row], reach = layer->window + MUTANT(WIDE_WINDOW);
     const int first = layer->window && position >= reach ? position - reach + 1 : 0; /* parts of windows are one row */
@@ -300,17 +324,15 @@ static void attend(const Stack *m, const Layer *layer, int l, const Batch *f, co
     for (int r = 0; r < part->count; r++)
         memcpy(queries + r * num_heads * wide, w->queries + ((long)(part->row + r) * m->heads + head) * wide,
                (size_t)(num_heads * wide) * sizeof *queries);
-    if (committed) score_many(&c, keys, first, committed, &together, scores, ldw);
+    score(&c, keys, first, NULL, committed, queries, (int)n, columns, scores, ldw);
     for (int r = 0; r < part->count; r++) {
         const int count = path_of(f, w, span, part->row + r, skipped, path);
         const long prefix = prefix_of(f, part->row + r);
         float *own = scores + r * num_heads * ldw;
-        for (int at = 0; at < count; at += (int)run_of(path, count, at))
-            score(&c, keys, span->committed + path[at], run_of(path, count, at), queries + r * num_heads * wide,
-                  num_heads, own + committed + at, ldw);
+        const float *query = queries + r * num_heads * wide;
+        score(&c, keys, span->committed, path, count, query, num_heads, columns, own + committed, ldw);
         if (prefix)
-            score(&c, f->prefix_keys[l], at_prefix, prefix, queries + r * num_heads * wide, num_heads,
-                  own + committed + count, ldw);
+            score(&c, f->prefix_keys[l], at_prefix, NULL, prefix, query, num_heads, columns, own + committed + count, ldw);
         for (int h = 0; h < num_heads; h++) /* the sum lies at the end of the line, behind the padding */
             own[h * ldw + ldw - 1] = exponentials(own + h * ldw, committed + count + prefix);
     }
@@ -336,37 +358,33 @@ static int heads_at_once(const Stack *m, const Work *w, int team) {
     return w->num_parts * m->key_heads < team ? 1 : m->heads / m->key_heads;
 }
 
-/* (3) of all parts. */
+/* (3) of all parts, head by head: what parts of one sequence read is read again while it is near. */
 static void attention_stage(const Stack *m, const Layer *layer, int l, const Batch *f, const Work *w,
                             Worker *worker) {
     const int num_heads = heads_at_once(m, w, worker->team), pieces = m->heads / num_heads;
     meet(worker, w->num_parts * pieces);
     for (int i = take(worker); i >= 0; i = take(worker))
-        attend(m, layer, l, f, w, w->parts + i / pieces, i % pieces * num_heads, num_heads,
+        attend(m, layer, l, f, w, w->parts + i % w->num_parts, i / w->num_parts * num_heads, num_heads,
                worker->thread);
 }
 /* (1) of n rows. */
 static void project(const Stack *m, const Layer *layer, const Work *w, int n, Worker *worker) {
     const Product *qkv = &layer->qkv;
-    meet(worker, blocks_of(qkv->outputs));
-    const Rows x = normed(m, w, n, layer->attention_norm, qkv, worker->thread);
+    const Rows x = ready(m, w, n, w->states, padded(m->hidden), layer->attention_norm, qkv, worker, blocks_of(qkv->outputs));
     product_stage(qkv, &x, n, worker, w->qkv, qkv->outputs, 0, w->own_block[worker->thread]);
 }
 
 /* (4) to (6) of n rows. */
 static void widen(const Stack *m, const Layer *layer, const Work *w, int n, Worker *worker) {
-    const long hidden = padded(m->hidden), inner = padded(m->inner), attended = (long)m->heads * m->head_size;
-    const int thread = worker->thread;
-    float *block = w->own_block[thread], *prepared = w->own_prepared[thread], *steps = w->own_steps[thread];
-    meet(worker, blocks_of(layer->output.outputs));
-    Rows x = prepare(&layer->output, w->mixed, padded(attended), n, prepared, steps);
-    product_stage(&layer->output, &x, n, worker, w->states, hidden, 1, block);
-    meet(worker, blocks_of(m->inner));
-    x = normed(m, w, n, layer->mlp_norm, is_packed(layer->up.kind) ? &layer->up : &layer->gate, thread);
+    const long hidden = padded(m->hidden), inner = padded(m->inner), attended = padded((long)m->heads * m->head_size);
+    const Product *output = &layer->output, *gate = is_packed(layer->up.kind) ? &layer->up : &layer->gate, *down = &layer->down;
+    float *block = w->own_block[worker->thread];
+    Rows x = ready(m, w, n, w->mixed, attended, NULL, output, worker, blocks_of(output->outputs));
+    product_stage(output, &x, n, worker, w->states, hidden, 1, block);
+    x = ready(m, w, n, w->states, hidden, layer->mlp_norm, gate, worker, blocks_of(m->inner));
     gated_stage(m, layer, &x, n, worker, w->inner, block);
-    meet(worker, blocks_of(layer->down.outputs));
-    x = prepare(&layer->down, w->inner, inner, n, prepared, steps);
-    product_stage(&layer->down, &x, n, worker, w->states, hidden, 1, block);
+    x = ready(m, w, n, w->inner, inner, NULL, down, worker, blocks_of(down->outputs));
+    product_stage(down, &x, n, worker, w->states, hidden, 1, block);
 }
 
 /* Zeros wherever rows are padded, of this thread's share of n rows. */

@@ -180,7 +180,7 @@ INLINE void packed_tiles(const int kind, const uint8_t *w, const __m512i *ready,
     enum { UNDER_WAY = 2 };
     __m512i wide[2 * UNDER_WAY][8], sums[2][DIGITS * TILE_ROWS];
     __m512 scales, minima, total[TILE_ROWS];
-    for (int r = 0; r < rows; r++) total[r] = _mm512_setzero_ps();
+    for (int r = 0; r < TILE_ROWS; r++) total[r] = _mm512_setzero_ps();
     const long ldx = rows * row_bytes(STRETCH);
     for (long s = 0; s < stretches + UNDER_WAY + 2; s++) {
         const long t = s - UNDER_WAY, u = t - 2;
@@ -197,9 +197,11 @@ INLINE void packed_tiles(const int kind, const uint8_t *w, const __m512i *ready,
         if (u < 0) continue;
         const __m512i *found = sums[u & 1];
         load_terms(kind, w + u * packed_bytes(kind), &scales, &minima);
+#pragma GCC unroll 16
         for (int r = 0; r < rows; r++)
             total[r] = add_stretch(total[r], found[r], found[rows + r], x + u * ldx + rows * DIGITS * STRETCH, r, scales, minima);
     }
+#pragma GCC unroll 16
     for (int r = 0; r < rows; r++) _mm512_storeu_ps(out[r], total[r]);
 }
 #else
@@ -225,8 +227,11 @@ INLINE void packed_dots(const int kind, const uint8_t *weight, const uint8_t *x,
             float found[TILE_ROWS][ABREAST];
             if (may_use_tiles && rows >= LEAST_PACKED_TILE_ROWS) {
                 const __m512i *ready = is_ready ? unpacked[0] : NULL;
-                if (rows == TILE_ROWS) packed_tiles(kind, w, ready, at, TILE_ROWS, stretches, found); /* totals in registers */
-                else packed_tiles(kind, w, ready, at, rows, stretches, found);
+                switch (rows) { /* where their number is a constant, totals stay in registers */
+#define ALL_ROWS(count) case count: packed_tiles(kind, w, ready, at, count, stretches, found); break
+                    ALL_ROWS(4); ALL_ROWS(5); ALL_ROWS(6); ALL_ROWS(7); ALL_ROWS(8); ALL_ROWS(16);
+                    default: packed_tiles(kind, w, ready, at, rows, stretches, found);
+                }
             } else {
                 for (int k = 0; k < rows; k += PACKED_ROWS)
                     switch (rows - k < PACKED_ROWS ? rows - k : PACKED_ROWS) {

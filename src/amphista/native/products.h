@@ -48,7 +48,7 @@ typedef struct {
     const void *data;
     const float *steps; /* INT8: what 1 stands for in each row */
     long stride;
-    int are_pairs; /* BFLOAT16 for tiles: [inputs / 2][stride][2] */
+    int are_pairs; /* BFLOAT16 for tiles: groups of up to 2 * TILE_ROWS rows, [inputs / 2][rows][2] */
     const uint8_t *digits; /* PACKED: of groups of TILE_ROWS rows or fewer */
 } Rows;
 
@@ -173,7 +173,7 @@ INLINE int group_of(int rows, int most) {
 #define BF16_TILE(w, ldw, valid, x, ldx, len, out, ldo, rows)                                                   \
     bf16_tile(w, ldw, valid, x, ldx, (rows) < BF16_ROWS ? (rows) : BF16_ROWS, len, out, ldo)
 
-/* Dots of `outputs` weight rows with n rows: also scores of keys with queries. */
+/* Dots of `outputs` weight rows with n rows. */
 static void float_dots(const float *w, long ldw, long outputs, const float *x, long ldx, int n, long len, float *out,
                        long ldo) {
     const int group = group_of(n, FLOAT_ROWS);
@@ -211,12 +211,20 @@ static void bf16_tiles(const Product *p, const Rows *rows, int n, long first, lo
     const int group = group_of(n, 2 * TILE_ROWS);
     const long from = first + BLOCK <= p->outputs ? first : p->outputs - BLOCK; /* whole blocks: the last overlaps */
     for (int r = 0; r < n; r += group) {
-        const int at = r + group < n ? r : n - group; /* always so many: the last may be worked out twice */
+        const int size = n - r < group ? n - r : group;
         float found[BLOCK][2 * TILE_ROWS];
-        bf16_tile_dots((const uint16_t *)p->weight + from * p->inputs, (const uint32_t *)rows->data + at, rows->stride,
-                       group, p->inputs, found);
-        for (int k = 0; k < group; k++)
-            for (long o = 0; o < count; o++) out[(at + k) * ldo + o] = found[first - from + o][k];
+        bf16_tile_dots((const uint16_t *)p->weight + from * p->inputs, (const uint32_t *)rows->data + r * p->inputs / 2, size,
+                       p->inputs, found);
+        for (long o = 0; o < count; o += LANES) {
+            const any_word *line[LANES];
+            for (long k = 0; k < LANES; k++) line[k] = (const any_word *)found[o + k < count ? first - from + o + k : 0];
+            for (int row = 0; row < size; row += 4) {
+                uvec turned[4];
+                turn_words(line, row, turned);
+                for (int k = 0; k < 4 && row + k < size; k++)
+                    store_some(out + (r + row + k) * ldo + o, (vec)turned[k], count - o);
+            }
+        }
     }
 }
 
@@ -466,32 +474,41 @@ static void weight_row(const Product *p, long row, float *out) {
 INLINE long prepared_size(long len) { return padded(len); }
 
 /* n rows [n][stride], zeros behind their `len` numbers, rounded to bfloat16. */
-static Rows round_rows(const float *from, long stride, int n, long len, uint16_t *room) {
+static void round_rows(const float *from, long stride, int n, long len, uint16_t *room) {
     const long size = padded(len);
     for (int r = 0; r < n; r++)
         for (long i = 0; i < size; i += LANES) store_bf16(room + r * size + i, load(from + r * stride + i));
-    return (Rows){room, NULL, size, 0, NULL};
 }
 
-/* The same in pairs, row by row side by side. */
-static Rows pair_rows(const float *from, long stride, int n, long len, uint32_t *room) {
-    uint32_t pairs[PAD / 2];
-    for (int r = 0; r < n; r++)
+/* The same in pairs, as rows `first` and so on of `rows`, side by side in groups. */
+static void pair_rows(const float *from, long stride, int n, long len, int first, int rows, uint32_t *room) {
+    const int group = group_of(rows, 2 * TILE_ROWS);
+    for (int r = first, count; r < first + n; r += count, from += count * stride) {
+        const int begin = r / group * group, end = rows < begin + group ? rows : begin + group;
+        uint32_t pairs[LANES][PAD / 2];
+        const any_word *line[LANES];
+        count = r + LANES < end ? LANES : end - r;
+        if (first + n - r < count) count = first + n - r;
+        for (int k = 0; k < LANES; k++) line[k] = pairs[k < count ? k : 0];
         for (long i = 0; i < len; i += PAD) {
-            for (long k = 0; k < PAD; k += LANES) store_bf16((uint16_t *)pairs + k, load(from + r * stride + i + k));
-            for (long k = 0; k < PAD / 2 && i + 2 * k < len; k++) room[(i / 2 + k) * n + r] = pairs[k];
+            for (int k = 0; k < count; k++) round_rows(from + k * stride + i, stride, 1, PAD, (uint16_t *)pairs[k]);
+            for (long w = 0; w < PAD / 2 && i + 2 * w < len; w += 4) {
+                uvec turned[4];
+                turn_words(line, w, turned);
+                for (int k = 0; k < 4; k++)
+                    store_some((float *)room + begin * len / 2 + (i / 2 + w + k) * (end - begin) + r - begin, (vec)turned[k], count);
+            }
         }
-    return (Rows){room, NULL, n, 1, NULL};
+    }
 }
 
-/* The same as they are, with their digits beside them. */
-static Rows packed_form(const float *from, long stride, int n, long len, uint8_t *room) {
-    const int group = group_of(n, TILE_ROWS);
-    for (int r = 0; r < n; r++) {
-        const int first = r / group * group, rows = n - first < group ? n - first : group;
-        digits_of(from + r * stride, len, r - first, rows, room + first * row_bytes(len));
+/* The same as digits, in groups of up to TILE_ROWS of `rows`. */
+static void digit_rows(const float *from, long stride, int n, long len, int first, int rows, uint8_t *room) {
+    const int group = group_of(rows, TILE_ROWS);
+    for (int r = first; r < first + n; r++, from += stride) {
+        const int begin = r / group * group, size = rows - begin < group ? rows - begin : group;
+        digits_of(from, len, r - begin, size, room + begin * row_bytes(len));
     }
-    return (Rows){from, NULL, stride, 0, room};
 }
 
 INLINE int reads_digits(const Product *p) {
@@ -501,15 +518,9 @@ INLINE int reads_digits(const Product *p) {
     return any;
 }
 
-/* n rows [n][stride], zeros behind their numbers, as the weight wants them; `room` is for a copy. */
-static Rows prepare(const Product *p, const float *from, long stride, int n, float *room, float *steps) {
-    const long size = padded(p->inputs);
-    if (is_tiled(p)) return pair_rows(from, stride, n, p->inputs, (uint32_t *)room);
-    if (p->kind == BFLOAT16) return round_rows(from, stride, n, p->inputs, (uint16_t *)room);
-    if (reads_digits(p)) return packed_form(from, stride, n, p->inputs, (uint8_t *)room);
-    if (p->kind != INT8) return (Rows){from, NULL, stride, 0, NULL};
+/* n rows [n][stride], zeros behind their numbers, rounded to 8 bits. */
+static void level_rows(const float *from, long stride, int n, long size, uint8_t *numbers, float *steps) {
     typedef uint8_t bytes __attribute__((vector_size(LANES)));
-    uint8_t *numbers = (uint8_t *)room;
     for (int r = 0; r < n; r++) {
         vec most = {0};
         for (long i = 0; i < size; i += LANES) most = larger(magnitude(load(from + r * stride + i)), most);
@@ -522,7 +533,31 @@ static Rows prepare(const Product *p, const float *from, long stride, int n, flo
             memcpy(numbers + r * size + i, &rounded, sizeof rounded);
         }
     }
-    return (Rows){numbers, steps, size, 0, NULL};
+}
+
+/* How rows [..][stride] lie once they are as the weight wants them; `room` is for a copy. */
+INLINE Rows form_of(const Product *p, const float *from, long stride, const float *room, const float *steps) {
+    const long size = padded(p->inputs);
+    if (is_tiled(p)) return (Rows){room, NULL, 0, 1, NULL};
+    if (p->kind == BFLOAT16) return (Rows){room, NULL, size, 0, NULL};
+    if (reads_digits(p)) return (Rows){from, NULL, stride, 0, (const uint8_t *)room};
+    return p->kind == INT8 ? (Rows){room, steps, size, 0, NULL} : (Rows){from, NULL, stride, 0, NULL};
+}
+
+/* Rows `first` to first + count - 1 of n [n][stride], zeros behind their numbers, in that form. */
+static void prepare_some(const Product *p, const float *from, long stride, int n, int first, int count, float *room,
+                         float *steps) {
+    const long size = padded(p->inputs);
+    from += first * stride;
+    if (is_tiled(p)) pair_rows(from, stride, count, p->inputs, first, n, (uint32_t *)room);
+    else if (p->kind == BFLOAT16) round_rows(from, stride, count, p->inputs, (uint16_t *)room + first * size);
+    else if (reads_digits(p)) digit_rows(from, stride, count, p->inputs, first, n, (uint8_t *)room);
+    else if (p->kind == INT8) level_rows(from, stride, count, size, (uint8_t *)room + first * size, steps + first);
+}
+
+static Rows prepare(const Product *p, const float *from, long stride, int n, float *room, float *steps) {
+    prepare_some(p, from, stride, n, 0, n, room, steps);
+    return form_of(p, from, stride, room, steps);
 }
 
 #endif

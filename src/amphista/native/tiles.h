@@ -92,9 +92,9 @@ static void int8_tile_dots(const int8_t *w, const uint8_t *x, long ldx, int rows
     _tile_stored(5, out + 16, 128);
 }
 
-/* Dots of up to 32 rows of bfloat16 in pairs, [inputs / 2][pitch][2], with 32 weight rows [inputs]: out[32][32], outputs
+/* Dots of up to 32 rows of bfloat16 in pairs, [inputs / 2][rows][2], with 32 weight rows [inputs]: out[32][32], outputs
  * first. A sum's order is that of the inputs, whatever other rows there are. */
-static void bf16_tile_dots(const uint16_t *w, const uint32_t *x, long pitch, int rows, long inputs, float (*out)[32]) {
+static void bf16_tile_dots(const uint16_t *w, const uint32_t *x, int rows, long inputs, float (*out)[32]) {
     const int first = first_of(rows), other = rows > first ? rows - first : 1;
     const uint8_t counts[8] = {16, 16, 16, 16, 16, 16, 16, 16};
     const uint16_t bytes[8] = {64, 64, (uint16_t)(4 * first), (uint16_t)(4 * other),
@@ -109,11 +109,11 @@ static void bf16_tile_dots(const uint16_t *w, const uint32_t *x, long pitch, int
         _tile_zero(7);
         for (long i = 0; i < inputs; i += 32) {
             _tile_loadd(0, w + i, 2 * inputs);
-            _tile_loadd(2, x + i / 2 * pitch, 4 * pitch);
+            _tile_loadd(2, x + i / 2 * rows, 4 * rows);
             _tile_dpbf16ps(4, 0, 2);
             _tile_loadd(1, lower + i, 2 * inputs);
             _tile_dpbf16ps(5, 1, 2);
-            _tile_loadd(3, x + i / 2 * pitch + first, 4 * pitch);
+            _tile_loadd(3, x + i / 2 * rows + first, 4 * rows);
             _tile_dpbf16ps(6, 0, 3);
             _tile_dpbf16ps(7, 1, 3);
         }
@@ -122,7 +122,7 @@ static void bf16_tile_dots(const uint16_t *w, const uint32_t *x, long pitch, int
     } else {
         for (long i = 0; i < inputs; i += 32, ahead += 32 * 64) {
             for (int line = 0; line < 32; line++) __builtin_prefetch(ahead + 64 * line, 0, 2);
-            _tile_loadd(2, x + i / 2 * pitch, 4 * pitch);
+            _tile_loadd(2, x + i / 2 * rows, 4 * rows);
             _tile_loadd(0, w + i, 2 * inputs);
             _tile_loadd(1, lower + i, 2 * inputs);
             _tile_dpbf16ps(4, 0, 2);
@@ -140,8 +140,8 @@ INLINE void end_tiles(const TileSetting *before) { (void)before; }
 INLINE void int8_tile_dots(const int8_t *w, const uint8_t *x, long ldx, int rows, long inputs, int32_t *out) {
     (void)w, (void)x, (void)ldx, (void)rows, (void)inputs, (void)out;
 }
-INLINE void bf16_tile_dots(const uint16_t *w, const uint32_t *x, long pitch, int rows, long inputs, float (*out)[32]) {
-    (void)w, (void)x, (void)pitch, (void)rows, (void)inputs, (void)out;
+INLINE void bf16_tile_dots(const uint16_t *w, const uint32_t *x, int rows, long inputs, float (*out)[32]) {
+    (void)w, (void)x, (void)rows, (void)inputs, (void)out;
 }
 #endif
 

@@ -34,7 +34,7 @@ def product_of(head: object, *, int8: bool, native: bool) -> type[Product]:
     return (RoundedLinear if int8 else PlainLinear) if native else TorchLinear
 
 
-PROMPT_ROWS = 128  # beyond it torch's own products of bfloat16 are faster (Zen 4)
+PROMPT_ROWS = 128  # beyond it torch's own products of bfloat16 are faster where the C step has no matrix units (Zen 4)
 
 
 def windows_of(lean: LeanModel, num_positions: int) -> list[int | None]:
@@ -81,7 +81,7 @@ class NativeForward:
         num_rows = 0
         for span in spans:
             num_rows += span.tree.num_nodes
-        return num_rows <= PROMPT_ROWS or self.model.cache_dtype is torch.float32
+        return num_rows <= PROMPT_ROWS or self.model.has_tiles or self.model.cache_dtype is torch.float32
 
     def _layer(self, layer: LeanLayer, window: int | None) -> NativeLayer:
         gate, up = _read(layer.gate_up).halves()
