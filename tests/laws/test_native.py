@@ -236,13 +236,22 @@ def test_what_cannot_be_is_refused_and_nothing_written(bad):
             forward([span_of([1], [-1], kept)], taps=(1, tap))
 
 
-def test_the_number_of_threads_changes_no_bit(monkeypatch):
-    forward, target = forward_of("qwen3-wide", "float32", FLAGS["native"])
-    tokens, outputs = list(range(20)), []
-    for threads in (1, 2, 4):
+@pytest.mark.parametrize("type_name", TYPES)
+@pytest.mark.parametrize("name", ["llama-odd", "qwen3-wide", "mistral-windowed"])
+def test_a_prompt_read_at_once_has_the_bits_of_its_tokens_one_by_one(name, type_name, monkeypatch):
+    """By any number of threads; also where rows are so many that threads share what they make of them."""
+    forward, target = forward_of(name, type_name, FLAGS["native"])
+    source, num_layers = random.Random(len(name)), target.spec.num_layers
+    tokens = [source.randrange(300) for _ in range(107)]
+    _, found = plainly(forward, tokens, num_layers)
+    for threads, first in ((1, 70), (2, 33), (5, 31), (3, 0)):
         monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
-        outputs.append(forward([span_of(tokens, list(range(-1, 19)), KVCache(target.spec.num_layers))]).logits)
-    assert torch.equal(outputs[0], outputs[1]) and torch.equal(outputs[0], outputs[2])
+        kept, rows = KVCache(num_layers), []
+        for part in filter(None, (tokens[:first], tokens[first:])):
+            output = forward([span_of(part, list(range(-1, len(part) - 1)), kept)], taps=TAPS)
+            kept.commit(range(len(part)))
+            rows.append(torch.cat([output.logits, output.hidden], dim=1))
+        assert torch.equal(torch.cat(rows), torch.stack(found))
 
 
 # -- in a target ------------------------------------------------------------------------------------------------------
