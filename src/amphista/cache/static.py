@@ -16,7 +16,7 @@ from torch import Tensor
 from amphista.errors import CapacityError
 from amphista.native.huge_pages import empty_like
 
-FIRST_CAPACITY = 128
+FIRST_CAPACITY = 192
 GROWTH = 1.5
 
 

@@ -2,13 +2,15 @@
 and with pages of 4 KB looking them up takes half of the time.
 
 Weights are laid side by side in pieces of 64 MB, so that small ones share pages. A piece lives as long as any tensor
-in it.
+in it. What a request took the next one gets: a page that is new is cleared first, which takes longer than all that a
+short answer writes into it.
 """
 
 from __future__ import annotations
 
 import math
 import mmap
+import sys
 import threading
 
 import torch
@@ -17,6 +19,9 @@ from torch import Tensor
 PIECE_BYTES = 64 << 20
 PAGE_BYTES = 2 << 20
 LINE_BYTES = 64
+HAS_PAGES = hasattr(mmap, "MADV_HUGEPAGE")
+MOST_IDLE = 256 << 20  # bytes kept for others
+SPARE = 2  # a piece is taken for at least so small a part of it
 
 
 class Arena:
@@ -41,19 +46,73 @@ class Arena:
         return place
 
 
+class Pool:
+    """Hands out pieces of memory, and again once no tensor lies in them."""
+
+    def __init__(self) -> None:
+        self._pieces: list[mmap.mmap] = []
+        self._lock = threading.Lock()
+
+    def empty(self, num_bytes: int) -> Tensor:
+        """So many bytes, whatever stands in them, from the start of a page on."""
+        with self._lock:
+            idle = sorted((len(self._pieces[n]), n) for n in range(len(self._pieces)) if self._is_idle(n))
+            wanted = _rounded(num_bytes) + PAGE_BYTES
+            fitting = [n for size, n in idle if wanted <= size <= SPARE * wanted]
+            dropped: set[int] = set()
+            if fitting:
+                return _aligned(self._pieces[fitting[0]], num_bytes)
+            kept = sum(size for size, _ in idle)
+            while idle and kept > MOST_IDLE:
+                size, n = idle.pop()
+                kept -= size
+                dropped.add(n)
+            self._pieces = [piece for n, piece in enumerate(self._pieces) if n not in dropped]
+            self._pieces.append(_mapped(_rounded(num_bytes)))
+            return _aligned(self._pieces[-1], num_bytes)
+
+    def __len__(self) -> int:
+        return len(self._pieces)
+
+    @property
+    def idle_bytes(self) -> int:
+        """Of the pieces that wait for somebody."""
+        return sum(len(self._pieces[n]) for n in range(len(self._pieces)) if self._is_idle(n))
+
+    def _is_idle(self, n: int) -> bool:
+        """Whether nobody else holds it, as the storage of a tensor does."""
+        return sys.getrefcount(self._pieces[n]) == 2  # the list's, and the question's own
+
+
+def _rounded(num_bytes: int) -> int:
+    """So that pieces fit others: one of four sizes between two powers of two."""
+    step = 1 << max(0, num_bytes.bit_length() - 3)
+    return -(-num_bytes // step) * step
+
+
+_POOL = Pool()
+
+
 def empty_like(tensor: Tensor, *shape: int) -> Tensor:
     """Of a tensor's type and device, but of another shape, uninitialized."""
     num_bytes = math.prod(shape) * tensor.element_size()
-    if tensor.device.type != "cpu" or num_bytes < PAGE_BYTES:
+    if tensor.device.type != "cpu" or num_bytes < PAGE_BYTES or not HAS_PAGES:
         return tensor.new_empty(shape)
-    return _piece(num_bytes).view(tensor.dtype).view(shape)
+    return _POOL.empty(num_bytes).view(tensor.dtype).view(shape)
 
 
 def _piece(num_bytes: int) -> Tensor:
-    if not hasattr(mmap, "MADV_HUGEPAGE"):
-        return torch.empty(num_bytes, dtype=torch.uint8)
+    return _aligned(_mapped(num_bytes), num_bytes) if HAS_PAGES else torch.empty(num_bytes, dtype=torch.uint8)
+
+
+def _mapped(num_bytes: int) -> mmap.mmap:
     memory = mmap.mmap(-1, num_bytes + PAGE_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     memory.madvise(mmap.MADV_HUGEPAGE)
+    return memory
+
+
+def _aligned(memory: mmap.mmap, num_bytes: int) -> Tensor:
+    """A part of it from the start of a page on; it holds the memory."""
     whole = torch.frombuffer(memory, dtype=torch.uint8)
     start = -whole.data_ptr() % PAGE_BYTES
     return whole[start : start + num_bytes]

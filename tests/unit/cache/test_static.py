@@ -8,7 +8,8 @@ import torch
 
 from amphista.cache.static import FIRST_CAPACITY, KVCache, LayerRows
 from amphista.errors import CapacityError
-from amphista.native.huge_pages import PAGE_BYTES
+from amphista.native import huge_pages
+from amphista.native.huge_pages import PAGE_BYTES, Pool
 
 HEADS, SIZE = 2, 3
 
@@ -171,3 +172,34 @@ def test_a_large_piece_fills_pages_of_its_own(dtype):
         piece = cache.in_one_piece(num_rows, row)
         assert piece.data_ptr() % PAGE_BYTES == 0 and piece.dtype is dtype
         assert piece.shape[:2] == (16, 2) and piece.shape[2] >= num_rows and piece.is_contiguous()
+
+
+ROW = torch.zeros(1, 2, 0, 64)
+
+
+def filled(num_rows: int, value: float) -> torch.Tensor:
+    """A piece for so many rows; 4 KB each."""
+    return KVCache(4).in_one_piece(num_rows, ROW).fill_(value)
+
+
+def test_what_nobody_holds_any_more_is_used_again():
+    size = PAGE_BYTES // 1024
+    first = filled(size, 1.0)
+    place, view = first.data_ptr(), first[3:4]
+    del first
+    second = filled(size, 2.0)
+    assert second.data_ptr() != place and (view == 1).all()
+    del view
+    third = filled(size - 20, 3.0)
+    assert third.data_ptr() == place and (second == 2).all()
+
+
+def test_what_is_kept_for_others_has_a_bound(monkeypatch):
+    pool = Pool()
+    held = [pool.empty(PAGE_BYTES * (1 + n)) for n in range(8)]
+    monkeypatch.setattr(huge_pages, "MOST_IDLE", 10 * PAGE_BYTES)
+    places = {piece.data_ptr() for piece in held}
+    assert len(places) == len(pool) == 8
+    del held
+    last = pool.empty(100 * PAGE_BYTES)
+    assert len(last) == 100 * PAGE_BYTES and pool.idle_bytes <= 10 * PAGE_BYTES and len(pool) >= 3
