@@ -2,6 +2,7 @@
 
     python benchmarks/lab/native_step.py --dtype float32,gguf,int8,bfloat16 --rows 1,2,4,8,16 --context 200 --repeats 15
     python benchmarks/lab/native_step.py --dtype float32,int8,bfloat16 --rows 1,2,4 --drafts 1,2,4,8
+    python benchmarks/lab/native_step.py --dtype gguf,int8,bfloat16 --prompts 64,128,512,1024,2048 --repeats 5
 
 With --drafts: so many sequences at once give `--rows` rows each to the default heads, which are then asked, in C,
 with weights of 8 bits and as they are, and in torch; shares are those of a forward of one row, timed in turn.
@@ -13,6 +14,7 @@ the memory bandwidth measured in the same run. gguf: the file's own blocks, whos
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import statistics
 import time
@@ -139,6 +141,21 @@ def drafts(
             print(f"  {number} sequences fed {count} rows: {', '.join(shares)}; forward {least['forward']:.2f}")
 
 
+def prompts(dtype: str, numbers: list[int], repeats: int) -> None:
+    """Prints how soon prompts of so many tokens are read, each into a new cache."""
+    target = load_target(dtype=dtype, progress=lambda line: None)
+    least = dict.fromkeys(numbers, math.inf)
+    for _ in range(repeats):
+        for number in numbers:
+            start = time.perf_counter()
+            target.prefill([(7 * i + 3) % 40000 for i in range(number)], target.new_cache())
+            least[number] = min(least[number], time.perf_counter() - start)
+    shown = (
+        f"{number} in {1000 * seconds:.0f} ms ({number / seconds:.0f} a second)" for number, seconds in least.items()
+    )
+    print(f"{dtype}, {torch.get_num_threads()} threads, tokens of a prompt, least time: {', '.join(shown)}")
+
+
 def measure(
     forms: dict[str, Callable[[TokenTree], None]], rows: list[int], repeats: int
 ) -> dict[str, dict[int, list[float]]]:
@@ -162,10 +179,14 @@ def main() -> None:
     parser.add_argument("--context", type=int, default=200)
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--drafts", help="numbers of sequences: time drafting")
+    parser.add_argument("--prompts", help="numbers of tokens: time reading prompts")
     parser.add_argument("--realtime", action="store_true", help="real-time priority while timing (root, Linux)")
     options = parser.parse_args()
     rows = [int(part) for part in options.rows.split(",")]
     for dtype in options.dtype.split(","):
+        if options.prompts:
+            prompts(dtype, [int(part) for part in options.prompts.split(",")], options.repeats)
+            continue
         if options.drafts:
             print(f"{dtype}, context {options.context}, {torch.get_num_threads()} threads: least ms")
             numbers = [int(part) for part in options.drafts.split(",")]

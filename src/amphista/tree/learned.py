@@ -27,7 +27,7 @@ ALIKENESS = 0.7  # correlation of the terms of two neighbouring powers
 NOISE = 0.1  # standard deviation of a step's log(seconds)
 DRIFT = 3e-4  # share of all that is known which a further step makes stale
 OUTLIER = 2.0
-TOGETHER = 8  # steps of a kind are learned from, at most: it takes as long as much of a step
+TOGETHER = 32  # steps of a kind are learned from, at most: it takes as long as much of a step
 ALIKE = 64  # cached rows by which steps may differ and still be weighed by one curve
 
 
@@ -150,8 +150,11 @@ class StepCosts:
         wrong = math.log(seconds / (self.costs.forward(num_rows) + self._beside(forward)))
         alike = self._alike[kind]
         alike.append(wrong)
-        if len(alike) >= min(TOGETHER, 1 + self._num_learned[kind] // TOGETHER) or (
-            is_asked and abs(wrong - self._correction(num_rows, self._common(forward))) > NOISE
+        num_learned = self._num_learned[kind]
+        if len(alike) >= min(TOGETHER, 1 + num_learned // 8) or (
+            is_asked
+            and num_learned < TOGETHER
+            and abs(wrong - self._correction(num_rows, self._common(forward))) > NOISE
         ):
             self._learn(*kind, median(alike), len(alike))
             self._num_learned[kind] += len(alike)
