@@ -11,6 +11,7 @@
 
 #include "products.h"
 
+enum { WIDENED = 32, MOST_WIDENED = 128 }; /* rows of values at once, and their size */
 enum { SCORED = 4, AHEAD_OF_CACHE = 4096 }; /* queries that read keys together; bytes: how early rows are asked for */
 #if LANES == 16
 enum { MIX_VECTORS = 4 };
@@ -148,6 +149,21 @@ INLINE void mix_stretch(int kind, const char *values, long size, const int vecto
 static void add_values(const Cached *c, const char *values, int64_t row, long count, const float *weights, long ldw,
                        int n, float *mix) {
     const long size = c->size, wide = c->wide, bytes = c->kind == FLOAT32 ? 4 : 2;
+    if (c->kind != FLOAT32 && n > 4 && size <= MOST_WIDENED) { /* once for all queries */
+        const Cached floats = {FLOAT32, size, wide};
+        float rows[WIDENED * MOST_WIDENED];
+        for (long at = 0; at < count; at += WIDENED) {
+            const long some = count - at < WIDENED ? count - at : WIDENED;
+            const uint16_t *from = (const uint16_t *)values + (row + at) * size;
+            for (long i = 0; i < some * size; i += LANES) {
+                __builtin_prefetch((const char *)(from + i) + AHEAD_OF_CACHE, 0, 2);
+                store_some(rows + i, some * size - i < LANES ? load_bf16_part(from + i, some * size - i) : load_bf16(from + i),
+                           some * size - i);
+            }
+            add_values(&floats, (const char *)rows, 0, some, weights + at, ldw, n, mix);
+        }
+        return;
+    }
     for (int q = 0; q < n; q += 4)
         for (long i = 0; i < size;) {
             const long part = size - i < LANES ? size - i : LANES, vectors = size - i >= MIX_VECTORS * LANES ? MIX_VECTORS : 1;
