@@ -3,7 +3,8 @@ and with pages of 4 KB looking them up takes half of the time.
 
 Weights are laid side by side in pieces of 64 MB, so that small ones share pages. A piece lives as long as any tensor
 in it. What a request took the next one gets: a page that is new is cleared first, which takes longer than all that a
-short answer writes into it.
+short answer writes into it. So what is used once only, as where a server keeps a request's rows, is in small pages,
+which come as they are written; in huge ones from the second time on.
 """
 
 from __future__ import annotations
@@ -46,30 +47,55 @@ class Arena:
         return place
 
 
+class _Memory(mmap.mmap):
+    """Of this process alone."""
+
+    is_huge = False
+
+    @classmethod
+    def of(cls, num_bytes: int) -> _Memory:
+        """So many bytes, and what lies before the start of a page."""
+        return cls(-1, num_bytes + PAGE_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+
+    def in_huge_pages(self) -> _Memory:
+        """Itself, what stood in it being lost once."""
+        if not self.is_huge:
+            self.madvise(mmap.MADV_DONTNEED)
+            self.madvise(mmap.MADV_HUGEPAGE)
+            self.is_huge = True
+        return self
+
+    def part(self, num_bytes: int) -> Tensor:
+        """So much of it from the start of a page on; it holds the memory."""
+        whole = torch.frombuffer(self, dtype=torch.uint8)
+        start = -whole.data_ptr() % PAGE_BYTES
+        return whole[start : start + num_bytes]
+
+
 class Pool:
     """Hands out pieces of memory, and again once no tensor lies in them."""
 
     def __init__(self) -> None:
-        self._pieces: list[mmap.mmap] = []
+        self._pieces: list[_Memory] = []
         self._lock = threading.Lock()
 
     def empty(self, num_bytes: int) -> Tensor:
         """So many bytes, whatever stands in them, from the start of a page on."""
         with self._lock:
             idle = sorted((len(self._pieces[n]), n) for n in range(len(self._pieces)) if self._is_idle(n))
-            wanted = _rounded(num_bytes) + PAGE_BYTES
-            fitting = [n for size, n in idle if wanted <= size <= SPARE * wanted]
+            wanted = _rounded(num_bytes)
+            fitting = [n for size, n in idle if wanted <= size - PAGE_BYTES <= SPARE * wanted]
             dropped: set[int] = set()
             if fitting:
-                return _aligned(self._pieces[fitting[0]], num_bytes)
+                return self._pieces[fitting[0]].in_huge_pages().part(num_bytes)
             kept = sum(size for size, _ in idle)
             while idle and kept > MOST_IDLE:
                 size, n = idle.pop()
                 kept -= size
                 dropped.add(n)
             self._pieces = [piece for n, piece in enumerate(self._pieces) if n not in dropped]
-            self._pieces.append(_mapped(_rounded(num_bytes)))
-            return _aligned(self._pieces[-1], num_bytes)
+            self._pieces.append(_Memory.of(wanted))
+            return self._pieces[-1].part(num_bytes)
 
     def __len__(self) -> int:
         return len(self._pieces)
@@ -102,17 +128,6 @@ def empty_like(tensor: Tensor, *shape: int) -> Tensor:
 
 
 def _piece(num_bytes: int) -> Tensor:
-    return _aligned(_mapped(num_bytes), num_bytes) if HAS_PAGES else torch.empty(num_bytes, dtype=torch.uint8)
-
-
-def _mapped(num_bytes: int) -> mmap.mmap:
-    memory = mmap.mmap(-1, num_bytes + PAGE_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    memory.madvise(mmap.MADV_HUGEPAGE)
-    return memory
-
-
-def _aligned(memory: mmap.mmap, num_bytes: int) -> Tensor:
-    """A part of it from the start of a page on; it holds the memory."""
-    whole = torch.frombuffer(memory, dtype=torch.uint8)
-    start = -whole.data_ptr() % PAGE_BYTES
-    return whole[start : start + num_bytes]
+    if not HAS_PAGES:
+        return torch.empty(num_bytes, dtype=torch.uint8)
+    return _Memory.of(num_bytes).in_huge_pages().part(num_bytes)

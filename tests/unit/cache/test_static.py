@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import itertools
 import random
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -175,6 +177,7 @@ def test_a_large_piece_fills_pages_of_its_own(dtype):
 
 
 ROW = torch.zeros(1, 2, 0, 64)
+HUGE = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
 
 def filled(num_rows: int, value: float) -> torch.Tensor:
@@ -192,6 +195,27 @@ def test_what_nobody_holds_any_more_is_used_again():
     del view
     third = filled(size - 20, 3.0)
     assert third.data_ptr() == place and (second == 2).all()
+
+
+def test_only_what_is_used_again_is_in_huge_pages():
+    """As the system tells, where it has them."""
+    if not HUGE.is_file() or "[madvise]" not in HUGE.read_text():
+        pytest.skip("huge pages are not given on request here")
+    pool = Pool()
+    for expected in (False, True, True):
+        piece = pool.empty(4 * PAGE_BYTES).fill_(1)
+        assert (huge_bytes(piece) >= 2 * PAGE_BYTES) == expected
+        del piece
+
+
+def huge_bytes(piece: torch.Tensor) -> int:
+    """How much of a piece is in huge pages."""
+    regions = re.split(r"^(?=[0-9a-f]+-[0-9a-f]+ )", Path("/proc/self/smaps").read_text(), flags=re.MULTILINE)
+    for region in filter(None, regions):
+        start, end = (int(part, 16) for part in region.split(" ", 1)[0].split("-"))
+        if start <= piece.data_ptr() < end:
+            return int(re.search(r"AnonHugePages: *(\d+)", region)[1]) * 1024
+    raise AssertionError("the piece is nowhere")
 
 
 def test_what_is_kept_for_others_has_a_bound(monkeypatch):
