@@ -470,9 +470,6 @@ static void weight_row(const Product *p, long row, float *out) {
     else for (long i = 0; i < inputs; i++) out[i] = from_bf16(((const uint16_t *)p->weight)[row * inputs + i]);
 }
 
-/* Numbers of 4 bytes that a prepared row of `len` takes. */
-INLINE long prepared_size(long len) { return padded(len); }
-
 /* n rows [n][stride], zeros behind their `len` numbers, rounded to bfloat16. */
 static void round_rows(const float *from, long stride, int n, long len, uint16_t *room) {
     const long size = padded(len);
