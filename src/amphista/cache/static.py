@@ -16,7 +16,7 @@ from torch import Tensor
 from amphista.errors import CapacityError
 from amphista.native.huge_pages import empty_like
 
-FIRST_CAPACITY = 192
+FIRST_CAPACITY = 192  # an answer of 128 tokens and the rows of a tree
 GROWTH = 1.5
 
 

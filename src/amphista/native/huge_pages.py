@@ -13,6 +13,7 @@ import math
 import mmap
 import sys
 import threading
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -107,7 +108,15 @@ class Pool:
 
     def _is_idle(self, n: int) -> bool:
         """Whether nobody else holds it, as the storage of a tensor does."""
-        return sys.getrefcount(self._pieces[n]) == 2  # the list's, and the question's own
+        return _references(self._pieces, n) == ALONE
+
+
+def _references(items: Sequence[object], n: int) -> int:
+    """How many hold an item, those of the question included, whose number is the interpreter's."""
+    return sys.getrefcount(items[n])
+
+
+ALONE = _references([object()], 0)
 
 
 def _rounded(num_bytes: int) -> int:
