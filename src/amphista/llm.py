@@ -34,6 +34,7 @@ from amphista.engine.prefixes import taken_over
 from amphista.engine.step import Engine
 from amphista.engine.stream import Answer, Stream, answer_of, finish
 from amphista.errors import DrafterError, RequestError, TargetError
+from amphista.native.build import leave_team
 from amphista.target import DEFAULT_TARGET
 from amphista.target.loading import load_target
 from amphista.target.target import Target
@@ -69,6 +70,7 @@ class LLM:
     @cached_property
     def worker(self) -> ThreadPoolExecutor:
         """The one thread that takes the steps of `async for`: recorded forwards belong to a thread."""
+        leave_team()
         return ThreadPoolExecutor(1, thread_name_prefix="amphista")
 
     def prompt_ids(
@@ -216,9 +218,7 @@ class LLM:
         reader = self.engine.new_text(request.params)
         text = ""
         if reader is not None:
-            for token in request.output_ids:
-                if token not in request.end_ids:
-                    reader.push(token)
+            reader.push_all([token for token in request.output_ids if token not in request.end_ids])
             reader.finish()
             text = reader.value
         return answer_of(request, text, request.finish_reason or FinishReason.ERROR, error)

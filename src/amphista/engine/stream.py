@@ -124,7 +124,7 @@ class Stream:
             if reader is None or not request.num_output:
                 return ""
             reader, output_ids = reader.copy(), request.token_ids[request.num_prompt + num_read :]
-            pieces = [reader.push(token) for token in output_ids if token not in request.end_ids]
+            pieces = [reader.push_all([token for token in output_ids if token not in request.end_ids])]
             if self._finish_reason is not None:
                 pieces.append(reader.finish())
             self._reader = (reader, num_read + len(output_ids))

@@ -98,6 +98,13 @@ static int together(int threads, Share *shares, void (*run)(const void *call, Wo
     return barrier.team;
 }
 
+/* Ends the threads that work with the calling one. */
+void amphista_leave_team(void) {
+#if defined(_OPENMP) && (__GNUC__ >= 9 || __clang_major__ >= 9)
+    omp_pause_resource_all(omp_pause_soft);
+#endif
+}
+
 /* A workspace that is handed out piece by piece; without a base (NULL) only its size is counted. */
 typedef struct {
     char *base;

@@ -53,24 +53,30 @@ class Reader:
 
     def read(self, updates: Sequence[Update]) -> Piece:
         """What these updates add; empty until there is something to show. raises the error of an answer that failed."""
-        piece = self._held
-        for update in updates:
-            if isinstance(update.result, StepResult):
-                self._take(update.result, piece)
-            if update.state.has_ended:
-                self._end(update, piece)
+        piece, ends = self._held, self.sequence.end_ids
+        results = [update.result for update in updates if isinstance(update.result, StepResult)]
+        is_plain = self._parser is None and not self.sequence.is_traced  # nobody asks which token a text is of
+        for result in results:
+            piece.token_ids += result.token_ids
+            piece.logprobs += [record for record in result.logprobs if record.token_id not in ends]
+            if not is_plain:
+                self._take(result, piece)
+        if is_plain:
+            token_ids = [token for result in results for token in result.token_ids if token not in ends]
+            piece.text += self._reader.push_all(token_ids)
+        if updates and updates[-1].state.has_ended:
+            self._end(updates[-1], piece)
         if piece.is_empty:
             return Piece()
         self._held = Piece()
         return piece
 
     def _take(self, result: StepResult, piece: Piece) -> None:
+        """Its text, token by token."""
         ends = self.sequence.end_ids
         texts = ["" if token in ends else self._reader.push(token) for token in result.token_ids]
-        for text in texts if self._parser is not None else ("".join(texts),):
+        for text in texts:
             self._add(text, piece)
-        piece.token_ids += result.token_ids
-        piece.logprobs += [record for record in result.logprobs if record.token_id not in ends]
         if self.sequence.is_traced:
             pairs = zip(texts, result.sources, strict=True)
             told = [{"text": text, "source": source.value} for text, source in pairs]

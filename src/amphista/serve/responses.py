@@ -199,6 +199,7 @@ class ResponseShape:
 
     async def whole(self) -> dict[str, Any]:
         """The response, once it has ended."""
+        self._call.ticket.is_patient = True
         events = [event async for event in self.chunks() if event is not None]
         found: dict[str, Any] = events[-1]["response"]
         return found

@@ -63,6 +63,13 @@ class Call:
                 raise update.error
         return True
 
+    async def rest(self) -> list[tuple[int, Piece]]:
+        """All pieces, by choice, once all have ended."""
+        self.ticket.is_patient, found = True, list[tuple[int, Piece]]()
+        while (pieces := await self.pieces()) is not None:
+            found += pieces
+        return found
+
     async def pieces(self) -> list[tuple[int, Piece]] | None:
         """What is new, by choice; an empty list when it is time to ping, None behind the end."""
         found: list[tuple[int, Piece]] = []

@@ -36,9 +36,8 @@ class Shape:
     async def whole(self) -> dict[str, Any]:
         """All choices, once they have ended."""
         wholes = [Piece() for _ in self._call.readers]
-        while (pieces := await self._call.pieces()) is not None:
-            for index, piece in pieces:
-                _join(wholes[index], piece)
+        for index, piece in await self._call.rest():
+            _join(wholes[index], piece)
         kind = "chat.completion" if self._is_chat else "text_completion"
         choices = [self._choice(index, piece) for index, piece in enumerate(wholes)]
         return {**self._head(kind), **self._prompt_ids(), "choices": choices, **self._tail()}

@@ -19,9 +19,10 @@ from amphista.engine.request import Request
 from amphista.engine.scheduler import Limits, Scheduler
 from amphista.engine.sequence import Sequence as Decoded
 from amphista.engine.step import Engine
+from amphista.native.build import leave_team
 
 STUCK_SECONDS = 60.0
-TELL_SECONDS = 0.025  # tokens may wait so long for those of the next steps
+TELL_SECONDS = 0.04  # tokens may wait so long for those of the next steps: 25 times a second is a film's pace
 
 
 @dataclass(frozen=True)
@@ -35,17 +36,19 @@ class Load:
 
 
 class Ticket:
-    """The requests of one call, and what has come for them."""
+    """The requests of one call, and what has come for them. is_patient: its reader is woken by ends alone."""
 
     def __init__(self) -> None:
         self.requests: list[Request] = []
+        self.is_patient = False
         self._updates: list[Update] = []
         self._waiting: asyncio.Future[None] | None = None
 
     def put(self, update: Update) -> None:
         """In asyncio's thread."""
         self._updates.append(update)
-        self._wake()
+        if update.state.has_ended or not self.is_patient:
+            self._wake()
 
     async def next(self, timeout: float) -> list[Update]:
         """All that has come; nothing if that takes longer than `timeout` seconds. One reader at a time."""
@@ -84,6 +87,7 @@ class Worker:
     def start(self) -> None:
         """From within the event loop that reads."""
         self._asyncio = asyncio.get_running_loop()
+        leave_team()  # this thread has loaded, the engine's decodes
         self._loop.start()
 
     @property

@@ -289,7 +289,6 @@ class Target:
         """One forward over the tree's N nodes behind the committed rows; the caller commits the accepted path."""
         return self.forward([Span(tree, cache)], taps)[0]
 
-    @torch.inference_mode()
     def forward(self, spans: Sequence[Span], taps: Taps = ()) -> list[TargetOutput]:
         """One forward over trees of any number of sequences, each on a cache of its own; what each span gets of it.
 
@@ -297,8 +296,7 @@ class Target:
         """
         for span in spans:
             self._check_context(span.num_past + max(span.tree.depths))
-        output = self._replay(spans, taps)
-        if output is not None:
+        if self._captured is not None and (output := self._replay(spans, taps)) is not None:
             return [output]
         try:
             return self._forward(spans, taps)
@@ -307,6 +305,7 @@ class Target:
                 span.cache.trim(span.num_past)
             raise
 
+    @torch.inference_mode()
     def _replay(self, spans: Sequence[Span], taps: Taps) -> TargetOutput | None:
         """A recorded forward, where there is one: of a single tree. What others read and write lies elsewhere."""
         captured = self._captured  # which another thread may give up meanwhile
@@ -353,13 +352,14 @@ class Target:
             output = self._native(spans, wanted, taps)
             hidden = output.hidden if self.dtype is torch.float32 else output.hidden.to(self.dtype)
             return output.logits, hidden, output.choices
-        rows = None if wanted is None else sent(wanted, self.device)
-        if self._lean is None:
-            logits, hidden = self._stock_forward(spans, rows, taps, self.device)
-        else:
-            hidden = self._lean.hidden_of(spans, taps)
-            scored = hidden[:, : self.spec.hidden_size] if taps else hidden
-            logits = self._lean.logits(scored if rows is None else scored[rows])
+        with torch.inference_mode():
+            rows = None if wanted is None else sent(wanted, self.device)
+            if self._lean is None:
+                logits, hidden = self._stock_forward(spans, rows, taps, self.device)
+            else:
+                hidden = self._lean.hidden_of(spans, taps)
+                scored = hidden[:, : self.spec.hidden_size] if taps else hidden
+                logits = self._lean.logits(scored if rows is None else scored[rows])
         return logits, hidden, None if self.device.type == "cpu" else logits.argmax(-1).tolist()  # in one copy
 
     def _check_context(self, position: int) -> None:

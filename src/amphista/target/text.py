@@ -250,6 +250,18 @@ class IncrementalText:
             self._push_byte(byte)
         return self._show(self._num_safe())
 
+    def push_all(self, token_ids: Sequence[int]) -> str:
+        """Add several: the text is that of one after the other, decoded at once where it ends with a character."""
+        if len(token_ids) > 1 and not self._stops and not self._text.byte_tokens:
+            read = [token for token in token_ids if token not in self._unread]
+            tail = self._tail([*self._open, *read])
+            if not tail.endswith(REPLACEMENT):
+                self._num_tokens += len(token_ids)
+                self._open += read
+                self._close(len(self._open), tail)
+                return self._show(len(self._decoded))
+        return "".join(map(self.push, token_ids))
+
     def finish(self) -> str:
         """The rest: bytes that never became a character, and a stop prefix that never completed."""
         if not self.stopped and self._open:

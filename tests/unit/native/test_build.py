@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import asyncio
+import os
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import torch
 
+from amphista.engine.scheduler import Limits
 from amphista.errors import NativeError
-from amphista.native.build import BASE_FLAGS, SOURCES, build, find_compiler, load
+from amphista.llm import LLM
+from amphista.native.build import BASE_FLAGS, BEST_FLAGS, SOURCES, build, find_compiler, leave_team, load
+from amphista.serve.worker import Worker
+from amphista.tree.token_tree import TokenTree
+from tests.tiny import tiny_target
 
 HERE = Path(__file__).parent
 FAST = ("-O0",)  # the last -O counts
@@ -101,6 +110,73 @@ def test_a_cache_folder_that_cannot_be_written_says_so(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(NativeError, match="cannot be built in"):
         build(FAST, tmp_path / "file" / "native")
+
+
+@pytest.fixture
+def two_threads():
+    try:
+        build(BEST_FLAGS)
+    except NativeError:
+        pytest.skip("OpenMP cannot be had")
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+def num_threads() -> int:
+    return len(os.listdir("/proc/self/task"))
+
+
+def settles_at(number: int) -> bool:
+    """A thread that was told to end may take a moment."""
+    return any(num_threads() == number or time.sleep(0.01) for _ in range(300))
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="threads are counted in /proc")
+def test_who_leaves_its_team_ends_it_and_may_come_back(two_threads):
+    """More threads than cores never wait awake, which made every step of a server a tenth longer."""
+    target, chain = tiny_target(), TokenTree.chain([3, 5, 7])
+    assert target.speed_up(native=True) and target.is_native
+
+    def decoded():
+        return target.verify(chain, target.new_cache()).logits
+
+    leave_team()
+    alone = num_threads()
+    expected = decoded()
+    assert num_threads() > alone
+    leave_team()
+    assert settles_at(alone)
+    with ThreadPoolExecutor(1) as other:
+        assert torch.equal(other.submit(decoded).result(), expected) and torch.equal(decoded(), expected)
+    leave_team()
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="threads are counted in /proc")
+@pytest.mark.parametrize("serves", [True, False])
+def test_who_lets_another_thread_decode_leaves_its_team(two_threads, serves):
+    """A server, and `async for`."""
+    target = tiny_target()
+    assert target.speed_up(native=True) and target.is_native
+    llm = LLM(target, tree="4")
+
+    async def begin() -> None:
+        leave_team()
+        alone = num_threads()
+        target.verify(TokenTree.chain([3, 5, 7]), target.new_cache())
+        assert num_threads() > alone
+        if not serves:
+            assert llm.worker and settles_at(alone)
+            return
+        worker = Worker(llm.engine, Limits(kv_bytes=1 << 20, row_bytes=llm.engine.row_bytes))
+        worker.start()
+        try:
+            assert settles_at(alone + 1)  # the engine's
+        finally:
+            await worker.close(1.0)
+
+    asyncio.run(begin())
 
 
 def test_sources_are_in_the_package():

@@ -57,6 +57,23 @@ def test_pieces_joined_equal_the_whole_text(text, seed):
     assert "".join(pieces) + rest == text.decode(ids) == incremental.value
 
 
+@pytest.mark.parametrize("seed", range(40))
+@pytest.mark.parametrize("stops", [(), ("ab",)])
+def test_several_tokens_at_once_are_as_one_after_the_other(text, fallback, seed, stops):
+    """Characters cut anywhere, broken ones, special tokens: what is told behind each part is what was certain."""
+    source = random.Random(seed)
+    for kind in (text, fallback):
+        ids = [*kind.encode("".join(source.choices(CHARACTERS + "ab ab", k=30)))]
+        ids[source.randrange(len(ids))] = source.randrange(200, 256)
+        together, alone = IncrementalText(kind, stops), IncrementalText(kind, stops)
+        while ids:
+            size = source.randrange(1, 6)
+            part, ids = ids[:size], ids[size:]
+            assert together.push_all(part) == "".join(map(alone.push, part))
+            assert together.stopped == alone.stopped
+        assert together.finish() == alone.finish() and together.value == alone.value
+
+
 @pytest.mark.parametrize("seed", range(20))
 def test_random_bytes(text, seed):
     ids = random.Random(seed).choices(range(256), k=80)
