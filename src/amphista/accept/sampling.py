@@ -26,10 +26,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from amphista.errors import RequestError, TargetError
-from amphista.native.noise import bits_at, first_bits
+from amphista.native.noise import bits_at, first_bits, may_win
 
 Floats = NDArray[np.float64]
 TOP_P_FIRST = 1024
+FEW = 8  # tokens are few where they are not one of so many
 ROUNDING = 1e-6  # far above that of a few float64 additions on scores
 
 
@@ -166,15 +167,36 @@ def gumbel_argmax(scores: NDArray[np.floating[Any]], seed: int, position: int, t
     """argmax(scores / temperature + gumbel_noise(seed, position, V)), with logarithms for tokens alone that can win.
 
     Noise grows with its bits, so the largest bits bound it: where score + that bound stays below what the best-scored
-    token reaches with its own noise, no logarithm is needed. At V = 49152 that leaves some hundred tokens.
+    token reaches with its own noise, no logarithm is needed. At V = 49152 that leaves some hundred tokens; in C, where
+    each token is bounded by its own bits, some ten.
     """
-    bits, best = first_bits(seed, position, scores.size), scores.argmax()
-    top, reach = float(scores[best]), float(_noise(bits[[best]])[0] - _noise(bits.max(keepdims=True))[0])
+    best = int(scores.argmax())
+    top = float(scores[best])
+    _refuse_broken(top)
+    if scores.dtype == np.float32 and (told := may_win(seed, position, scores, best, temperature)) is not None:
+        return _noised_argmax(scores, *told, top, temperature)
+    left = np.flatnonzero(scores > -np.inf)
+    if FEW * left.size <= scores.size:  # a filter has left few
+        return _noised_argmax(scores, left, bits_at(seed, position, left), top, temperature)
+    bits = first_bits(seed, position, scores.size)
+    reach = float(_noise(bits[[best]])[0] - _noise(bits.max(keepdims=True))[0])
     with np.errstate(over="ignore"):
         least = np.nextafter(scores.dtype.type(top + temperature * (reach - ROUNDING)), scores.dtype.type(-np.inf))
-        alive = np.flatnonzero(scores >= least)
-        below = (scores[alive].astype(np.float64) - top) / temperature
-    return int(alive[(below + _noise(bits[alive])).argmax()])
+    alive = np.flatnonzero(scores >= least)
+    return _noised_argmax(scores, alive, bits[alive], top, temperature)
+
+
+def _noised_argmax(
+    scores: NDArray[np.floating[Any]],
+    tokens: NDArray[np.int64],
+    bits: NDArray[np.uint64],
+    top: float,
+    temperature: float,
+) -> int:
+    """Of some tokens. top: the best score."""
+    with np.errstate(over="ignore"):
+        below = (scores[tokens].astype(np.float64) - top) / temperature
+    return int(tokens[(below + _noise(bits)).argmax()])
 
 
 def _noise(bits: NDArray[np.uint64]) -> Floats:
@@ -277,7 +299,6 @@ class Chooser:
             return gumbel_argmax(self._log_probs(logits, position, path), self._seed, position)
         adjusted = self._adjusted(logits, position, path).cpu()
         scores: NDArray[np.floating[Any]] = adjusted.to(torch.promote_types(adjusted.dtype, torch.float32)).numpy()
-        _refuse_broken(float(scores.max()))
         return gumbel_argmax(scores, self._seed, position, self.sampling.temperature)
 
     def noise(self, position: int, token_ids: Sequence[Sequence[int]]) -> list[Floats]:

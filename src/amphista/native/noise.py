@@ -6,13 +6,16 @@ import ctypes
 import threading
 from collections.abc import Sequence
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from amphista.native import build
 
 Words = NDArray[np.uint64]
+MOST_TOLD = 1024
 
 
 class _Room(threading.local):
@@ -33,7 +36,27 @@ def first_bits(seed: int, position: int, count: int) -> Words:
     return bits if _in_c(seed, position, None, bits) else _first(seed, position, count)
 
 
-def bits_at(seed: int, position: int, places: Sequence[int]) -> Words:
+def may_win(
+    seed: int, position: int, scores: NDArray[np.float32], best: int, temperature: float
+) -> tuple[NDArray[np.int64], Words] | None:
+    """Tokens, ascending, among which is that with the largest score / temperature + noise, with their words of
+    `first_bits`; None where they are many, or there is no library. best: that of the best score, which is finite."""
+    if not build.load.cache_info().currsize:
+        return None
+    tokens, bits = np.empty(MOST_TOLD, dtype=np.int64), np.empty(MOST_TOLD, dtype=np.uint64)
+    scores, threads = np.ascontiguousarray(scores), torch.get_num_threads()
+    number = build.load().amphista_may_win(
+        *(ctypes.c_uint64(seed), ctypes.c_uint64(position), ctypes.c_void_p(scores.ctypes.data)),
+        *(ctypes.c_int64(scores.size), ctypes.c_int64(best), ctypes.c_double(temperature), ctypes.c_int64(MOST_TOLD)),
+        *(ctypes.c_void_p(tokens.ctypes.data), ctypes.c_void_p(bits.ctypes.data), ctypes.c_int(threads)),
+    )
+    if not 0 < number <= MOST_TOLD:
+        return None
+    order = tokens[:number].argsort()
+    return tokens[order], bits[order]
+
+
+def bits_at(seed: int, position: int, places: Sequence[int] | NDArray[np.integer[Any]]) -> Words:
     """Words of the same generator, by their places."""
     ids = np.array(places, dtype=np.int64)
     bits = np.empty(ids.size, dtype=np.uint64)

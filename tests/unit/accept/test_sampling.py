@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 import torch
 
+from amphista.accept import sampling
 from amphista.accept.sampling import Chooser, Sampling, filtered_log_probs, gumbel_argmax, gumbel_noise
 from amphista.errors import RequestError, TargetError
+from amphista.native import build
 from tests.oracle.decode import choose_plainly
 
 FALSE_ALARM = 1e-9
@@ -279,9 +281,13 @@ def test_settings_at_the_edge_are_taken():
     assert Sampling().is_greedy and not Sampling(temperature=1e-9).is_greedy
 
 
+@pytest.mark.parametrize("is_loaded", [True, False])
 @pytest.mark.parametrize("spread", [0.0, 0.5, 4.0, 30.0])
-def test_gumbel_argmax_is_the_argmax_with_all_noise(spread):
-    """Flat scores, where any token may win, to steep ones; filtered tokens never win."""
+def test_gumbel_argmax_is_the_argmax_with_all_noise(spread, is_loaded, monkeypatch):
+    """Flat scores, where any token may win, to steep ones; filtered tokens never win. In C and without it."""
+    build.load()
+    if not is_loaded:
+        monkeypatch.setattr(sampling, "may_win", lambda *_: None)
     winners = set()
     for trial in range(60):
         scores = np.random.default_rng(trial).normal(size=3000) * spread
@@ -289,10 +295,13 @@ def test_gumbel_argmax_is_the_argmax_with_all_noise(spread):
         noise = gumbel_noise(trial, 5, 3000)
         expected = int((scores + noise).argmax())
         assert gumbel_argmax(scores, trial, 5) == expected
-        for temperature in (0.3, 1.7):  # of float32, as logits come
+        for temperature in (1e-30, 0.3, 1.7, 1e30):  # of float32, as logits come
             rounded = scores.astype(np.float32)
-            drawn = int((rounded.astype(np.float64) / temperature + noise).argmax())
+            drawn = int(((rounded.astype(np.float64) - rounded.max()) / temperature + noise).argmax())
             assert gumbel_argmax(rounded, trial, 5, temperature) == drawn
+            assert gumbel_argmax(np.repeat(rounded, 2)[::2], trial, 5, temperature) == drawn
+        few = np.where(np.arange(3000) % 17 == trial % 17, scores, -np.inf)
+        assert gumbel_argmax(few, trial, 5) == int((few + noise).argmax())
         winners.add(expected == int(scores.argmax()))
     assert winners == {True, False} or spread in (0.0, 30.0)
 
