@@ -70,10 +70,20 @@ def coupled_graft(graft: NgramDraft | None, chooser: Chooser, position: int) -> 
     """An n-gram draft for a sequence; how likely its tokens are was learned of others at the same temperature."""
     if graft is None or chooser.sampling.is_greedy:
         return graft
-    noises = np.array(chooser.noise(position, [[token] for token in graft.tokens]))
-    weight = np.array(min(NOISE_SHARE * chooser.sampling.temperature, MOST))
-    noised = _noised(np.array(graft.log_probs)[:, None], noises, weight)[:, 0]
-    return replace(graft, log_probs=[*graft.log_probs[: graft.num_forced], *noised[graft.num_forced :].tolist()])
+    weight, sure = min(NOISE_SHARE * chooser.sampling.temperature, MOST), graft.num_forced
+    noises = chooser.noise_along(position + sure, graft.tokens[sure:]) if graft.tokens[sure:] else []
+    noised = [_noised_alone(*pair, weight) for pair in zip(graft.log_probs[sure:], noises, strict=True)]
+    return NgramDraft(graft.tokens, [*graft.log_probs[:sure], *noised], sure)
+
+
+def _noised_alone(log_prob: float, noise: float, weight: float) -> float:
+    """The same as `_noised` of a single named token, without arrays: there is one in each step of each sequence."""
+    unnamed = math.log(max(-math.expm1(log_prob), LEAST))
+    number = max(unnamed - max(log_prob, math.log(LEAST)), 0.0)
+    left = 1e-6 if weight == 1 else 1 - weight
+    others = unnamed - number + weight * (number + TYPICAL_NOISE) + math.log1p(math.expm1(left * number) / left)
+    ahead = others - log_prob - weight * noise
+    return -(ahead + math.log1p(math.exp(-ahead))) if ahead > 0 else -math.log1p(math.exp(ahead))
 
 
 def _best_first(

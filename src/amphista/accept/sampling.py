@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from amphista.errors import RequestError, TargetError
-from amphista.native.noise import bits_at, first_bits, may_win
+from amphista.native.noise import bits_along, bits_at, first_bits, may_win
 
 Floats = NDArray[np.float64]
 TOP_P_FIRST = 1024
@@ -307,6 +307,11 @@ class Chooser:
         ends = np.cumsum([len(some) for some in bits])
         noise = _noise(np.concatenate(bits))
         return [noise[end - len(some) : end] for some, end in zip(bits, ends, strict=True)]
+
+    def noise_along(self, position: int, token_ids: Sequence[int]) -> list[float]:
+        """That of one token at each of successive positions."""
+        along: list[float] = _noise(bits_along(self._seed, position, token_ids)).tolist()
+        return along
 
     def margin(self, logits: Tensor, position: int, path: Iterable[int] = ()) -> float:
         """Gap between the two best scores: the logit margin when greedy, the gap of the noised scores otherwise."""

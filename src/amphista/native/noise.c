@@ -31,6 +31,12 @@ int amphista_random_bits(uint64_t seed, uint64_t position, const int64_t *places
     return 1;
 }
 
+/* Of each of successive positions the word of one place: 1, or 0. */
+int amphista_bits_along(uint64_t seed, uint64_t position, const int64_t *places, int64_t count, uint64_t *out) {
+    for (int64_t i = 0; i < count; i++) amphista_random_bits(seed, position + (uint64_t)i, places + i, 1, out + i);
+    return 1;
+}
+
 /* -- whose score and noise together may be the best ----------------------------------------------------------------- */
 
 enum { LEVELS_OF_NOISE = 65, AT_A_TIME = 4096 };
@@ -92,5 +98,8 @@ int64_t amphista_may_win(uint64_t seed, uint64_t position, const float *scores, 
 int amphista_random_bits(uint64_t seed, uint64_t position, const int64_t *places, int64_t count, uint64_t *out) {
     (void)seed, (void)position, (void)places, (void)count, (void)out;
     return 0;
+}
+int amphista_bits_along(uint64_t seed, uint64_t position, const int64_t *places, int64_t count, uint64_t *out) {
+    return amphista_random_bits(seed, position, places, count, out);
 }
 #endif

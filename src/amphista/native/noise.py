@@ -65,13 +65,24 @@ def bits_at(seed: int, position: int, places: Sequence[int] | NDArray[np.integer
     return _first(seed, position, 1 << int(ids.max(initial=0)).bit_length())[ids]
 
 
-def _in_c(seed: int, position: int, places: NDArray[np.int64] | None, bits: Words) -> bool:
+def bits_along(seed: int, position: int, places: Sequence[int]) -> Words:
+    """Of each of successive positions the word of one place."""
+    ids = np.array(places, dtype=np.int64)
+    bits = np.empty(ids.size, dtype=np.uint64)
+    if _in_c(seed, position, ids, bits, is_along=True):
+        return bits
+    return np.array([bits_at(seed, at, [place])[0] for at, place in enumerate(places, position)], dtype=np.uint64)
+
+
+def _in_c(seed: int, position: int, places: NDArray[np.int64] | None, bits: Words, *, is_along: bool = False) -> bool:
     """Whether the library has filled in the words."""
     if not build.load.cache_info().currsize:
         return False
     words = ctypes.c_uint64(seed), ctypes.c_uint64(position)
     rows = (None if places is None else ctypes.c_void_p(places.ctypes.data)), ctypes.c_int64(bits.size)
-    return bool(build.load().amphista_random_bits(*words, *rows, ctypes.c_void_p(bits.ctypes.data)))
+    library = build.load()
+    fill = library.amphista_bits_along if is_along else library.amphista_random_bits
+    return bool(fill(*words, *rows, ctypes.c_void_p(bits.ctypes.data)))
 
 
 @lru_cache(maxsize=32)  # of a position that is drafted for they are wanted several times

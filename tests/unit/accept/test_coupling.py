@@ -12,6 +12,7 @@ import torch
 from amphista.accept import coupling
 from amphista.accept.coupling import coupled, coupled_graft, ranks_to_name
 from amphista.accept.sampling import Chooser, Sampling, gumbel_noise
+from amphista.native import noise
 from amphista.tree.candidates import Candidates, ConditionalRanks, NgramDraft
 
 VOCAB = 40
@@ -109,3 +110,20 @@ def test_noise_is_the_choosers_own_whatever_it_has_seen():
         found = chooser.noise(6, [[29, 3, 3], [], [7]])
         assert np.array_equal(found[0], gumbel_noise(8, 6, 30)[[29, 3, 3]]) and found[1].size == 0
         assert found[2] == gumbel_noise(8, 8, 30)[7]
+
+
+def test_noise_along_a_path_is_that_of_each_position(monkeypatch):
+    chooser, tokens = sampled(seed=8), [3, 700, 3, 29]
+    expected = [float(gumbel_noise(8, 6 + n, 1000)[token]) for n, token in enumerate(tokens)]
+    assert chooser.noise_along(6, tokens) == expected
+    monkeypatch.setattr(noise, "_in_c", lambda *_, **__: False)
+    assert chooser.noise_along(6, tokens) == expected
+
+
+@pytest.mark.parametrize("log_prob", [0.0, -1e-12, -0.3, -2.0, -25.0, -math.inf])
+@pytest.mark.parametrize("weight", [1e-9, 0.49, 1.0, 1.4, 1e6])
+def test_a_token_alone_is_noised_as_one_in_an_array(log_prob, weight):
+    for luck in (-3.0, 0.0, 1.5, 30.0):
+        expected = coupling._noised(np.array([[log_prob]]), np.array([[luck]]), np.array([weight]))[0, 0]
+        with np.errstate(all="ignore"):
+            assert coupling._noised_alone(log_prob, luck, weight) == pytest.approx(expected, rel=1e-6, abs=1e-9)
