@@ -12,7 +12,7 @@ import torch
 from amphista.accept import coupling
 from amphista.accept.coupling import coupled, coupled_graft, ranks_to_name
 from amphista.accept.sampling import Chooser, Sampling, gumbel_noise
-from amphista.native import noise
+from amphista.native import build, noise
 from amphista.tree.candidates import Candidates, ConditionalRanks, NgramDraft
 
 VOCAB = 40
@@ -115,6 +115,7 @@ def test_noise_is_the_choosers_own_whatever_it_has_seen():
 def test_noise_along_a_path_is_that_of_each_position(monkeypatch):
     chooser, tokens = sampled(seed=8), [3, 700, 3, 29]
     expected = [float(gumbel_noise(8, 6 + n, 1000)[token]) for n, token in enumerate(tokens)]
+    build.load()
     assert chooser.noise_along(6, tokens) == expected
     monkeypatch.setattr(noise, "_in_c", lambda *_, **__: False)
     assert chooser.noise_along(6, tokens) == expected
