@@ -104,7 +104,8 @@ INLINE void load_terms(const int kind, const uint8_t *w, __m512 *scales, __m512 
 /* The numbers of 16 outputs of a stretch, a byte each. `kind` is a constant. */
 INLINE void load_numbers(const int kind, const uint8_t *w, __m512i *q) {
     const __m512i low = _mm512_set1_epi8(15);
-    for (int line = 0; line < packed_bytes(kind) / 64; line++) __builtin_prefetch(w + PACKED_AHEAD * packed_bytes(kind) + 64 * line, 0, 2);
+    /* a line begun by one stretch and ended by the next is asked for by both: one that nobody asks for holds up all behind it */
+    for (int line = 0; line < (packed_bytes(kind) + 63) / 64; line++) __builtin_prefetch(w + PACKED_AHEAD * packed_bytes(kind) + 64 * line, 0, 2);
     w += terms_bytes(kind);
     for (int line = 0; line < 8; line++)
         if (kind == Q8_0) q[line] = _mm512_loadu_si512(w + 64 * line);
