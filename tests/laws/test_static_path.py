@@ -301,7 +301,7 @@ def _siblings_are_seen(monkeypatch):
 
 def _wrong_commit_row(monkeypatch):
     original = BufferedCache._move
-    monkeypatch.setattr(BufferedCache, "_move", lambda cache, source, to: original(cache, source - 1, to))
+    monkeypatch.setattr(BufferedCache, "_move", lambda cache, rows, to: original(cache, [row - 1 for row in rows], to))
 
 
 def _written_one_late(monkeypatch):

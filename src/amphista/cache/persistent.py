@@ -13,12 +13,13 @@ Shapes: L layers, J key-value heads, C capacity, E head size, N new rows.
 from __future__ import annotations
 
 import weakref
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from amphista.cache.static import KVCache
+from amphista.cache.static import KVCache, sent
 
 
 @dataclass(frozen=True)
@@ -92,13 +93,14 @@ class BufferedCache(KVCache):
             layer.keys = _own(layer.keys, keys, layer.num_rows)
             layer.values = _own(layer.values, values, layer.num_rows)
 
-    def _move(self, source: Tensor, to: int) -> None:
+    @torch.inference_mode()
+    def _move(self, rows: Sequence[int], to: int) -> None:
         """In its buffer, all layers at once: two kernels instead of four a layer."""
         if self.buffer is None or not self.buffer.holds(self):
-            super()._move(source, to)
+            super()._move(rows, to)
             return
-        rows = self.buffer.rows
-        rows[:, :, :, to : to + len(source)] = rows.index_select(3, source)
+        every = self.buffer.rows
+        every[:, :, :, to : to + len(rows)] = every.index_select(3, sent(rows, every.device))
 
 
 def _own(rows: Tensor | None, view: Tensor, num_rows: int) -> Tensor | None:

@@ -9,7 +9,9 @@ Shapes: H key-value heads, T new rows, S rows so far, E head size.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -111,6 +113,7 @@ class KVCache:
         self.first_capacity = FIRST_CAPACITY  # of one piece; more where it is known that more rows will come
         self._piece: Tensor | None = None
         self._first: Tensor | None = None  # of its views: another in its place is no view of it
+        self._numbers: np.ndarray[Any, Any] | None = None  # the piece, where few rows move with few instructions
 
     @property
     def num_rows(self) -> int:
@@ -132,20 +135,22 @@ class KVCache:
             )
         fixed = next((i for i, node in enumerate(path) if node != i), len(path))
         if fixed < len(path):  # rows before `fixed` already lie where they belong
-            base = self.num_committed
-            device = next((layer.keys.device for layer in self.layers if layer.keys is not None), None)
-            with torch.inference_mode():
-                self._move(sent([base + node for node in path[fixed:]], device), base + fixed)
+            self._move([self.num_committed + node for node in path[fixed:]], self.num_committed + fixed)
         self.num_committed += len(path)
         for layer in self.layers:
             layer.num_rows = self.num_committed
 
-    def _move(self, source: Tensor, to: int) -> None:
-        if self._piece is not None and self.layers[0].keys is self._first:  # all layers at once
-            self._piece[:, :, to : to + source.shape[0]] = self._piece.index_select(2, source)
+    def _move(self, rows: Sequence[int], to: int) -> None:
+        """Copy these rows, ascending, to row `to` and those behind it; none moves backwards."""
+        if self._numbers is not None and self.layers[0].keys is self._first:  # all layers at once
+            for place, row in enumerate(rows, start=to):
+                self._numbers[:, :, place] = self._numbers[:, :, row]
             return
-        for layer in self.layers:
-            layer.move(source, to)
+        device = next((layer.keys.device for layer in self.layers if layer.keys is not None), None)
+        source = sent(rows, device)
+        with torch.inference_mode():
+            for layer in self.layers:
+                layer.move(source, to)
 
     def in_one_piece(self, num_rows: int, row: Tensor) -> Tensor:
         """All layers' keys, then their values, side by side: [2 L, H, capacity, E], with room for `num_rows` rows like
@@ -164,6 +169,7 @@ class KVCache:
                     values[:, :, : layer.num_rows] = layer.values[:, :, : layer.num_rows]
                 layer.keys, layer.values = keys, values
             self._piece, self._first = piece, first.keys
+            self._numbers = piece.view(torch.uint8).numpy()
         return self._piece
 
     def trim(self, num_rows: int) -> None:

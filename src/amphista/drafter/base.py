@@ -67,8 +67,8 @@ class DrafterState:
 
 @dataclass(frozen=True)
 class Ask:
-    """One sequence of which a draft is asked, of so many heads; rows it has not read, hidden [T, W] with the tokens
-    [T] that followed each, are committed first.
+    """One sequence of which a draft is asked, of so many heads; rows it has not read, hidden [T or more, W] with the
+    tokens [T] that followed each of the first, are committed first.
 
     probed: what the target gave for the drafter's probes below the last of these rows [M, D].
     """
@@ -208,7 +208,8 @@ class Drafter(nn.Module):
         """Append the rows that wait."""
         for ask in asks:
             if ask.hidden is not None:
-                self.commit(ask.state, ask.hidden, sent(ask.next_ids, ask.hidden.device))
+                hidden = ask.hidden[: len(ask.next_ids)]
+                self.commit(ask.state, hidden, sent(ask.next_ids, hidden.device))
 
     def draft_all(self, asks: Sequence[Ask], num_ranks: int, look: Look | None = None) -> list[Candidates]:
         """Commit the rows that wait and draft for several sequences, each as deep as it can go. Broken off, it may have

@@ -16,11 +16,13 @@ from amphista.drafter.base import Ask, Drafter, DrafterState
 from amphista.target.target import Target
 
 MAX_UNFED, MAX_PIECES = 2048, 256
+SPARE = 8  # rows that nobody reads and that are kept with others
 MANY = 32  # rows that are fed before heads are asked, rather than by asking
 
 
 class Unfed(NamedTuple):
-    """Rows that wait for the drafter: hidden states, the tokens that followed, what probes below the last gave.
+    """Rows that wait for the drafter: hidden states, more perhaps than the tokens that followed; what probes below the
+    last gave.
 
     `end`: how many rows wait up to here, those before included; it is asked several times a step.
     """
@@ -73,12 +75,12 @@ class SequenceCache:
         not pile up without end. probed: what probes below its last node gave."""
         if self._heads is not None:
             end = self.num_unfed + len(next_ids)
-            if len(hidden) == len(path) and not self._target.is_static:  # nobody writes over it
-                states = hidden
-            elif path[-1] == len(path) - 1:  # the start of the tree, mostly: no indices to send
+            if path[-1] > len(path) - 1:
+                states = hidden.index_select(0, sent(path, hidden.device))
+            elif self._target.is_static or len(hidden) > len(path) + SPARE:
                 states = hidden[: len(path)].clone()
-            else:
-                states = hidden[sent(path, hidden.device)]
+            else:  # as it is: nobody writes over it, and behind a forward any view takes long
+                states = hidden
             self.unfed.append(Unfed(states, next_ids, probed, end))
             if self.num_unfed > MAX_UNFED:
                 self.feed()
@@ -89,7 +91,8 @@ class SequenceCache:
         if len(self.unfed) == 1:
             return self.unfed[0]
         next_ids = [token for piece in self.unfed for token in piece.next_ids]
-        return self.unfed[-1]._replace(hidden=torch.cat([piece.hidden for piece in self.unfed]), next_ids=next_ids)
+        hidden = torch.cat([piece.hidden[: len(piece.next_ids)] for piece in self.unfed])
+        return self.unfed[-1]._replace(hidden=hidden, next_ids=next_ids)
 
     def ask(self, max_depth: int) -> Ask:
         """What the drafter is asked, every row it has not read going with it. Row j is made of h_j and x_{j+1}."""

@@ -169,7 +169,7 @@ class StageCache:
 @dataclass(frozen=True)
 class Fed:
     """One sequence of a call: its cache, the rows that are in it, and tokens of new rows with their hidden states and
-    taps [T, (1 + taps) * D], float32; none: None."""
+    taps [T or more, (1 + taps) * D], float32; none: None."""
 
     cache: StageCache
     num_rows: int
@@ -260,7 +260,7 @@ class NativeHeads:
             ids += one.token_ids
             features.append(one.cache.features.data_ptr())
             if one.hidden is not None:
-                hidden.append(one.hidden)
+                hidden.append(one.hidden if len(fed) == 1 else one.hidden[: len(one.token_ids)])
         rows = None if not hidden else (torch.cat(hidden) if len(hidden) > 1 else hidden[0]).contiguous()
         flat = np.array(ids, dtype=np.int32)
         batch = _Batch(
