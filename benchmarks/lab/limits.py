@@ -55,7 +55,7 @@ class ForwardWork:
     row_values: int
     attention_width: int
     itemsize: int
-    weight_size: int | None = None
+    weight_size: float | None = None
 
     @classmethod
     def of(cls, target: Target, num_layers: int | None = None) -> ForwardWork:
@@ -69,12 +69,12 @@ class ForwardWork:
             row_values=2 * layers * spec.num_key_value_heads * spec.head_size,
             attention_width=layers * spec.num_attention_heads * spec.head_size,
             itemsize=target.dtype.itemsize,
-            weight_size=1 if target.has_int8 else None,
+            weight_size=_block_size(target) if target.has_blocks else 1 if target.has_int8 else None,
         )
 
     def num_bytes(self, batch: int, context: int) -> int:
         """Bytes that must be read by a forward of `batch` sequences with `context` rows each."""
-        weights = self.weights * (self.weight_size or self.itemsize)
+        weights = round(self.weights * (self.weight_size or self.itemsize))
         return weights + self.itemsize * batch * context * self.row_values
 
     def num_operations(self, batch: int, context: int, nodes: int) -> int:
@@ -86,6 +86,14 @@ class ForwardWork:
         reading = self.num_bytes(batch, context) / limits.bytes_per_second
         computing = self.num_operations(batch, context, nodes) / limits.operations_per_second
         return 1000 * max(reading, computing)
+
+
+def _block_size(target: Target) -> float:
+    """Bytes of a weight among blocks, on average."""
+    assert target.lean is not None
+    return target.lean.num_product_bytes / sum(
+        product.num_outputs * product.num_inputs for product in target.lean.products
+    )
 
 
 def measure_limits(target: Target) -> Limits:

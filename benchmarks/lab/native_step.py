@@ -8,7 +8,7 @@ With --drafts: so many sequences at once give `--rows` rows each to the default 
 with weights of 8 bits and as they are, and in torch; shares are those of a forward of one row, timed in turn.
 
 Prints the medians and least times in ms, their ratio, T(n) / T(1), and the time that reading the weights once takes at
-the memory bandwidth measured in the same run. gguf: the file's own blocks, whose torch form multiplies in C, too.
+the memory bandwidth measured in the same run. gguf, int8: the file's own blocks, whose torch form multiplies in C, too.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from amphista.target.blocks import GGUF
 from amphista.target.lean import LeanModel
 from amphista.target.loading import load_target
 from amphista.target.native_forward import NativeForward
-from amphista.target.products import PlainLinear, RoundedLinear
+from amphista.target.products import PlainLinear
 from amphista.target.spans import Span
 from amphista.tree.token_tree import TokenTree
 
@@ -68,14 +68,13 @@ def lower_priority() -> None:
 
 def both_forms(dtype: str) -> tuple[LeanModel, NativeForward]:
     """The torch form of the default target at its best, and the C step."""
-    if dtype == GGUF:
-        target = load_target(dtype=GGUF, progress=lambda line: None)
+    if dtype in (GGUF, "int8"):
+        target = load_target(dtype=dtype, progress=lambda line: None)
         assert target._lean is not None and target._native is not None
         return target._lean, target._native
     target = load_target(dtype="bfloat16" if dtype == "bfloat16" else "float32", fast=False, progress=lambda line: None)
-    plain = LeanModel(target.model, product=RoundedLinear if dtype == "int8" else PlainLinear)
-    torch_form = plain if dtype == "int8" else LeanModel(target.model, product=TorchLinear)
-    return torch_form, NativeForward(plain, [None] * target.spec.num_layers)
+    plain = LeanModel(target.model, product=PlainLinear)
+    return LeanModel(target.model, product=TorchLinear), NativeForward(plain, [None] * target.spec.num_layers)
 
 
 def forwards(dtype: str, context: int) -> tuple[dict[str, Callable[[TokenTree], None]], int]:

@@ -49,9 +49,9 @@ Device = Annotated[
 Dtype = Annotated[
     str | None,
     typer.Option(
-        help="float32, bfloat16, float16, int8 (weights of 8 bits, on CPU: another target, exact against itself), gguf "
-        "(a .gguf file's own blocks: the float32 target in less memory). Default on CPU: gguf for such files where the "
-        "C step takes them, else float32; elsewhere the model's.",
+        help="float32, bfloat16, float16, int8 (products of 8 bits, of a .gguf file's own blocks where they can be had, "
+        "on CPU: another target, exact against itself), gguf (such blocks: the float32 target in less memory). Default "
+        "on CPU: gguf for such files where the C step takes them, else float32; elsewhere the model's.",
         rich_help_panel=MODEL,
     ),
 ]

@@ -11,7 +11,7 @@
  *            rounded to 8 bits with one step a row. Whole numbers: the order does not matter
  * F16, Q4_1  and others of blocks.h: a GGUF file's own blocks, widened tile by tile to exactly the float32 numbers that
  *            they stand for, and summed in FLOAT32's order: the same bits as that weight's
- * PACKED     and a kind of block: packed.h, where the processor is quick at whole numbers
+ * FINE, COARSE  and a kind of block: packed.h, where the processor is quick at whole numbers
  */
 #ifndef AMPHISTA_PRODUCTS_H
 #define AMPHISTA_PRODUCTS_H
@@ -49,7 +49,7 @@ typedef struct {
     const float *steps; /* INT8: what 1 stands for in each row */
     long stride;
     int are_pairs; /* BFLOAT16 for tiles: groups of up to 2 * TILE_ROWS rows, [inputs / 2][rows][2] */
-    const uint8_t *digits; /* PACKED: of groups of TILE_ROWS rows or fewer */
+    const uint8_t *digits; /* packed weights: of groups of TILE_ROWS rows or fewer */
 } Rows;
 
 /* -- float32 ------------------------------------------------------------------------------------------------------ */
@@ -500,19 +500,20 @@ static void pair_rows(const float *from, long stride, int n, long len, int first
 }
 
 /* The same as digits, in groups of up to TILE_ROWS of `rows`. */
-static void digit_rows(const float *from, long stride, int n, long len, int first, int rows, uint8_t *room) {
+static void digit_rows(const float *from, long stride, int n, long len, int digits, int first, int rows, uint8_t *room) {
     const int group = group_of(rows, TILE_ROWS);
     for (int r = first; r < first + n; r++, from += stride) {
         const int begin = r / group * group, size = rows - begin < group ? rows - begin : group;
-        digits_of(from, len, r - begin, size, room + begin * row_bytes(len));
+        digits_of(from, len, digits, r - begin, size, room + begin * row_bytes(len, digits));
     }
 }
 
-INLINE int reads_digits(const Product *p) {
-    if (p->kind != SIDE_BY_SIDE) return is_packed(p->kind);
-    int outputs = 0, any = 0;
-    for (const Product *part = p->weight; outputs < p->outputs; outputs += (part++)->outputs) any |= is_packed(part->kind);
-    return any;
+/* Digits a number of its rows, the same for all parts of weights side by side that read any; 0: none do. */
+INLINE int digits_of_rows(const Product *p) {
+    if (p->kind != SIDE_BY_SIDE) return digits_read(p->kind);
+    int outputs = 0, digits = 0;
+    for (const Product *part = p->weight; outputs < p->outputs; outputs += (part++)->outputs) digits |= digits_read(part->kind);
+    return digits;
 }
 
 /* n rows [n][stride], zeros behind their numbers, rounded to 8 bits. */
@@ -537,7 +538,7 @@ INLINE Rows form_of(const Product *p, const float *from, long stride, const floa
     const long size = padded(p->inputs);
     if (is_tiled(p)) return (Rows){room, NULL, 0, 1, NULL};
     if (p->kind == BFLOAT16) return (Rows){room, NULL, size, 0, NULL};
-    if (reads_digits(p)) return (Rows){from, NULL, stride, 0, (const uint8_t *)room};
+    if (digits_of_rows(p)) return (Rows){from, NULL, stride, 0, (const uint8_t *)room};
     return p->kind == INT8 ? (Rows){room, steps, size, 0, NULL} : (Rows){from, NULL, stride, 0, NULL};
 }
 
@@ -548,7 +549,7 @@ static void prepare_some(const Product *p, const float *from, long stride, int n
     from += first * stride;
     if (is_tiled(p)) pair_rows(from, stride, count, p->inputs, first, n, (uint32_t *)room);
     else if (p->kind == BFLOAT16) round_rows(from, stride, count, p->inputs, (uint16_t *)room + first * size);
-    else if (reads_digits(p)) digit_rows(from, stride, count, p->inputs, first, n, (uint8_t *)room);
+    else if (digits_of_rows(p)) digit_rows(from, stride, count, p->inputs, digits_of_rows(p), first, n, (uint8_t *)room);
     else if (p->kind == INT8) level_rows(from, stride, count, size, (uint8_t *)room + first * size, steps + first);
 }
 

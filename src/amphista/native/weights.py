@@ -20,7 +20,7 @@ from amphista.native.huge_pages import Arena
 BLOCK, GROUP, LEVELS, ZERO = 32, 4, 127, 128  # of packed 8-bit weights: outputs side by side, inputs side by side
 KINDS = {torch.float32: 0, torch.bfloat16: 1}
 INT8, SIDE_BY_SIDE = 2, 3
-PACKED = 32  # added to the kind of blocks
+FINE, COARSE = 32, 64  # added to the kind of blocks: packed, for rows of 16 bits or of 8
 BLOCK_KINDS = {2: 4, 18: 5, 20: 6, 22: 7, 24: 8, 34: 9, 144: 10, 176: 11, 210: 12}  # of a GGUF file, by a block's bytes
 BLOCK_NUMBERS = {2: 1, 144: 256, 176: 256, 210: 256}  # in a block; of all others 32
 HALVES = 32  # float16 is read by so many
@@ -90,17 +90,25 @@ class Weight:
         bias = None if bias is None else bias.detach().float().clone()
         return cls(outputs, inputs, BLOCK_KINDS[size], blocks.contiguous(), bias=bias)
 
-    def packed(self, arena: Arena | None = None, flags: tuple[str, ...] | None = None) -> Weight:
-        """Blocks as products of whole numbers read them, a copy (packed.h); itself where that is not quicker."""
-        library = load(flags)
-        library.amphista_packed_size.restype = ctypes.c_int64
-        sizes = ctypes.c_int64(self.num_outputs), ctypes.c_int64(self.num_inputs)
-        size = library.amphista_packed_size(self.kind, *sizes)
+    def packed_size(self, flags: tuple[str, ...] | None = None) -> int:
+        """Bytes of its blocks as products of whole numbers read them; 0 where that is not quicker."""
+        size = load(flags).amphista_packed_size
+        size.restype = ctypes.c_int64
+        return int(size(self.kind, ctypes.c_int64(self.num_outputs), ctypes.c_int64(self.num_inputs)))
+
+    def packed(
+        self, arena: Arena | None = None, flags: tuple[str, ...] | None = None, *, is_coarse: bool = False
+    ) -> Weight:
+        """Blocks as products of whole numbers read them, a copy (packed.h); itself where that is not quicker.
+
+        is_coarse: for rows of 8 bits, not of 16.
+        """
+        library, size = load(flags), self.packed_size(flags)
         if not size:
             return self
         place = torch.empty(size, dtype=torch.uint8) if arena is None else arena.empty(size)
         library.amphista_pack(ctypes.byref(self.record()), Address(place.data_ptr()), torch.get_num_threads())
-        return replace(self, kind=self.kind + PACKED, weight=place)
+        return replace(self, kind=self.kind + (COARSE if is_coarse else FINE), weight=place)
 
     @classmethod
     def side_by_side(cls, parts: Sequence[Weight]) -> Weight:
@@ -113,7 +121,7 @@ class Weight:
     @property
     def is_packed(self) -> bool:
         """Whether whole numbers multiply it, or a part of it."""
-        return self.kind >= PACKED or any(part.is_packed for part in self.parts)
+        return self.kind >= FINE or any(part.is_packed for part in self.parts)
 
     @property
     def num_bytes(self) -> int:

@@ -105,7 +105,11 @@ class BlockLinear(NativeLinear):
     """Weights in blocks, packed where that is quicker, else held as they are."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
-        self._take([Weight.of_blocks(weight, bias).packed(ARENA)])
+        self._take([self._packed(weight, bias)])
+
+    @classmethod
+    def _packed(cls, weight: Tensor, bias: Tensor | None) -> Weight:
+        return Weight.of_blocks(weight, bias).packed(ARENA, is_coarse=cls.has_8_bits)
 
     @staticmethod
     def weight_of(layer: nn.Linear) -> Tensor:
@@ -115,9 +119,22 @@ class BlockLinear(NativeLinear):
     @classmethod
     def side_by_side(cls, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> Self:
         made = cls.__new__(cls)
-        parts = [Weight.of_blocks(weight, bias).packed(ARENA) for weight, bias in zip(weights, biases, strict=True)]
+        parts = [cls._packed(weight, bias) for weight, bias in zip(weights, biases, strict=True)]
         made._take([Weight.side_by_side(parts)] if len(parts) > 2 else parts)
         return made
+
+
+class CoarseBlockLinear(BlockLinear):
+    """The same for rows of 8 bits, as llama.cpp has them: another target than the float32 one (`check_coarse`)."""
+
+    has_8_bits = True
+
+
+def check_coarse(model: nn.Module) -> None:
+    """Raise NativeError unless all products of a model on blocks can have rows of 8 bits."""
+    for name, module in model.named_modules():
+        if isinstance(module, BlockedLinear) and not module.native.packed_size():
+            raise NativeError(f"whole numbers of 8 bits are not multiplied by the blocks of {name} here")
 
 
 # -- a file ------------------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ import torch
 from amphista.errors import NativeError, TargetError, first_line
 from amphista.native.build import load
 from amphista.target import DEFAULT_TARGET
-from amphista.target.blocks import GGUF, give_blocks
+from amphista.target.blocks import GGUF, check_coarse, give_blocks
 from amphista.target.exactness import check_exactness
 from amphista.target.families import auto_class, refuse_unsupported
 from amphista.target.gguf import (
@@ -64,22 +64,23 @@ def load_target(
     """Load a target and check that it verifies trees. Code that a repository brings along is never run.
 
     name: a key of NAMED_TARGETS, a folder, a .gguf file or a hub id. device: 'cpu', 'cuda', ...; default CUDA where
-    there is one. dtype: a key of DTYPES; default float32 on CPU, the model's own elsewhere; int8: weights of 8 bits on
-    the fast path; gguf: a GGUF file's own blocks, which is the float32 target in a quarter of the memory or less, and
-    the default for such files on a CPU where the C step can be had. fast: take the fast path where the model qualifies
-    (`Target.path`, `Target.why_stock`). native: let the C step take the place of its torch form where it can be built
-    (`Target.why_not_native`). hub: for a hub id, the entries of `Hub`.
+    there is one. dtype: a key of DTYPES; default float32 on CPU, the model's own elsewhere; int8: products of 8 bits on
+    the fast path, of a GGUF file's own blocks where they can be had, else of weights rounded to 8 bits; gguf: such
+    blocks, which is the float32 target in a quarter of the memory or less, and the default for such files on a CPU where
+    the C step can be had. fast: take the fast path where the model qualifies (`Target.path`, `Target.why_stock`). native:
+    let the C step take the place of its torch form where it can be built (`Target.why_not_native`). hub: for a hub id,
+    the entries of `Hub`.
     """
     place = device_of(device)
-    if dtype in (None, GGUF):
-        why_not = "it needs the C step, on a CPU" if place.type != "cpu" or not (fast and native) else None
-        target = _in_blocks(name, progress, why_not, is_must=dtype == GGUF)
-        if target is not None:
-            target.load_stock = lambda: load_target(name, device=device, dtype="float32", fast=False, progress=progress)
-            return target
     int8 = dtype == INT8
     if int8:
         _refuse_int8(place, fast=fast, native=native)
+    if dtype in (None, GGUF, INT8):
+        why_not = "it needs the C step, on a CPU" if place.type != "cpu" or not (fast and native) else None
+        target = _in_blocks(name, progress, why_not, dtype)
+        if target is not None:
+            target.load_stock = lambda: load_target(name, device=device, dtype="float32", fast=False, progress=progress)
+            return target
     folder = locate(name, progress)
     source = ModelSource(name, folder, hub)
     model = _load_model(source, place, _dtype(dtype, place))  # first: it refuses families by name
@@ -105,8 +106,8 @@ def load_target(
     return target
 
 
-def _in_blocks(name: str, progress: Progress, why_not: str | None, *, is_must: bool) -> Target | None:
-    """A GGUF file's target on the file's own blocks; None where it has to be converted to float32, which is told.
+def _in_blocks(name: str, progress: Progress, why_not: str | None, dtype: str | None) -> Target | None:
+    """A GGUF file's target on the file's own blocks; None where it has to be converted, which is told of float32.
 
     raises TargetError instead if it must be had so.
     """
@@ -118,16 +119,16 @@ def _in_blocks(name: str, progress: Progress, why_not: str | None, *, is_must: b
             raise NativeError(why_not)
         load()
         is_told = True  # a C step that cannot be had is told by the float32 form
-        return _load_blocks(name, progress)
+        return _load_blocks(name, progress, int8=dtype == INT8)
     except NativeError as error:
-        if is_must:
+        if dtype == GGUF:
             raise TargetError(f"{name} cannot be loaded in its file's own blocks (gguf): {error}") from error
-        if is_told:
+        if is_told and dtype is None:
             logger.warning("%s decodes in float32, slower and in four times the memory: %s", name, error)
         return None
 
 
-def _load_blocks(name: str, progress: Progress) -> Target:
+def _load_blocks(name: str, progress: Progress, *, int8: bool) -> Target:
     """raises NativeError where the C step cannot take them."""
     from transformers import GenerationConfig
 
@@ -142,10 +143,12 @@ def _load_blocks(name: str, progress: Progress) -> Target:
     if why_not is not None:
         raise NativeError(why_not)
     give_blocks(model, gguf_file, folder)
+    if int8:
+        check_coarse(model)
     model.generation_config = source.read(GenerationConfig)
     target = Target(model, load_text(source), name=name)
     # No check: the stock model, whose trees it would try, is left here, and the C step tries its own.
-    if not target.speed_up(release=True, native=True) or target.why_not_native is not None:
+    if not target.speed_up(release=True, int8=int8, native=True) or target.why_not_native is not None:
         raise NativeError(target.why_stock or target.why_not_native)
     return target
 

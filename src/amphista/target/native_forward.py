@@ -17,7 +17,7 @@ from amphista.kernels.linear import Product, TorchLinear
 from amphista.native.build import load
 from amphista.native.step import DecoderShape, NativeLayer, NativeModel, NativeOutput, NativeProbes, NativeSpan
 from amphista.target.attention import Rule
-from amphista.target.blocks import BlockedLinear, BlockLinear, native_of
+from amphista.target.blocks import BlockedLinear, BlockLinear, CoarseBlockLinear, native_of
 from amphista.target.hidden_states import Taps
 from amphista.target.lean import LeanLayer, LeanModel
 from amphista.target.probe_rows import tails
@@ -30,7 +30,7 @@ from amphista.tree.token_tree import TokenTree
 def product_of(head: object, *, int8: bool, native: bool) -> type[Product]:
     """The kernel of a fast form's products, by the stock model's LM head and whether the C step shall read them."""
     if isinstance(head, BlockedLinear):
-        return BlockLinear
+        return CoarseBlockLinear if int8 else BlockLinear
     return (RoundedLinear if int8 else PlainLinear) if native else TorchLinear
 
 

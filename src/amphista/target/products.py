@@ -44,6 +44,7 @@ class NativeLinear(Product):
     """y = x W^T + b for float32 rows x [N, I], multiplied in C only; gate and up, which the C step multiplies one by
     one, stay two weights."""
 
+    has_8_bits = False  # whether rows are rounded to 8 bits
     parts: list[Weight]
 
     def _take(self, parts: Sequence[Weight]) -> None:
@@ -70,7 +71,7 @@ class NativeLinear(Product):
 class RoundedLinear(NativeLinear):
     """Weights of 8 bits."""
 
-    is_copy = True
+    is_copy = has_8_bits = True
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
         self._take([Weight.of_8_bits(weight, bias, ARENA)])

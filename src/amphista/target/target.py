@@ -32,7 +32,7 @@ from amphista.target.native_forward import NativeForward, native_form, product_o
 from amphista.target.output import TargetOutput
 from amphista.target.pages import give_back, trim_allocator
 from amphista.target.probe_rows import Groups
-from amphista.target.products import NativeLinear, RoundedLinear
+from amphista.target.products import NativeLinear
 from amphista.target.qualify import why_not_fast
 from amphista.target.spans import Span
 from amphista.target.spec import Fingerprint, LogitTransform, Probes, SharedWeights, TargetSpec
@@ -136,25 +136,25 @@ class Target:
 
     @property
     def has_int8(self) -> bool:
-        """Whether its weights have 8 bits; what flows between them is of `dtype`."""
-        return self._lean is not None and isinstance(self._lean.head, RoundedLinear)
+        """Whether products are of 8 bits; what flows between them is of `dtype`."""
+        return self._lean is not None and isinstance(head := self._lean.head, NativeLinear) and head.has_8_bits
 
     @property
     def has_blocks(self) -> bool:
-        """Whether its weights are a GGUF file's blocks: those of the float32 target."""
+        """Whether its weights are a GGUF file's blocks: those of the float32 target, unless `has_int8`."""
         return self.shared.is_blocked
 
     @property
     def type_name(self) -> str:
-        """`float32`, `bfloat16`, `float16`; `int8` where the weights are; `gguf` for a file's own blocks."""
+        """`float32`, `bfloat16`, `float16`; `int8` where products are; else `gguf` for a file's blocks."""
         return "int8" if self.has_int8 else GGUF if self.has_blocks else str(self.dtype).removeprefix("torch.")
 
     def speed_up(self, *, release: bool = False, int8: bool = False, native: bool = False) -> bool:
         """Take the fast path where the model qualifies and a forward of both agrees; `why_stock` tells why not.
 
-        release: give up the stock model, so that its weights are not there twice. int8: round the weights to 8 bits,
-        which makes another target of it (products.py), in the C step alone. native: let the C step decode where it can
-        be built; `why_not_native` tells why not.
+        release: give up the stock model, so that its weights are not there twice. int8: round rows to 8 bits, and all
+        weights but blocks: another target (products.py), in C alone. native: let the C step decode where it can be built;
+        `why_not_native` tells why not.
         """
         if self._lean is not None or self.why_stock is not None:
             return self._lean is not None
@@ -179,11 +179,9 @@ class Target:
         if native:
             positions = self.spec.max_positions
             self._native, self.why_not_native = native_form(self.name, self._lean, positions, self._probe_tolerance)
-        if int8:
-            embedding = self._model.get_input_embeddings().weight
-            self.num_weight_bytes = self._lean.num_product_bytes + embedding.numel() * embedding.element_size()
-        elif self.has_blocks:
-            self.num_weight_bytes = self._lean.num_product_bytes  # the embedding mostly is the head
+        if int8 or self.has_blocks:  # of blocks the embedding mostly is the head
+            embedding_bytes = 0 if self.has_blocks else self._model.get_input_embeddings().weight.nbytes
+            self.num_weight_bytes = self._lean.num_product_bytes + embedding_bytes
         if release:
             if self._lean.head.is_copy:
                 give_back(self._model.get_input_embeddings().weight, self.shared.head_weight)  # read by single rows now
@@ -209,7 +207,7 @@ class Target:
 
     @property
     def _probe_tolerance(self) -> float:
-        products = self._lean.products if self.has_blocks and self._lean is not None else []
+        products = self._lean.products if self.type_name == GGUF and self._lean is not None else []
         is_packed = any(part.is_packed for p in products if isinstance(p, NativeLinear) for part in p.parts)
         return 2e-3 if is_packed else PROBE_TOLERANCE[self.type_name]  # rows in 16 bits; widened, blocks are float32
 
@@ -255,7 +253,8 @@ class Target:
     @property
     def identity(self) -> dict[str, Any]:
         """Which target this is, its type included: what is computed with it depends on no other property of it."""
-        return {**asdict(self.fingerprint), "type": "float32" if self.has_blocks else self.type_name}
+        kind = "float32" if self.type_name == GGUF else "blocks-int8" if self.has_blocks else self.type_name
+        return {**asdict(self.fingerprint), "type": kind}
 
     @property
     def row_bytes(self) -> int:

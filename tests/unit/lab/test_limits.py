@@ -6,9 +6,12 @@ import dataclasses
 
 import pytest
 import torch
+from gguf import GGMLQuantizationType
 from torch.utils.flop_counter import FlopCounterMode
 
 from amphista.evaluation.latency import typical_tree
+from amphista.target import gguf as files
+from amphista.target.loading import load_target
 from amphista.target.target import Target
 from benchmarks.lab import limits as limits_module
 from benchmarks.lab.limits import (
@@ -20,6 +23,7 @@ from benchmarks.lab.limits import (
     own_product,
     reading_ways,
 )
+from tests.gguf_file import write_gguf
 from tests.tiny import VOCAB, tiny_model, tiny_target
 
 
@@ -109,6 +113,13 @@ def test_each_way_does_what_it_counts(small):
         with torch.inference_mode():
             work()
         assert amount > 0
+
+
+def test_blocks_are_read_at_their_own_bytes(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "cache_folder", lambda: tmp_path)
+    path = write_gguf(tmp_path / "tiny.gguf", lambda name: GGMLQuantizationType.Q8_0)
+    work = ForwardWork.of(load_target(str(path), dtype="gguf"))
+    assert work.num_bytes(1, 0) == pytest.approx(work.weights * 34 / 32, rel=0.1)  # packed or not
 
 
 def test_weights_of_8_bits_are_read_at_a_byte_each():

@@ -83,7 +83,7 @@ static int differs(int kind, int window) {
     return memcmp(logits[0], logits[1], 4 * 3 * VOCAB) != 0;
 }
 
-/* Blocks of a kind, packed or not, in memory of exactly their size: a product by one thread and by three, and the last row. */
+/* Blocks of a kind, packed (FINE or COARSE) or not (0), in memory of exactly their size: a product by one thread and by three, and the last row. */
 static int blocks_differ(int kind, int packs) {
     enum { OUTPUTS = 35, INPUTS = 512 };
     const size_t bytes = (size_t)(OUTPUTS * INPUTS / block_numbers(kind) * block_bytes(kind));
@@ -93,7 +93,7 @@ static int blocks_differ(int kind, int packs) {
         if (!size) return 0;
         uint8_t *to = keep_it(malloc((size_t)size));
         amphista_pack(&p, to, 3);
-        p.weight = to, p.kind = PACKED + kind;
+        p.weight = to, p.kind = packs + kind;
     }
     int wrong = 0;
     for (int n = 1; n < 20; n++) {
@@ -178,7 +178,7 @@ static int drafts_differ(int kind, int own, int depth) {
 
 int main(void) {
     int wrong = 0;
-    for (int kind = F16; kind <= Q6_K; kind++) wrong += blocks_differ(kind, 0) + blocks_differ(kind, 1);
+    for (int kind = F16; kind <= Q6_K; kind++) wrong += blocks_differ(kind, 0) + blocks_differ(kind, FINE) + blocks_differ(kind, COARSE);
     for (head_size = 64; head_size >= 10; head_size -= 54)
         for (int kind = FLOAT32; kind <= INT8; kind++) wrong += differs(kind, 0) + differs(kind, 7);
     head_size = 10;

@@ -84,7 +84,7 @@ def test_prompts_trees_and_batches_are_near_those_of_float32(both):
 
 
 def test_prompts_trees_and_batches_have_the_bits_of_float32_where_blocks_are_widened(gguf_file, both, monkeypatch):
-    monkeypatch.setattr(Weight, "packed", lambda weight, arena: weight)
+    monkeypatch.setattr(Weight, "packed", lambda weight, arena, is_coarse: weight)
     widened = load_target(gguf_file)
     assert all(map(torch.equal, *outputs_of([widened, both[1]])))
     assert widened._probe_tolerance == both[1]._probe_tolerance
@@ -138,6 +138,33 @@ def test_hidden_states_for_training_and_the_stock_model(both):
     expected = theirs.hidden_states(ids)
     assert (ours.hidden_states(ids) - expected).abs().max() <= 2e-3 * expected.abs().max()
     assert ours.stock().path == "stock" and ours.stock().dtype is torch.float32
+
+
+def packable(name: str) -> Kind:
+    return Kind.Q8_0 if "token_embd" in name else Kind.Q4_K if "attn_q" in name else Kind.Q4_1
+
+
+def test_int8_multiplies_the_blocks_by_rows_of_8_bits(tmp_path):
+    path = str(write_gguf(tmp_path / "tiny.gguf", packable))
+    ours, exact = load_target(path, dtype="int8"), load_target(path, dtype="float32")
+    if not all(part.is_packed for part in ours._lean.head.parts):
+        pytest.skip("whole numbers are not quicker on this processor")
+    assert (ours.path, ours.type_name, ours.identity["type"]) == ("native-int8", "int8", "blocks-int8")
+    assert ours.fingerprint == exact.fingerprint and ours.num_weight_bytes < exact.num_weight_bytes / 2
+    assert ours.stock().dtype is torch.float32
+    for found, expected in zip(*outputs_of([ours, exact]), strict=True):
+        assert 1e-4 < (found - expected).abs().max() / expected.abs().max() <= 0.05
+    again, tree = load_target(path, dtype="int8"), choose_drafter(ours, "lookup")
+    answers = [
+        LLM(t, d, tree=4).generate("to be or not", max_new_tokens=24, raw=True)
+        for t, d in ((ours, tree), (again, None))
+    ]
+    assert answers[0].token_ids == answers[1].token_ids
+
+
+def test_int8_rounds_weights_anew_where_a_block_has_no_such_products(gguf_file):
+    target = load_target(gguf_file, dtype="int8")
+    assert (target.path, target.identity["type"], target.has_blocks) == ("native-int8", "int8", False)
 
 
 # -- what is not to be had so -----------------------------------------------------------------------------------------
