@@ -49,7 +49,7 @@ Device = Annotated[
 Dtype = Annotated[
     str | None,
     typer.Option(
-        help="float32, bfloat16, float16, int8 (products of 8 bits, of a .gguf file's own blocks where they can be had, "
+        help="float32, bfloat16, float16, int8 (products of 8 bits, of a .gguf file's own blocks where there are such, "
         "on CPU: another target, exact against itself), gguf (such blocks: the float32 target in less memory). Default "
         "on CPU: gguf for such files where the C step takes them, else float32; elsewhere the model's.",
         rich_help_panel=MODEL,

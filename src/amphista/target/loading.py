@@ -66,10 +66,10 @@ def load_target(
     name: a key of NAMED_TARGETS, a folder, a .gguf file or a hub id. device: 'cpu', 'cuda', ...; default CUDA where
     there is one. dtype: a key of DTYPES; default float32 on CPU, the model's own elsewhere; int8: products of 8 bits on
     the fast path, of a GGUF file's own blocks where they can be had, else of weights rounded to 8 bits; gguf: such
-    blocks, which is the float32 target in a quarter of the memory or less, and the default for such files on a CPU where
-    the C step can be had. fast: take the fast path where the model qualifies (`Target.path`, `Target.why_stock`). native:
-    let the C step take the place of its torch form where it can be built (`Target.why_not_native`). hub: for a hub id,
-    the entries of `Hub`.
+    blocks: the float32 target in a quarter of the memory or less, and the default for such files on a CPU where the C
+    step can be had. fast: take the fast path where the model qualifies (`Target.path`, `Target.why_stock`). native: let
+    the C step take the place of its torch form where it can be built (`Target.why_not_native`). hub: for a hub id, the
+    entries of `Hub`.
     """
     place = device_of(device)
     int8 = dtype == INT8

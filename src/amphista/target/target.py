@@ -153,8 +153,8 @@ class Target:
         """Take the fast path where the model qualifies and a forward of both agrees; `why_stock` tells why not.
 
         release: give up the stock model, so that its weights are not there twice. int8: round rows to 8 bits, and all
-        weights but blocks: another target (products.py), in C alone. native: let the C step decode where it can be built;
-        `why_not_native` tells why not.
+        weights but blocks: another target (products.py), in C alone. native: let the C step decode where it can be
+        built; `why_not_native` tells why not.
         """
         if self._lean is not None or self.why_stock is not None:
             return self._lean is not None
