@@ -16,7 +16,7 @@ import torch
 
 from amphista.evaluation.questions import load_questions
 from amphista.llm import LLM
-from amphista.target.__init__ import DEFAULT_TARGET
+from amphista.target import DEFAULT_TARGET
 from amphista.target.loading import load_target
 from amphista.target.target import Target
 from amphista.tree.token_tree import TokenTree

@@ -22,6 +22,7 @@ from amphista.engine.params import SamplingParams
 from amphista.engine.step import Engine
 from amphista.errors import NativeError
 from amphista.native.build import find_compiler, load
+from amphista.native.weights import Weight
 from amphista.target.lean import LeanModel
 from amphista.target.native_forward import NativeForward, windows_of
 from amphista.target.products import PlainLinear, RoundedLinear
@@ -84,7 +85,10 @@ def forward_of(name: str, type_name: str, flags: tuple[str, ...]) -> tuple[Nativ
     model = shaken_model(family, **changes)
     model = model.to(torch.bfloat16) if type_name == "bfloat16" else model
     target = Target(model, name=name)
-    lean = LeanModel(model, product=RoundedLinear if type_name == "int8" else PlainLinear)
+    with pytest.MonkeyPatch.context() as patch:
+        if flags != FLAGS["native"]:  # weights must not be packed for another build than the one that reads them
+            patch.setattr(Weight, "packed_size", lambda weight: 0)
+        lean = LeanModel(model, product=RoundedLinear if type_name == "int8" else PlainLinear)
     return NativeForward(lean, windows_of(lean, target.spec.max_positions), flags=flags), target
 
 

@@ -76,6 +76,22 @@ class Weight:
         return cls(outputs, inputs, INT8, blocks, scales, offsets, bias)
 
     @classmethod
+    def in_8_bit_blocks(cls, weight: Tensor, bias: Tensor | None = None) -> Weight:
+        """A float32 weight [O, I] rounded to blocks of 8 bits (Q8_0): 32 numbers with one scale of 16 bits.
+
+        raises NativeError for a number of inputs that blocks do not divide, and for weights beyond their scales.
+        """
+        if weight.shape[1] % HALVES:
+            raise NativeError(f"blocks of {HALVES} do not divide {weight.shape[1]} inputs")
+        blocks = weight.detach().unflatten(1, (-1, HALVES))
+        scales = (blocks.abs().amax(-1, keepdim=True) / LEVELS).half()
+        if not scales.isfinite().all():
+            raise NativeError("weights are larger than the scales of blocks")
+        numbers = (blocks / scales.float().clamp_min(torch.finfo(torch.float16).smallest_normal / 2**10)).round()
+        numbers = numbers.clamp_(-LEVELS, LEVELS).to(torch.int8)
+        return cls.of_blocks(torch.cat([scales.view(torch.uint8), numbers.view(torch.uint8)], dim=-1), bias)
+
+    @classmethod
     def of_blocks(cls, blocks: Tensor, bias: Tensor | None = None) -> Weight:
         """Blocks of a GGUF file, uint8 [O, blocks in a row, bytes of a block], or float32 [O, I]: as they lie.
 

@@ -129,6 +129,10 @@ class CoarseBlockLinear(BlockLinear):
 
     has_8_bits = True
 
+    @property
+    def arithmetic(self) -> str:
+        return "blocks-int8"
+
 
 def check_coarse(model: nn.Module) -> None:
     """Raise NativeError unless all products of a model on blocks can have rows of 8 bits."""

@@ -1,9 +1,10 @@
 """Linear layers whose weights the C step reads: as they lie, in huge pages, or rounded to 8 bits.
 
-Weights of 8 bits are a quarter of the bytes to read, and products of whole numbers. Each output's weights share a scale
-(symmetric, largest magnitude 127), and so does each *row* of inputs, taken from that row alone: a row's result is the
-same, bit for bit, whatever rows it is computed with. What it costs is accuracy of the target itself, which is no longer
-the float32 one.
+Weights of 8 bits are a quarter of the bytes to read, and products of whole numbers. Where the processor is quick at
+these, 32 inputs of an output share a scale, and so do those of a *row* (packed.h). Elsewhere an output's weights have
+one scale and a row has one, which errs many times as much. Scales come from that row alone: a row's result is the same,
+bit for bit, whatever rows it is computed with. What it costs is accuracy of the target itself, which is no longer the
+float32 one.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from amphista.errors import NativeError
 from amphista.kernels.linear import Product, TorchLinear
 from amphista.native.huge_pages import Arena
 from amphista.native.weights import Weight
@@ -47,6 +49,16 @@ class NativeLinear(Product):
     has_8_bits = False  # whether rows are rounded to 8 bits
     parts: list[Weight]
 
+    @property
+    def arithmetic(self) -> str:
+        """What two targets of the same weights must share for the same numbers."""
+        return "float32"
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether whole numbers multiply it, or a part of it."""
+        return any(part.is_packed for part in self.parts)
+
     def _take(self, parts: Sequence[Weight]) -> None:
         self.parts = list(parts)
         self.num_outputs, self.num_inputs = sum(part.num_outputs for part in parts), parts[0].num_inputs
@@ -73,13 +85,25 @@ class RoundedLinear(NativeLinear):
 
     is_copy = has_8_bits = True
 
+    @property
+    def arithmetic(self) -> str:
+        return "rounded-int8" if self.is_packed else "int8"
+
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
-        self._take([Weight.of_8_bits(weight, bias, ARENA)])
+        self._take([_rounded(weight, bias)])
 
     @classmethod
     def side_by_side(cls, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> Self:
         if len(weights) != 2:
             return super().side_by_side(weights, biases)
         made = cls.__new__(cls)
-        made._take([Weight.of_8_bits(w, b, ARENA) for w, b in zip(weights, biases, strict=True)])
+        made._take([_rounded(w, b) for w, b in zip(weights, biases, strict=True)])
         return made
+
+
+def _rounded(weight: Tensor, bias: Tensor | None) -> Weight:
+    try:
+        blocks = Weight.in_8_bit_blocks(weight, bias)
+    except NativeError:
+        return Weight.of_8_bits(weight, bias, ARENA)
+    return blocks.packed(ARENA, is_coarse=True) if blocks.packed_size() else Weight.of_8_bits(weight, bias, ARENA)

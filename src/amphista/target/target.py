@@ -208,7 +208,7 @@ class Target:
     @property
     def _probe_tolerance(self) -> float:
         products = self._lean.products if self.type_name == GGUF and self._lean is not None else []
-        is_packed = any(part.is_packed for p in products if isinstance(p, NativeLinear) for part in p.parts)
+        is_packed = any(product.is_packed for product in products if isinstance(product, NativeLinear))
         return 2e-3 if is_packed else PROBE_TOLERANCE[self.type_name]  # rows in 16 bits; widened, blocks are float32
 
     def _uncapture(self, reason: str) -> None:
@@ -253,7 +253,8 @@ class Target:
     @property
     def identity(self) -> dict[str, Any]:
         """Which target this is, its type included: what is computed with it depends on no other property of it."""
-        kind = "float32" if self.type_name == GGUF else "blocks-int8" if self.has_blocks else self.type_name
+        head = None if self._lean is None else self._lean.head
+        kind = head.arithmetic if isinstance(head, NativeLinear) else self.type_name
         return {**asdict(self.fingerprint), "type": kind}
 
     @property
