@@ -7,13 +7,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
-SUMMARY = Path("benchmarks/xeon-amx-2-cores/llama-cpp-file/run.json")
+SUMMARY = Path("benchmarks/zen4-2-cores/llama-cpp/run.json")
 BESIDE = "llama.cpp GGUF"
 ROWS = {
     BESIDE: "llama.cpp, the same GGUF file (Q4_1)",
     "ours gguf/none": "amphista, plain, the same file",
     "ours gguf/amphista+lookup": "**amphista, drafted, the default**",
-    "ours int8/amphista+lookup": "amphista, drafted, weights of 8 bits (`--dtype int8`, another target)",
+    "ours int8/amphista+lookup": "amphista, drafted, its blocks times rows of 8 bits (`--dtype int8`, another target)",
 }
 BEGIN, END = "<!-- table: python -m benchmarks.lab.readme_table -->\n", "<!-- end of table -->"
 
