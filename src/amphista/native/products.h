@@ -546,10 +546,11 @@ INLINE Rows form_of(const Product *p, const float *from, long stride, const floa
 static void prepare_some(const Product *p, const float *from, long stride, int n, int first, int count, float *room,
                          float *steps) {
     const long size = padded(p->inputs);
+    const int digits = digits_of_rows(p);
     from += first * stride;
     if (is_tiled(p)) pair_rows(from, stride, count, p->inputs, first, n, (uint32_t *)room);
     else if (p->kind == BFLOAT16) round_rows(from, stride, count, p->inputs, (uint16_t *)room + first * size);
-    else if (digits_of_rows(p)) digit_rows(from, stride, count, p->inputs, digits_of_rows(p), first, n, (uint8_t *)room);
+    else if (digits) digit_rows(from, stride, count, p->inputs, digits, first, n, (uint8_t *)room);
     else if (p->kind == INT8) level_rows(from, stride, count, size, (uint8_t *)room + first * size, steps + first);
 }
 

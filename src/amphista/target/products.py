@@ -102,8 +102,10 @@ class RoundedLinear(NativeLinear):
 
 
 def _rounded(weight: Tensor, bias: Tensor | None) -> Weight:
+    """In blocks where whole numbers are quick at these and blocks can hold it, else with one scale an output."""
     try:
-        blocks = Weight.in_8_bit_blocks(weight, bias)
+        if Weight.in_8_bit_blocks(weight[:1]).packed_size():  # one row tells: of others all would be rounded twice
+            return Weight.in_8_bit_blocks(weight, bias).packed(ARENA, is_coarse=True)
     except NativeError:
-        return Weight.of_8_bits(weight, bias, ARENA)
-    return blocks.packed(ARENA, is_coarse=True) if blocks.packed_size() else Weight.of_8_bits(weight, bias, ARENA)
+        pass
+    return Weight.of_8_bits(weight, bias, ARENA)
