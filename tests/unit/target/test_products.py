@@ -87,6 +87,13 @@ def test_blocks_of_8_bits_err_a_fraction_of_what_one_scale_an_output_does(scheme
     assert error < 0.05 if scheme == "blocks" else 0.05 < error < 0.2
 
 
+def test_a_number_of_a_block_of_8_bits_is_off_by_half_a_step_of_its_own_block():
+    weight = torch.randn(5, 96) * torch.tensor([1.0, 30.0, 0.01]).repeat_interleave(32)
+    most = weight.abs().unflatten(1, (-1, 32)).amax(-1, keepdim=True).expand(-1, -1, 32).flatten(1)
+    found = Weight.in_8_bit_blocks(weight).rows(torch.arange(5))
+    assert ((found - weight).abs() <= most / LEVELS * (0.5 + 2**-4)).all()  # the scale itself has 11 bits
+
+
 def test_what_blocks_of_8_bits_cannot_hold():
     with pytest.raises(NativeError, match="blocks of 32 do not divide 40 inputs"):
         Weight.in_8_bit_blocks(torch.ones(3, 40))
