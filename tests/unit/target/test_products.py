@@ -84,7 +84,7 @@ def test_blocks_of_8_bits_err_a_fraction_of_what_one_scale_an_output_does(scheme
     rows[:, 7], weight[:, 7], weight[:, 300] = rows[:, 7] * 50, weight[:, 7] / 50, weight[:, 300] * 20
     expected = rows.double() @ weight.double().t()
     error = (RoundedLinear(weight)(rows) - expected).square().mean().sqrt() / expected.square().mean().sqrt()
-    assert error < 0.05 if scheme == "blocks" else 0.05 < error < 0.2
+    assert 0.015 < error < 0.05 if scheme == "blocks" else 0.05 < error < 0.2  # below it rows would have more bits
 
 
 def test_a_number_of_a_block_of_8_bits_is_off_by_half_a_step_of_its_own_block():
