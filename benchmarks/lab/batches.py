@@ -1,6 +1,7 @@
 """Throughput of batches: every drafter against plain decoding at the same batch size, in turn.
 
     python -m benchmarks.lab.batches --data DIR --sizes 1,4,8 --drafters lookup,amphista+lookup
+    python -m benchmarks.lab.batches --data DIR --sampling '{"temperature": 0.7, "top_p": 0.9}'
 
 Prompts are first turns of Spec-Bench, spread evenly; answers have 64 to 192 tokens, 128 on average, as they come: of
 one length, those without drafts would end together and leave no place empty, those with drafts would not. Told are
@@ -15,7 +16,6 @@ import json
 import statistics
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,16 +27,18 @@ from amphista.llm import LLM
 from amphista.target import DEFAULT_TARGET
 from amphista.target.loading import load_target
 
-PARAMS = SamplingParams(ignore_eos=True)
 LENGTHS = range(64, 193)
 
 
-def run(llm: LLM, prompts: list[list[int]], size: int) -> dict[str, Any]:
+def settings_of(number: int, sampling: dict[str, Any]) -> SamplingParams:
+    """Those of one prompt: its own length and seed."""
+    return SamplingParams(ignore_eos=True, max_new_tokens=LENGTHS[number * 37 % len(LENGTHS)], seed=number, **sampling)
+
+
+def run(llm: LLM, prompts: list[list[int]], size: int, sampling: dict[str, Any]) -> dict[str, Any]:
     """One batch of so many prompts, each decoded once."""
     started, tokens, slowest = time.perf_counter(), {}, float("inf")
-    lengths = [LENGTHS[number * 37 % len(LENGTHS)] for number in range(len(prompts))]
-    settings = [replace(PARAMS, max_new_tokens=length) for length in lengths]
-    jobs = [Job(prompt, params, number) for number, (prompt, params) in enumerate(zip(prompts, settings, strict=True))]
+    jobs = [Job(prompt, settings_of(number, sampling), number) for number, prompt in enumerate(prompts)]
     for finished in Batch[int](llm.engine, size).run(jobs):
         assert finished.error is None, finished.error
         tokens[finished.job.tag] = finished.sequence.output_ids
@@ -54,6 +56,7 @@ def main() -> None:
     parser.add_argument("--sizes", default="1,2,4,8,16,32")
     parser.add_argument("--prompts", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--sampling", type=json.loads, default={}, help="settings of all answers, as JSON")
     asked = parser.parse_args()
     target = load_target(asked.target, dtype=asked.dtype)
     names = ["none", *asked.drafters.split(",")]
@@ -62,11 +65,14 @@ def main() -> None:
     questions = load_questions("spec_bench", asked.data, asked.prompts).questions
     prompts = [llms["none"].prompt_ids(question.turns[0]) for question in questions]
     for size in map(int, asked.sizes.split(",")):
-        rounds = [{name: run(llm, prompts, size) for name, llm in llms.items()} for _ in range(asked.rounds)]
+        rounds = [
+            {name: run(llm, prompts, size, asked.sampling) for name, llm in llms.items()} for _ in range(asked.rounds)
+        ]
         for name in names:
             ratios = [done[name]["rate"] / done["none"]["rate"] for done in rounds]
             row = {
                 "dtype": asked.dtype or "default",
+                **asked.sampling,
                 "batch": size,
                 "drafter": name,
                 "tokens_per_second": round(statistics.median(done[name]["rate"] for done in rounds), 1),

@@ -16,7 +16,7 @@ from amphista.cache.static import KVCache
 from amphista.drafter.proposer import Proposer
 from amphista.engine.params import FinishReason, SamplingParams
 from amphista.engine.step import Engine
-from amphista.errors import CapacityError
+from amphista.errors import CapacityError, TargetError
 from amphista.tree.grow import StaticGrower, parse_tree
 from amphista.tree.template import TreeTemplate
 from amphista.tree.token_tree import TokenTree
@@ -159,7 +159,7 @@ def test_hostile_grafts(target, expected, graft, name, tree, sampling):
 def test_lookup_is_accepted_where_the_target_repeats_itself(inner, tree):
     """Real lookup beside heads finds what comes, deeper than they reach, and the tokens stay."""
     repeating = tiny_target(tie_word_embeddings=True)
-    params = SamplingParams(max_new_tokens=100, temperature=1.0, seed=1)
+    params = SamplingParams(max_new_tokens=100, temperature=0.3, seed=1)
     prompt = [5, 17, 230, 44, 9] * 3
     expected = decode_plainly(repeating.model, prompt, params, {EOS})
     heads = None if inner == "none" else HOSTILE[inner](prompt + expected)
@@ -173,6 +173,19 @@ def test_the_dear_tree_rests_its_heads_and_the_cheap_one_does_not(target, expect
     for tree, name, least, most in (("auto-cheap", "always-right", 0.8, 1.0), ("auto-dear", "always-wrong", 0.01, 0.5)):
         drafted = check(target, HOSTILE[name](PROMPT + expected["greedy"]), tree, "greedy", expected).stats.drafted
         assert least <= sum(drafted) / len(drafted) <= most
+
+
+def test_what_stands_behind_the_end_fails_nobody():
+    """A penalty that rewards repetition until it overflows: the answer ends before, a drafted tree looks beyond."""
+    target, prompt = tiny_target(with_text=True), [5, 17, 230, 44, 9]
+    assert target.speed_up()
+    params = SamplingParams(max_new_tokens=30, frequency_penalty=-1.2e38, stop=(target.text.decode([119] * 3),))
+    plain = decode(Engine(target, None, TREES["chain"]), prompt, params)
+    drafter = HOSTILE["always-right"](prompt + plain.output_ids + [7] * 9)
+    drafted = decode(Engine(target, drafter, TREES["chain"]), prompt, params)
+    assert plain.output_ids == drafted.output_ids == [119] * 3 and drafted.finish_reason == "stop"
+    with pytest.raises(TargetError, match="no finite numbers"):
+        decode(Engine(target, drafter, TREES["chain"]), prompt, replace(params, stop=()))
 
 
 @pytest.mark.parametrize("seed", range(6))

@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from amphista.accept.sampling import gumbel_noise
+from amphista.accept.draw import gumbel_noise
 
 
 @torch.no_grad()

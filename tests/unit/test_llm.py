@@ -12,8 +12,9 @@ import pytest
 import torch
 from transformers import GenerationConfig
 
-from amphista.accept.sampling import Chooser
+from amphista.accept.chooser import Chooser
 from amphista.engine.params import FinishReason, SamplingParams
+from amphista.engine.step import Engine
 from amphista.engine.stream import finish
 from amphista.errors import CapacityError, ConfigError, RequestError, TargetError
 from amphista.llm import LLM, load
@@ -75,14 +76,14 @@ def test_several_prompts_are_answered_together(llm, monkeypatch):
 
 def test_what_fails_in_mid_batch_is_its_own_answers_error(llm, monkeypatch, caplog):
     expected = [llm.generate(text, **FEW).token_ids for text in ("one", "two", "three")]
-    broken, choose = llm.prompt_ids("two"), Chooser.choose
+    broken, scores = llm.prompt_ids("two"), Chooser.scores
 
     def fails(chooser, logits, position, path=()):
         if position == len(broken) + 1:
             raise TargetError("broken here")
-        return choose(chooser, logits, position, path)
+        return scores(chooser, logits, position, path)
 
-    monkeypatch.setattr(Chooser, "choose", fails)
+    monkeypatch.setattr(Chooser, "scores", fails)
     found = llm.generate(["one", "two", "three"], batch_size=3, **FEW)
     failed = [answer for answer in found if answer.error is not None]
     assert failed and all(answer.finish_reason == "error" and "broken here" in str(answer.error) for answer in failed)
@@ -443,6 +444,35 @@ def test_an_awaited_stream_that_is_cancelled_can_be_closed(llm):
         asyncio.run(begin(stream))
     stream.close()
     assert 0 < len(stream.answer.token_ids) < 100 and stream.answer.finish_reason == "abort"
+
+
+def test_a_reader_who_gives_up_in_mid_step_and_reads_on_misses_nothing(llm, monkeypatch):
+    step, calls, is_in, may_go = Engine.step, [], threading.Event(), threading.Event()
+
+    def waiting(engine, batch):
+        calls.append(len(batch))
+        if len(calls) == 4:
+            is_in.set()
+            assert may_go.wait(60)
+        return step(engine, batch)
+
+    async def read(stream, pieces):
+        async for piece in stream:
+            pieces.append(piece)
+
+    async def impatient():
+        stream, pieces = llm.stream("hi", max_tokens=12, ignore_eos=True), []
+        reading = asyncio.create_task(read(stream, pieces))
+        await asyncio.to_thread(is_in.wait, 60)
+        reading.cancel()
+        await asyncio.wait([reading])
+        may_go.set()
+        await read(stream, pieces)
+        return pieces, stream.answer.text
+
+    monkeypatch.setattr(Engine, "step", waiting)
+    pieces, text = asyncio.run(impatient())
+    assert "".join(pieces) == text and len(pieces) > 2
 
 
 def test_a_conversation_may_be_awaited(llm):

@@ -23,7 +23,8 @@ from dataclasses import replace
 
 import numpy as np
 
-from amphista.accept.sampling import Chooser, Floats
+from amphista.accept.chooser import Chooser
+from amphista.accept.draw import Floats
 from amphista.tree.candidates import Candidates, NgramDraft
 
 NUM_RANKS = 64  # of each head, for noise to choose among

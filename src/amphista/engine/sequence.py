@@ -12,8 +12,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+from amphista.accept.chooser import Chooser
 from amphista.accept.logprobs import TokenLogprob
-from amphista.accept.sampling import Chooser
 from amphista.drafter.lookup import Lookup
 from amphista.engine.loops import LoopWatch, loop_free_length
 from amphista.engine.params import FinishReason, SamplingParams

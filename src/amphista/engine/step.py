@@ -16,10 +16,10 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from amphista.accept.chooser import Chooser
 from amphista.accept.coupling import coupled, coupled_graft, ranks_to_name
 from amphista.accept.logprobs import TokenLogprob, token_logprobs
-from amphista.accept.sampling import Chooser
-from amphista.accept.walk import walk
+from amphista.accept.walk import Walk, walk_all
 from amphista.cache.static import sent
 from amphista.drafter.base import Drafter
 from amphista.drafter.captured_drafter import captured
@@ -193,8 +193,7 @@ class Engine:
             sequence.check()
         reading = [sequence for sequence in batch if sequence.num_unread]
         decoding = [sequence for sequence in batch if not sequence.num_unread]
-        device = self._waits_for
-        clock = Clock([sequence.stats for sequence in batch], device, whole=None if decoding else "prefill")
+        clock = Clock([one.stats for one in batch], self._waits_for, whole=None if decoding else "prefill")
         started = clock.now()
         chunks = [_chunk(sequence) for sequence in reading]
         plan, offered, asked_at = self._plan(decoding, chunks, clock)
@@ -206,8 +205,8 @@ class Engine:
         ended = clock.now()
         in_order = [*reading, *decoding]
         with clock.phase("accept"):
-            each = zip(in_order, spans, outputs, strict=True)
-            outcomes = [_read(*parts) if parts[0].num_unread else _verified(*parts) for parts in each]
+            outcomes = [_read(*parts) for parts in zip(reading, spans, outputs, strict=False)]
+            outcomes += _verified(decoding, spans[len(reading) :], outputs[len(reading) :])
         with clock.phase("commit"):
             each_done = zip(in_order, outcomes, outputs, spans, strict=True)
             results = {id(parts[0]): _advance(*parts) for parts in each_done}
@@ -316,13 +315,12 @@ def _chunk(sequence: Sequence) -> Span:
 
 def _read(sequence: Sequence, span: Span, output: TargetOutput) -> _Outcome:
     """A chunk stays whole; the first token of the answer is chosen at the end of the prompt."""
-    tokens, path = [], list(range(span.tree.num_nodes))
-    if len(path) == sequence.num_unread and not sequence.num_output:
-        choices = output.choices if sequence.chooser.is_argmax else None
-        end = sequence.num_prompt
-        tokens = [choices[-1] if choices else sequence.chooser.choose(output.logits[-1], end)]
+    size, tokens, choices = span.tree.num_nodes, list[int](), output.choices and output.choices[-1:]
+    if size == sequence.num_unread and not sequence.num_output:
+        end = Walk(TokenTree.chain([0]), output.logits[-1:], sequence.chooser, sequence.num_prompt - 1, choices)
+        tokens = walk_all([end])[0].tokens
     _tell_prompt(sequence, output.logits)
-    return _Outcome(path, tokens, sequence.ending(tokens), _logprobs(sequence, output, [-1], tokens))
+    return _Outcome(list(range(size)), tokens, sequence.ending(tokens), _logprobs(sequence, output, [-1], tokens))
 
 
 def _tell_prompt(sequence: Sequence, logits: Tensor) -> None:
@@ -334,14 +332,16 @@ def _tell_prompt(sequence: Sequence, logits: Tensor) -> None:
         told += found[len(told) + 1 - first :]
 
 
-def _verified(sequence: Sequence, span: Span, output: TargetOutput) -> _Outcome:
-    """The target's own way down the tree, as far as the answer goes."""
-    whole = walk(span.tree, output.logits, sequence.chooser, sequence.root_position, output.choices)
-    ending = sequence.ending(whole.tokens)
-    acceptance = whole.cut(ending.num_taken)
-    logprobs = _logprobs(sequence, output, acceptance.path, acceptance.tokens)
-    num_dropped = len(whole.tokens) - ending.num_taken
-    return _Outcome(acceptance.path, acceptance.tokens, ending, logprobs, num_dropped)
+def _verified(decoding: Several[Sequence], spans: Several[Span], outputs: Several[TargetOutput]) -> list[_Outcome]:
+    """The target's own way down each tree, as far as the answer goes."""
+    outcomes, parts = [], list(zip(decoding, spans, outputs, strict=True))
+    ways = walk_all([Walk(span.tree, o.logits, s.chooser, s.root_position, o.choices) for s, span, o in parts])
+    for whole, (sequence, _, output) in zip(ways, parts, strict=True):
+        ending = sequence.ending(whole.tokens)
+        way = whole.cut(ending.num_taken)
+        logprobs, num_dropped = _logprobs(sequence, output, way.path, way.tokens), len(whole.tokens) - ending.num_taken
+        outcomes.append(_Outcome(way.path, way.tokens, ending, logprobs, num_dropped))
+    return outcomes
 
 
 def _logprobs(sequence: Sequence, output: TargetOutput, path: list[int], tokens: list[int]) -> list[TokenLogprob]:

@@ -67,11 +67,13 @@ class Stream:
         return (result.text for result in self.steps() if result.text)
 
     async def __aiter__(self) -> AsyncIterator[str]:
-        """Pieces, each step in the worker thread."""
-        steps, loop = self.steps(), asyncio.get_running_loop()
-        while (result := await loop.run_in_executor(self._worker(), next, steps, None)) is not None:
-            if result.text:
-                yield result.text
+        """Pieces, each step in the worker thread. Read here, so that a reader who gives up in mid step loses none."""
+        loop, goes_on = asyncio.get_running_loop(), True
+        while goes_on:
+            goes_on = await loop.run_in_executor(self._worker(), self._step) is not None
+            if text := self._read():
+                yield text
+        self._end()
 
     def steps(self) -> Iterator[StepResult]:
         """The same stream, one record per target forward that added tokens."""

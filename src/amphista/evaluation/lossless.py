@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from amphista.accept.sampling import Chooser
+from amphista.accept.chooser import Chooser
 from amphista.engine.params import SamplingParams
 from amphista.engine.step import end_ids
 from amphista.target.target import Target

@@ -1,12 +1,11 @@
-"""Random bits by position, for keyed noise: numpy's, in C where the library is loaded already."""
+"""Keyed noise and the choice by it, in C (noise.c) where the library is loaded already."""
 
 from __future__ import annotations
 
 import ctypes
 import threading
 from collections.abc import Sequence
-from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -15,76 +14,85 @@ from numpy.typing import NDArray
 from amphista.native import build
 
 Words = NDArray[np.uint64]
-MOST_TOLD = 1024
+GROUP, ROOM_PER_TOKEN = 64, 12  # of noise.c
+BROKEN, NOTHING = -1, -2  # in place of a token: scores are no numbers; all are -inf
+FAR = 1e30  # temperatures beyond, either way, are left to numpy
+DRAWING = np.dtype(
+    [
+        *((name, np.uint64) for name in ("scores", "seed", "position")),
+        *((name, np.float64) for name in ("temperature", "top_p", "min_p")),
+        ("top_k", np.int64),
+    ]
+)
+
+
+class Drawing(NamedTuple):
+    """A row of scores [V], float32 and contiguous, by its address; at which position of which seed's noise; how."""
+
+    scores: int
+    seed: int
+    position: int
+    temperature: float
+    top_p: float
+    min_p: float
+    top_k: int
 
 
 class _Room(threading.local):
     """A thread's own: to touch memory for the first time takes longer than to fill it."""
 
-    words: Words = np.empty(0, dtype=np.uint64)
+    bytes: NDArray[np.uint8] = np.empty(0, dtype=np.uint8)
 
 
 _room = _Room()
 
 
-def first_bits(seed: int, position: int, count: int) -> Words:
-    """The first words [count] of a Philox generator whose key is `seed` and whose counter begins at `position`; valid
-    until the thread asks for others."""
-    if _room.words.size < count:
-        _room.words = np.empty(count, dtype=np.uint64)
-    bits = _room.words[:count]
-    return bits if _in_c(seed, position, None, bits) else _first(seed, position, count)
-
-
-def may_win(
-    seed: int, position: int, scores: NDArray[np.float32], best: int, temperature: float
-) -> tuple[NDArray[np.int64], Words] | None:
-    """Tokens, ascending, among which is that with the largest score / temperature + noise, with their words of
-    `first_bits`; None where they are many, or there is no library. best: that of the best score, which is finite."""
-    if not build.load.cache_info().currsize:
-        return None
-    tokens, bits = np.empty(MOST_TOLD, dtype=np.int64), np.empty(MOST_TOLD, dtype=np.uint64)
-    scores, threads = np.ascontiguousarray(scores), torch.get_num_threads()
-    number = build.load().amphista_may_win(
-        *(ctypes.c_uint64(seed), ctypes.c_uint64(position), ctypes.c_void_p(scores.ctypes.data)),
-        *(ctypes.c_int64(scores.size), ctypes.c_int64(best), ctypes.c_double(temperature), ctypes.c_int64(MOST_TOLD)),
-        *(ctypes.c_void_p(tokens.ctypes.data), ctypes.c_void_p(bits.ctypes.data), ctypes.c_int(threads)),
-    )
-    if not 0 < number <= MOST_TOLD:
-        return None
-    order = tokens[:number].argsort()
-    return tokens[order], bits[order]
-
-
-def bits_at(seed: int, position: int, places: Sequence[int] | NDArray[np.integer[Any]]) -> Words:
-    """Words of the same generator, by their places."""
-    ids = np.array(places, dtype=np.int64)
+def bits_at(seed: int, position: int, tokens: Sequence[int] | NDArray[np.integer[Any]]) -> Words:
+    """The words of some tokens at a position."""
+    ids = np.array(tokens, dtype=np.int64)
     bits = np.empty(ids.size, dtype=np.uint64)
-    if _in_c(seed, position, ids, bits):
-        return bits
-    return _first(seed, position, 1 << int(ids.max(initial=0)).bit_length())[ids]
+    return bits if _in_c(seed, position, ids, bits) else first_bits(seed, position, 1 + int(ids.max(initial=-1)))[ids]
 
 
-def bits_along(seed: int, position: int, places: Sequence[int]) -> Words:
-    """Of each of successive positions the word of one place."""
-    ids = np.array(places, dtype=np.int64)
+def bits_along(seed: int, position: int, tokens: Sequence[int]) -> Words:
+    """Of each of successive positions the word of one token."""
+    ids = np.array(tokens, dtype=np.int64)
     bits = np.empty(ids.size, dtype=np.uint64)
     if _in_c(seed, position, ids, bits, is_along=True):
         return bits
-    return np.array([bits_at(seed, at, [place])[0] for at, place in enumerate(places, position)], dtype=np.uint64)
+    return np.array([bits_at(seed, at, [token])[0] for at, token in enumerate(tokens, position)], dtype=np.uint64)
 
 
-def _in_c(seed: int, position: int, places: NDArray[np.int64] | None, bits: Words, *, is_along: bool = False) -> bool:
+def first_bits(seed: int, position: int, count: int) -> Words:
+    """The words [count] of the first tokens at a position: of each 16 bits of one stream, then 48 of another."""
+    streams = [np.random.Philox(key=seed, counter=[0, position, stream, 0]) for stream in (0, 1)]
+    first = streams[0].random_raw(-(-count // 4)).astype("<u8").view("<u2")[:count].astype(np.uint64)
+    return first << np.uint64(48) | streams[1].random_raw(count) >> np.uint64(16)
+
+
+def draw(drawings: Sequence[Drawing], count: int) -> list[int] | None:
+    """Of each row the token [of count] with the largest score / temperature + noise of those its filters leave.
+
+    BROKEN or NOTHING where there is none; None where there is no library, or a row cannot be drawn of here.
+    """
+    if not build.load.cache_info().currsize or not all(1 / FAR < drawing.temperature < FAR for drawing in drawings):
+        return None
+    threads = torch.get_num_threads()
+    size = threads * (count * ROOM_PER_TOKEN + -(-count // GROUP) * 4)
+    if _room.bytes.size < size:
+        _room.bytes = np.empty(size, dtype=np.uint8)
+    rows, tokens = np.array(drawings, dtype=DRAWING), np.empty(len(drawings), dtype=np.int64)
+    is_done = build.load().amphista_draw(
+        *(ctypes.c_void_p(rows.ctypes.data), ctypes.c_int64(rows.size), ctypes.c_int64(count)),
+        *(ctypes.c_void_p(_room.bytes.ctypes.data), ctypes.c_void_p(tokens.ctypes.data), ctypes.c_int(threads)),
+    )
+    return tokens.tolist() if is_done else None
+
+
+def _in_c(seed: int, position: int, tokens: NDArray[np.int64], bits: Words, *, is_along: bool = False) -> bool:
     """Whether the library has filled in the words."""
     if not build.load.cache_info().currsize:
         return False
-    words = ctypes.c_uint64(seed), ctypes.c_uint64(position)
-    rows = (None if places is None else ctypes.c_void_p(places.ctypes.data)), ctypes.c_int64(bits.size)
-    library = build.load()
-    fill = library.amphista_bits_along if is_along else library.amphista_random_bits
-    return bool(fill(*words, *rows, ctypes.c_void_p(bits.ctypes.data)))
-
-
-@lru_cache(maxsize=32)  # of a position that is drafted for they are wanted several times
-def _first(seed: int, position: int, count: int) -> Words:
-    return np.random.Philox(key=seed, counter=[0, position, 0, 0]).random_raw(count)
+    where = ctypes.c_uint64(seed), ctypes.c_uint64(position), ctypes.c_void_p(tokens.ctypes.data)
+    how = ctypes.c_int64(tokens.size), ctypes.c_int(is_along), ctypes.c_void_p(bits.ctypes.data)
+    return bool(build.load().amphista_noise_bits(*where, *how))

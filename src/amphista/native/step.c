@@ -38,10 +38,10 @@ typedef struct {
     Choice **choices; /* the best that each thread has found, [num_wanted] */
 } Step;
 
-/* Whether a number of a block is larger than the best so far. */
+/* Whether a number of a block is larger than the best so far, or none. */
 INLINE int may_be_larger(const float *block, float best) {
     ivec any = {0};
-    for (int o = 0; o < BLOCK; o += LANES) any |= load(block + o) > best;
+    for (int o = 0; o < BLOCK; o += LANES) any |= ~(ivec)(load(block + o) <= best);
     return any_lane(any);
 }
 
@@ -61,12 +61,12 @@ static void head_stage(const Step *step, const Rows *x, Worker *worker) {
             const float *row = to + r * ldo;
             if (count == BLOCK && !may_be_larger(row, best[r].value)) continue;
             for (long o = 0; o < count; o++)
-                if (row[o] > best[r].value) best[r] = (Choice){row[o], (int32_t)(first + o)};
+                if (!(row[o] <= best[r].value)) best[r] = (Choice){row[o] == row[o] ? row[o] : INFINITY, (int32_t)(first + o)};
         }
     }
 }
 
-/* The lowest id of the largest logit of all threads; 0 where there is none (all NaN). */
+/* The lowest id of the largest logit of all threads; -1 where one is infinite or no number, or none is finite. */
 static void choose(const Step *step, int team) {
     for (int r = 0; r < step->f->num_wanted; r++) {
         Choice best = step->choices[0][r];
@@ -74,7 +74,7 @@ static void choose(const Step *step, int team) {
             const Choice other = step->choices[t][r];
             if (other.value > best.value || (other.value == best.value && other.id < best.id)) best = other;
         }
-        step->f->choices[r] = best.id == INT32_MAX ? 0 : best.id;
+        step->f->choices[r] = best.value < INFINITY && best.id != INT32_MAX ? best.id : -1;
     }
 }
 

@@ -152,7 +152,7 @@ class NativeProbes:
 @dataclass(frozen=True)
 class NativeOutput:
     """hidden: float32 [N, (1 + taps) * D] after the final norm, taps behind. logits: float32 [W, V], or none [0, V].
-    choices: of each of the W rows, the lowest id of its largest logit."""
+    choices: of each of the W rows, the lowest id of its largest logit; -1 where they are no finite numbers."""
 
     hidden: Tensor
     logits: Tensor

@@ -10,8 +10,10 @@ import pytest
 import torch
 
 from amphista.accept import coupling
+from amphista.accept.chooser import Chooser
 from amphista.accept.coupling import coupled, coupled_graft, ranks_to_name
-from amphista.accept.sampling import Chooser, Sampling, gumbel_noise
+from amphista.accept.draw import gumbel_noise
+from amphista.accept.sampling import Sampling
 from amphista.native import build, noise
 from amphista.tree.candidates import Candidates, ConditionalRanks, NgramDraft
 

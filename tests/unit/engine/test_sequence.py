@@ -3,10 +3,11 @@ from __future__ import annotations
 from copy import deepcopy
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
-from amphista.accept.sampling import Chooser
+from amphista.accept.chooser import Chooser
 from amphista.cache.static import KVCache
 from amphista.engine.loops import LoopWatch
 from amphista.engine.params import FinishReason, SamplingParams
@@ -198,5 +199,5 @@ def test_caches_that_do_not_hold_what_was_read_are_refused():
 def test_penalties_see_what_was_taken_and_nothing_else():
     found = sequence(penalty=2.0)
     take(found, [7, EOS, 8])
-    scores = found.chooser._scores(torch.full((300,), 4.0), 9, [])
+    scores = found.chooser.scores(np.full(300, 4.0), 9)
     assert {token for token in range(300) if scores[token] == 2.0} == {1, 2, 3, 7, EOS}

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from amphista.accept.sampling import gumbel_noise
+from amphista.accept.draw import gumbel_noise
 from amphista.drafter.proposer import Proposer
 from amphista.engine.params import SamplingParams
 from amphista.engine.step import Engine

@@ -176,8 +176,33 @@ static int drafts_differ(int kind, int own, int depth) {
     return memcmp(log_probs[0], log_probs[1], 4 * ASKED * SLOTS * (SHORT + 2)) != 0;
 }
 
-int main(void) {
+/* Draws of 1 to 200 tokens by every filter, in memory of exactly its size: by one thread and by three. */
+static int draws_differ(void) {
+    enum { FILTERS = 7, THREADS = 3 };
+    const double top_p[FILTERS] = {1, 1, 0.9, 1, 0.5, 1e-9, 0.99}, min_p[FILTERS] = {0, 0, 0, 0.1, 0, 1, 0.01};
     int wrong = 0;
+    for (int count = 1; count < 200; count += 1 + count / 8) {
+        const size_t room = (size_t)count * sizeof(Kept) + (size_t)(count + GROUP - 1) / GROUP * sizeof(float);
+        Drawing drawings[FILTERS];
+        int64_t tokens[2][FILTERS];
+        for (int i = 0; i < FILTERS; i++)
+            drawings[i] = (Drawing){filled((size_t)count, 4, (unsigned)(i + count)), 7, 9, 0.01 * (1 + i % 3), top_p[i], min_p[i], i % 2 * (1 + i)};
+        for (int several = 0; several < 2; several++) {
+            const int threads = several ? THREADS : 1;
+            char *own = malloc(room * (size_t)threads);
+            amphista_draw(drawings, FILTERS, count, own, tokens[several], threads);
+            free(own);
+        }
+        for (int i = 0; i < FILTERS; i++) {
+            wrong += tokens[0][i] != tokens[1][i] || tokens[0][i] < 0 || tokens[0][i] >= count;
+            free((void *)drawings[i].scores);
+        }
+    }
+    return wrong;
+}
+
+int main(void) {
+    int wrong = draws_differ();
     for (int kind = F16; kind <= Q6_K; kind++) wrong += blocks_differ(kind, 0) + blocks_differ(kind, FINE) + blocks_differ(kind, COARSE);
     for (head_size = 64; head_size >= 10; head_size -= 54)
         for (int kind = FLOAT32; kind <= INT8; kind++) wrong += differs(kind, 0) + differs(kind, 7);
