@@ -72,11 +72,17 @@ def write_gguf(
     *,
     tied: bool = True,
     more: tuple[str, ...] = (),
+    without: tuple[str, ...] = (),
+    say: Callable[[gguf.GGUFWriter], None] = lambda writer: None,
 ) -> Path:
-    """kind_of: of a matrix, by its name; vectors are float32. more: names of tensors that no such model has."""
+    """kind_of: of a matrix, by its name; vectors are float32. more: names of tensors that no such model has; without:
+    of those that are left out. say: more metadata, or tensors."""
     writer = gguf.GGUFWriter(path, architecture)
     _write_settings(writer, *HEADS[architecture])
+    say(writer)
     for seed, (name, shape) in enumerate({**shapes(architecture, tied=tied), **dict.fromkeys(more, (HIDDEN,))}.items()):
+        if name in without:
+            continue
         if len(shape) == 1:
             vector = np.random.default_rng(seed).normal(1, 0.2, shape).astype(np.float32)
             writer.add_tensor(name, vector if name.endswith("weight") else vector - 1)

@@ -22,6 +22,7 @@ from torch.nn import functional
 
 from amphista.errors import NativeError
 from amphista.native.weights import HALVES, Weight
+from amphista.target.gguf_metadata import FREQUENCIES
 from amphista.target.products import ARENA, NativeLinear
 
 GGUF = "gguf"  # as a type of weights
@@ -165,7 +166,7 @@ class MappedTensors:
         self._found = {_name_of(name): entry for name, entry in record["tensors"].items()}
         heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
         self._heads = heads if record["architecture"] == ROTATED_IN_PAIRS else {}
-        self.unread = set(self._found)
+        self.unread = set(self._found) - {FREQUENCIES}
         self._tried: set[str] = set()
 
     def take(self, name: str) -> Tensor:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -28,13 +27,11 @@ import torch
 
 from amphista.errors import TargetError, first_line
 from amphista.target.blocks import write_index
+from amphista.target.gguf_metadata import end_tokens, refuse_unread, scale_positions
 
 MANIFEST = "amphista-manifest.json"
 INDEX = "https://pypi.org/pypi"
 TIMEOUT_S = 60
-END_TOKENS = re.compile(
-    r"tokenizer\.ggml\.(eos|eot|eom|eog)_token_ids?"
-)  # end of text, of turn, of message; all of them
 Progress = Callable[[str], None]
 
 
@@ -79,7 +76,7 @@ def packaged_target_folder(target: PackagedTarget, progress: Progress) -> Path:
 def gguf_target_folder(gguf_file: Path, progress: Progress) -> Path:
     """The converted folder of any GGUF file, keyed by the file's hash."""
     digest = _known_sha256(gguf_file)
-    return convert(gguf_file, cache_folder() / "targets" / f"gguf-file-{digest[:16]}", progress, sha256=digest)
+    return convert(gguf_file, cache_folder() / "targets" / f"gguf-model-{digest[:16]}", progress, sha256=digest)
 
 
 def describe(gguf_file: Path, progress: Progress, *, sha256: str | None = None) -> Path:
@@ -87,7 +84,7 @@ def describe(gguf_file: Path, progress: Progress, *, sha256: str | None = None) 
     tokenizer, and where in the file the weights lie. sha256: what the hash has to be."""
     digest = _known_sha256(gguf_file)
     _refuse_damaged(gguf_file, digest, sha256 or digest)
-    folder = cache_folder() / "targets" / f"gguf-blocks-{digest[:16]}"
+    folder = cache_folder() / "targets" / f"gguf-index-{digest[:16]}"
     return convert(gguf_file, folder, progress, sha256=digest, save=_save_description)
 
 
@@ -261,12 +258,18 @@ def _refuse_damaged(gguf_file: Path, found: str, expected: str) -> None:
 def _save_as_transformers(gguf_file: Path, folder: Path) -> None:
     from transformers import AutoModelForCausalLM
 
-    model = _read(AutoModelForCausalLM, gguf_file, dtype=torch.float32)
+    model, found = _read(AutoModelForCausalLM, gguf_file, dtype=torch.float32, output_loading_info=True)
+    if missing := sorted(found["missing_keys"]):
+        what = f"{len(missing)} tensors of {type(model).__name__}, {missing[0]} first"
+        raise TargetError(f"{gguf_file.name} lacks {what}: expected weights for every layer; fetch or convert it anew")
+    reader = _reader(gguf_file)
+    refuse_unread(reader, model)
+    scale_positions(reader, model.config)
     # The loader marks the model as quantised, although it has just de-quantised it, and then refuses to save it.
     model.config.__dict__.pop("quantization_config", None)
     model.hf_quantizer = None
     model.config._name_or_path = ""
-    _save_text(gguf_file, folder, model.generation_config, end_tokens(_reader(gguf_file)))
+    _save_text(gguf_file, folder, model.generation_config, end_tokens(reader))
     model.save_pretrained(folder)
 
 
@@ -276,6 +279,7 @@ def _save_description(gguf_file: Path, folder: Path) -> None:
     config = _read(AutoConfig, gguf_file)
     config.dtype = torch.float32
     reader = _reader(gguf_file)
+    scale_positions(reader, config)
     write_index(reader, folder)
     _save_text(gguf_file, folder, GenerationConfig.from_model_config(config), end_tokens(reader))
     config.save_pretrained(folder)
@@ -303,13 +307,3 @@ def _reader(gguf_file: Path) -> Any:
     from gguf import GGUFReader
 
     return GGUFReader(gguf_file)
-
-
-def end_tokens(reader: Any) -> list[int]:
-    """Every token that a GGUF file's metadata names as the end of an answer; `transformers` reads the first alone."""
-    found: list[int] = []
-    for name, entry in reader.fields.items():
-        if END_TOKENS.fullmatch(name):
-            value = entry.contents()
-            found += [int(token) for token in (value if isinstance(value, list) else [value])]
-    return list(dict.fromkeys(found))

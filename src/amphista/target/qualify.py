@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from amphista.target.blocks import BlockedEmbedding, BlockedLinear
+from amphista.target.spec import changes_with_length
 
 CLASSES = {
     f"transformers.models.{family}.modeling_{family}.{name}ForCausalLM"
@@ -53,7 +54,7 @@ def _config_reason(config: Any) -> str | None:
         return f"it was loaded with {config._attn_implementation} attention"
     rope = getattr(config, "rope_parameters", None) or {}
     found = rope.get("rope_type", "default")
-    if found not in ROPE_TYPES:
+    if found not in ROPE_TYPES and (found != "longrope" or changes_with_length(rope)):
         return f"its rotary positions are of type {found}"
     return None
 

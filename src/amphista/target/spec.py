@@ -127,6 +127,13 @@ def _rotations(config: Any) -> list[dict[str, Any]]:
     return sorted(by_type.values(), key=lambda value: value is not by_type.get("full_attention"))
 
 
+def changes_with_length(rope: dict[str, Any]) -> bool:
+    """Whether the rotation of a position is another in a longer text."""
+    if rope.get("rope_type") == "longrope":
+        return bool(rope.get("short_factor") != rope.get("long_factor"))
+    return rope.get("rope_type") == "dynamic"
+
+
 def _context(config: Any, ropes: list[dict[str, Any]]) -> tuple[int, str]:
     """Positions a configuration allows, and why no more.
 
@@ -139,7 +146,7 @@ def _context(config: Any, ropes: list[dict[str, Any]]) -> tuple[int, str]:
         original = rope.get("original_max_position_embeddings") or limit
         if rope.get("rope_type") == "yarn":
             limit = max(limit, int(original * (rope.get("factor") or 1)))
-        elif rope.get("rope_type") in ("longrope", "dynamic"):
+        elif changes_with_length(rope):
             original = min(limit, getattr(config, "original_max_position_embeddings", None) or original)
             return (
                 original,

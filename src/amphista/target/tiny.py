@@ -147,5 +147,8 @@ def _smaller_heads(config: Any, settings: dict[str, Any], num_heads: int, head_s
     for layer in (settings.get("per_layer_config") or {}).values():  # layers whose heads are larger remain so
         if "head_dim" in layer:
             layer["head_dim"] = max(2, layer["head_dim"] * size // before)
+    rope = settings.get("rope_parameters") or {}
+    for name in rope.keys() & {"short_factor", "long_factor"}:  # a number for each frequency
+        rope[name] = rope[name][: len(rope[name]) * size // before]
     if isinstance(settings.get("num_key_value_heads"), int):
         settings["num_key_value_heads"] = few if key_heads == heads else max(1, few // 2)

@@ -8,6 +8,9 @@ import json
 import pytest
 import torch
 from gguf import GGMLQuantizationType as Kind
+from gguf import RopeScalingType
+from transformers import LlamaConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from amphista.drafter.amphista import Amphista, AmphistaConfig
 from amphista.errors import TargetError
@@ -191,8 +194,78 @@ def test_a_kind_that_the_c_step_does_not_know(tmp_path, caplog):
 
 
 def test_a_tensor_that_the_family_has_not(tmp_path, caplog):
-    path = write_gguf(tmp_path / "more.gguf", mixed, more=("rope_freqs.weight",))
-    assert "the file holds rope_freqs.weight, which LlamaForCausalLM has not" in told(caplog, path)
+    path = write_gguf(tmp_path / "more.gguf", mixed, more=("never_seen.weight",))
+    assert "the file holds never_seen.weight, which LlamaForCausalLM has not" in told(caplog, path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"without": ("blk.1.ffn_down.weight",)}, "lacks 1 tensors of LlamaForCausalLM, model.layers.1.mlp.down_proj"),
+        ({"more": ("blk.0.attn_q.bias",)}, "no place for, as blk.0.attn_q.bias"),
+        ({"more": ("rope_factors_long.weight",)}, "no place for, as rope_factors_long.weight"),
+        ({"more": ("rope_freqs.weight",)}, "rope_freqs.weight of the file holds 256 numbers: expected 32"),
+        ({"say": lambda writer: writer.add_rope_scaling_type(RopeScalingType.LONGROPE)}, "rope.scaling.type longrope"),
+        ({"say": lambda writer: (scaled(writer, "yarn"), writer.add_rope_scaling_yarn_log_mul(0.1))}, "yarn_log_mul"),
+        ({"say": lambda writer: (scaled(writer, "linear"), divided(writer))}, "linear, rope_freqs.weight"),
+    ],
+)
+def test_a_file_that_would_be_another_model_is_refused(changes, message, tmp_path):
+    """In its own blocks and converted; nothing of it is kept for the next time."""
+    path = write_gguf(tmp_path / "other.gguf", mixed, **changes)
+    for dtype in (None, "float32", None):
+        with pytest.raises(TargetError, match=message):
+            load_target(str(path), dtype=dtype)
+
+
+LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 128}
+
+
+def scaled(writer, kind):
+    writer.add_rope_scaling_type(RopeScalingType(kind))
+    writer.add_rope_scaling_factor(4.0)
+    writer.add_rope_scaling_orig_ctx_len(128)
+
+
+def divided(writer):
+    """As llama.cpp's converter writes Llama 3's scaling."""
+    config = LlamaConfig(hidden_size=256, num_attention_heads=4, max_position_embeddings=512)
+    plain, _ = ROPE_INIT_FUNCTIONS["linear"](with_rope(config, {"rope_type": "linear", "factor": 1.0}), "cpu")
+    llama3, _ = ROPE_INIT_FUNCTIONS["llama3"](with_rope(config, {"rope_type": "llama3", **LLAMA3}), "cpu")
+    writer.add_tensor("rope_freqs.weight", (plain / llama3).numpy())
+
+
+def with_rope(config, rope):
+    config.rope_parameters = {"rope_theta": 10000.0, **rope}
+    return config
+
+
+@pytest.mark.parametrize(
+    ("say", "rope"),
+    [
+        (divided, {"rope_type": "llama3", **LLAMA3}),
+        (lambda writer: scaled(writer, "linear"), {"rope_type": "linear", "factor": 4.0}),
+        (lambda w: w.add_float32("llama.rope.scale_linear", 4.0), {"rope_type": "linear", "factor": 4.0}),
+        (
+            lambda writer: scaled(writer, "yarn"),
+            {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128},
+        ),
+        (lambda writer: scaled(writer, "none"), {"rope_type": "default"}),
+        (lambda w: w.add_rope_scaling_orig_ctx_len(128), {"rope_type": "default"}),
+    ],
+    ids=["llama3", "linear", "linear of old", "yarn", "none", "only said"],
+)
+def test_positions_are_scaled_as_the_file_says(say, rope, tmp_path):
+    path, tokens = write_gguf(tmp_path / "scaled.gguf", mixed, say=say), [5, 17, 230, 9] * 60
+    plain = load_target(str(write_gguf(tmp_path / "plain.gguf", mixed)), fast=False, dtype="float32")
+    model = plain.stock()._model
+    model.model.rotary_emb = type(model.model.rotary_emb)(with_rope(model.config, rope))
+    expected = model(input_ids=torch.tensor([tokens])).logits[0, -1]
+    for settings in ({}, {"dtype": "float32"}, {"dtype": "float32", "native": False}):
+        target = load_target(str(path), **settings)
+        assert target.spec.max_positions == 512 and target.path != "stock"
+        found = target.prefill(tokens, target.new_cache()).logits[-1]
+        torch.testing.assert_close(found, expected, atol=1e-3 if settings else 2e-2, rtol=0)
 
 
 def test_blocks_that_are_read_wrong_are_noticed(tmp_path, caplog, monkeypatch):

@@ -1,0 +1,98 @@
+"""What a GGUF file says beside its weights and `transformers`' loader does not read: how positions are scaled, all end
+tokens; and tensors that nobody reads, without which it would be another model.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import numpy as np
+
+from amphista.errors import TargetError
+
+END_TOKENS = re.compile(
+    r"tokenizer\.ggml\.(eos|eot|eom|eog)_token_ids?"
+)  # end of text, of turn, of message; all of them
+FREQUENCIES = "rope_freqs.weight"  # what each frequency is divided by: Llama 3's, as llama.cpp writes it
+POSITIONS = {"linear", "yarn"}
+KNOWN = {"factor": "factor", "original_context_length": "original_max_position_embeddings"}
+
+
+def end_tokens(reader: Any) -> list[int]:
+    """Every token that a GGUF file's metadata names as the end of an answer; `transformers` reads the first alone."""
+    found: list[int] = []
+    for name, entry in reader.fields.items():
+        if END_TOKENS.fullmatch(name):
+            value = entry.contents()
+            found += [int(token) for token in (value if isinstance(value, list) else [value])]
+    return list(dict.fromkeys(found))
+
+
+def scale_positions(reader: Any, config: Any) -> None:
+    """Give a configuration the scaling of positions that the file asks for; raises TargetError for one unknown here."""
+    rope, said = getattr(config, "rope_parameters", None) or {}, _scaling(reader)
+    if rope.get("rope_type", "default") != "default":
+        return  # the loader has read it
+    divisors = next((tensor for tensor in reader.tensors if tensor.name == FREQUENCIES), None)
+    if not said and divisors is None:
+        return
+    kind = said.pop("type", "linear" if said else None)
+    unknown = said.keys() - KNOWN.keys()
+    if unknown or kind not in {None, *POSITIONS} or (kind and divisors is not None) or "rope_theta" not in rope:
+        what = ", ".join(
+            [f"rope.scaling.type {kind}", *sorted(unknown), *([FREQUENCIES] if divisors is not None else [])]
+        )
+        raise TargetError(
+            f"the file scales its positions in a way that is not known here ({what}), and would be another model "
+            "without: use the model's transformers folder"
+        )
+    scaling = {"rope_type": kind, **{KNOWN[name]: value for name, value in said.items()}}
+    config.rope_parameters = {**rope, **(scaling if divisors is None else _divided(divisors.data, rope, config))}
+
+
+def _scaling(reader: Any) -> dict[str, Any]:
+    """What the metadata says of it, without what means nothing."""
+    found = {}
+    for name, entry in reader.fields.items():
+        _, is_scaling, suffix = name.partition(".rope.scaling.")
+        if is_scaling:
+            found[suffix] = entry.contents()
+        elif name.endswith(".rope.scale_linear"):
+            found["factor"] = entry.contents()
+    found.pop("finetuned", None)
+    changes_nothing = found.get("factor", 1) in (0, 1) and found.keys() <= {"type", *KNOWN}
+    is_none = found.get("type") == "none" or (changes_nothing and found.get("type", "linear") in POSITIONS)
+    return {} if is_none else found
+
+
+def _divided(divisors: Any, rope: dict[str, Any], config: Any) -> dict[str, Any]:
+    """Frequencies each divided by a number of its own: longrope's form, with no other numbers for long texts."""
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    numbers = np.asarray(divisors, dtype=np.float64).ravel().tolist()
+    expected = int(size * rope.get("partial_rotary_factor", 1.0)) // 2
+    if len(numbers) != expected:
+        raise TargetError(f"{FREQUENCIES} of the file holds {len(numbers)} numbers: expected {expected}")
+    return {
+        "rope_type": "longrope",
+        "short_factor": numbers,
+        "long_factor": numbers,
+        "factor": 1.0,
+        "attention_factor": 1.0,
+        "original_max_position_embeddings": config.max_position_embeddings,
+    }
+
+
+def refuse_unread(reader: Any, model: Any) -> None:
+    """Raise TargetError where the file holds what the model has no place for and would be another one without: biases,
+    and divisors of positions for long texts."""
+    biases = {tensor.name: tensor.n_elements for tensor in reader.tensors if tensor.name.endswith(".bias")}
+    places = sum(numbers.numel() for name, numbers in model.state_dict().items() if name.endswith("bias"))
+    unread = [tensor.name for tensor in reader.tensors if tensor.name.startswith("rope_factors")]
+    if sum(biases.values()) > places:
+        unread += list(biases)
+    if unread:
+        raise TargetError(
+            f"the file holds tensors that {type(model).__name__} has no place for, as {unread[0]}, and would be "
+            "another model without: use the model's transformers folder"
+        )
