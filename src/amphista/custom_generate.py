@@ -121,8 +121,9 @@ def _params(config: Any, num_columns: int, target: Target, seed: int | None) -> 
     if "max_new_tokens" not in settings:
         longest = config.max_length
         settings["max_new_tokens"] = DEFAULT_MAX_LENGTH if longest is None else longest - num_columns
-    settings["min_tokens"] = max(settings.get("min_tokens", 0), (config.min_length or 0) - num_columns)
-    if settings.get("stop") and settings["min_tokens"]:
+    if config.min_new_tokens is None:
+        settings["min_tokens"] = max(0, (config.min_length or 0) - num_columns)
+    if settings.get("stop") and settings.get("min_tokens"):
         raise _unsupported(["stop_strings with a least length"])  # there they may end an answer before it, here not
     ends = [] if config.eos_token_id is None else _ids(config.eos_token_id)
     if set(ends) != target.eos_ids:

@@ -69,9 +69,12 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def sync_folder(folder: Path) -> None:
     """Put a folder's own entries on disk; Windows cannot open folders and does so by itself."""
-    if sys.platform == "win32":
-        return
-    handle = os.open(folder, os.O_RDONLY)
+    if sys.platform != "win32":
+        _sync(folder, os.O_RDONLY)
+
+
+def _sync(path: Path, how: int) -> None:
+    handle = os.open(path, how)
     try:
         os.fsync(handle)
     finally:
@@ -91,6 +94,10 @@ def new_folder(folder: Path) -> Path:
 
 def replace_folder(fresh: Path, folder: Path) -> None:
     """Put `fresh` where `folder` is; the old one is removed once the new one stands."""
+    for path in fresh.rglob("*"):  # who wrote them may have left them to the system
+        if path.is_file():
+            _sync(path, os.O_RDWR)
+    sync_folder(fresh)
     old = folder.with_name(f".old-{folder.name}")
     if folder.exists():
         shutil.rmtree(old, ignore_errors=True)

@@ -491,6 +491,43 @@ def test_a_store_without_its_states_is_filled_again(target, tmp_path):
     assert float(again.abs().sum()) > 0
 
 
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("model.safetensors", b""),
+        ("optimizer.bin", b"PK half"),
+        ("scheduler.bin", None),
+        ("progress.json", b'{"step": 4, "more": 1}'),
+    ],
+)
+def test_a_state_that_is_damaged_is_said(target, data_file, tmp_path, name, content):
+    run = tmp_path / "run"
+    Trainer(target, config_for(data_file), run, lambda line: None).run(stop_after=5)
+    (run / "state" / name).unlink()
+    if content is not None:
+        (run / "state" / name).write_bytes(content)
+    with pytest.raises(DataError, match=r"state is damaged and cannot be resumed .* remove it to begin anew"):
+        Trainer(target, config_for(data_file), run, lambda line: None).run()
+
+
+@pytest.mark.parametrize("content", [None, b"\xff\xfe\n{}\n[1]\n"])
+def test_a_log_that_cannot_be_read_stops_no_run(target, data_file, tmp_path, content):
+    run = tmp_path / "run"
+    Trainer(target, config_for(data_file), run, lambda line: None).run(stop_after=5)
+    (run / "log.jsonl").unlink()
+    if content is not None:
+        (run / "log.jsonl").write_bytes(content)
+    Trainer(target, config_for(data_file), run, lambda line: None).run()
+    assert min(json.loads(line)["step"] for line in (run / "log.jsonl").read_text().splitlines()) > 1
+
+
+def test_what_is_no_folder_where_a_drafter_goes_is_said_at_once(target, data_file, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "last").write_text("mine")
+    with pytest.raises(ConfigError, match="last is there already and is no folder"):
+        Trainer(target, config_for(data_file), tmp_path / "run", lambda line: None).run(stop_after=1)
+
+
 def test_other_data_in_the_same_folder_is_refused(target, data_file, tmp_path):
     Trainer(target, config_for(data_file), tmp_path / "run", lambda line: None).run(stop_after=5)
     data_file.write_text("".join(data_file.read_text().splitlines(keepends=True)[:-3]))

@@ -79,6 +79,7 @@ def test_greedy_tokens_are_those_of_transformers_in_fewer_forwards(generate, mod
         {"max_length": 20},
         {"max_new_tokens": 30, "repetition_penalty": 1.3},
         {"max_new_tokens": 30, "min_length": 20, "eos_token_id": list(range(150))},
+        {"max_new_tokens": 30, "min_new_tokens": 2, "min_length": 20, "eos_token_id": list(range(150))},
         {"max_new_tokens": 30, "eos_token_id": [3, 100, 101, 102, 103, 104, 105]},
         {"generation_config": GenerationConfig(max_new_tokens=12, eos_token_id=EOS)},
         {"max_new_tokens": 60, "eos_token_id": None},

@@ -75,6 +75,18 @@ def hold(path, pipe):
     del lock
 
 
+def test_all_of_a_folder_is_on_disk_before_the_old_one_goes(tmp_path, monkeypatch):
+    synced, sync = set(), os.fsync
+    monkeypatch.setattr(os, "fsync", lambda handle: (synced.add(os.fstat(handle).st_ino), sync(handle)))
+    fresh = new_folder(tmp_path / "run")
+    (fresh / "deep").mkdir()
+    (fresh / "a.bin").write_bytes(b"1")
+    (fresh / "deep" / "b.bin").write_bytes(b"2")
+    wanted = {path.stat().st_ino for path in (fresh / "a.bin", fresh / "deep" / "b.bin", fresh)}
+    replace_folder(fresh, tmp_path / "run")
+    assert wanted <= synced
+
+
 def test_a_lock_is_held_by_one_and_given_back_by_a_killed_process(tmp_path):
     path = tmp_path / "deep" / ".lock"
     ours, theirs = multiprocessing.Pipe()

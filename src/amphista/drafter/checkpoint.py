@@ -36,7 +36,7 @@ from amphista.drafter.hub import HubAccess, fetch
 from amphista.drafter.hydra import Hydra, HydraConfig
 from amphista.drafter.lookup import LOOKUP
 from amphista.drafter.medusa import Medusa, MedusaConfig
-from amphista.drafter.proposer import NONE, Proposer
+from amphista.drafter.proposer import NONE, Proposer, parts_of
 from amphista.drafter.scoring import ScoringDrafter
 from amphista.drafter.tandem import Tandem, TandemConfig
 from amphista.drafter.weights import digest_in, digest_of, read_weights, write_weights
@@ -120,6 +120,17 @@ def locate_checkpoint(
         if shipped is None:
             raise DrafterError(f"no {name} drafter is shipped for this target: give a folder or a hub id, or train one")
         return shipped
+    if (local := local_checkpoint(name, fingerprint)) is not None:
+        return local
+    read_checkpoint(fetch(name, (CONFIG,), hub), name)  # what is no drafter of ours is not fetched any further
+    return read_checkpoint(fetch(name, CHECKPOINT_FILES, hub), name)
+
+
+def local_checkpoint(name: str, fingerprint: Fingerprint | None = None) -> Checkpoint | None:
+    """The checkpoint in a folder, None for a hub id, which is not asked; raises DrafterError for what is neither.
+
+    fingerprint: of the target whose shipped drafters the error offers, None: those of any.
+    """
     try:
         path = Path(name).expanduser()
         if path.is_dir():
@@ -129,13 +140,15 @@ def locate_checkpoint(
         is_local, path = True, Path(name)
     if is_local and os.path.isfile(path):
         raise DrafterError(what_it_is(path, {}, name))
-    if is_local or name.startswith((".", "~")) or name.count("/") != 1:
-        known = ", ".join(["none", LOOKUP, *DRAFTERS])
+    if is_local or name.startswith((".", "~")):
+        raise DrafterError(f"there is no folder {name[:200]!r}: expected a drafter's, with {CONFIG} and {WEIGHTS}")
+    if name.count("/") != 1:
+        shipped = [kind for kind in shipped_checkpoints() if fingerprint is None or shipped_for(kind, fingerprint)]
+        known = ", ".join([NONE, LOOKUP, *shipped])
         raise DrafterError(
-            f"unknown drafter {name[:200]!r}: expected {known}, a folder with config.json, or a hub id (owner/name)"
+            f"unknown drafter {name[:200]!r}: expected {known}, a folder with {CONFIG}, or a hub id (owner/name)"
         )
-    read_checkpoint(fetch(name, (CONFIG,), hub), name)  # what is no drafter of ours is not fetched any further
-    return read_checkpoint(fetch(name, CHECKPOINT_FILES, hub), name)
+    return None
 
 
 def name_of(drafter: str | os.PathLike[str]) -> str:
@@ -265,6 +278,8 @@ def save_drafter(
 
 def recover_drafter(folder: Path) -> None:
     """Finish a save that was broken off: weights that config.json names are put in their place, others removed."""
+    if not folder.is_dir():
+        return
     staged = folder / STAGED_WEIGHTS
     if staged.is_file():
         try:
@@ -311,10 +326,8 @@ def load_proposer(
     hub: HubAccess | None = None,
 ) -> Proposer:
     """What proposes for a target: 'none', 'lookup', or what `load_drafter` takes, alone or with '+lookup'."""
-    name = name_of(name)
-    use_lookup = name == LOOKUP or (name.endswith(f"+{LOOKUP}") and not os.path.exists(os.path.expanduser(name)))
-    heads = name.removesuffix(LOOKUP).removesuffix("+") if use_lookup else name
-    if heads in ("", NONE):
+    heads, use_lookup = parts_of(name_of(name))
+    if heads == NONE:
         return Proposer(use_lookup=use_lookup)
     loaded = load_drafter(heads, spec, shared, fingerprint, allow_other_target=allow_other_target, hub=hub)
     return Proposer(loaded, use_lookup=use_lookup)

@@ -30,7 +30,7 @@ from amphista.kernels.graph import Inputs, Recorded, Recorder, ThreadLease, buck
 from amphista.target.attention import Layout
 from amphista.target.hidden_states import Taps
 from amphista.target.lean import LeanModel
-from amphista.target.output import TargetOutput
+from amphista.target.output import TargetOutput, choices_of
 from amphista.target.spec import TargetSpec
 from amphista.tree.token_tree import TokenTree
 
@@ -80,7 +80,7 @@ class VerifyRegion:
         logits = self._model.logits(hidden[:, : hidden.shape[1] // (1 + len(self._taps))])
         self.hidden.copy_(hidden)
         self.logits.copy_(logits)
-        self.choices.copy_(logits.argmax(-1))
+        self.choices.copy_(choices_of(logits))
 
     def _visible(self) -> tuple[Tensor, Tensor]:
         """bool [N, S], True where a node may see a row (the window permitting), and the rows' positions [S]."""

@@ -81,9 +81,10 @@ def load_target(
         if target is not None:
             target.load_stock = lambda: load_target(name, device=device, dtype="float32", fast=False, progress=progress)
             return target
+    kind = _dtype(dtype, place)  # before a file is converted
     folder = locate(name, progress)
     source = ModelSource(name, folder, hub)
-    model = _load_model(source, place, _dtype(dtype, place))  # first: it refuses families by name
+    model = _load_model(source, place, kind)  # first: it refuses families by name
     text = load_text(source)
     target = Target(model, text, name=name)
     if target.dtype is torch.float16 and source.config().dtype is not torch.float16:
@@ -197,7 +198,9 @@ def locate(name: str, progress: Progress = logger.info) -> str:
         if not (path / "config.json").is_file():
             raise TargetError(f"the folder {path} holds no config.json: expected a saved transformers model")
         return str(path)
-    if path.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1:
+    if path.is_absolute() or name.startswith((".", "~")):
+        raise TargetError(f"there is no folder {name!r}: expected a saved transformers model, or a .gguf file")
+    if name.count("/") != 1:
         known = ", ".join(NAMED_TARGETS)
         raise TargetError(f"unknown target {name!r}: expected {known}, a folder, a .gguf file or a hub id (owner/name)")
     return name

@@ -29,7 +29,7 @@ from amphista.target.families import kept_by_layers
 from amphista.target.hidden_states import Taps
 from amphista.target.lean import LeanModel
 from amphista.target.native_forward import NativeForward, native_form, product_of, why_not_native
-from amphista.target.output import TargetOutput
+from amphista.target.output import TargetOutput, choices_of
 from amphista.target.pages import give_back, trim_allocator
 from amphista.target.probe_rows import Groups
 from amphista.target.products import NativeLinear
@@ -360,7 +360,7 @@ class Target:
                 hidden = self._lean.hidden_of(spans, taps)
                 scored = hidden[:, : self.spec.hidden_size] if taps else hidden
                 logits = self._lean.logits(scored if rows is None else scored[rows])
-        return logits, hidden, None if self.device.type == "cpu" else logits.argmax(-1).tolist()  # in one copy
+        return logits, hidden, None if self.device.type == "cpu" else choices_of(logits).tolist()  # in one copy
 
     def _check_context(self, position: int) -> None:
         if position >= self.spec.max_positions:

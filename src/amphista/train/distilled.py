@@ -172,8 +172,10 @@ class AnswerFile:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._stream.close()
-        self._lock.release()
+        try:
+            self._stream.close()  # writes what is left, for which there may be no room
+        finally:
+            self._lock.release()
 
     def add(self, answered: Answered) -> None:
         """Keep a finished conversation."""

@@ -23,6 +23,7 @@ from typing import Any
 from accelerate import Accelerator
 
 from amphista.drafter.checkpoint import check_out, recover_drafter
+from amphista.errors import DataError, first_line
 from amphista.files import (
     Lock,
     check_same_run,
@@ -80,8 +81,14 @@ class RunFolder:
         progress = Progress()
         if state.is_dir():
             check_same_run(f"{self.path} holds another training run", read_json(state / "config.json"), self._identity)
-            self._accelerator.load_state(str(state))
-            progress = Progress(**read_json(state / "progress.json"))
+            try:
+                self._accelerator.load_state(str(state))
+                progress = Progress(**read_json(state / "progress.json"))
+            except Exception as error:  # every part of it has a reader of its own
+                raise DataError(
+                    f"{state} is damaged and cannot be resumed ({first_line(error)}): remove it to begin anew; "
+                    f"{self.path / 'best'} holds what was best so far"
+                ) from error
         if self._accelerator.is_main_process:
             self._cut_log(progress.step)
             if self._tensorboard:
@@ -96,7 +103,12 @@ class RunFolder:
         if self._accelerator.is_main_process:
             new_folder(self.path / "state")
         self._accelerator.wait_for_everyone()
-        self._accelerator.save_state(str(fresh))  # every process adds its own part
+        try:
+            self._accelerator.save_state(str(fresh))  # every process adds its own part
+        except RuntimeError as error:  # torch's, of a disk that is full
+            raise DataError(
+                f"the state cannot be written to {fresh}: {first_line(error)}. The last one stays"
+            ) from error
         self._accelerator.wait_for_everyone()
         if self._accelerator.is_main_process:
             write_json(fresh / "config.json", self._identity)
@@ -119,7 +131,8 @@ class RunFolder:
 
     def _cut_log(self, step: int) -> None:
         """Drop records behind `step`: they will be written again."""
-        lines = self._log_file.read_text(encoding="utf-8").splitlines() if step else []
+        known = step and self._log_file.is_file()
+        lines = self._log_file.read_text(encoding="utf-8", errors="replace").splitlines() if known else []
         write_file(self._log_file, "".join(line + "\n" for line in lines if _step_of(line) <= step))
 
 
