@@ -77,7 +77,7 @@ def draw(drawings: Sequence[Drawing], count: int) -> list[int] | None:
     """
     if not build.load.cache_info().currsize or not all(1 / FAR < drawing.temperature < FAR for drawing in drawings):
         return None
-    threads = torch.get_num_threads()
+    threads = min(torch.get_num_threads(), len(drawings))
     size = threads * (count * ROOM_PER_TOKEN + -(-count // GROUP) * 4)
     if _room.bytes.size < size:
         _room.bytes = np.empty(size, dtype=np.uint8)

@@ -16,7 +16,7 @@ LARGEST_ON_HEAP = 32 << 20  # bytes; glibc accepts no more (HEAP_MAX_SIZE / 2)
 def keep_freed_memory() -> bool:
     """From now on blocks up to 32 MB stay in this process when freed; returns whether the allocator took it.
 
-    The process holds its peak until it ends. Anywhere but on glibc nothing happens.
+    The process holds its peak until a state is saved. Anywhere but on glibc nothing happens.
     """
     if not sys.platform.startswith("linux"):
         return False

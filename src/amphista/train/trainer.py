@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from amphista.target.pages import trim_allocator
 from amphista.target.target import Target
 from amphista.train.config import TrainConfig
 from amphista.train.dataset import PaddedBatch, answer_rows, collate, epoch_batches, idle_batch, part_of
@@ -161,6 +162,7 @@ class Trainer:
             self._validate()
         if step % config.save_every == 0:
             self.folder.save_state(self.progress)
+            trim_allocator()  # batches of every length leave gaps that others do not fit, and the heap would go on growing
 
     def _validate(self) -> None:
         result = self.results.validate(self.progress)
