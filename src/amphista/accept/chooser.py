@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from itertools import chain
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -26,7 +27,7 @@ from amphista.accept.draw import (
     refuse_broken,
 )
 from amphista.accept.sampling import Sampling, fresh_seed
-from amphista.native.noise import bits_along, bits_at
+from amphista.native.noise import bits_of
 
 
 class Grammar(Protocol):
@@ -113,14 +114,15 @@ class Chooser:
 
     def noise(self, position: int, token_ids: Sequence[Sequence[int]]) -> list[Floats]:
         """The noise of some tokens at each of successive absolute positions, known before any logits are."""
-        bits = [bits_at(self._seed, at, ids) for at, ids in enumerate(token_ids, position)]
-        ends = np.cumsum([len(some) for some in bits])
-        noise = noise_of(np.concatenate(bits))
-        return [noise[end - len(some) : end] for some, end in zip(bits, ends, strict=True)]
+        sizes = [len(some) for some in token_ids]
+        positions = np.repeat(np.arange(position, position + len(sizes)), sizes)
+        noise = noise_of(bits_of(self._seed, positions, list(chain(*token_ids))))
+        return np.split(noise, np.cumsum(sizes)[:-1])
 
     def noise_along(self, position: int, token_ids: Sequence[int]) -> list[float]:
         """That of one token at each of successive positions."""
-        along: list[float] = noise_of(bits_along(self._seed, position, token_ids)).tolist()
+        positions = range(position, position + len(token_ids))
+        along: list[float] = noise_of(bits_of(self._seed, positions, token_ids)).tolist()
         return along
 
     def margin(self, logits: Tensor, position: int, path: Sequence[int] = ()) -> float:

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from amphista.accept.sampling import Sampling
 from amphista.errors import RequestError, TargetError
 from amphista.native import noise
-from amphista.native.noise import Words, bits_at, first_bits
+from amphista.native.noise import Words, bits_of, first_bits
 
 Floats = NDArray[np.float64]
 Scores = NDArray[np.floating[Any]]
@@ -97,7 +97,8 @@ def gumbel_argmax(scores: Scores, seed: int, position: int, temperature: float =
     refuse_broken(top)
     left = np.flatnonzero(scores > -np.inf)
     is_few = FEW * left.size <= scores.size  # a filter has left few
-    bits = bits_at(seed, position, left) if is_few else first_bits(seed, position, scores.size)[left]
+    positions = np.full(left.size, position)
+    bits = bits_of(seed, positions, left) if is_few else first_bits(seed, position, scores.size)[left]
     with np.errstate(over="ignore"):
         below = (scores[left].astype(np.float64) - top) / temperature
     return int(left[(below + noise_of(bits)).argmax()])

@@ -36,12 +36,10 @@ static uint64_t other_bits(uint64_t seed, uint64_t position, int64_t token) {
     return words[token % 4] >> 16;
 }
 
-/* out[count]: of some tokens, each at its own position, or all at the first; 1, or 0 where this compiler cannot. */
-int amphista_noise_bits(uint64_t seed, uint64_t position, const int64_t *tokens, int64_t count, int is_along, uint64_t *out) {
-    for (int64_t i = 0; i < count; i++) {
-        const uint64_t at = position + (uint64_t)(is_along ? i : 0);
-        out[i] = first_bits(seed, at, tokens[i]) << 48 | other_bits(seed, at, tokens[i]);
-    }
+/* out[count]: of some tokens, each at a position of its own; 1, or 0 where this compiler cannot. */
+int amphista_noise_bits(uint64_t seed, int64_t count, const uint64_t *positions, const int64_t *tokens, uint64_t *out) {
+    for (int64_t i = 0; i < count; i++)
+        out[i] = first_bits(seed, positions[i], tokens[i]) << 48 | other_bits(seed, positions[i], tokens[i]);
     return 1;
 }
 
@@ -277,8 +275,8 @@ int amphista_draw(const Drawing *drawings, int64_t rows, int64_t count, char *ro
     return 1;
 }
 #else
-int amphista_noise_bits(uint64_t seed, uint64_t position, const int64_t *tokens, int64_t count, int is_along, uint64_t *out) {
-    (void)seed, (void)position, (void)tokens, (void)count, (void)is_along, (void)out;
+int amphista_noise_bits(uint64_t seed, int64_t count, const uint64_t *positions, const int64_t *tokens, uint64_t *out) {
+    (void)seed, (void)count, (void)positions, (void)tokens, (void)out;
     return 0;
 }
 int amphista_draw(const void *drawings, int64_t rows, int64_t count, char *room, int64_t *tokens, int threads) {

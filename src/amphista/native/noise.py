@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from amphista.native import build
 
 Words = NDArray[np.uint64]
+Integers = NDArray[np.integer[Any]]
 GROUP, ROOM_PER_TOKEN = 64, 12  # of noise.c
 BROKEN, NOTHING = -1, -2  # in place of a token: scores are no numbers; all are -inf
 FAR = 1e30  # temperatures beyond, either way, are left to numpy
@@ -47,20 +48,15 @@ class _Room(threading.local):
 _room = _Room()
 
 
-def bits_at(seed: int, position: int, tokens: Sequence[int] | NDArray[np.integer[Any]]) -> Words:
-    """The words of some tokens at a position."""
-    ids = np.array(tokens, dtype=np.int64)
+def bits_of(seed: int, positions: Sequence[int] | Integers, tokens: Sequence[int] | Integers) -> Words:
+    """The words of some tokens, each at a position of its own."""
+    at, ids = np.array(positions, dtype=np.uint64), np.array(tokens, dtype=np.int64)
     bits = np.empty(ids.size, dtype=np.uint64)
-    return bits if _in_c(seed, position, ids, bits) else first_bits(seed, position, 1 + int(ids.max(initial=-1)))[ids]
-
-
-def bits_along(seed: int, position: int, tokens: Sequence[int]) -> Words:
-    """Of each of successive positions the word of one token."""
-    ids = np.array(tokens, dtype=np.int64)
-    bits = np.empty(ids.size, dtype=np.uint64)
-    if _in_c(seed, position, ids, bits, is_along=True):
-        return bits
-    return np.array([bits_at(seed, at, [token])[0] for at, token in enumerate(tokens, position)], dtype=np.uint64)
+    if not _in_c(seed, at, ids, bits):
+        for position in np.unique(at):
+            here = at == position
+            bits[here] = first_bits(seed, int(position), 1 + int(ids[here].max()))[ids[here]]
+    return bits
 
 
 def first_bits(seed: int, position: int, count: int) -> Words:
@@ -89,10 +85,9 @@ def draw(drawings: Sequence[Drawing], count: int) -> list[int] | None:
     return tokens.tolist() if is_done else None
 
 
-def _in_c(seed: int, position: int, tokens: NDArray[np.int64], bits: Words, *, is_along: bool = False) -> bool:
+def _in_c(seed: int, positions: Words, tokens: NDArray[np.int64], bits: Words) -> bool:
     """Whether the library has filled in the words."""
     if not build.load.cache_info().currsize:
         return False
-    where = ctypes.c_uint64(seed), ctypes.c_uint64(position), ctypes.c_void_p(tokens.ctypes.data)
-    how = ctypes.c_int64(tokens.size), ctypes.c_int(is_along), ctypes.c_void_p(bits.ctypes.data)
-    return bool(build.load().amphista_noise_bits(*where, *how))
+    rows = [ctypes.c_void_p(row.ctypes.data) for row in (positions, tokens, bits)]
+    return bool(build.load().amphista_noise_bits(ctypes.c_uint64(seed), ctypes.c_int64(tokens.size), *rows))

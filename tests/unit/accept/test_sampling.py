@@ -19,6 +19,7 @@ from amphista.errors import RequestError
         {"presence_penalty": math.inf},
         {"frequency_penalty": math.nan},
         {"logit_bias": {"x": 1}},
+        {"logit_bias": {1.7: 1}},
         {"logit_bias": {-1: 1}},
         {"logit_bias": {1: math.inf}},
         {"logit_bias": 3},

@@ -20,19 +20,20 @@ def plainly(seed, position, token):
 def test_bits_are_numpys(seed, is_loaded, monkeypatch):
     build.load()
     if not is_loaded:
-        monkeypatch.setattr(noise, "_in_c", lambda *_, **__: False)
+        monkeypatch.setattr(noise, "_in_c", lambda *_: False)
     tokens = [0, 3, 4097, 2, 64, 64, 17, 15]
     for position in (0, 3, 2**40):
         expected = [plainly(seed, position, token) for token in tokens]
-        assert noise.bits_at(seed, position, tokens).tolist() == expected
+        assert noise.bits_of(seed, [position] * len(tokens), tokens).tolist() == expected
         assert noise.first_bits(seed, position, 4098)[tokens].tolist() == expected
-        assert noise.bits_along(seed, position, tokens).tolist() == [
-            plainly(seed, position + n, token) for n, token in enumerate(tokens)
-        ]
-        assert noise.bits_at(seed, position, []).size == noise.first_bits(seed, position, 0).size == 0
+        along = range(position, position + len(tokens))
+        expected = [plainly(seed, at, token) for at, token in zip(along, tokens, strict=True)]
+        assert noise.bits_of(seed, along, tokens).tolist() == expected
+        assert noise.bits_of(seed, [], []).size == noise.first_bits(seed, position, 0).size == 0
 
 
 def test_the_library_is_asked():
     """Its own answer, not numpy's."""
     build.load()
-    assert noise._in_c(3, 4, np.array([1, 2]), np.empty(2, dtype=np.uint64))
+    words = np.empty(2, dtype=np.uint64)
+    assert noise._in_c(3, words * 0, np.array([1, 2]), words)
