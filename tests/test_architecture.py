@@ -106,6 +106,7 @@ def test_sizes():
 
 def test_public_names_are_complete_sorted_and_there():
     names = amphista.__all__
+    assert set(names) <= set(dir(amphista))
     assert set(names) == {*amphista._HOMES, "__version__"} and len(set(names)) == len(names)
     order = {True: 0, False: 1}  # constants, classes, the rest: the order that ruff keeps
     assert names == sorted(names, key=lambda n: (order[n.isupper()] if n[0].isupper() else 2, n))

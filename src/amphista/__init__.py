@@ -65,6 +65,10 @@ if TYPE_CHECKING:
     from amphista.llm import LLM, Conversation, load
 
 
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOMES})
+
+
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'amphista' has no attribute {name!r}")

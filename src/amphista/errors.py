@@ -17,6 +17,8 @@ The command line turns each of them into one sentence on standard error and exit
 
 from __future__ import annotations
 
+MOST_OF_REST = 300  # characters of what an error says behind its first line
+
 
 class AmphistaError(Exception):
     """Base of every error that a user can cause or cure."""
@@ -66,6 +68,11 @@ class RequestError(AmphistaError):
     """A request cannot be served as given."""
 
 
-def first_line(error: BaseException) -> str:
-    """The first line of what an error says; its kind where it says nothing."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+def first_line(error: BaseException | str) -> str:
+    """The first line of what an error says, and those behind it where it ends with a colon, at most 300 characters of
+    them; its kind where it says nothing."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    if not lines[0].endswith(":"):
+        return lines[0]
+    rest = " ".join(lines[1:])
+    return f"{lines[0]} {rest[:MOST_OF_REST]}{'...' * (len(rest) > MOST_OF_REST)}" if rest else lines[0].rstrip(":")

@@ -35,6 +35,7 @@ from amphista.engine.step import Engine
 from amphista.engine.stream import Answer, Stream, answer_of, finish
 from amphista.errors import DrafterError, RequestError, TargetError
 from amphista.native.build import leave_team
+from amphista.prompts import PROMPT_FORMS, are_all, are_prompts, only_text, shown
 from amphista.target import DEFAULT_TARGET
 from amphista.target.loading import load_target
 from amphista.target.target import Target
@@ -45,7 +46,6 @@ Prompt = str | Sequence[Message] | Sequence[int]
 Params = SamplingParams | Literal["model"] | None
 PREFERRED_DRAFTER = "amphista"
 BATCH_SIZE = 16
-PROMPT_FORMS = "expected a text, a list of messages with 'role' and 'content', or a list of token ids"
 logger = logging.getLogger("amphista")
 
 
@@ -61,6 +61,10 @@ class LLM:
         costs = costs_for(target, self.drafter) if str(tree or DEFAULT_TREE) == AUTO else None
         measured = Measured(accuracy=calibrated_accuracy(self.drafter), costs=costs)
         self.engine = Engine(target, self.drafter, parse_tree(tree, measured))
+
+    def __repr__(self) -> str:
+        target = self.target
+        return f"<LLM {target.name}: {target.type_name}, {target.path} path, drafter {self.drafter.name}>"
 
     @property
     def baseline(self) -> LLM:
@@ -87,7 +91,7 @@ class LLM:
         as they are. chat_template_kwargs: the template's own variables, such as enable_thinking.
         """
         prompt = _bare(prompt)
-        if _all(prompt, int) and not any(isinstance(token, bool) for token in prompt):
+        if are_all(prompt, int) and not any(isinstance(token, bool) for token in prompt):
             if system is not None or chat_template_kwargs:
                 raise RequestError("token ids are taken as they are: leave out system and chat_template_kwargs")
             return list(prompt)  # type: ignore[arg-type]
@@ -98,12 +102,12 @@ class LLM:
             if not prompt.strip():
                 raise RequestError("the prompt is empty: give some text")
             prompt = [{"role": "user", "content": prompt}]
-        elif not isinstance(prompt, list | tuple) or not _all(prompt, Mapping):
-            raise RequestError(f"the prompt is {_shown(prompt)}: {PROMPT_FORMS}")
+        elif not isinstance(prompt, list | tuple) or not are_all(prompt, Mapping):
+            raise RequestError(f"the prompt is {shown(prompt)}: {PROMPT_FORMS}")
         if raw or not text.has_chat_template:
             if system is not None or chat_template_kwargs:
                 raise RequestError("a system message or template variable needs the chat template: leave out --raw")
-            return text.encode(_only_text(prompt))
+            return text.encode(only_text(prompt))
         template = {} if chat_template_kwargs is None else chat_template_kwargs
         if not isinstance(template, Mapping) or not all(isinstance(name, str) for name in template):
             raise RequestError(f"chat_template_kwargs is {template!r}: expected a dictionary of names and values")
@@ -121,7 +125,7 @@ class LLM:
             return SamplingParams(**{**model_settings(self.target), **settings})
         if not isinstance(params, SamplingParams | None):
             raise RequestError(
-                f"params is {_shown(params)}: expected SamplingParams, 'model', or one for each of a list"
+                f"params is {shown(params)}: expected SamplingParams, 'model', or one for each of a list"
             )
         return replace(params or SamplingParams(), **settings)
 
@@ -169,7 +173,7 @@ class LLM:
         be a list, too, of one for each; one seed for all is one noise for all.
         """
         prompt = _bare(prompt)
-        if not _are_prompts(prompt):
+        if not are_prompts(prompt):
             if batch_size is not None:
                 raise RequestError("batch_size is for a list of prompts: this is one")
             return finish(self.stream(prompt, **settings))  # type: ignore[arg-type]
@@ -186,6 +190,8 @@ class LLM:
         CapacityError tells of a batch_size that memory may not hold. What fails later is told by its answer's `error`
         and stops no other.
         """
+        if not isinstance(batch_size := plain(batch_size), int | None):
+            raise RequestError(f"batch_size is {shown(batch_size)}: expected a whole number, at least 1")
         jobs = self._jobs(_bare(prompts), settings)
         batch: Batch[int] = Batch(self.engine, BATCH_SIZE if batch_size is None else batch_size)
         if batch_size is not None:
@@ -278,8 +284,8 @@ class Conversation:
             if not turn.strip():
                 raise RequestError("the message is empty: give some text")
             turn = [{"role": "user", "content": turn}]
-        elif not _all(turn, Mapping):
-            raise RequestError(f"the turn is {_shown(turn)}: expected a text, or a list of messages")
+        elif not are_all(turn, Mapping):
+            raise RequestError(f"the turn is {shown(turn)}: expected a text, or a list of messages")
         return [*self.messages, *turn]
 
     def add(self, turn: str | Sequence[Message], answer: Answer) -> None:
@@ -299,28 +305,6 @@ def _bare(prompt: Any) -> Any:
     """The list of token ids in what a tokenizer returns, an array, a tensor or a range; else the prompt as it is."""
     prompt = prompt.get("input_ids", prompt) if isinstance(prompt, Mapping) else prompt
     return list(prompt) if isinstance(prompt, range) else plain(prompt)
-
-
-def _all(prompt: Any, kind: Any) -> bool:
-    """Whether this is a list of something, all of one kind."""
-    return isinstance(prompt, list | tuple) and bool(prompt) and all(isinstance(part, kind) for part in prompt)
-
-
-def _are_prompts(prompt: Any) -> bool:
-    """Whether a list holds prompts, not the messages or token ids of one."""
-    return _all(prompt, str | list | tuple)
-
-
-def _only_text(messages: Sequence[Any]) -> str:
-    """The text of a single user message; raises RequestError for a conversation."""
-    if len(messages) != 1 or messages[0].get("role") != "user" or not isinstance(messages[0].get("content"), str):
-        raise RequestError("a conversation needs the target's chat template: give one text, or leave out --raw")
-    return str(messages[0]["content"])
-
-
-def _shown(prompt: Any) -> str:
-    shown = repr(prompt)
-    return shown if len(shown) <= 60 else f"{shown[:60]} ..."
 
 
 def load(
@@ -356,7 +340,7 @@ def load(
     check_tree(tree)
     for given, error in ((target, TargetError), (LOOKUP if drafter is None else drafter, DrafterError)):
         if not isinstance(given, str | Path) or given == "":
-            raise error(f"{_shown(given)} is no name, folder or hub id; what is loaded already goes to LLM and Target")
+            raise error(f"{shown(given)} is no name, folder or hub id; what is loaded already goes to LLM and Target")
     hub = HubAccess(token=token, cache_dir=None if cache_dir is None else str(cache_dir), local_only=local_files_only)
     source: dict[str, Any] = {
         "revision": revision,

@@ -11,6 +11,8 @@ from typing import Any, TextIO
 from amphista.errors import DataError, RequestError
 from amphista.jsonl import read_lines
 
+PROMPT_FORMS = "expected a text, a list of messages with 'role' and 'content', or a list of token ids"
+
 
 @dataclass(frozen=True)
 class PromptRecord:
@@ -21,20 +23,22 @@ class PromptRecord:
     messages: list[dict[str, Any]] | None = None
 
 
-def from_arguments(prompts: Sequence[str], stdin: TextIO) -> list[PromptRecord]:
-    """Command-line prompts; '-' is all of standard input."""
+def from_arguments(prompts: Sequence[str], stdin: TextIO | None) -> list[PromptRecord]:
+    """Command-line prompts; '-' is all of standard input, None where it is closed. They count from 0, as in records."""
     records = []
     for index, prompt in enumerate(prompts):
         text = _read(stdin) if prompt == "-" else prompt
         if not text.strip():
-            raise RequestError(f"prompt {index + 1} is empty: give some text")
+            raise RequestError(f"prompt {index} is empty: give some text")
         if not is_text(text):
-            raise RequestError(f"prompt {index + 1} is not UTF-8 text")
+            raise RequestError(f"prompt {index} is not UTF-8 text")
         records.append(PromptRecord(index, [text]))
     return records
 
 
-def _read(stdin: TextIO) -> str:
+def _read(stdin: TextIO | None) -> str:
+    if stdin is None:
+        raise RequestError("a prompt is '-', but standard input is closed: pipe a text in, or give the prompt itself")
     try:
         return stdin.read().removeprefix("\ufeff")  # some editors put that mark in front
     except UnicodeDecodeError as error:
@@ -120,3 +124,26 @@ def texts_in(value: Any) -> list[str]:
     if isinstance(value, list | tuple):
         return [text for part in value for text in texts_in(part)]
     return [value] if isinstance(value, str) else []
+
+
+def are_all(prompt: Any, kind: Any) -> bool:
+    """Whether this is a list of something, all of one kind."""
+    return isinstance(prompt, list | tuple) and bool(prompt) and all(isinstance(part, kind) for part in prompt)
+
+
+def are_prompts(prompt: Any) -> bool:
+    """Whether a list holds prompts, not the messages or token ids of one."""
+    return are_all(prompt, str | list | tuple)
+
+
+def only_text(messages: Sequence[Any]) -> str:
+    """The text of a single user message; raises RequestError for a conversation."""
+    if len(messages) != 1 or messages[0].get("role") != "user" or not isinstance(messages[0].get("content"), str):
+        raise RequestError("a conversation needs the target's chat template: give one text, or leave out --raw")
+    return str(messages[0]["content"])
+
+
+def shown(value: Any) -> str:
+    """A value in an error, cut short."""
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:60]} ..."

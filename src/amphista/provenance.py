@@ -62,7 +62,7 @@ def git_state() -> str | None:
         return None
 
 
-def _shortened(word: str) -> str:
+def shortened(word: str) -> str:
     """`/a/b/c` -> `c`, `--data=/a/b/c` -> `--data=c`."""
     name, equals, value = word.rpartition("=")
     return name + equals + Path(value).name if value.startswith("/") else word
@@ -72,7 +72,7 @@ def record() -> dict[str, Any]:
     """All of it, as one JSON object. Arguments that are absolute paths are shortened to their last part."""
     return {
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
-        "command": " ".join(_shortened(word) for word in sys.argv),
+        "command": " ".join(shortened(word) for word in sys.argv),
         "git": git_state(),
         "versions": versions(),
         "machine": machine(),

@@ -46,8 +46,7 @@ def commands():
 @pytest.mark.parametrize("page", sorted({*PAGES, *OTHERS}), ids=name)
 def test_links_lead_to_files(page):
     links = re.findall(r"\]\(([^)#\s]+)[^)]*\)", page.read_text(encoding="utf-8"))
-    generated = {"cli.md", "benchmarks.md", "changelog.md", "contributing.md"}  # of the site: docs/hooks.py
-    dead = [link for link in links if "://" not in link and link not in generated and not (page.parent / link).exists()]
+    dead = [link for link in links if "://" not in link and not (page.parent / link).exists()]
     assert not dead
 
 
@@ -141,6 +140,20 @@ def test_every_paper_of_the_source_stands_in_the_index():
     source = [path for path in (ROOT / "src").rglob("*") if path.suffix in {".py", ".c", ".h"}]
     cited = {found for path in source for found in re.findall(r"arXiv[ :]([\d., ]+)", path.read_text())}
     assert listed == {paper for text in cited for paper in ARXIV.findall(text)}
+
+
+@pytest.mark.parametrize("page", PAGES[:1] + [ROOT / "docs" / "index.md"], ids=name)
+def test_the_first_command_decodes_the_target_as_it_is(page):
+    first = next(line for line in blocks(page, "console")[0].splitlines() if line.startswith("$ amphista"))
+    assert "--compare" in first and "--dtype" not in first
+
+
+def test_the_first_drafters_output_is_its_records():
+    """Decoded in the type that the page's command asks for, float32 then being the default."""
+    page, record = ROOT / "docs" / "first-drafter.md", ROOT / "benchmarks" / "zen4-2-cores" / "first-drafter.txt"
+    shown = "".join(blocks(page, "text")).splitlines()
+    assert not [line for line in shown if line not in record.read_text(encoding="utf-8")]
+    assert "--compare" in blocks(page, "console")[-1] and "--dtype float32" in blocks(page, "console")[-1]
 
 
 def test_the_readme_has_the_table_of_its_record():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import threading
 import time
 
@@ -100,7 +101,9 @@ def test_other_sites_get_nothing_from_a_server_without_keys():
         assert client.options(CHAT, headers=openai_js).status_code == 200
 
 
+OUR_TYPES = re.compile(r"\w+\[|constrained|TextPart")
 REGEX = {"type": "grammar", "syntax": "regex", "definition": "("}
+ANYTHING = {"type": "json_schema", "json_schema": {"name": "any", "schema": True}}
 BAD = {
     "messages": [None, [], "x", [{}], [{"role": "user"}], [{"role": "nobody", "content": "x"}]],
     "max_tokens": [0, -1, "5", 1.5, 10**9],
@@ -110,8 +113,8 @@ BAD = {
     "seed": [2**63, 1.5],
     "stop": ["", [""], ["x"] * 17, 5, "x" * 257],
     "logit_bias": [{"a": 1}, {"1": 101}, {"1": "x"}, {"900": 1}],
-    "top_logprobs": [21],
-    "response_format": [{"type": "xml"}, {"type": "json_schema"}, REGEX],
+    "top_logprobs": [21, 2],
+    "response_format": [{"type": "xml"}, {"type": "json_schema"}, REGEX, ANYTHING],
     "tool_choice": ["required", {"type": "function", "function": {"name": "f"}}],
     "functions": [[{"name": "f"}]],
     "prediction": [{"type": "content", "content": "x"}],
@@ -131,6 +134,15 @@ def test_what_is_refused_says_which_field(served, field):
         if value not in ({"900": 1}, [900]):
             assert error["param"] == field, error
         assert error["type"] == "invalid_request_error"
+        assert not OUR_TYPES.search(error["message"]), error
+
+
+def test_grammars_and_bodies_are_refused_by_a_whole_sentence(served):
+    message = checked(served.post(CHAT, {"messages": ASKED, "response_format": REGEX}), 400)["message"]
+    assert not message.endswith(":") and "unclosed group" in message
+    with served.client() as client:
+        sent = client.post(CHAT, content='{"messages": []}')
+    assert "'Content-Type: application/json'" in checked(sent, 400)["message"]
 
 
 def test_what_is_neutral_is_taken(served):
@@ -159,6 +171,10 @@ def test_images_are_refused_by_name(served):
     content = [{"type": "text", "text": "what?"}, {"type": "image_url", "image_url": {"url": "http://x/y.png"}}]
     error = checked(served.post(CHAT, {"messages": [{"role": "user", "content": content}]}), 400)
     assert error["param"] == "messages"
+    assert error["message"].startswith("messages.0.content.1.type: images are not supported")
+    image = [{"role": "user", "content": [{"type": "input_image", "image_url": "http://x/y.png"}]}]
+    error = checked(served.post("/v1/responses", {"input": image}), 400)
+    assert error["message"].startswith("input.0.content.0.type: images are not supported")
 
 
 def test_prompts_longer_than_the_context(served):
@@ -199,7 +215,8 @@ def test_the_form_that_was_meant_is_told(served):
         ({"prompt": [-1]}, "greater"),
         ({"prompt": "x", "stop": ["a", ""]}, "at least 1 character"),
     ):
-        assert said in checked(served.post("/v1/completions", asked), 400)["message"]
+        message = checked(served.post("/v1/completions", asked), 400)["message"]
+        assert said in message and not OUR_TYPES.search(message)
 
 
 def test_a_defect_is_logged_and_ends_one_request_alone(served, monkeypatch, caplog):

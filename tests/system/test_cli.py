@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import itertools
 import json
+import re
 import subprocess
 import sys
 from contextlib import redirect_stderr, redirect_stdout
@@ -14,12 +16,14 @@ from pathlib import Path
 from unittest import mock
 
 import pytest
+import typer
+from rich.text import Text
 from tokenizers import decoders
 
 import amphista as amphista_package
 from amphista import __version__
 from amphista.cli import chat
-from amphista.cli.app import main
+from amphista.cli.app import app, main
 from amphista.engine import costs
 from amphista.engine import step as engine_step
 from amphista.engine.step import Engine
@@ -55,12 +59,12 @@ class Result:
     stderr: str
 
 
-def amphista(*arguments, stdin=""):
+def amphista(*arguments, stdin: str | None = ""):
     """Run the program's own `main` in this process (importing torch anew for each case would take minutes)."""
     out, err = io.StringIO(), io.StringIO()
     with (
         mock.patch.object(sys, "argv", ["amphista", *map(str, arguments)]),
-        mock.patch.object(sys, "stdin", io.StringIO(stdin)),
+        mock.patch.object(sys, "stdin", None if stdin is None else io.StringIO(stdin)),
         redirect_stdout(out),
         redirect_stderr(err),
     ):
@@ -221,11 +225,33 @@ def test_missing_drafter_is_said(target_folder):
 
 
 BAD = {
-    "empty prompt": (["generate", ""], "prompt 1 is empty"),
-    "blank prompt": (["generate", "ok", "  "], "prompt 2 is empty"),
+    "empty prompt": (["generate", ""], "prompt 0 is empty"),
+    "blank prompt": (["generate", "ok", "  "], "prompt 1 is empty"),
     "unknown target": (["generate", "x", "--target", "no-such-model"], "unknown target 'no-such-model'"),
-    "unknown folder": (["generate", "x", "--target", "./nowhere"], "unknown target"),
-    "unknown drafter": (["generate", "x", "--target", "FOLDER", "--drafter", "nothing"], "unknown drafter 'nothing'"),
+    "unknown folder": (["generate", "x", "--target", "./nowhere"], "there is no folder './nowhere'"),
+    "unknown path": (["generate", "x", "--target", "/nope/model"], "there is no folder '/nope/model'"),
+    "unknown drafter": (
+        ["generate", "x", "--target", "FOLDER", "--drafter", "nothing"],
+        "unknown drafter 'nothing': expected none, lookup, a folder",
+    ),
+    "unknown drafter's folder": (
+        ["generate", "x", "--target", "FOLDER", "--drafter", "./nope"],
+        "there is no folder './nope'",
+    ),
+    "closed standard input": (["generate", "-"], "standard input is closed"),
+    "bias of words": (["generate", "x", "--logit-bias", "foo"], "expected ID=NUMBER"),
+    "bias of none": (["generate", "x", "--target", "FOLDER", "--logit-bias", "99999999=1"], "token id 99999999"),
+    "no memory": (["serve", "--kv-gib", "0"], "--kv-gib is 0: expected GiB above 0"),
+    "unknown drafter to train": (["train", "--out", "OUT", "--drafter", "nope"], "unknown drafter 'nope'"),
+    "unknown setting of heads": (["train", "--out", "OUT", "--set", "model.num_head=3"], "did you mean 'num_heads'"),
+    "heads in words": (["train", "--out", "OUT", "--set", "model.num_heads=three"], "model.num_heads is 'three'"),
+    "on from another kind": (["train", "--out", "OUT", "--init", "medusa"], "give --drafter medusa"),
+    "on from nothing": (["train", "--out", "OUT", "--init", "./nope"], "there is no folder './nope'"),
+    "export of no drafter": (["dev", "export", "transformers", "OUT", "--drafter", "./nope"], "there is no folder"),
+    "export of a word": (["dev", "export", "vllm", "OUT", "--drafter", "nothing"], "unknown drafter 'nothing'"),
+    "export without heads": (["dev", "export", "vllm", "OUT", "--drafter", "lookup"], "vLLM takes heads alone"),
+    "export of both": (["dev", "export", "vllm", "OUT", "--drafter", "amphista+lookup"], "vLLM takes heads alone"),
+    "export of none shipped": (["dev", "export", "vllm", "OUT", "--drafter", "eagle"], "no eagle drafter is shipped"),
     "not shipped": (["generate", "x", "--target", "FOLDER", "--drafter", "amphista"], "no amphista drafter is shipped"),
     "tree of none": (["generate", "x", "--tree", "0"], "a tree of 0 nodes"),
     "tree of words": (["generate", "x", "--tree", "big"], "neither auto, chain"),
@@ -257,11 +283,62 @@ BAD = {
 def test_bad_input_is_one_sentence_and_exit_code_2(name, target_folder, tmp_path):
     arguments, message = BAD[name]
     places = {"FOLDER": str(target_folder), "OUT": str(tmp_path / "out")}
-    result = amphista(*[places.get(word, word) for word in arguments])
+    result = amphista(*[places.get(word, word) for word in arguments], stdin=None)
     last = result.stderr.strip().splitlines()[-1]
     assert result.returncode == 2, result.stderr
     assert message in last and last.startswith("amphista: ")
     assert "Traceback" not in result.stderr and result.stdout == ""
+
+
+def test_what_can_be_refused_is_refused_before_the_machine_is_measured(target_folder, monkeypatch):
+    monkeypatch.setattr("amphista.llm.costs_for", None)
+    result = amphista("generate", "x", "--target", target_folder, "--logit-bias", "99999999=1")
+    assert result.returncode == 2 and "token id 99999999" in result.stderr
+
+
+def test_no_help_text_loses_its_brackets():
+    """Rich takes words in them for marks."""
+    commands = [typer.main.get_command(app)]
+    for command in commands:
+        commands += getattr(command, "commands", {}).values()
+        for text in (command.help, *(getattr(one, "help", None) for one in command.params)):
+            assert Text.from_markup(text or "").plain == (text or "").replace("\\[", "[")
+    assert len(commands) > 12 and "amphista[ray]" in re.sub(r"\s", "", amphista("serve", "-h").stdout)
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO])
+def test_a_full_disk_is_one_sentence(target_folder, tmp_path, monkeypatch, number):
+    """In a run that can be resumed, and elsewhere."""
+
+    def full(*_, **__):
+        raise OSError(number, "the disk is full")
+
+    questions = tmp_path / "questions.jsonl"
+    questions.write_text(json.dumps({"id": "q", "prompt": "Why?"}))
+    short = ("--target", target_folder, "--max-new-tokens", 4)
+    runs = {
+        "evaluate": ("amphista.evaluation.run.RecordFile.append", [questions, "--methods", "none"]),
+        "distill": ("amphista.train.distill.Distiller.run", ["--prompts", questions]),
+    }
+    for name, (place, arguments) in runs.items():
+        with monkeypatch.context() as patch:
+            patch.setattr(place, full)
+            result = amphista(name, *arguments, "--out", tmp_path / name, *short)
+        assert result.returncode == 2 and f"cannot write to {tmp_path / name}: the disk is full" in result.stderr
+        assert "the same command again" in result.stderr
+    monkeypatch.setattr("amphista.cli.answers.run_job", full)
+    result = amphista("generate", "x", *short)
+    assert result.returncode == 2 and result.stderr.endswith(
+        "cannot write: the disk is full; free some space and try again\n"
+    )
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+def test_answers_that_cannot_be_written_are_said(target_folder, tmp_path):
+    (tmp_path / "o.jsonl.partial").symlink_to("/dev/full")
+    arguments = ("--target", target_folder, "--max-new-tokens", 4, "--output", tmp_path / "o.jsonl")
+    result = amphista("generate", "x", *arguments)
+    assert result.returncode == 2 and "o.jsonl.partial: No space left on device" in result.stderr.splitlines()[-1]
 
 
 def test_nothing_to_do_is_exit_code_2():
@@ -347,7 +424,7 @@ def test_settings_as_others_have_them(target_folder):
     )
     assert varied["text"].count("A") < 3
     bad = amphista("generate", "x", "--logit-bias", "65")
-    assert bad.returncode == 2 and "expected NAME=VALUE" in bad.stderr
+    assert bad.returncode == 2 and "expected ID=NUMBER" in bad.stderr
 
 
 def test_the_models_own_settings_are_said_or_taken(tmp_path):
@@ -543,4 +620,4 @@ except SystemExit:
 """
     assert subprocess.run([sys.executable, "-c", program], capture_output=True).returncode == 0
     bad = subprocess.run([sys.executable, "-m", "amphista", "generate", ""], capture_output=True, text=True)
-    assert bad.returncode == 2 and bad.stderr == "amphista: prompt 1 is empty: give some text\n"
+    assert bad.returncode == 2 and bad.stderr == "amphista: prompt 0 is empty: give some text\n"

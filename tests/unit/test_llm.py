@@ -475,6 +475,15 @@ def test_a_reader_who_gives_up_in_mid_step_and_reads_on_misses_nothing(llm, monk
     assert "".join(pieces) == text and len(pieces) > 2
 
 
+def test_a_batch_size_in_words_is_refused(llm):
+    with pytest.raises(RequestError, match="batch_size is 'x': expected a whole number"):
+        llm.generate(["a", "b"], batch_size="x")
+
+
+def test_what_is_loaded_tells_of_itself(llm):
+    assert repr(llm) == f"<LLM {llm.target.name}: float32, {llm.target.path} path, drafter {llm.drafter.name}>"
+
+
 def test_a_conversation_may_be_awaited(llm):
     async def talk():
         conversation = llm.conversation()

@@ -25,7 +25,7 @@ def test_arguments_and_standard_input():
 
 @pytest.mark.parametrize("prompts", [["one", " \n"], ["one", "-"]])
 def test_an_empty_prompt_is_refused_by_number(prompts):
-    with pytest.raises(RequestError, match="prompt 2 is empty"):
+    with pytest.raises(RequestError, match="prompt 1 is empty"):
         from_arguments(prompts, io.StringIO(""))
 
 

@@ -4,6 +4,7 @@ batch, through chunks, rejected drafts, preemption, shared prefixes. `make test-
 from __future__ import annotations
 
 import json
+import os
 import random
 import runpy
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ import torch
 
 from amphista.cli.export import Program, export
 from amphista.drafter.base import Ask
+from amphista.drafter.checkpoint import shipped_folder
 from amphista.errors import AmphistaError, ConfigError
 from amphista.tree.template import TreeTemplate
 from amphista.vllm_proposer import ChainDrafts, ChainProposer, StepRows
@@ -139,12 +141,12 @@ def test_rows_of_the_wrong_next_token_would_be_seen(precise, monkeypatch):
 
 
 def test_the_export_names_its_drafter(tmp_path, capsys):
-    out = tmp_path / "out"
-    export(Program.VLLM, out, str(tmp_path))
+    out, folder = tmp_path / "out", shipped_folder() / "smollm2-135m-instruct-medusa"
+    export(Program.VLLM, out, os.path.relpath(folder))
     settings = json.loads(capsys.readouterr().out.partition("'")[2].rpartition("'")[0])
     module, name = settings["model"].split(".")
     proposer = runpy.run_path(str(out / f"{module}.py"))[name]
-    assert issubclass(proposer, ChainProposer) and proposer.drafter == str(tmp_path)
+    assert issubclass(proposer, ChainProposer) and proposer.drafter == str(folder.resolve())
     with pytest.raises(ConfigError, match="not empty"):
         export(Program.VLLM, out, None)
 

@@ -206,8 +206,11 @@ def _sink(path: Path | None) -> Iterator[Callable[[str], object]]:
     with _writing(partial):
         stream = partial.open("w", encoding="utf-8", buffering=1)
     try:
-        with stream:
+        try:
             yield _writing(partial)(stream.write)
+        finally:
+            with _writing(partial):
+                stream.close()
     except BaseException:
         logger.warning(f"what was answered before is in {partial}")
         raise

@@ -21,7 +21,7 @@ from amphista.cli.generate import generate
 from amphista.cli.info import info
 from amphista.cli.latency import latency
 from amphista.cli.serve import serve
-from amphista.cli.standard import logging_to_stderr, prepare
+from amphista.cli.standard import FULL, logging_to_stderr, prepare
 from amphista.cli.train import train
 from amphista.cli.tune import tune
 from amphista.errors import AmphistaError
@@ -76,6 +76,12 @@ def main() -> None:
             app()
     except AmphistaError as error:
         print(f"amphista: {error}", file=sys.stderr)
+        sys.exit(EXIT_USER_ERROR)
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        what = "" if error.filename is None else f" {error.filename}"
+        print(f"amphista: cannot write{what}: {error.strerror}; free some space and try again", file=sys.stderr)
         sys.exit(EXIT_USER_ERROR)
     except KeyboardInterrupt:
         print("amphista: interrupted", file=sys.stderr)

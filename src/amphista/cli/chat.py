@@ -29,9 +29,9 @@ def chat(
     """Talk to the target; each answer shows its speed and tokens per forward."""
     from amphista.errors import RequestError
 
-    sampling.params()  # checked before minutes of loading
+    checked = sampling.params()  # before minutes of loading
     template = options.template_kwargs(template_arg)
-    llm = model.load()
+    llm = model.load(checked)
     params = llm.params(
         "model" if sampling.model_defaults else None, **{"max_new_tokens": MAX_NEW_TOKENS, **sampling.settings()}
     )
@@ -54,7 +54,7 @@ def _lines() -> Iterator[str]:
     while True:
         try:
             line = input("> ")
-        except (EOFError, KeyboardInterrupt):
+        except (EOFError, KeyboardInterrupt, RuntimeError):  # the last: standard input is closed
             print(file=sys.stderr)
             return
         if line.strip() in ("/quit", "/exit"):

@@ -42,15 +42,13 @@ def distill(
     dtype: options.Dtype = None,
     fast: options.Fast = True,
     drafter: Drafter = None,
-    batch_size: Annotated[int | None, typer.Option(help="Conversations answered at a time.  [default: 32]")] = None,
-    max_new_tokens: Annotated[
-        int | None, typer.Option(help="At most this many tokens an answer.  [default: 512]")
-    ] = None,
-    temperature: Annotated[float | None, typer.Option(help="Of sampled conversations.  [default: 0.7]")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Conversations answered at a time. Default 32.")] = None,
+    max_new_tokens: Annotated[int | None, typer.Option(help="At most this many tokens an answer. Default 512.")] = None,
+    temperature: Annotated[float | None, typer.Option(help="Of sampled conversations. Default 0.7.")] = None,
     sampled_share: Annotated[
-        float | None, typer.Option(help="Share of conversations sampled; the others are greedy.  [default: 0.5]")
+        float | None, typer.Option(help="Share of conversations sampled; the others are greedy. Default 0.5.")
     ] = None,
-    seed: Annotated[int | None, typer.Option(help="Same seed, same answers.  [default: 0]")] = None,
+    seed: Annotated[int | None, typer.Option(help="Same seed, same answers. Default 0.")] = None,
     shard: Annotated[
         str | None,
         typer.Option(
@@ -93,6 +91,7 @@ def _run(
 ) -> dict[str, Any]:
     """Read the prompts, load the target (its name, device, dtype, fast or not), answer."""
     from amphista.cli.progress import StepProgress
+    from amphista.cli.standard import resumable
     from amphista.llm import choose_drafter
     from amphista.target.loading import load_target
     from amphista.train.conversations import load_conversations
@@ -103,7 +102,7 @@ def _run(
         print(f"amphista: {asked.left_out.sentence()}", file=sys.stderr)
     name, device, dtype, fast = target
     loaded = load_target(name, device=device, dtype=dtype, fast=fast)
-    with StepProgress() as progress:
+    with resumable(out), StepProgress() as progress:
         proposer = choose_drafter(loaded, drafter)
         distiller = Distiller(loaded, config, asked, out, proposer=proposer, share=share, on_step=progress.step)
         summary = distiller.run()

@@ -87,6 +87,7 @@ def _run(
 ) -> None:
     """Measure, report, print; `target` is its name, device, dtype and whether it may be fast, and native."""
     from amphista.cli.progress import StepProgress
+    from amphista.cli.standard import resumable
     from amphista.evaluation.metrics import contract
     from amphista.evaluation.report import markdown_tables, write_report
     from amphista.evaluation.run import Evaluation
@@ -94,7 +95,7 @@ def _run(
 
     name, device, dtype, fast, native = target
     loaded = load_target(name, device=device, dtype=dtype, fast=fast, native=native)
-    with Evaluation(loaded, asked, config, out) as evaluation:
+    with resumable(out), Evaluation(loaded, asked, config, out) as evaluation:
         with StepProgress() as progress:
             evaluation.run(progress.step)
         summary = evaluation.finish()

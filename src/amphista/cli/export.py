@@ -14,7 +14,13 @@ from typing import Annotated
 
 import typer
 
-from amphista.cli import options
+Drafter = Annotated[
+    str | None,
+    typer.Option(
+        help="What drafts, as for generate; for vllm heads alone, a shipped name (amphista, medusa), a folder or a hub "
+        "id. Default: for vllm amphista, for transformers amphista+lookup where one is shipped, else lookup."
+    ),
+]
 
 
 class Program(StrEnum):
@@ -61,19 +67,35 @@ The tokens are those of plain decoding; a drafter proposes them ahead and the mo
 def export(
     program: Annotated[Program, typer.Argument(help="The program that shall decode with amphista.")],
     out: Annotated[Path, typer.Argument(help="Folder to write: what custom_generate= names, or goes on PYTHONPATH.")],
-    drafter: options.Drafter = None,
+    drafter: Drafter = None,
 ) -> None:
     """Write a folder through which transformers' own generate, or vLLM, decodes with our drafts on its own model."""
     from amphista.errors import ConfigError
 
     if out.is_dir() and any(out.iterdir()):
         raise ConfigError(f"{out} is not empty: give another folder")
-    if drafter is not None and Path(drafter).is_dir():
-        drafter = str(Path(drafter).resolve())
     if program is Program.VLLM:
-        _for_vllm(out, drafter or "amphista")
+        _for_vllm(out, _found(drafter or "amphista", needs_heads=True))
     else:
-        _for_transformers(out, drafter)
+        _for_transformers(out, drafter and _found(drafter))
+
+
+def _found(drafter: str, *, needs_heads: bool = False) -> str:
+    """The name as the other program will find it: a folder in full. raises DrafterError for what it would refuse."""
+    from amphista.drafter.checkpoint import DRAFTERS, local_checkpoint, shipped_checkpoints
+    from amphista.drafter.proposer import NONE, parts_of
+    from amphista.errors import DrafterError
+
+    heads, use_lookup = parts_of(drafter)
+    if needs_heads and (use_lookup or heads == NONE):
+        raise DrafterError(
+            f"vLLM takes heads alone, not {drafter!r}: give a drafter with heads; lookup is its own method 'ngram'"
+        )
+    if heads in DRAFTERS and heads not in shipped_checkpoints():
+        raise DrafterError(f"no {heads} drafter is shipped: give a folder or a hub id, or train one")
+    if heads in (NONE, *DRAFTERS) or (checkpoint := local_checkpoint(heads)) is None:
+        return drafter
+    return f"{checkpoint.folder.resolve()}{'+lookup' if use_lookup else ''}"
 
 
 def _for_transformers(out: Path, drafter: str | None) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -48,7 +48,8 @@ def generate(
     from amphista.prompts import from_arguments, read_prompts
     from amphista.tree.grow import check_tree
 
-    sampling.params()  # checked before minutes of loading
+    told: dict[str, Any] = {} if logprobs is None else {"top_logprobs": logprobs, "logprobs": True}
+    checked = replace(sampling.params(), **told)  # before minutes of loading
     template = options.template_kwargs(template_arg)
     check_tree(model.tree)
     check_output(output)
@@ -57,15 +58,12 @@ def generate(
         raise typer.BadParameter("give at least one PROMPT, or --prompts FILE.jsonl")
     if compare and batch_size > 1:
         raise typer.BadParameter("--compare times one answer at a time: leave out --batch-size")
-    llm = model.load()
-    params = sampling.params_for(llm)
-    if logprobs is not None:
-        params = replace(params, top_logprobs=logprobs, logprobs=True)
+    llm = model.load(checked)
     run_job(
         AnswerJob(
             llm=llm,
             prompts=asked,
-            params=params,
+            params=replace(sampling.params_for(llm), **told),
             system=system,
             raw=raw,
             template=template,

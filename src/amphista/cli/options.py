@@ -123,11 +123,19 @@ class ModelOptions:
         bool, typer.Option("--local-files-only", help="Only what was fetched before.", rich_help_panel=MODEL)
     ] = False
 
-    def load(self) -> LLM:
-        """Target and drafter, ready to decode; the hub's token comes from its login or HF_TOKEN."""
-        from amphista.llm import load
+    def load(self, params: SamplingParams | None = None) -> LLM:
+        """Target and drafter, ready to decode; the hub's token comes from its login or HF_TOKEN.
 
-        return load(**asdict(self))
+        params: refused, where the target lacks tokens that they name, before the machine is measured.
+        """
+        from amphista.llm import LLM, load
+        from amphista.tree.grow import check_tree
+
+        check_tree(self.tree)
+        llm = load(**asdict(self) | {"tree": 1})
+        if params is not None:
+            params.check_ids(llm.target.spec.vocab_size)
+        return LLM(llm.target, llm.drafter, tree=self.tree)
 
 
 def _setting(text: str, *names: str, **more: Any) -> Any:
@@ -189,7 +197,7 @@ class SamplingOptions(ChoiceOptions):
         found = super().settings()
         del found["model_defaults"]
         if "logit_bias" in found:
-            found["logit_bias"] = dict(_pair(text, "--logit-bias") for text in found["logit_bias"])
+            found["logit_bias"] = dict(_pair(text, "--logit-bias", "ID=NUMBER") for text in found["logit_bias"])
         return found
 
     def params_for(self, llm: LLM) -> SamplingParams:
@@ -201,7 +209,7 @@ def template_kwargs(arguments: Sequence[str] | None) -> dict[str, Any]:
     """NAME=VALUE pairs, values as JSON, bare words as texts."""
     found: dict[str, Any] = {}
     for text in arguments or ():
-        name, value = _pair(text, "--template-arg")
+        name, value = _pair(text, "--template-arg", "NAME=VALUE")
         try:
             found[name] = json.loads(value)
         except ValueError:
@@ -209,10 +217,10 @@ def template_kwargs(arguments: Sequence[str] | None) -> dict[str, Any]:
     return found
 
 
-def _pair(text: str, option: str) -> tuple[str, str]:
+def _pair(text: str, option: str, form: str) -> tuple[str, str]:
     name, found, value = text.partition("=")
     if not (found and name):
-        raise RequestError(f"{option} {text!r}: expected NAME=VALUE")
+        raise RequestError(f"{option} {text!r}: expected {form}")
     return name, value
 
 

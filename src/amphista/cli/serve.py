@@ -43,7 +43,7 @@ def serve(
     max_stall: Annotated[float, _option("Seconds that reading a prompt may hold up others.", min=0.001)] = 0.1,
     kv_gib: Annotated[float | None, _option("Memory for keys and values. Default a quarter of what is free.")] = None,
     replicas: Annotated[
-        int, _option("So many engines, each with weights of its own, by Ray ('amphista[ray]').", min=1)
+        int, _option("So many engines, each with weights of its own, by Ray ('amphista\\[ray]').", min=1)
     ] = 1,
     drain: Annotated[float, _option("Seconds that answers may go on when the server is told to end.", min=0)] = 30.0,
     ignore_tools: Annotated[

@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import codecs
 import contextlib
+import errno
 import io
 import logging
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
+
+from amphista.errors import ConfigError
+
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}  # no defects of ours: the disk takes no more
 
 
 def is_utf8(stream: Any) -> bool:
@@ -46,3 +52,17 @@ def logging_to_stderr() -> Iterator[None]:
     finally:
         logger.removeHandler(handler)
         logger.setLevel(before)
+
+
+@contextmanager
+def resumable(out: Path) -> Iterator[None]:
+    """Raise ConfigError where the disk takes no more of a run's folder; the run goes on once it does."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        raise ConfigError(
+            f"cannot write {error.filename or f'to {out}'}: {error.strerror}. What was written before is kept: free "
+            "some space and give the same command again, it goes on from there"
+        ) from error

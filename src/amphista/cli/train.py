@@ -11,13 +11,16 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from amphista.cli import options
 from amphista.cli.launched import is_first, own_device
 from amphista.target import DEFAULT_TARGET
+
+if TYPE_CHECKING:
+    from amphista.train.config import TrainConfig
 
 
 def train(
@@ -59,7 +62,7 @@ def train(
         values["init"] = init
     if data:
         values.setdefault("data", {})["files"] = [str(path) for path in data]
-    config = build(TrainConfig, values)
+    config = _checked(build(TrainConfig, values))
     try:
         from amphista.train.trainer import Trainer
     except ImportError as error:
@@ -67,9 +70,10 @@ def train(
 
         raise ConfigError(f"training needs the package {error.name}: pip install 'amphista[train]'") from error
     from amphista.cli.progress import StepProgress
+    from amphista.cli.standard import resumable
     from amphista.target.loading import load_target
 
-    with StepProgress(is_shown=is_first()) as progress:
+    with resumable(out), StepProgress(is_shown=is_first()) as progress:
         loaded = load_target(target, device=own_device(device), dtype=dtype)
         trainer = Trainer(loaded, config, out, progress.line, progress.step)
         folder = trainer.run()
@@ -79,3 +83,21 @@ def train(
     print(f"amphista: the drafter is in {folder}; the best validated one in {out / 'best'}", file=sys.stderr)
     if json_lines:
         print(json.dumps({"out": str(folder), "best": str(out / "best"), "step": trainer.progress.step}))
+
+
+def _checked(config: TrainConfig) -> TrainConfig:
+    """The same; raises ConfigError for a drafter that cannot be made, or gone on from, before minutes of loading."""
+    from amphista.config import build
+    from amphista.drafter.checkpoint import DRAFTERS, local_checkpoint
+    from amphista.errors import ConfigError
+
+    if config.drafter not in DRAFTERS:
+        raise ConfigError(f"unknown drafter {config.drafter!r}: expected one of {', '.join(DRAFTERS)}")
+    build(DRAFTERS[config.drafter][0], config.model, "model")
+    kind = config.init
+    if kind is not None and kind not in DRAFTERS:
+        checkpoint = local_checkpoint(kind)
+        kind = None if checkpoint is None else checkpoint.kind
+    if kind not in (None, config.drafter):
+        raise ConfigError(f"--init {config.init} is a drafter of the kind {kind}: give --drafter {kind}, too")
+    return config

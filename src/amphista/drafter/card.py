@@ -187,12 +187,13 @@ def _results(training: dict[str, Any], config: CardConfig) -> list[dict[str, Any
 
 def _trained(training: dict[str, Any]) -> list[str]:
     data, progress = training["data"], training["progress"]
+    minutes = round(progress["seconds"] / 60)
     left_out = data.get("left_out")
     return [
         "## Training",
         "",
         f"{data['rows']} training rows, {data['answer_tokens']} answer tokens, seen as "
-        f"{progress['positions']} positions in {progress['step']} steps ({progress['seconds'] / 60:.0f} minutes)."
+        f"{progress['positions']} positions in {progress['step']} steps ({minutes} minute{'s' * (minutes != 1)})."
         + _before(training.get("before"))
         + (LITTLE_DATA if data["answer_tokens"] < LITTLE_TOKENS else "")
         + (f" {left_out['lines']} lines of the data could not be used." if left_out else ""),

@@ -5,12 +5,20 @@ What they propose decides nothing but how soon an answer is there.
 
 from __future__ import annotations
 
+import os
+
 from amphista.drafter.base import Drafter
 from amphista.drafter.lookup import LOOKUP, Lookup
 from amphista.tree.candidates import NgramDraft
 
 NONE = "none"
 SELDOM = 4  # tokens from one look to the next, where looking hardly pays
+
+
+def parts_of(name: str) -> tuple[str, bool]:
+    """(the heads, 'none' where there are none; whether with lookup) of a drafter's name as users give it."""
+    use_lookup = name == LOOKUP or (name.endswith(f"+{LOOKUP}") and not os.path.exists(os.path.expanduser(name)))
+    return (name.removesuffix(LOOKUP).removesuffix("+") or NONE) if use_lookup else name or NONE, use_lookup
 
 
 class Proposer:

@@ -124,7 +124,7 @@ class Ours:
 
     def __init__(self, target: Target, drafter: Proposer, tree: str | None, settings: dict[str, Any]) -> None:
         self.llm = LLM(target, drafter, tree=tree)
-        self.settings = settings
+        self.settings = settings | {"dtype": target.type_name, "path": target.path}
 
     def prepare(self, num_rows: int) -> None:
         """Record forwards and drafts now, unmeasured, where the device records them."""

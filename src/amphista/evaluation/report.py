@@ -31,8 +31,8 @@ HEADERS = (
 LEGEND = (
     "tau: tokens committed per target forward (loop-free: before an answer begins to loop). speedup: tokens per second "
     "over none (our engine without drafts), prefill included; decode speedup: without it. over hf: over stock "
-    "generate. In parentheses: 95 % bootstrap intervals over questions. same as none: answers with identical tokens, "
-    "of those that none gave (a method that failed on one does not have the same)."
+    "generate, whose type stands under Methods. In parentheses: 95 % bootstrap intervals over questions. same as none: "
+    "answers with identical tokens, of those that none gave (a method that failed on one does not have the same)."
 )
 
 EXPECTED = (
@@ -69,7 +69,7 @@ def setting_line(summary: Summary) -> str:
         f"At most {settings['params']['max_new_tokens']} new tokens, {settings['repeats']} repeat(s), "
         f"{settings['dtype']}, {settings.get('path', 'stock')} forward, {where} ({machine['instruction_set']}), "
         f"torch {versions['torch']}, transformers {versions['transformers']}, "
-        f"amphista {versions['amphista']} at {run['git']}, {run['date']}."
+        f"amphista {versions['amphista']}{f' at {git}' if (git := run['git']) else ''}, {run['date']}."
     )
 
 
@@ -161,7 +161,7 @@ def markdown(summary: Summary) -> str:
     for heading, listed in (("Divergences", divergence_lines(summary)), ("Failures", failure_lines(summary))):
         lines += [f"## {heading}", "", *([f"- {line}" for line in listed] or ["None."]), ""]
     lines += ["## Methods", ""]
-    lines += [f"- `{name}`: {_described(m)}" for name, m in summary["run"]["settings"]["methods"].items()]
+    lines += [f"- `{name}`: {described}" for name, described in method_lines(summary)]
     lines += ["", f"Command: `{summary['run']['command']}`", ""]
     return "\n".join(lines)
 
@@ -171,8 +171,18 @@ def markdown_tables(summary: Summary) -> str:
     return f"{title(summary)}\n\n{table(list(HEADERS), main_rows(summary['measures'][ALL]))}\n"
 
 
-def _described(settings: dict[str, Any]) -> str:
-    return ", ".join(f"{key} {value}" for key, value in settings.items() if not key.endswith("_sha256"))
+def method_lines(summary: Summary) -> list[tuple[str, str]]:
+    """Each method's name, and its settings with the folder or hub id that its drafter was given by."""
+    given = summary["run"].get("drafters", {})
+    return [
+        (
+            name,
+            ", ".join(
+                f"{k} {v}" for k, v in (m | {"from": given.get(name)}).items() if v is not None and "_sha256" not in k
+            ),
+        )
+        for name, m in summary["run"]["settings"]["methods"].items()
+    ]
 
 
 # -- HTML ---------------------------------------------------------------------------------------------------------
@@ -196,6 +206,6 @@ def html(summary: Summary) -> str:
         samples=summary["samples"],
         accepted=ACCEPTED,
         lists=[("Divergences", divergence_lines(summary)), ("Failures", failure_lines(summary))],
-        methods=[(name, _described(m)) for name, m in summary["run"]["settings"]["methods"].items()],
+        methods=method_lines(summary),
         command=summary["run"]["command"],
     )

@@ -18,7 +18,7 @@ from typing import Any
 
 from amphista import provenance
 from amphista.engine.params import SamplingParams
-from amphista.errors import AmphistaError, ConfigError, RequestError
+from amphista.errors import AmphistaError, ConfigError, RequestError, first_line
 from amphista.evaluation.lossless import first_divergence
 from amphista.evaluation.methods import HF, NONE, Method, MethodSettings, MethodSpec, Ours, build_method, costs_of
 from amphista.evaluation.questions import Question, QuestionSet
@@ -101,10 +101,18 @@ class Evaluation:
         """Begin a run, or take up what one with the very same settings has left."""
         settings = json.loads(json.dumps(self._settings()))  # as it will be read back: tuples are lists there
         costs = {name: costs_of(method) for name, method in self.methods.items()}
-        environment = provenance.record() | {"costs": {name: known for name, known in costs.items() if known}}
+        environment = provenance.record() | {
+            "costs": {name: known for name, known in costs.items() if known},
+            "drafters": {
+                s.name: provenance.shortened(str(s.drafter))
+                for s in self.config.methods
+                if s.drafter not in (None, s.name)
+            },
+        }
         if (out / RUN).exists():
             self.run_record = read_json(out / RUN)
-            check_same_run(f"{out} holds another run", self.run_record.get("settings", {}), settings)
+            for form in (_asked, dict):  # what a user set before all that follows from it
+                check_same_run(f"{out} holds another run", form(self.run_record.get("settings", {})), form(settings))
             if (out / RECORDS).exists():
                 self.records = read_groups(out / RECORDS, self.names)
             if self.records and len(self.records) < self.num_records:
@@ -313,6 +321,15 @@ def _next(conversation: Conversation, question: Question, turn: int, record: Rec
     ]
 
 
+def _asked(settings: dict[str, Any]) -> dict[str, Any]:
+    """What a user set of a run, each in a word or two."""
+    questions, methods = settings.get("questions", {}), settings.get("methods", {})
+    return {name: settings.get(name) for name in ("target", "dtype", "params", "repeats", "system", "batch_size")} | {
+        "questions": " of ".join(str(questions.get(name)) for name in ("count", "full_size", "name")),
+        "methods": ", ".join(f"{name} ({settings.get('tree', '')})" for name, settings in methods.items()),
+    }
+
+
 def answer_seed(seed: int, question_id: str | int, turn: int, repeat: int) -> int:
     """64 bits for one answer, the same for every method, unrelated between answers and independent of their order."""
     key = f"{seed}\n{question_id}\n{turn}\n{repeat}"
@@ -321,7 +338,7 @@ def answer_seed(seed: int, question_id: str | int, turn: int, repeat: int) -> in
 
 def _described(error: BaseException) -> str:
     """One line: what was raised, and where if it is not one of our own sentences."""
-    sentence = (str(error).strip().splitlines() or [""])[0]
+    sentence = first_line(error) if str(error).strip() else ""
     if isinstance(error, AmphistaError):
         return sentence
     frames = traceback.extract_tb(error.__traceback__)

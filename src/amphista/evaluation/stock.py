@@ -96,6 +96,7 @@ class StockGenerate:
         self._target, self._variant = target, variant
         self.settings = {
             "engine": "transformers",
+            "dtype": target.type_name,
             "attention": target.model.config._attn_implementation,
             "cache": "dynamic",
             "inference_mode": True,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -73,7 +74,7 @@ def add_handlers(app: FastAPI) -> None:
 
     async def of_checks(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, RequestValidationError)
-        return response_to(_first(error))
+        return response_to(_first(error, request))
 
     async def of_framework(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, HTTPException)
@@ -86,15 +87,30 @@ def add_handlers(app: FastAPI) -> None:
     app.add_exception_handler(HTTPException, of_framework)
 
 
-def _first(error: RequestValidationError) -> ApiError:
+def _first(error: RequestValidationError, request: Request) -> ApiError:
     """The first field that is wrong, as the form says it that what was given came closest to; nothing of that is told
     back."""
     every = error.errors()
     of_first = [found for found in every if found["loc"][:2] == every[0]["loc"][:2]]
     found = max(of_first, key=lambda one: (len(one["loc"]), not one["type"].endswith("_type")))
-    where = [part for part in found["loc"] if part != "body"]
+    where = list(_named(found["loc"][1:], error.body, found["type"] == "missing"))
     param = where[0] if where and isinstance(where[0], str) else None
     if found["type"] == "none_required":
         return ApiError(400, f"{param} is not supported by this server: leave it out", param=param)
+    if not where and isinstance(error.body, bytes):
+        return ApiError(400, "the body was not sent as JSON: send the header 'Content-Type: application/json' with it")
     place = ".".join(map(str, where)) or "the body"
     return ApiError(400, f"{place}: {found['msg'].removeprefix('Value error, ')}", param=param)
+
+
+def _named(loc: Sequence[str | int], body: Any, is_missing: bool) -> Iterator[str | int]:
+    """The parts of a place that are fields and numbers of the body; between them stand names of our types."""
+    for index, part in enumerate(loc):
+        if isinstance(body, dict) and part in body:
+            body = body[part]
+            yield part
+        elif isinstance(body, list) and isinstance(part, int):
+            body = body[part] if part < len(body) else None
+            yield part
+        elif is_missing and index == len(loc) - 1:
+            yield part

@@ -17,7 +17,7 @@ import numpy as np
 from llguidance import LLMatcher, LLTokenizer
 from numpy.typing import NDArray
 
-from amphista.errors import RequestError
+from amphista.errors import RequestError, first_line
 from amphista.target.target import Target
 
 MAX_BYTES = 64 * 1024
@@ -38,7 +38,7 @@ class Matched:
         self._go_to(index)
         bits = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8)
         if self._matcher.is_error():
-            raise RequestError(f"response_format cannot be followed: {_first_line(self._matcher.get_error())}")
+            raise RequestError(f"response_format cannot be followed: {first_line(self._matcher.get_error())}")
         return np.unpackbits(bits, count=self._vocab_size, bitorder="little").astype(bool)
 
     def forced(self, index: int) -> list[int]:
@@ -80,7 +80,7 @@ class Grammars:
             raise RequestError(f"response_format: the grammar is too long, expected at most {MAX_BYTES // 1024} KiB")
         matcher = LLMatcher(self._tokenizer, grammar, log_level=0)
         if matcher.is_error():
-            raise RequestError(f"response_format: {_first_line(matcher.get_error())}")
+            raise RequestError(f"response_format: {first_line(matcher.get_error())}")
         return lambda: Matched(matcher.deep_copy(), self._target.spec.vocab_size)
 
     @cached_property
@@ -109,8 +109,4 @@ def _grammar(response_format: dict[str, Any]) -> str | None:
     try:
         return LLMatcher.grammar_from_json_schema(json.dumps(schema), defaults=SPACING)
     except ValueError as error:
-        raise RequestError(f"response_format: {_first_line(str(error))}") from error
-
-
-def _first_line(text: str) -> str:
-    return text.strip().splitlines()[0] if text.strip() else "the grammar is not understood"
+        raise RequestError(f"response_format: {first_line(error)}") from error

@@ -23,6 +23,7 @@ from amphista.serve.schema import (
     GrammarText,
     JsonObject,
     NamedSchema,
+    OnlyText,
     Own,
     Refused,
     Whole,
@@ -39,7 +40,7 @@ CHAT_FIELDS = {"max_tokens": "max_output_tokens", "messages": "input", "response
 
 
 class InputText(Body):
-    type: Literal["input_text", "output_text", "text"]
+    type: Annotated[Literal["input_text", "output_text", "text"], OnlyText]
     text: str
 
 

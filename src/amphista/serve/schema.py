@@ -8,7 +8,16 @@ from __future__ import annotations
 import json
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from amphista.engine.params import SamplingParams
 
@@ -28,12 +37,19 @@ def _few(value: Any) -> Any:
     return value
 
 
+def _text_alone(kind: Any) -> Any:
+    if isinstance(kind, str) and not kind.endswith("text"):
+        raise ValueError("images are not supported, nor anything else but text: leave this part out")
+    return kind
+
+
 def listed(most: int, least: int = 0) -> Any:
     """How long a list may be; its first wrong element is told, not each: there may be a million."""
     return Field(min_length=least, max_length=most, fail_fast=True)
 
 
 Few = BeforeValidator(_few)
+OnlyText = BeforeValidator(_text_alone)
 Refused = Annotated[None, Field(description="Not supported: must be left out.")]
 Whole = Annotated[int, BeforeValidator(_whole)]  # 5.0 is one in JSON
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
@@ -49,7 +65,7 @@ class Body(BaseModel):
 
 
 class TextPart(Body):
-    type: Literal["text"]
+    type: Annotated[Literal["text"], OnlyText]
     text: str
 
 
@@ -122,7 +138,7 @@ class JsonObject(Body):
 class NamedSchema(Body):
     name: str | None = None
     description: str | None = None
-    json_schema: dict[str, Any] | bool | None = Field(None, alias="schema")
+    json_schema: dict[str, Any] | None = Field(None, alias="schema")
     strict: bool | None = None
 
 
@@ -244,6 +260,13 @@ class ChatRequest(Sampled):
     function_call: Refused = None
     prediction: Refused = None
     web_search_options: Refused = None
+
+    @field_validator("top_logprobs")
+    @classmethod
+    def _is_told(cls, value: int | None, info: ValidationInfo) -> int | None:
+        if value is not None and not info.data.get("logprobs"):
+            raise ValueError("needs logprobs, too: set that to true, or leave this out")
+        return value
 
     @property
     def num_asked(self) -> int | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import socket
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,6 +46,8 @@ class Settings:
             )
         if not all(key.strip() and key.isascii() for key in self.api_keys):
             raise ConfigError("an API key is empty, or not ASCII")
+        if self.kv_gib is not None and not 0 < self.kv_gib < math.inf:
+            raise ConfigError(f"--kv-gib is {self.kv_gib:g}: expected GiB above 0, or leave it out")
 
     def check_address(self) -> None:
         """raises ConfigError where nobody can listen there: better before a model is loaded."""

@@ -57,6 +57,9 @@ def test_front_matter_is_what_the_hub_reads(drafter, tmp_path):
 def test_the_text_says_what_was_measured(drafter):
     card = write_card(drafter, "owner/target", TRAINED, FULL)
     assert "| greedy | 10 | 1.85 | 2.20 | 0.500 0.300 |" in card
+    assert "75 steps (2 minutes)" in card
+    short = {**TRAINED, "progress": {**TRAINED["progress"], "seconds": 50.0}}
+    assert "75 steps (1 minute)" in write_card(drafter, "owner/target", short, FULL)
     assert "100 training rows, 4000 answer tokens" in card and "This is very little data" in card
     assert "94.0% of held-out answer tokens" in card
 

@@ -356,8 +356,9 @@ def test_none_is_plain_decoding(target):
 @pytest.mark.parametrize("name", ["./nowhere", "/nowhere", "~/nowhere", "nowhere", "a/b/c"])
 def test_unknown_names_are_refused_without_asking_the_hub(target, name, monkeypatch):
     monkeypatch.setattr(checkpoint, "fetch", None)
-    with pytest.raises(DrafterError, match="unknown drafter"):
+    with pytest.raises(DrafterError, match="there is no folder" if name[0] in "./~" else "unknown drafter") as refused:
         load(name, target)
+    assert "eagle" not in str(refused.value), "of what is not shipped"
 
 
 def test_a_folder_without_a_checkpoint_is_refused(target, tmp_path):

@@ -27,6 +27,7 @@ def summary():
         "machine": {"processor": "Some CPU", "torch_threads": 2, "instruction_set": "AVX2"},
         "versions": {"torch": "2", "transformers": "5", "amphista": "0"},
         "git": "abc",
+        "drafters": {"fast": "best"},
         "date": "2026-01-01",
         "command": "amphista evaluate own.jsonl",
     }
@@ -64,6 +65,9 @@ def test_markdown_says_it_all(summary):
     assert "fast, question b2, turn 1: RuntimeError" in text and "1 of 6 records failed." in text
     assert "33.3% of 3" in text and "1 of 3" in text
     assert markdown_tables(summary).count("\n") < 10
+    assert "amphista 0 at abc, 2026" in text and "- `fast`: drafter <b>bold</b>, from best\n" in text
+    summary["run"]["git"] = None
+    assert "amphista 0, 2026" in markdown(summary)
 
 
 def test_the_page_is_whole_and_safe(summary):

@@ -99,6 +99,8 @@ def test_a_run(text_target, asked, tmp_path, temperature):
     assert everything["hf"]["identical"] == (1.0 if temperature == 0 else None)
     assert everything["none"]["tau"] == everything["hf"]["tau"] == 1.0
     assert set(summary["measures"]) == {"all", "mt_bench", "qa", "maths"}
+    settings = summary["run"]["settings"]["methods"]
+    assert settings["none"]["dtype"] == settings["hf"]["dtype"] == "float32" and settings["none"]["path"]
     by_group = {(r.group, r.method): r for r in records}
     second = by_group[(0, "1", 1), "none"]
     first = by_group[(0, "1", 0), "none"]
@@ -261,8 +263,8 @@ def test_a_finished_run_is_not_measured_again(text_target, asked, tmp_path, monk
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"methods": "none,drafts"}, "methods.hf"),
-        ({"seed": 4}, "params.seed"),
+        ({"methods": "none,drafts"}, r"another run: methods is none \(1\), drafts \([^;]*\. Give"),
+        ({"seed": 4}, r"params\.seed is 4, there it is 0\. Give"),
         ({"repeats": 2}, "repeats"),
     ],
 )
@@ -271,7 +273,9 @@ def test_another_run_is_refused_and_nothing_lost(text_target, asked, tmp_path, c
     before = (tmp_path / "out" / "records.jsonl").read_bytes()
     with pytest.raises(ConfigError, match=said):
         Evaluation(text_target, asked, config(**changes), tmp_path / "out")
-    with pytest.raises(ConfigError, match=r"questions\.count"):
+    with pytest.raises(
+        ConfigError, match=r"another run: questions is 1 of 3 of q\.jsonl, there it is 3 of 3[^;]*\. Give"
+    ):
         Evaluation(text_target, asked.sample(1), config(), tmp_path / "out")
     assert (tmp_path / "out" / "records.jsonl").read_bytes() == before
 

@@ -130,11 +130,17 @@ def test_a_device_that_is_not_here_is_refused_by_a_sentence(device):
 
 @pytest.mark.parametrize("name", ["~no-such-user/x", "~no-such-user/x.gguf", "x" * 5000, "", None, 5, b"x"])
 def test_what_is_no_target_or_drafter_is_refused_by_a_sentence(name):
-    with pytest.raises(TargetError, match=r"unknown target|is no name|no file"):
+    with pytest.raises(TargetError, match=r"unknown target|is no name|no file|no folder"):
         load(name, "none")
     if name is not None:
-        with pytest.raises(DrafterError, match=r"unknown drafter|is no name"):
+        with pytest.raises(DrafterError, match=r"unknown drafter|is no name|no folder"):
             load(drafter=name)
+
+
+def test_an_unknown_type_is_refused_before_a_file_is_converted(monkeypatch):
+    monkeypatch.setattr("amphista.target.loading.locate", None)
+    with pytest.raises(TargetError, match="unknown dtype 'fp16x'"):
+        load_target(dtype="fp16x")
 
 
 def test_a_type_may_be_torchs_own(tmp_path):
