@@ -275,7 +275,7 @@ def shaken(drafter: ScoringDrafter, seed: int = 0, scale: float = 0.3) -> Scorin
 class Steady(AutoGrower):
     """Steps take as long as is said, so that what is drafted repeats itself."""
 
-    def observe(self, plan, accepted, seconds) -> None:
+    def observe(self, plan, accepted, seconds, planning=0.0) -> None:
         super().observe(plan, accepted, self.budget.costs.seconds(plan.forward))
 
 

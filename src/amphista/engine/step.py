@@ -203,16 +203,15 @@ class Engine:
         with clock.phase("verify"):
             outputs = self.target.forward(spans, self._taps)
         ended = clock.now()
-        in_order = [*reading, *decoding]
         with clock.phase("accept"):
             outcomes = [_read(*parts) for parts in zip(reading, spans, outputs, strict=False)]
             outcomes += _verified(decoding, spans[len(reading) :], outputs[len(reading) :])
         with clock.phase("commit"):
-            each_done = zip(in_order, outcomes, outputs, spans, strict=True)
+            each_done = zip([*reading, *decoding], outcomes, outputs, spans, strict=True)
             results = {id(parts[0]): _advance(*parts) for parts in each_done}
             if decoding:
                 accepted = [results[id(sequence)].token_ids[:-1] for sequence in decoding]
-                self.grower.observe(plan, accepted, ended - asked_at)
+                self.grower.observe(plan, accepted, ended - asked_at, asked_at - started)
         seconds = clock.now() - started
         _count(reading, decoding, plan, outcomes[len(reading) :], seconds)
         trees, paths = zip(plan.growths, offered, strict=True), [outcome.path for outcome in outcomes[len(reading) :]]
@@ -237,9 +236,10 @@ class Engine:
         if not decoding:
             return Plan([], [], [], plain), [], clock.now()
         with clock.phase("draft"):
-            seldom = self.proposer.use_lookup and len(decoding) > 1 and self.grower.looks_seldom(plain)
-            rows = [self._draft_row(sequence, seldom) for sequence in decoding]
-            wanted = asked = [] if self._heads is None else self.grower.whom_to_ask(rows, plain)
+            rests, several = self.grower.rests(plain), len(decoding) > 1
+            seldom = several and self.proposer.use_lookup and self.grower.looks_seldom(plain)
+            rows = [self._draft_row(sequence, seldom, rests=rests) for sequence in decoding]
+            wanted = asked = [] if rests or self._heads is None else self.grower.whom_to_ask(rows, plain)
             if self._probes is not None:  # what was not probed has no draft: this step brings one
                 asked = [b for b in wanted if decoding[b].rows.is_probed]
             for b in asked:
@@ -270,8 +270,8 @@ class Engine:
         pairs = zip(spans, plan.probed, strict=True)
         return [span.probed(nodes, self._probes) for span, nodes in pairs]
 
-    def _draft_row(self, sequence: Sequence, seldom: bool) -> DraftRow:
-        depth = min(sequence.max_depth, self.grower.max_depth) if sequence.drafts else 0
+    def _draft_row(self, sequence: Sequence, seldom: bool, *, rests: bool) -> DraftRow:
+        depth = min(sequence.max_depth, self.grower.max_depth) if sequence.drafts and not rests else 0
         ids = sequence.token_ids
         graft = self.proposer.ngrams(sequence.lookup, ids, depth, seldom=seldom) if depth else None
         grammar, graft = sequence.chooser.grammar, coupled_graft(graft, sequence.chooser, sequence.root_position + 1)

@@ -162,7 +162,7 @@ class Trainer:
             self._validate()
         if step % config.save_every == 0:
             self.folder.save_state(self.progress)
-            trim_allocator()  # batches of every length leave gaps that others do not fit, and the heap would go on growing
+            trim_allocator()  # batches of every length leave gaps in the heap that others do not fit
 
     def _validate(self) -> None:
         result = self.results.validate(self.progress)

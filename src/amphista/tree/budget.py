@@ -24,6 +24,7 @@ from amphista.tree.children import Growth
 from amphista.tree.controller import FIRST_WEIGHT, HOPE, LONGEST_REST, WORD_WEIGHT, DraftController
 from amphista.tree.learned import DraftCurve, Forward, StepCosts
 from amphista.tree.tune import Costs, chain_scores
+from amphista.tree.worth import Worth
 
 FIRST_STREAK, LONGEST_STREAK = 4, 128  # steps, all plain or all drafted, until one of the other kind is taken
 EARLY, SELDOM_EARLY = 4, 32  # one new sequence in so many tries its heads early, though they failed others lately; the
@@ -172,6 +173,15 @@ class NodeBudget:
         self._streaks, self._turn = defaultdict[int, Streak](Streak), 0  # by the power of two of a plain step's rows
         self._weighed: list[DraftController] = []  # of the last step with nothing to gain; those that wait for a trial
         self._resting, self._pause = self._weighed, 0  # steps until they are weighed again
+        self._worths, self._is_resting = defaultdict[int, Worth](Worth), False
+
+    def rests(self, plain: Forward) -> bool:
+        """Whether nothing is drafted in this step, because it has not paid lately; to be asked once a step."""
+        self._is_resting = plain.num_decoding > 1 and self._worth(plain).rests()
+        return self._is_resting
+
+    def _worth(self, plain: Forward) -> Worth:
+        return self._worths[plain.num_decoding.bit_length()]
 
     def looks_seldom(self, plain: Forward) -> bool:
         """Whether a row is so dear beside the others' tokens that hardly any n-gram draft pays."""
@@ -260,13 +270,17 @@ class NodeBudget:
         least = int(self._is_drafted(rows, plain))
         return [1 + len(nodes) for nodes in self._share(claims, plain._replace(num_asked=num_asked), least=least)]
 
-    def observe(self, plan: Plan, accepted: Sequence[Sequence[int]], seconds: float) -> None:
-        """Learn from a step: the draft tokens each row accepted, and its seconds, asking the heads included."""
+    def observe(self, plan: Plan, accepted: Sequence[Sequence[int]], seconds: float, planning: float = 0.0) -> None:
+        """Learn from a step: the draft tokens each row accepted, its seconds, asking the heads included, and those that
+        finding out whom to ask took."""
         forward, plain, self._unasked = plan.forward, plan.plain, []
         self._num_unasked = 0 if plan.asked else self._num_unasked + 1
         is_plain = forward == plain
         self._streak(plain).note(is_plain=is_plain)
         self.costs.observe(forward, seconds)
+        if plain.num_decoding > 1 and not self._is_resting:
+            took, more = self.costs.decoding(plain), self.costs.decoding(forward) - self.costs.decoding(plain)
+            self._worth(plain).note(sum(map(len, accepted)) / plain.num_decoding * took - more, planning)
         plain_steps = 1.0 if is_plain else self.costs.seconds(forward) / self.costs.seconds(plain)
         for row, tokens in zip(plan.rows, accepted, strict=True):
             row.controller.account.book(1 + len(tokens), plain_steps)

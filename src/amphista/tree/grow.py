@@ -82,8 +82,15 @@ class Grower(ABC):
         """Of some nodes of a sequence's tree, those below which its drafter's probes shall stand; by default all."""
         return nodes
 
-    def observe(self, plan: Plan, accepted: Sequence[Sequence[int]], seconds: float) -> None:  # noqa: B027
-        """Take note of the draft tokens that each tree of a step had accepted, and its seconds; most need not."""
+    def observe(  # noqa: B027
+        self, plan: Plan, accepted: Sequence[Sequence[int]], seconds: float, planning: float = 0.0
+    ) -> None:
+        """Take note of the draft tokens that each tree of a step had accepted, its seconds, and those that finding out
+        whom to ask took; most need not."""
+
+    def rests(self, plain: Forward) -> bool:
+        """Whether nothing is drafted in this step; to be asked once a step."""
+        return False
 
 
 @dataclass(frozen=True)
@@ -158,9 +165,12 @@ class AutoGrower(Grower):
         seconds, rows = self.budget.costs.by_rows(plan.forward), (plan.forward.num_rows, plan.num_probes)
         return nodes_that_pay(plan.growths[b], nodes, plan.rows[b].controller.gain, seconds, rows)
 
-    def observe(self, plan: Plan, accepted: Sequence[Sequence[int]], seconds: float) -> None:
+    def rests(self, plain: Forward) -> bool:
+        return self.budget.rests(plain)
+
+    def observe(self, plan: Plan, accepted: Sequence[Sequence[int]], seconds: float, planning: float = 0.0) -> None:
         if self.max_depth:
-            self.budget.observe(plan, accepted, seconds)
+            self.budget.observe(plan, accepted, seconds, planning)
             if plan.asked:
                 self.rounds.note(plan.plain.num_rounds)
 
