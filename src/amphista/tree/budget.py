@@ -279,8 +279,9 @@ class NodeBudget:
         self._streak(plain).note(is_plain=is_plain)
         self.costs.observe(forward, seconds)
         if plain.num_decoding > 1 and not self._is_resting:
-            took, more = self.costs.decoding(plain), self.costs.decoding(forward) - self.costs.decoding(plain)
-            self._worth(plain).note(sum(map(len, accepted)) / plain.num_decoding * took - more, planning)
+            number, took = plain.num_decoding, self.costs.decoding(plain)
+            won = sum(map(len, accepted)) / number * took - (self.costs.decoding(forward) - took)
+            self._worth(plain).note(number, won, planning)
         plain_steps = 1.0 if is_plain else self.costs.seconds(forward) / self.costs.seconds(plain)
         for row, tokens in zip(plan.rows, accepted, strict=True):
             row.controller.account.book(1 + len(tokens), plain_steps)

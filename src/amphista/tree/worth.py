@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-TRIAL = 16  # steps after which what drafts brought is weighed
+TRIAL = 256  # steps, each sequence's counted, after which what drafts brought is weighed: it comes in bursts
 FIRST_REST, LONGEST_REST = 32, 128  # plain steps where they did not pay; twice as many after each failure
 
 
@@ -26,15 +26,15 @@ class Worth:
         self._num_left -= 1
         return self._num_left >= 0
 
-    def note(self, won: float, planning: float) -> None:
-        """Count a step that did not rest: the seconds that its drafts won, and those that planning took. The first of a
-        trial takes up what was left lying in the rest, whatever comes of it."""
+    def note(self, number: int, won: float, planning: float) -> None:
+        """Count a step of so many sequences that did not rest: the seconds that its drafts won, and those that planning
+        took. The first of a trial takes up what was left lying in the rest, whatever comes of it."""
         self._balance += won - (planning if self._num_tried else 0.0)
-        self._num_tried += 1
+        self._num_tried += number
         if self._num_tried < TRIAL:
             return
         if self._balance < 0:
             self._num_left, self._rest = self._rest, min(2 * self._rest, LONGEST_REST)
         else:
             self._rest = FIRST_REST
-        self._balance, self._num_tried = 0.0, 0
+        self._balance, self._num_tried = max(0.0, self._balance / 2), 0

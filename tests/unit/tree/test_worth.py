@@ -16,9 +16,9 @@ def steps_between_trials(worth, won, planning, number):
     """Of so many rests their lengths."""
     found = []
     while len(found) < number:
-        for _ in range(TRIAL):
+        for _ in range(TRIAL // 16):
             assert not worth.rests()
-            worth.note(won, planning)
+            worth.note(16, won, planning)
         length = 0
         while worth.rests():
             length += 1
@@ -37,13 +37,15 @@ def test_what_pays_is_never_rested_from_and_ends_long_rests():
     assert steps_between_trials(worth, 0.02, 0.01, 5) == [0] * 5
     steps_between_trials(worth, 0.0, 0.01, 3)
     assert steps_between_trials(worth, 0.02, 0.01, 1) == [0]
-    assert steps_between_trials(worth, 0.0, 0.01, 1) == [FIRST_REST]
+    assert steps_between_trials(worth, 0.0, 0.02, 1) == [FIRST_REST]
+    assert steps_between_trials(worth, 0.1, 0.01, 1) == [0]
+    assert steps_between_trials(worth, 0.0, 0.02, 2) == [0, FIRST_REST], "after a burst it is given longer"
 
 
 def test_what_a_rest_left_lying_counts_against_nobody():
     worth = Worth()
     for step in range(TRIAL):
-        worth.note(0.02, 5.0 if step == 0 else 0.01)
+        worth.note(1, 0.02, 5.0 if step == 0 else 0.01)
     assert not worth.rests()
 
 
