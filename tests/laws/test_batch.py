@@ -28,8 +28,10 @@ from amphista.errors import CapacityError, ConfigError, RequestError, TargetErro
 from amphista.target import lean
 from amphista.target.attention import Layout
 from amphista.target.spans import Span
-from amphista.tree.grow import parse_tree
+from amphista.tree.budget import NodeBudget
+from amphista.tree.grow import AutoGrower, parse_tree
 from amphista.tree.token_tree import TokenTree
+from amphista.tree.tune import Costs
 from tests.decoding import begin, decode, step
 from tests.oracle.decode import decode_plainly
 from tests.tiny import AUTO_TREES, EOS, FAMILIES, VOCAB, WINDOW, Scripted, real_drafters, tiny_target
@@ -273,6 +275,19 @@ def test_a_chunk_beside_trees_is_one_forward(target, expected):
 
 
 # -- hostile neighbours -----------------------------------------------------------------------------------------------
+
+
+def test_batches_rest_from_drafts_that_win_nothing(target, expected, monkeypatch):
+    """Nothing is looked up then; and it is taken up again."""
+    grower = AutoGrower(Costs.measured({1: 1.0, 2: 1.05, 8: 1.2, 24: 1.6}, draft=0.15))
+    engine = Engine(target, Proposer(knowing(expected, right=False), use_lookup=True), grower)
+    rested, looked, rests, ngrams = [], [], NodeBudget.rests, Proposer.ngrams
+    monkeypatch.setattr(NodeBudget, "rests", lambda *given: rested.append(rests(*given)) or rested[-1])
+    monkeypatch.setattr(Proposer, "ngrams", lambda *given, **how: looked.append(rested[-1]) or ngrams(*given, **how))
+    for _ in range(6):
+        assert together(engine, size=8) == expected
+    assert True in rested and False in rested[rested.index(True) :]
+    assert looked and True not in looked
 
 
 @pytest.mark.parametrize("path", ["stock", "fast", "native"])
