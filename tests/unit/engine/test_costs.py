@@ -305,15 +305,29 @@ def test_what_is_timed_is_what_decodes(static, monkeypatch):
 
 
 def test_a_drafter_that_is_asked_in_rounds_is_timed_by_them(target, monkeypatch):
-    """Each round of one sequence, and the first of several; all heads of the others come in one."""
+    """Each round of one sequence, and the first of several; all heads of the others come in one. A forward takes 2, a
+    further round 1."""
+    sizes, clock, forward = set(), [0.0], Target.forward
+
+    def passing(seconds, inner):
+        def passed(*given):
+            clock[0] += seconds
+            return inner(*given)
+
+        return passed
+
+    for kind in (Hydra, Falcon):
+        monkeypatch.setattr(kind, "next", passing(1.0, kind.next))
+    monkeypatch.setattr(Target, "forward", passing(2.0, forward))
+    monkeypatch.setattr(timing, "now", lambda device: clock[0])
     drafter = Hydra(HydraConfig(num_heads=3), target.spec, target.shared).eval()
     assert (drafter.heads_a_round, Amphista(AmphistaConfig(), target.spec, target.shared).heads_a_round) == (1, 5)
-    sizes, following = set(), Hydra.next
+    following = Hydra.next
     monkeypatch.setattr(Hydra, "next", lambda *given: sizes.add(len(given[2])) or following(*given))
     asking = timing.draft_ratio(target, drafter)
-    assert asking.further_round > 0 and asking.ratio > 0 and sizes == {timing.LOOKED}
+    assert asking.further_round == 0.5 and asking.ratio > 0 and sizes == {timing.LOOKED}
     pairs = Falcon(FalconConfig(num_heads=3), target.spec, target.shared).eval()
-    assert timing.draft_ratio(target, pairs).further_round > 0, "the last pass gives one depth of two"
+    assert timing.draft_ratio(target, pairs).further_round == 0.5, "the last pass gives one depth of two"
 
 
 def test_what_follows_its_like_is_run_before_it_is_timed():
