@@ -270,7 +270,7 @@ class Engine:
         pairs = zip(spans, plan.probed, strict=True)
         return [span.probed(nodes, self._probes) for span, nodes in pairs]
 
-    def _draft_row(self, sequence: Sequence, seldom: bool, *, rests: bool) -> DraftRow:
+    def _draft_row(self, sequence: Sequence, seldom: bool, *, rests: bool = False) -> DraftRow:
         depth = min(sequence.max_depth, self.grower.max_depth) if sequence.drafts and not rests else 0
         ids = sequence.token_ids
         graft = self.proposer.ngrams(sequence.lookup, ids, depth, seldom=seldom) if depth else None
