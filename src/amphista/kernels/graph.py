@@ -24,7 +24,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from amphista.errors import CaptureError
+from amphista.errors import CaptureError, first_line
 
 WARM_UPS = 3  # kernels choose their workspaces and what is made lazily is made before the capture
 IDLE_SECONDS = 0.25  # without a replay, after which another thread may have the buffers
@@ -64,7 +64,7 @@ class Recorder:
         try:
             return self._capture(run)
         except RuntimeError as error:  # torch.OutOfMemoryError is one; so is every refusal of a capture
-            raise CaptureError(_first_line(error)) from error
+            raise CaptureError(first_line(error)) from error
 
     def _capture(self, run: Callable[[], None]) -> Callable[[], None]:
         with torch.cuda.device(self._device):
@@ -102,7 +102,7 @@ class Recorded(Generic[R]):
             try:
                 region = make()
             except torch.OutOfMemoryError as error:
-                raise CaptureError(_first_line(error)) from error
+                raise CaptureError(first_line(error)) from error
             self._kept[key] = region, self._recorder.record(region.run)
             if len(self._kept) > self._limit:
                 self._kept.popitem(last=False)
@@ -194,7 +194,3 @@ def capacities(first: int, num_rows: int) -> list[int]:
     while found[-1] < num_rows:
         found.append(2 * found[-1])
     return found
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
