@@ -9,14 +9,18 @@ import gguf
 import numpy as np
 from gguf import GGMLQuantizationType as Kind
 
-from tests.tiny import EOS, TEMPLATE, VOCAB, byte_tokenizer
+from tests.tiny import EOS, TEMPLATE, VOCAB, WINDOW, byte_tokenizer
 
 HIDDEN, INNER, LAYERS = 256, 512, 2
 HEADS = {
     "llama": (4, 2),
     "qwen2": (4, 2),
     "qwen3": (2, 1),
+    "gemma3": (2, 1),
+    "phi3": (4, 2),
 }  # of queries, of keys; transformers takes Qwen3's for 128 wide
+PIECES = {"gemma3", "phi3"}  # whose text is cut by sentencepiece
+FUSED_IN_PHI3 = {"attn_q", "attn_k", "attn_v", "ffn_gate"}
 HALVES = {
     Kind.Q4_K: (0, 2),
     Kind.Q5_K: (0, 2),
@@ -38,20 +42,25 @@ def random_blocks(kind: Kind, outputs: int, inputs: int, seed: int, scale: float
     return blocks.reshape(outputs, -1)
 
 
+def head_size(architecture: str) -> int:
+    """Gemma 3's is no share of the hidden size."""
+    return 64 if architecture == "gemma3" else HIDDEN // HEADS[architecture][0]
+
+
 def shapes(architecture: str, *, tied: bool) -> dict[str, tuple[int, ...]]:
     """Names and shapes of all tensors of a file."""
     heads, key_heads = HEADS[architecture]
-    size = HIDDEN // heads
-    rows = key_heads * size
+    size = head_size(architecture)
+    queries, rows = heads * size, key_heads * size
     found: dict[str, tuple[int, ...]] = {"token_embd.weight": (VOCAB, HIDDEN), "output_norm.weight": (HIDDEN,)}
     found |= {} if tied else {"output.weight": (VOCAB, HIDDEN)}
     for layer in range(LAYERS):
         own: dict[str, tuple[int, ...]] = {
             "attn_norm.weight": (HIDDEN,),
-            "attn_q.weight": (HIDDEN, HIDDEN),
+            "attn_q.weight": (queries, HIDDEN),
             "attn_k.weight": (rows, HIDDEN),
             "attn_v.weight": (rows, HIDDEN),
-            "attn_output.weight": (HIDDEN, HIDDEN),
+            "attn_output.weight": (HIDDEN, queries),
             "ffn_norm.weight": (HIDDEN,),
             "ffn_gate.weight": (INNER, HIDDEN),
             "ffn_up.weight": (INNER, HIDDEN),
@@ -61,6 +70,12 @@ def shapes(architecture: str, *, tied: bool) -> dict[str, tuple[int, ...]]:
             own |= {"attn_q.bias": (HIDDEN,), "attn_k.bias": (rows,), "attn_v.bias": (rows,)}
         if architecture == "qwen3":
             own |= {"attn_q_norm.weight": (size,), "attn_k_norm.weight": (size,)}
+        if architecture == "gemma3":
+            own |= {"attn_q_norm.weight": (size,), "attn_k_norm.weight": (size,)}
+            own |= {"post_attention_norm.weight": (HIDDEN,), "post_ffw_norm.weight": (HIDDEN,)}
+        if architecture == "phi3":
+            own = {name: shape for name, shape in own.items() if name.split(".")[0] not in FUSED_IN_PHI3}
+            own |= {"attn_qkv.weight": (HIDDEN + 2 * rows, HIDDEN), "ffn_up.weight": (2 * INNER, HIDDEN)}
         found |= {f"blk.{layer}.{name}": shape for name, shape in own.items()}
     return found
 
@@ -79,6 +94,10 @@ def write_gguf(
     of those that are left out. say: more metadata, or tensors."""
     writer = gguf.GGUFWriter(path, architecture)
     _write_settings(writer, *HEADS[architecture])
+    (_write_pieces if architecture in PIECES else _write_letters)(writer)
+    if architecture == "gemma3":
+        writer.add_key_length(head_size(architecture))
+        writer.add_sliding_window(WINDOW)
     say(writer)
     for seed, (name, shape) in enumerate({**shapes(architecture, tied=tied), **dict.fromkeys(more, (HIDDEN,))}.items()):
         if name in without:
@@ -108,6 +127,12 @@ def _write_settings(writer: gguf.GGUFWriter, heads: int, key_heads: int) -> None
     writer.add_rope_freq_base(10000.0)
     writer.add_layer_norm_rms_eps(1e-5)
     writer.add_vocab_size(VOCAB)
+    writer.add_bos_token_id(256)
+    writer.add_eos_token_id(EOS)
+    writer.add_chat_template(TEMPLATE)
+
+
+def _write_letters(writer: gguf.GGUFWriter) -> None:
     tokens = sorted(byte_tokenizer().get_vocab().items(), key=lambda item: item[1])
     names = [name for name, _ in tokens] + [f"<unused{number}>" for number in range(VOCAB - len(tokens) - 2)]
     names += ["th", "the"]
@@ -116,6 +141,15 @@ def _write_settings(writer: gguf.GGUFWriter, heads: int, key_heads: int) -> None
     writer.add_token_list(names)
     writer.add_token_types([1] * 256 + [3] * (VOCAB - 258) + [1] * 2)
     writer.add_token_merges(["t h", "th e"])  # one alone an older transformers takes for its letters
-    writer.add_bos_token_id(256)
-    writer.add_eos_token_id(EOS)
-    writer.add_chat_template(TEMPLATE)
+
+
+def _write_pieces(writer: gguf.GGUFWriter) -> None:
+    names = [f"<0x{byte:02X}>" for byte in range(256)] + ["<s>", "</s>", "<unk>", "<pad>", "\u2581", "t", "h", "th"]
+    names += [f"<unused{number}>" for number in range(VOCAB - len(names))]
+    writer.add_tokenizer_model("llama")
+    writer.add_tokenizer_pre("default")
+    writer.add_token_list(names)
+    writer.add_token_scores([-float(place) for place in range(VOCAB)])
+    writer.add_token_types([6] * 256 + [3, 3, 2, 3] + [1] * 4 + [5] * (VOCAB - 264))
+    writer.add_unk_token_id(258)
+    writer.add_pad_token_id(259)

@@ -10,17 +10,22 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
+    Exaone4Config,
     Gemma2Config,
     Gemma3TextConfig,
     GPT2Config,
     GPTNeoXConfig,
+    GraniteConfig,
     LlamaConfig,
     MistralConfig,
+    Olmo2Config,
+    Olmo3Config,
     OPTConfig,
     Phi3Config,
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen3Config,
+    SmolLM3Config,
 )
 
 from amphista.drafter.amphista import Amphista, AmphistaConfig
@@ -70,8 +75,41 @@ FAMILIES = {
     "mistral-windowed": lambda: MistralConfig(**SIZES, sliding_window=WINDOW),
     "gemma2": lambda: Gemma2Config(**SIZES, head_dim=8, sliding_window=WINDOW, query_pre_attn_scalar=8),
     "gemma3": lambda: Gemma3TextConfig(**SIZES, head_dim=8, sliding_window=WINDOW, query_pre_attn_scalar=8),
+    "gemma3-by-kind": lambda: Gemma3TextConfig(  # rotated by other angles in other layers
+        **SIZES,
+        head_dim=8,
+        sliding_window=WINDOW,
+        query_pre_attn_scalar=12,
+        layer_types=["sliding_attention", "full_attention"],
+        rope_parameters={
+            "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+            "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1000000.0},
+        },
+    ),
     "phi3": lambda: Phi3Config(**SIZES, sliding_window=None),
     "phi3-windowed": lambda: Phi3Config(**SIZES, sliding_window=WINDOW),
+    "phi3-half": lambda: Phi3Config(  # half a head is rotated, by other angles in long texts
+        **{**SIZES, "max_position_embeddings": 1024},
+        original_max_position_embeddings=512,
+        sliding_window=None,
+        head_dim=8,
+        rope_parameters={
+            "rope_type": "longrope",
+            "rope_theta": 10000.0,
+            "partial_rotary_factor": 0.5,
+            "short_factor": [1.5, 2.5],
+            "long_factor": [3.0, 9.0],
+        },
+    ),
+    "granite": lambda: GraniteConfig(
+        **SIZES, embedding_multiplier=3.0, logits_scaling=7.0, residual_multiplier=0.3, attention_multiplier=0.2
+    ),
+    "smollm3": lambda: SmolLM3Config(**SIZES, no_rope_layers=[1, 0], use_sliding_window=False),
+    "olmo2": lambda: Olmo2Config(**SIZES),
+    "olmo3": lambda: Olmo3Config(**SIZES, sliding_window=WINDOW, layer_types=["sliding_attention", "full_attention"]),
+    "exaone4": lambda: Exaone4Config(
+        **SIZES, head_dim=8, sliding_window=WINDOW, layer_types=["sliding_attention", "full_attention"]
+    ),
     "gpt_neox": lambda: GPTNeoXConfig(**WITHOUT_KV_HEADS),
     "gpt2": lambda: GPT2Config(
         vocab_size=VOCAB, n_embd=32, n_layer=2, n_head=4, n_positions=512, bos_token_id=256, eos_token_id=EOS

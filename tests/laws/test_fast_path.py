@@ -27,6 +27,9 @@ from tests.oracle.decode import decode_plainly
 from tests.tiny import EOS, HOSTILE, WINDOW, tiny_model, tiny_target
 
 TREE = TokenTree([11, 40, 41, 42, 43, 40, 44, 45, 46, 47], [-1, 0, 0, 1, 1, 2, 3, 6, 7, 8])
+OTHER_FAMILIES = (
+    "gemma3", "gemma3-by-kind", "phi3", "phi3-windowed", "phi3-half", "granite", "smollm3", "olmo2", "olmo3", "exaone4",
+)  # fmt: skip
 CHANGES = {
     "llama": ("llama", {}),
     "llama-untied": ("llama", {"tie_word_embeddings": False}),
@@ -40,6 +43,7 @@ CHANGES = {
     "qwen2": ("qwen2", {}),
     "qwen2-windowed": ("qwen2-windowed", {}),
     "qwen3": ("qwen3", {}),
+    **{name: (name, {}) for name in OTHER_FAMILIES},
 }
 TOLERANCE = 1e-5  # of the largest logit or hidden state: float32, products added in another order
 
@@ -144,7 +148,7 @@ def long_answer(target, params):
 
 
 @pytest.mark.parametrize("kind", HOSTILE)
-@pytest.mark.parametrize("family", ["mistral-windowed", "qwen2-windowed", "qwen3"])
+@pytest.mark.parametrize("family", ["mistral-windowed", "qwen2-windowed", "qwen3", *OTHER_FAMILIES])
 def test_decoding_is_lossless(family, kind):
     target = tiny_target(family)
     assert target.speed_up()
@@ -155,10 +159,11 @@ def test_decoding_is_lossless(family, kind):
         assert kind != "always-right" or max(sequence.stats.accepted) >= 3
 
 
-def test_bfloat16_is_as_close_to_the_truth_as_the_stock_path():
-    model = tiny_model("llama")
+@pytest.mark.parametrize("family", ["llama", "gemma3", "granite", "olmo2", "phi3-half"])
+def test_bfloat16_is_as_close_to_the_truth_as_the_stock_path(family):
+    model = tiny_model(family)
     exact = Target(model).prefill(prompt_of(30), Target(model).new_cache()).logits
-    rounded = tiny_model("llama").to(torch.bfloat16)
+    rounded = tiny_model(family).to(torch.bfloat16)
     fast, stock = Target(rounded), Target(rounded)
     assert fast.speed_up(), fast.why_stock
     errors = [difference(t.prefill(prompt_of(30), t.new_cache()).logits.float(), exact) for t in (fast, stock)]
@@ -203,8 +208,8 @@ def test_int8_decoding_is_lossless(kind):
 
 
 def _rotated_late(monkeypatch):
-    original = LeanModel._rotation
-    monkeypatch.setattr(LeanModel, "_rotation", lambda self, positions: original(self, 2 * positions))
+    original = LeanModel._rotations
+    monkeypatch.setattr(LeanModel, "_rotations", lambda self, positions: original(self, 2 * positions))
 
 
 def _other_group(monkeypatch):

@@ -32,7 +32,7 @@ from amphista.target.target import Target
 from amphista.tree.grow import parse_tree
 from amphista.tree.token_tree import TokenTree
 from tests.decoding import decode
-from tests.laws.test_fast_path import TREE, long_answer, shaken_model
+from tests.laws.test_fast_path import OTHER_FAMILIES, TREE, long_answer, shaken_model
 from tests.tiny import HOSTILE, WINDOW
 
 FLAGS = {
@@ -47,6 +47,9 @@ MODELS = {
     "mistral-windowed": ("mistral-windowed", {}),
     "qwen2-windowed": ("qwen2-windowed", {**ODD, "num_key_value_heads": 4}),
     "qwen3-wide": ("qwen3", {"head_dim": 72, "hidden_size": 72, "intermediate_size": 200}),
+    **{name: (name, {}) for name in OTHER_FAMILIES},
+    "gemma3-odd": ("gemma3-by-kind", ODD),
+    "olmo2-odd": ("olmo2", {**ODD, "num_attention_heads": 3, "num_key_value_heads": 3, "head_dim": 12}),
 }
 BY_FOURS = {f"llama-{size}": ("llama", {"head_dim": size, "num_hidden_layers": 2}) for size in (64, 96, 128)}  # AVX-512
 CASES = [*itertools.product(MODELS, FLAGS), *itertools.product(BY_FOURS, ["native"])]
@@ -269,7 +272,7 @@ def native_target(family: str, **changes) -> Target:
 
 
 @pytest.mark.parametrize("kind", HOSTILE)
-@pytest.mark.parametrize("family", ["mistral-windowed", "qwen2-windowed", "qwen3"])
+@pytest.mark.parametrize("family", ["mistral-windowed", "qwen2-windowed", "qwen3", *OTHER_FAMILIES])
 def test_decoding_is_that_of_the_stock_model(family, kind):
     target = native_target(family)
     for params in (SamplingParams(max_new_tokens=20), SamplingParams(max_new_tokens=20, temperature=0.8, seed=7)):

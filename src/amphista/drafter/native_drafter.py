@@ -88,6 +88,7 @@ class NativeDrafter:
                 sizes.head_size,
                 sizes.norm_eps,
                 sizes.head_size**-0.5,
+                embedding_scale=scores.shared.embedding_scale,
             ),
             hidden_size=sizes.hidden_size,
             embedding=scores.shared.native_embedding,

@@ -19,6 +19,7 @@ from torch.nn import functional
 from amphista.native import training as native
 
 FIRST_POSITIONS = 1024
+ABOUT_ONE = {"GemmaRMSNorm", "Gemma2RMSNorm", "Gemma3RMSNorm"}  # norms that hold by how much a weight differs from 1
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,10 @@ class Norm:
     @classmethod
     def of(cls, module: Any) -> Norm:
         """That of a norm module, ours or the target's."""
-        return cls(module.weight.detach(), getattr(module, "eps", None) or module.variance_epsilon)
+        weight = module.weight.detach()
+        if type(module).__name__ in ABOUT_ONE:
+            weight = 1.0 + weight.to(torch.promote_types(weight.dtype, torch.float32))
+        return cls(weight, getattr(module, "eps", None) or module.variance_epsilon)
 
     @cached_property
     def _wide(self) -> Tensor:
@@ -40,6 +44,8 @@ class Norm:
     def __call__(self, rows: Tensor) -> Tensor:
         if native.passes(rows, rows.shape[-1]):  # torch takes five passes
             return native.norm(rows.view(-1, rows.shape[-1]), self._wide, self.eps)[0].view_as(rows)
+        if rows.dtype is not self.weight.dtype:
+            return torch.rms_norm(rows.to(self.weight.dtype), self.weight.shape, self.weight, self.eps).to(rows.dtype)
         return torch.rms_norm(rows, self.weight.shape, self.weight, self.eps)
 
 
@@ -79,15 +85,20 @@ class RotaryTable:
         return self.table
 
 
-def paired(rows: Tensor, head_size: int) -> Tensor:
-    """Rows [heads * E, ...], of which i and i + E / 2 of a head are rotated together: these two side by side."""
-    heads = rows.detach().view(-1, 2, head_size // 2, *rows.shape[1:])
-    return heads.transpose(1, 2).reshape(rows.shape)
+def paired(rows: Tensor, head_size: int, turned: int | None = None) -> Tensor:
+    """Rows [heads * E, ...], of which i and i + R / 2 of a head are rotated together: these two side by side.
+
+    turned: R, how many of a head are rotated, its first; None: all.
+    """
+    turned = head_size if turned is None else turned
+    first, rest = rows.detach().view(-1, head_size, *rows.shape[1:]).split([turned, head_size - turned], dim=1)
+    halves = first.unflatten(1, (2, turned // 2)).transpose(1, 2).flatten(1, 2)
+    return torch.cat([halves, rest], dim=1).view(rows.shape)
 
 
-def gated(rows: Tensor) -> Tensor:
-    """Rows [gate ; up] [N, 2 I] -> silu(gate) up [N, I] (arXiv 2002.05202)."""
-    if native.passes(rows, rows.shape[-1] // 2):
+def gated(rows: Tensor, *, by_gelu: bool = False) -> Tensor:
+    """Rows [gate ; up] [N, 2 I] -> silu(gate) up [N, I] (arXiv 2002.05202); by_gelu: gelu(gate) up."""
+    if not by_gelu and native.passes(rows, rows.shape[-1] // 2):
         return native.gated(rows)
     gate, up = rows.chunk(2, dim=-1)
-    return functional.silu(gate) * up
+    return (functional.gelu(gate, approximate="tanh") if by_gelu else functional.silu(gate)) * up

@@ -41,6 +41,8 @@ typedef struct {
     Product embedding;
     Path path;
     int32_t num_heads, num_blocks, split, has_own_scores, slot_mask, num_taps; /* heads up to the split read stage 1 */
+    float embedding_scale;
+    int32_t unused;
 } Heads;
 
 typedef struct {
@@ -96,6 +98,7 @@ static void begin_rows(const Drafting *g, const Worker *worker) {
         if (!h->embedding_norm) continue;
         memset(row, 0, 4 * (size_t)padded(inputs));
         weight_row(&h->embedding, g->batch.ids[r], row);
+        scale_row(row, inputs, h->embedding_scale);
         norm_row(row, h->embedding_norm, inputs, m->eps, row);
         memcpy(beside, row, 4 * (size_t)inputs);
         for (int t = 0; t < h->num_taps; t++) {
@@ -125,7 +128,7 @@ static void fuse_stage(const Drafting *g, const Stage *stage, const float *from,
     }
     meet_behind_rows(worker, n, blocks_of(m->hidden));
     const Rows x = form_of(fuse, rows, wide, prepared, steps);
-    product_stage(fuse, &x, n, worker, to, hidden, 0, NULL);
+    product_stage(fuse, &x, n, worker, to, hidden, NULL, 0.0f);
 }
 
 /* Keeps what a stage gives of the last rows, `from` [..][hidden], as what heads read. */

@@ -63,6 +63,8 @@ class _Heads(ctypes.Structure):
             (name, ctypes.c_int32)
             for name in ("num_heads", "num_blocks", "split", "has_own_scores", "slot_mask", "num_taps")
         ),
+        ("embedding_scale", ctypes.c_float),
+        ("unused", ctypes.c_int32),
     ]
 
 
@@ -233,6 +235,7 @@ class NativeHeads:
             len(parts.scores) > 1,
             SLOT_MASKS.index(parts.slot_mask),
             len(parts.tap_norms),
+            parts.shape.embedding_scale,
         )
 
     def _path_record(self, path: NativePath | None) -> _Path:

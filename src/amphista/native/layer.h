@@ -12,6 +12,9 @@
  *     a        = silu(W_gate norm(x)) W_up norm(x)    (5)
  *     x       += W_down a                      (6)
  *
+ * Families differ: any norm may be missing, what is added may be normed and scaled, gelu may stand for silu, a norm of q
+ * and k be over all heads, and layers rotate differently or not at all, which is a rotation by nothing.
+ *
  * Norms, and what a product needs of its inputs, every thread works out for itself: that costs less than to meet once
  * more.
  *
@@ -35,17 +38,20 @@
 #include "team.h"
 
 typedef struct {
-    const float *attention_norm, *query_norm, *key_norm, *mlp_norm; /* zeros behind; those of heads NULL if none */
+    const float *attention_norm, *query_norm, *key_norm, *mlp_norm; /* zeros behind; NULL if none */
+    const float *attention_out_norm, *mlp_out_norm;                 /* of what is added to the states; NULL if none */
     Product qkv, output, gate, up, down;
-    int32_t window, unused; /* 0: none */
+    int32_t window, turn; /* 0: none; which of the rotations */
 } Layer;
 
 /* Layers of one shape. */
 typedef struct {
     const Layer *layers;
     int32_t num_layers, hidden, heads, key_heads, head_size, inner, cache_kind; /* FLOAT32 or BFLOAT16 */
-    float eps, scale;
-    int32_t unused;
+    float eps, scale, residual; /* scale: of queries; residual: of what is added to the states */
+    int32_t turns;              /* rotations there are */
+    int32_t has_wide_norms;     /* those of queries and keys are over all heads, not over each */
+    int32_t has_gelu, unused;   /* in place of silu */
 } Stack;
 
 typedef struct {
@@ -57,7 +63,7 @@ typedef struct {
 typedef struct {
     const int32_t *ids, *parents; /* of each row; a parent is a row of the same span, or -1 */
     const Span *spans;
-    const float *turns; /* [num_turns][head_size / 2][cosine, sine] */
+    const float *turns; /* [num_turns][rotations][head_size / 2][cosine, sine] */
     int32_t num_rows, num_spans, num_turns, num_threads;
     const float *inputs;                               /* of probes [num_inputs][hidden]; none: NULL */
     void *const *prefix_keys, *const *prefix_values;   /* of each layer [key heads][prefix_rows][head size] */
@@ -75,7 +81,7 @@ typedef struct {
 
 /* All that layers need for a while; `own` things are one a thread. */
 typedef struct {
-    float *states, *qkv, *queries, *mixed, *inner; /* [rows][...] of all threads */
+    float *states, *qkv, *queries, *mixed, *inner, *added; /* [rows][...] of all threads */
     float **own_rows, **own_prepared, **own_steps, **own_scores, **own_mix, **own_block;
     int32_t **own_path;
     int32_t *position, *depth, *span_of;
@@ -107,6 +113,7 @@ static Work lay_out(const Stack *m, const Batch *f, long rows, long widest, Room
     w.queries = take_room(room, 4 * rows * heads * queries_size(m));
     w.mixed = take_room(room, 4 * rows * attended);
     w.inner = take_room(room, 4 * rows * inner);
+    w.added = take_room(room, 4 * rows * hidden);
     w.position = take_room(room, 4 * rows);
     w.depth = take_room(room, 4 * rows);
     w.span_of = take_room(room, 4 * rows);
@@ -159,6 +166,10 @@ static int look_through(const Stack *m, const Batch *f, int num_ids, Work *w) {
 
 /* -- the parts of a layer ----------------------------------------------------------------------------------------- */
 
+INLINE void scale_row(float *row, long len, float scale) {
+    for (long i = 0; i < len && scale != 1.0f; i++) row[i] *= scale;
+}
+
 /* Root-mean-square norm (arXiv 1910.07467) of one padded row. */
 static void norm_row(const float *from, const float *weight, long len, float eps, float *to) {
     vec squares[4] = {{0}}; /* one sum would wait for itself */
@@ -200,17 +211,21 @@ static Rows ready(const Stack *m, const Work *w, int n, const float *from, long 
     return form_of(p, source, stride, prepared, steps);
 }
 
-/* A product for all rows, block by block, stored (to) or added to the states. */
-static void product_stage(const Product *p, const Rows *x, int n, Worker *worker, float *to, long ldo, int is_added,
-                          float *block) {
+/* A product for all rows, block by block: stored or, where there is a block to work in, added times `scale`. */
+static void product_stage(const Product *p, const Rows *x, int n, Worker *worker, float *to, long ldo, float *block,
+                          float scale) {
+    const int is_added = block != NULL;
     for (int b = take(worker); b >= 0; b = take(worker)) {
         const long first = (long)b * BLOCK, count = block_size(p->outputs, first);
         multiply(p, x, n, first, count, is_added ? block : to + first, is_added ? BLOCK : ldo);
         if (is_added)
             for (int r = 0; r < n; r++)
-                for (long o = 0; o < count; o++) to[r * ldo + first + o] += block[r * BLOCK + o];
+                for (long o = 0; o < count; o++) to[r * ldo + first + o] += scale * block[r * BLOCK + o];
     }
 }
+
+/* gelu in its tanh form (arXiv 1606.08415) is x sigmoid(slope(x)): 2 sqrt(2 / pi) (x + 0.044715 x^3). */
+INLINE vec gelu_slope(vec x) { return x * (1.5957691216f + 0.0713548163f * x * x); }
 
 static void gated_stage(const Stack *m, const Layer *layer, const Rows *x, int n, Worker *worker, float *to,
                         float *block) {
@@ -222,23 +237,34 @@ static void gated_stage(const Stack *m, const Layer *layer, const Rows *x, int n
         for (int r = 0; r < n; r++)
             for (long o = 0; o < BLOCK; o += LANES) { /* beyond `count` is padding, or nobody's */
                 vec gate = load(gates + r * BLOCK + o), up = load(ups + r * BLOCK + o);
-                store(gates + r * BLOCK + o, gate / (1.0f + exponential(-gate)) * up);
+                vec slope = m->has_gelu ? gelu_slope(gate) : gate;
+                store(gates + r * BLOCK + o, gate / (1.0f + exponential(-slope)) * up);
             }
         for (int r = 0; r < n; r++) memcpy(to + r * padded(m->inner) + first, gates + r * BLOCK, 4 * (size_t)count);
     }
 }
 
-/* One head: normed, if it has a norm, rotated to its position, scaled. from, to: [E]. */
-static void turn_head(const float *from, const float *weight, const float *turn, long size, float eps, float scale,
+/* What a norm without weights multiplies `size` numbers by. */
+static float norm_factor(const float *from, long size, float eps) {
+    vec squares = {0};
+    long i = 0;
+    for (; i + LANES <= size; i += LANES) squares += load(from + i) * load(from + i);
+    vec rest = load_part(from + i, size - i);
+    return 1.0f / sqrtf(sum(squares + rest * rest) / (float)size + eps);
+}
+
+/* The weights of head h's norm, NULL if there is none, and the factor beside them; asked for head after head. */
+INLINE const float *head_norm(const Stack *m, const float *norm, const float *heads, long count, long h, float *factor) {
+    const long size = m->head_size;
+    if (!norm) return NULL;
+    if (!m->has_wide_norms) *factor = norm_factor(heads + h * size, size, m->eps);
+    else if (h == 0) *factor = norm_factor(heads, count * size, m->eps);
+    return m->has_wide_norms ? norm + h * size : norm;
+}
+
+/* One head: normed by weight and factor, if it has a norm, rotated to its position, scaled. from, to: [E]. */
+static void turn_head(const float *from, const float *weight, float factor, const float *turn, long size, float scale,
                       float *to) {
-    float factor = 1.0f;
-    if (weight) {
-        vec squares = {0};
-        long i = 0;
-        for (; i + LANES <= size; i += LANES) squares += load(from + i) * load(from + i);
-        vec rest = load_part(from + i, size - i);
-        factor = 1.0f / sqrtf(sum(squares + rest * rest) / (float)size + eps);
-    }
     for (long i = 0; i < size; i += 2) {
         const float a = weight ? from[i] * factor * weight[i] : from[i];
         const float b = weight ? from[i + 1] * factor * weight[i + 1] : from[i + 1];
@@ -258,17 +284,20 @@ static void place_row(const Stack *m, const Layer *layer, int l, const Batch *f,
     const Span *span = f->spans + w->span_of[row];
     const float *from = w->qkv + (long)row * (m->heads + 2 * m->key_heads) * size;
     const int position = w->position[row] + (MUTANT(LATE_POSITION) && w->depth[row] > 0);
-    const float *turn = f->turns + (position < f->num_turns ? position : 0) * size;
+    const float *turn = f->turns + ((long)(position < f->num_turns ? position : 0) * m->turns + layer->turn) * size;
     memset(one, 0, (size_t)wide * sizeof *one);
+    float factor = 1.0f;
     for (long h = 0; h < m->heads; h++) {
         float *to = w->queries + (row * m->heads + h) * wide;
-        turn_head(from + h * size, layer->query_norm, turn, size, m->eps, m->scale, one);
+        const float *norm = head_norm(m, layer->query_norm, from, m->heads, h, &factor);
+        turn_head(from + h * size, norm, factor, turn, size, m->scale, one);
         if (m->cache_kind == BFLOAT16) round_rows(one, wide, 1, size, (uint16_t *)to);
         else memcpy(to, one, (size_t)wide * sizeof *to);
     }
     const int64_t at = span->committed + (row - span->first);
     for (long j = 0; j < m->key_heads; j++) {
-        turn_head(from + (m->heads + j) * size, layer->key_norm, turn, size, m->eps, 1.0f, one);
+        const float *norm = head_norm(m, layer->key_norm, from + m->heads * size, m->key_heads, j, &factor);
+        turn_head(from + (m->heads + j) * size, norm, factor, turn, size, 1.0f, one);
         keep(m->cache_kind, span->keys[l], (j * span->capacity + at) * size, one, size);
         keep(m->cache_kind, span->values[l], (j * span->capacity + at) * size,
              from + (m->heads + m->key_heads + j) * size, size);
@@ -371,7 +400,24 @@ static void attention_stage(const Stack *m, const Layer *layer, int l, const Bat
 static void project(const Stack *m, const Layer *layer, const Work *w, int n, Worker *worker) {
     const Product *qkv = &layer->qkv;
     const Rows x = ready(m, w, n, w->states, padded(m->hidden), layer->attention_norm, qkv, worker, blocks_of(qkv->outputs));
-    product_stage(qkv, &x, n, worker, w->qkv, qkv->outputs, 0, w->own_block[worker->thread]);
+    product_stage(qkv, &x, n, worker, w->qkv, qkv->outputs, NULL, 0.0f);
+}
+
+/* Adds a product of n rows, normed if there is a norm, to the states. */
+static void join_stage(const Stack *m, const Work *w, const Product *p, const Rows *x, const float *norm, int n,
+                       Worker *worker) {
+    const long hidden = padded(m->hidden);
+    float *normed = w->own_rows[worker->thread];
+    if (!norm) {
+        product_stage(p, x, n, worker, w->states, hidden, w->own_block[worker->thread], m->residual);
+        return;
+    }
+    product_stage(p, x, n, worker, w->added, hidden, NULL, 0.0f);
+    meet(worker, 0);
+    for (int r = worker->thread; r < n; r += worker->team) {
+        norm_row(w->added + r * hidden, norm, m->hidden, m->eps, normed);
+        for (long i = 0; i < m->hidden; i++) w->states[r * hidden + i] += m->residual * normed[i];
+    }
 }
 
 /* (4) to (6) of n rows. */
@@ -380,11 +426,11 @@ static void widen(const Stack *m, const Layer *layer, const Work *w, int n, Work
     const Product *output = &layer->output, *gate = is_packed(layer->up.kind) ? &layer->up : &layer->gate, *down = &layer->down;
     float *block = w->own_block[worker->thread];
     Rows x = ready(m, w, n, w->mixed, attended, NULL, output, worker, blocks_of(output->outputs));
-    product_stage(output, &x, n, worker, w->states, hidden, 1, block);
+    join_stage(m, w, output, &x, layer->attention_out_norm, n, worker);
     x = ready(m, w, n, w->states, hidden, layer->mlp_norm, gate, worker, blocks_of(m->inner));
     gated_stage(m, layer, &x, n, worker, w->inner, block);
     x = ready(m, w, n, w->inner, inner, NULL, down, worker, blocks_of(down->outputs));
-    product_stage(down, &x, n, worker, w->states, hidden, 1, block);
+    join_stage(m, w, down, &x, layer->mlp_out_norm, n, worker);
 }
 
 /* Zeros wherever rows are padded, of this thread's share of n rows. */
@@ -392,6 +438,7 @@ static void clear_rows(const Stack *m, const Work *w, int n, const Worker *worke
     const long hidden = padded(m->hidden), inner = padded(m->inner), attended = padded((long)m->heads * m->head_size);
     for (int r = worker->thread; r < n; r += worker->team) {
         memset(w->states + r * hidden, 0, (size_t)hidden * 4);
+        memset(w->added + r * hidden, 0, (size_t)hidden * 4);
         memset(w->mixed + r * attended, 0, (size_t)attended * 4);
         memset(w->inner + r * inner, 0, (size_t)inner * 4);
     }

@@ -11,6 +11,7 @@ typedef struct {
     Stack stack;
     const float *norm;
     Product embedding, head;
+    float embedding_scale, input_scale; /* of embeddings, and of inputs that stand in their place */
 } Model;
 
 typedef struct {
@@ -101,8 +102,10 @@ static void run_forward(const void *call, Worker *worker) {
     clear_rows(stack, w, n, worker);
     for (int r = thread; r < n; r += worker->team) {
         const long id = batch->ids[r];
-        if (id < 0) memcpy(w->states + r * hidden, batch->inputs + (-1 - id) * stack->hidden, (size_t)stack->hidden * 4);
-        else weight_row(&m->embedding, (int)id, w->states + r * hidden);
+        float *row = w->states + r * hidden;
+        if (id < 0) memcpy(row, batch->inputs + (-1 - id) * stack->hidden, (size_t)stack->hidden * 4);
+        else weight_row(&m->embedding, (int)id, row);
+        scale_row(row, stack->hidden, id < 0 ? m->input_scale : m->embedding_scale);
     }
     for (int l = 0; l < stack->num_layers; l++) {
         const Layer *layer = stack->layers + l;

@@ -39,8 +39,9 @@ WRONG = {
 class _Layer(ctypes.Structure):
     _fields_ = [
         *((name, Address) for name in ("attention_norm", "query_norm", "key_norm", "mlp_norm")),
+        *((name, Address) for name in ("attention_out_norm", "mlp_out_norm")),
         *((name, ProductStruct) for name in ("qkv", "output", "gate", "up", "down")),
-        *((name, ctypes.c_int32) for name in ("window", "unused")),
+        *((name, ctypes.c_int32) for name in ("window", "turn")),
     ]
 
 
@@ -51,13 +52,18 @@ class _Stack(ctypes.Structure):
             (name, ctypes.c_int32)
             for name in ("num_layers", "hidden", "heads", "key_heads", "head_size", "inner", "cache_kind")
         ),
-        *((name, ctypes.c_float) for name in ("eps", "scale")),
-        ("unused", ctypes.c_int32),
+        *((name, ctypes.c_float) for name in ("eps", "scale", "residual")),
+        *((name, ctypes.c_int32) for name in ("turns", "has_wide_norms", "has_gelu", "unused")),
     ]
 
 
 class _Model(ctypes.Structure):
-    _fields_ = [("stack", _Stack), ("norm", Address), *((name, ProductStruct) for name in ("embedding", "head"))]
+    _fields_ = [
+        ("stack", _Stack),
+        ("norm", Address),
+        *((name, ProductStruct) for name in ("embedding", "head")),
+        *((name, ctypes.c_float) for name in ("embedding_scale", "input_scale")),
+    ]
 
 
 class _Span(ctypes.Structure):
@@ -93,30 +99,45 @@ class _Forward(ctypes.Structure):
 class NativeLayer:
     """One decoder layer. Rows of `qkv`, and norms over heads, have the two numbers rotated together side by side.
 
-    window: how many positions a row sees, itself included; None: all.
+    window: how many positions a row sees, itself included; None: all. out norms: of what is added to the states. turn:
+    which of the rotations.
     """
 
-    attention_norm: Tensor
+    attention_norm: Tensor | None
     qkv: Weight
     query_norm: Tensor | None
     key_norm: Tensor | None
     output: Weight
-    mlp_norm: Tensor
+    mlp_norm: Tensor | None
     gate: Weight
     up: Weight
     down: Weight
     window: int | None
+    attention_out_norm: Tensor | None = None
+    mlp_out_norm: Tensor | None = None
+    turn: int = 0
 
 
 @dataclass(frozen=True)
 class DecoderShape:
-    """Dimensions and constants of a decoder. scale: of queries."""
+    """Dimensions and constants of a decoder.
+
+    scale: of queries; residual_scale: of what layers add to the states; num_turns: rotations there are; has_wide_norms:
+    norms of queries and keys are over all heads; has_gelu: in place of silu; embedding_scale, input_scale: of
+    embeddings, and of inputs in their place.
+    """
 
     num_heads: int
     num_key_value_heads: int
     head_size: int
     eps: float
     scale: float
+    residual_scale: float = 1.0
+    num_turns: int = 1
+    has_wide_norms: bool = False
+    has_gelu: bool = False
+    embedding_scale: float = 1.0
+    input_scale: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -180,7 +201,8 @@ class NativeModel:
         self.has_tiles = bool(self._library.amphista_has_tiles())
         self._held: list[Any] = [embedding, head]
         stack = stack_record(shape, layers, self.hidden_size, self.cache_dtype, self._held)
-        self._model = _Model(stack, padded(norm, self._held), embedding.record(), head.record())
+        scales = shape.embedding_scale, shape.input_scale
+        self._model = _Model(stack, padded(norm, self._held), embedding.record(), head.record(), *scales)
         self.shape, self.num_layers = shape, len(layers)
         self._workspace, self._no_logits = Workspace(), torch.empty(0, self.vocab_size)
 
@@ -197,8 +219,8 @@ class NativeModel:
         """One forward over the flat row of all spans' tokens.
 
         wanted: rows whose logits are asked for; has_logits: not only which is the largest. turns: rotary table,
-        complex64 [positions, E / 2]. taps: after how many layers states are asked for, too. probes: what token ids
-        below 0 are. Keys and values of the new rows are written in place.
+        complex64 [positions, rotations, E / 2]. taps: after how many layers states are asked for, too. probes: what
+        token ids below 0 are. Keys and values of the new rows are written in place.
         """
         num_rows, num_wanted = sum(len(span.token_ids) for span in spans), len(wanted)
         # little of torch: behind a forward nothing of it is in the processor's caches, and each call is dear
@@ -295,6 +317,10 @@ def stack_record(
         KINDS[cache_dtype],
         shape.eps,
         shape.scale,
+        shape.residual_scale,
+        shape.num_turns,
+        shape.has_wide_norms,
+        shape.has_gelu,
     )
 
 
@@ -304,8 +330,11 @@ def _layer_record(layer: NativeLayer, held: list[Any]) -> _Layer:
         padded(layer.query_norm, held),
         padded(layer.key_norm, held),
         padded(layer.mlp_norm, held),
+        padded(layer.attention_out_norm, held),
+        padded(layer.mlp_out_norm, held),
         *(part.record() for part in (layer.qkv, layer.output, layer.gate, layer.up, layer.down)),
         layer.window or 0,
+        layer.turn,
     )
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from amphista.errors import NativeError
+from amphista.kernels.parts import ABOUT_ONE
 from amphista.native.weights import HALVES, Weight
 from amphista.target.gguf_metadata import FREQUENCIES
 from amphista.target.products import ARENA, NativeLinear
@@ -46,6 +47,14 @@ MODULES = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
+OWN_MODULES = {  # where an architecture's differ
+    "gemma3": {
+        "post_attention_norm": "post_attention_layernorm",
+        "ffn_norm": "pre_feedforward_layernorm",
+        "post_ffw_norm": "post_feedforward_layernorm",
+    },
+    "phi3": {"attn_qkv": "self_attn.qkv_proj", "ffn_up": "mlp.gate_up_proj"},
+}
 
 
 class BlockedLinear(nn.Linear):
@@ -70,17 +79,18 @@ class BlockedLinear(nn.Linear):
 
 
 class BlockedEmbedding(nn.Embedding):
-    """An embedding whose rows are blocks."""
+    """An embedding whose rows are blocks, multiplied by a scale."""
 
-    def __init__(self, blocks: Tensor) -> None:
+    def __init__(self, blocks: Tensor, scale: float = 1.0) -> None:
         native = Weight.of_blocks(blocks)
         super().__init__(1, 1)
         self.num_embeddings, self.embedding_dim = native.num_outputs, native.num_inputs
         self.native: Weight = native
         self.weight = _without_numbers(native)
+        self.embed_scale = scale
 
     def forward(self, input: Tensor) -> Tensor:
-        return self.native.rows(input.flatten()).view(*input.shape, -1)
+        return self.native.rows(input.flatten()).view(*input.shape, -1) * self.embed_scale
 
 
 def _without_numbers(native: Weight) -> nn.Parameter:
@@ -93,6 +103,12 @@ def native_of(layer: nn.Module) -> Weight:
     if isinstance(layer, BlockedLinear | BlockedEmbedding):
         return layer.native
     return Weight.of(layer.get_parameter("weight"))
+
+
+def scale_of(embedding: nn.Module) -> float:
+    """What an embedding's rows are multiplied by when they are looked up (Gemma)."""
+    scale = getattr(embedding, "embed_scale", None)
+    return 1.0 if scale is None else float(torch.as_tensor(scale).to(embedding.get_parameter("weight").dtype))
 
 
 def rows_of(layer: nn.Linear, ids: Tensor) -> Tensor:
@@ -163,7 +179,8 @@ class MappedTensors:
         record = json.loads((folder / INDEX).read_text())
         num_bytes = gguf_file.stat().st_size
         self._pages = torch.from_file(str(gguf_file), shared=False, size=num_bytes, dtype=torch.uint8)
-        self._found = {_name_of(name): entry for name, entry in record["tensors"].items()}
+        modules = {**MODULES, **OWN_MODULES.get(record["architecture"], {})}
+        self._found = {_name_of(name, modules): entry for name, entry in record["tensors"].items()}
         heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
         self._heads = heads if record["architecture"] == ROTATED_IN_PAIRS else {}
         self.unread = set(self._found) - {FREQUENCIES}
@@ -208,12 +225,12 @@ class MappedTensors:
             self._tried.add(kind)
 
 
-def _name_of(name: str) -> str:
+def _name_of(name: str, modules: Mapping[str, str]) -> str:
     """`transformers`' name of a tensor; its own where there is none."""
     parts = name.split(".")
     layer = f"model.layers.{parts[1]}." if parts[0] == "blk" else ""
     stem, last = (".".join(parts[2:-1]), parts[-1]) if layer else (".".join(parts[:-1]), parts[-1])
-    return f"{layer}{MODULES[stem]}.{last}" if stem in MODULES else name
+    return f"{layer}{modules[stem]}.{last}" if stem in modules else name
 
 
 def give_blocks(model: Any, gguf_file: Path, folder: Path) -> None:
@@ -240,10 +257,12 @@ def _filled(module: Any, name: str, tensors: MappedTensors) -> Any:
     if isinstance(module, nn.Linear):
         made: Any = BlockedLinear(numbers, None if module.bias is None else tensors.take(f"{name}.bias"))
     elif isinstance(module, nn.Embedding):
-        made = BlockedEmbedding(numbers)
+        is_scaled = hasattr(module, "embed_scale")  # Gemma's, which has no value on the meta device
+        made = BlockedEmbedding(numbers, module.embedding_dim**0.5 if is_scaled else 1.0)
     else:
         made = module
-        made.weight = nn.Parameter(numbers, requires_grad=False)
+        is_about_one = type(module).__name__ in ABOUT_ONE  # files hold the weight itself
+        made.weight = nn.Parameter(numbers - 1.0 if is_about_one else numbers, requires_grad=False)
     if made.weight.shape != size:
         raise NativeError(f"{name} of the file has the shape {list(made.weight.shape)}: expected {list(size)}")
     return made

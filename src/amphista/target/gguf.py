@@ -27,7 +27,7 @@ import torch
 
 from amphista.errors import TargetError, first_line
 from amphista.target.blocks import write_index
-from amphista.target.gguf_metadata import end_tokens, refuse_unread, scale_positions
+from amphista.target.gguf_metadata import complete, end_tokens, refuse_unread
 
 MANIFEST = "amphista-manifest.json"
 INDEX = "https://pypi.org/pypi"
@@ -264,7 +264,7 @@ def _save_as_transformers(gguf_file: Path, folder: Path) -> None:
         raise TargetError(f"{gguf_file.name} lacks {what}: expected weights for every layer; fetch or convert it anew")
     reader = _reader(gguf_file)
     refuse_unread(reader, model)
-    scale_positions(reader, model.config)
+    complete(reader, model.config)
     # The loader marks the model as quantised, although it has just de-quantised it, and then refuses to save it.
     model.config.__dict__.pop("quantization_config", None)
     model.hf_quantizer = None
@@ -279,7 +279,7 @@ def _save_description(gguf_file: Path, folder: Path) -> None:
     config = _read(AutoConfig, gguf_file)
     config.dtype = torch.float32
     reader = _reader(gguf_file)
-    scale_positions(reader, config)
+    complete(reader, config)
     write_index(reader, folder)
     _save_text(gguf_file, folder, GenerationConfig.from_model_config(config), end_tokens(reader))
     config.save_pretrained(folder)

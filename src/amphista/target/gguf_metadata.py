@@ -4,6 +4,7 @@ tokens; and tensors that nobody reads, without which it would be another model.
 
 from __future__ import annotations
 
+import copy
 import re
 from typing import Any
 
@@ -16,6 +17,8 @@ END_TOKENS = re.compile(
 )  # end of text, of turn, of message; all of them
 FREQUENCIES = "rope_freqs.weight"  # what each frequency is divided by: Llama 3's, as llama.cpp writes it
 POSITIONS = {"linear", "yarn"}
+BY_KIND = "full_attention"  # where a configuration has positions for each kind of layer
+LAYERS_OF_27B = 62  # of Gemma 3
 KNOWN = {"factor": "factor", "original_context_length": "original_max_position_embeddings"}
 
 
@@ -29,9 +32,23 @@ def end_tokens(reader: Any) -> list[int]:
     return list(dict.fromkeys(found))
 
 
-def scale_positions(reader: Any, config: Any) -> None:
+def complete(reader: Any, config: Any) -> None:
+    """Give a configuration what the loader leaves at defaults; raises TargetError for what is not known here."""
+    _scale_positions(reader, config)
+    if config.model_type == "gemma3_text":  # by size, as llama.cpp does: no file says it
+        is_27b = config.num_hidden_layers == LAYERS_OF_27B
+        config.query_pre_attn_scalar = config.hidden_size // config.num_attention_heads if is_27b else config.head_dim
+
+
+def _scale_positions(reader: Any, config: Any) -> None:
     """Give a configuration the scaling of positions that the file asks for; raises TargetError for one unknown here."""
     rope, said = getattr(config, "rope_parameters", None) or {}, _scaling(reader)
+    if BY_KIND in rope:  # Gemma 3: layers that see all are scaled
+        part = copy.copy(config)
+        part.rope_parameters = rope[BY_KIND]
+        _scale_positions(reader, part)
+        config.rope_parameters = {**rope, BY_KIND: part.rope_parameters}
+        return
     if rope.get("rope_type", "default") != "default":
         return  # the loader has read it
     divisors = next((tensor for tensor in reader.tensors if tensor.name == FREQUENCIES), None)

@@ -1,6 +1,6 @@
 """The fast forward of the Llama family: the same weights and arithmetic as the stock model, without its overhead.
 
-Llama, Mistral, Qwen2 and Qwen3 (qualify.py decides): projections of one input fused into one product,
+For what qualify.py admits, read by lean_layers.py: projections of one input fused into one product,
 grouped-query attention without repeating keys and values, one mask for all layers, rows of the
 cache written in place. The two numbers of a head that are rotated together are stored side by side, so that rotating is
 one product of complex numbers, which also scales the queries. Everything else runs on the stock model; both are tested
@@ -22,13 +22,21 @@ from transformers.masking_utils import causal_mask_function
 
 from amphista.cache.static import sent
 from amphista.kernels.linear import Product, TorchLinear
-from amphista.kernels.parts import Norm, RotaryTable, attention_of_any_shape, gated, paired
+from amphista.kernels.parts import Norm, attention_of_any_shape, gated
 from amphista.target.attention import Layout, layer_rules
+from amphista.target.blocks import scale_of
 from amphista.target.hidden_states import Taps
+from amphista.target.lean_layers import (
+    LeanLayer,
+    activation_of,
+    kind_of_turn,
+    num_turned,
+    rotary_table,
+)
 from amphista.target.pages import give_back
 from amphista.target.probe_rows import embedded, layers_of
 from amphista.target.spans import Span
-from amphista.target.spec import Mix
+from amphista.target.spec import LogitTransform, Mix
 
 # From so many scores a sequence on, torch's own attention is faster than two products and a softmax.
 FUSED_ATTENTION_SCORES = {
@@ -55,66 +63,27 @@ class NoCache:
         return keys, values
 
 
-def _norm_of_heads(module: Any) -> Norm:
-    """Over each head [E], whose numbers are stored in pairs."""
-    return Norm(paired(module.weight, module.weight.shape[0]), module.variance_epsilon)
-
-
-def _projections(attention: Any, product: type[Product]) -> Product:
-    """Queries, keys and values of one layer as one product."""
-    layers = [attention.q_proj, attention.k_proj, attention.v_proj]
-    size = attention.head_dim
-    weights = [paired(product.weight_of(layer), size) for layer in layers[:2]]
-    biases = [None if layer.bias is None else paired(layer.bias, size) for layer in layers[:2]]
-    return product.side_by_side([*weights, product.weight_of(layers[2])], [*biases, layers[2].bias])
-
-
-@dataclass(frozen=True)
-class LeanLayer:
-    """One decoder layer's weights. `rule` is the place of its attention's rule among the model's; `number`: from 1."""
-
-    attention_norm: Norm
-    qkv: Product
-    query_norm: Norm | None
-    key_norm: Norm | None
-    output: Product
-    mlp_norm: Norm
-    gate_up: Product
-    down: Product
-    rule: int
-    number: int
-
-    @classmethod
-    def of(cls, layer: Any, number: int, rule: int, product: type[Product]) -> LeanLayer:
-        attention, mlp = layer.self_attn, layer.mlp
-        normed = hasattr(attention, "q_norm")
-        return cls(
-            attention_norm=Norm.of(layer.input_layernorm),
-            qkv=_projections(attention, product),
-            query_norm=_norm_of_heads(attention.q_norm) if normed else None,
-            key_norm=_norm_of_heads(attention.k_norm) if normed else None,
-            output=product.of(attention.o_proj),
-            mlp_norm=Norm.of(layer.post_attention_layernorm),
-            gate_up=product.of(mlp.gate_proj, mlp.up_proj),
-            down=product.of(mlp.down_proj),
-            rule=rule,
-            number=number,
-        )
-
-
 class LeanModel:
     """A causal LM of the Llama family as weights and one function."""
 
     def __init__(self, model: Any, *, product: type[Product] = TorchLinear, release: bool = False) -> None:
         """product: the kernel of all products with weights. release: free the stock model's layers one by one as they
         are read, so that no weight exists twice."""
-        config, decoder = model.config, model.get_decoder()
+        config, decoder = model.config.get_text_config(decoder=True), model.get_decoder()
         attention = decoder.layers[0].self_attn
         self.head_size = attention.head_dim
         self.num_heads, self.num_key_value_heads = config.num_attention_heads, config.num_key_value_heads
         self.embed = decoder.embed_tokens
         self._embedding = self.embed.weight.detach()
-        self.rotary = _rotary_table(decoder.rotary_emb, self._embedding.device)
+        self.input_scale = float(getattr(config, "embedding_multiplier", 1.0))  # of what layers read, whoever embeds it
+        self.embedding_scale = self.input_scale * scale_of(self.embed)
+        self.residual_scale = float(getattr(config, "residual_multiplier", 1.0))
+        self.has_gelu = activation_of(config) != "silu"
+        self.logit_transform = LogitTransform.from_config(config)
+        turns = [kind_of_turn(config, layer, index) for index, layer in enumerate(decoder.layers)]
+        kinds = list(dict.fromkeys(turns))
+        self.num_turned = num_turned(decoder.rotary_emb, kinds, self.head_size)
+        self.rotary = rotary_table(decoder.rotary_emb, config, kinds, self.head_size, self._embedding.device)
         self._exact = torch.promote_types(self.dtype, torch.float32)  # what is rotated in
         scales = torch.ones(self.num_heads + self.num_key_value_heads, 1, dtype=self._exact)
         scales[: self.num_heads] = attention.scaling
@@ -124,7 +93,8 @@ class LeanModel:
         self.rules = list(dict.fromkeys(rules))
         self.layers: list[LeanLayer] = []
         for index, rule in enumerate(rules):
-            self.layers.append(LeanLayer.of(decoder.layers[index], index + 1, self.rules.index(rule), product))
+            places = self.rules.index(rule), kinds.index(turns[index])
+            self.layers.append(LeanLayer.of(decoder.layers[index], index + 1, *places, self.num_turned, product))
             if release:
                 if self.layers[-1].output.is_copy:
                     give_back(*decoder.layers[index].parameters())
@@ -174,17 +144,17 @@ class LeanModel:
         """Post-norm hidden states and taps [N, W] of all spans' rows, side by side."""
         positions = [position for span in spans for position in span.positions]
         self.rotary.reserve(max(positions) + 1)
-        turn = self._rotation(sent(positions, self.device))
+        turns = self._rotations(sent(positions, self.device))
         each = zip(*(self._attention(span) for span in spans), strict=True)  # by rule, what each span attends with
         probes = None
         for span in spans:
             probes = probes or span.probes
         if probes is not None:
-            rows = list(zip(*(layers_of(span, in_pairs=True) for span in spans), strict=True))
-            return self._states(embedded(self.embed, spans, self.device), turn, list(each), rows, taps)
+            rows = list(zip(*(layers_of(span, in_pairs=self.num_turned) for span in spans), strict=True))
+            return self._states(embedded(self.embed, spans, self.device), turns, list(each), rows, taps)
         rows = list(zip(*(span.cache.layers for span in spans), strict=True))
         token_ids = sent([token for span in spans for token in span.tree.tokens], self.device)
-        return self._states(self.embed(token_ids), turn, list(each), rows, taps)
+        return self._states(self.embed(token_ids), turns, list(each), rows, taps)
 
     @torch.inference_mode()
     def states(self, token_ids: Tensor, layout: Layout, rows: Sequence[Sequence[LayerKV]], taps: Taps = ()) -> Tensor:
@@ -195,9 +165,9 @@ class LeanModel:
     def read(self, inputs: Tensor, layout: Layout, rows: Sequence[Sequence[LayerKV]], taps: Taps = ()) -> Tensor:
         """The same of embeddings [B, N, embedding size]; outside inference mode a gradient passes."""
         shape = (inputs.shape[0], inputs.shape[1])
-        turn = self._rotation(layout.positions.expand(shape[0], -1).flatten())
+        turns = self._rotations(layout.positions.expand(shape[0], -1).flatten())
         attention = [[_Attention.of(self, shape, layout.mask(rule))] for rule in self.rules]
-        return self._states(inputs.flatten(0, 1), turn, attention, rows, taps).view(*shape, -1)
+        return self._states(inputs.flatten(0, 1), turns, attention, rows, taps).view(*shape, -1)
 
     def _attention(self, span: Span) -> list[_Attention]:
         """By rule; a mask that hides nothing from a single row is left out."""
@@ -212,16 +182,17 @@ class LeanModel:
 
     def _states(
         self,
-        states: Tensor,
-        turn: Tensor,
+        inputs: Tensor,
+        turns: Sequence[Tensor],
         attention: Sequence[Sequence[_Attention]],
         rows: Sequence[Sequence[LayerKV]],
         taps: Taps,
     ) -> Tensor:
         """Flat rows [N, W] of embeddings. attention: by rule, then by span; rows: by layer, then by span."""
-        tapped = []
+        states, tapped = self._entered(inputs), []
         for layer, caches in zip(self.layers, rows, strict=False):  # either may have been cut
-            states = self._layer(layer, states, turn, attention[layer.rule], caches)
+            mixed = _mixed(attention[layer.rule], self._projected(layer, states, turns[layer.turn]), caches)
+            states = self._behind(layer, states, mixed)
             if layer.number in taps:
                 tapped.append(states)
         hidden = self._norm(states)
@@ -232,16 +203,18 @@ class LeanModel:
         """Hidden states [N, D] of one row of each of N sequences. mix: (queries, keys, values, a layer's cache) ->
         [N, H * E]; positions [N] there are turns for. Can be recorded."""
         rows = [[cache] for cache in caches]
-        return self._states(self.embed(token_ids), self._rotation(positions), [[mix]], rows, ())
+        return self._states(self.embed(token_ids), self._rotations(positions), [[mix]], rows, ())
 
     @torch.inference_mode()
     def read_early(self, token_ids: Tensor, positions: Sequence[int], num_layers: int, mix: Mix) -> list[Tensor]:
         """As `EarlyLayers` says; scaled queries, and keys as the model's caches hold them."""
         self.rotary.reserve(max(positions) + 1)
-        turn, residuals = self._rotation(sent(positions, self.device)), [self.embed(token_ids)]
+        turns, residuals = self._rotations(sent(positions, self.device)), [self._entered(self.embed(token_ids))]
         for number, layer in enumerate(self.layers[:num_layers]):
             states = residuals[-1]
-            residuals.append(self._behind(layer, states, mix(number, *self._projected(layer, states, turn))))
+            residuals.append(
+                self._behind(layer, states, mix(number, *self._projected(layer, states, turns[layer.turn])))
+            )
         return residuals
 
     def first_seen(self, layer: int, position: int) -> int:
@@ -253,27 +226,24 @@ class LeanModel:
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
         """Hidden states [..., D] -> logits [..., V]."""
-        return self.head(hidden.reshape(-1, hidden.shape[-1])).view(*hidden.shape[:-1], -1)
+        logits = self.head(hidden.reshape(-1, hidden.shape[-1])).view(*hidden.shape[:-1], -1)
+        return self.logit_transform(logits)
 
-    def _layer(
-        self,
-        layer: LeanLayer,
-        states: Tensor,
-        turn: Tensor,
-        attention: Sequence[_Attention],
-        caches: Sequence[LayerKV],
-    ) -> Tensor:
-        mixed = _mixed(attention, self._projected(layer, states, turn), caches)
-        return self._behind(layer, states, mixed)
+    def _entered(self, inputs: Tensor) -> Tensor:
+        """What the first layer reads of embeddings [N, D]."""
+        return inputs if self.input_scale == 1.0 else inputs * self.input_scale
 
     def _projected(self, layer: LeanLayer, states: Tensor, turn: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries [N, H, E], keys and values [N, J, E]."""
         heads, key_heads, size = self.num_heads, self.num_key_value_heads, self.head_size
         num_rows, parts = states.shape[0], (heads, key_heads, key_heads)
-        projected = layer.qkv(layer.attention_norm(states)).view(num_rows, -1, size)
+        projected = layer.qkv(_normed(layer.attention_norm, states)).view(num_rows, -1, size)
         if layer.query_norm is not None and layer.key_norm is not None:
             queries, keys, values = projected.split_with_sizes(parts, 1)
-            projected = torch.cat([layer.query_norm(queries), layer.key_norm(keys), values], dim=1)
+            if layer.query_norm.weight.numel() != size:  # over all heads
+                queries, keys = queries.flatten(1), keys.flatten(1)
+            normed = layer.query_norm(queries).view(num_rows, -1, size), layer.key_norm(keys).view(num_rows, -1, size)
+            projected = torch.cat([*normed, values], dim=1)
         exact = projected if projected.dtype is self._exact else projected.to(self._exact)
         pairs = torch.view_as_complex(exact.view(num_rows, -1, size // 2, 2))
         pairs.narrow(1, 0, heads + key_heads).mul_(turn)  # in place: nobody else reads the projections
@@ -283,24 +253,23 @@ class LeanModel:
 
     def _behind(self, layer: LeanLayer, states: Tensor, mixed: Tensor) -> Tensor:
         """States behind a layer, of those before it and what its attention gave [N, H * E]."""
-        states = layer.output.added(mixed, states)
-        return layer.down.added(gated(layer.gate_up(layer.mlp_norm(states))), states)
+        states = self._joined(states, mixed, layer.output, layer.attention_out_norm)
+        inner = gated(layer.gate_up(_normed(layer.mlp_norm, states)), by_gelu=self.has_gelu)
+        return self._joined(states, inner, layer.down, layer.mlp_out_norm)
 
-    def _rotation(self, positions: Tensor) -> Tensor:
-        """What queries and keys at positions [N] are multiplied by: complex [N, H + J, E / 2]."""
-        return self.rotary.table[positions][:, None] * self._heads_scale
+    def _joined(self, states: Tensor, rows: Tensor, product: Product, norm: Norm | None) -> Tensor:
+        """States [N, D] and a product of rows, normed if there is a norm."""
+        if norm is None and self.residual_scale == 1.0:
+            return product.added(rows, states)
+        return states + _normed(norm, product(rows)) * self.residual_scale
+
+    def _rotations(self, positions: Tensor) -> Sequence[Tensor]:
+        """What queries and keys at positions [N] are multiplied by, by kind of layer: complex [N, H + J, E / 2]."""
+        return [turns[:, None] * self._heads_scale for turns in self.rotary.table[positions].unbind(1)]
 
 
-def _rotary_table(rotary: Any, device: torch.device) -> RotaryTable:
-    """The table of a model's own rotary embedding."""
-
-    def make(num_positions: int) -> Tensor:
-        rows = torch.empty(0, dtype=torch.float32, device=device)
-        cosine, sine = rotary(rows, torch.arange(num_positions, device=device)[None])
-        half = cosine.shape[-1] // 2
-        return torch.complex(cosine[0, :, :half], sine[0, :, :half])
-
-    return RotaryTable(make)
+def _normed(norm: Norm | None, rows: Tensor) -> Tensor:
+    return rows if norm is None else norm(rows)
 
 
 def _mixed(

@@ -8,22 +8,25 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 
 from amphista.cache.static import KVCache
 from amphista.errors import NativeError
 from amphista.kernels.linear import Product, TorchLinear
+from amphista.kernels.parts import Norm
 from amphista.native.build import load
 from amphista.native.step import DecoderShape, NativeLayer, NativeModel, NativeOutput, NativeProbes, NativeSpan
 from amphista.target.attention import Rule
 from amphista.target.blocks import BlockedLinear, BlockLinear, CoarseBlockLinear, native_of
 from amphista.target.hidden_states import Taps
-from amphista.target.lean import LeanLayer, LeanModel
+from amphista.target.lean import LeanModel
+from amphista.target.lean_layers import LeanLayer
 from amphista.target.probe_rows import tails
 from amphista.target.products import NativeLinear, PlainLinear, RoundedLinear
 from amphista.target.spans import Span
-from amphista.target.spec import Probes
+from amphista.target.spec import LogitTransform, Probes
 from amphista.tree.token_tree import TokenTree
 
 
@@ -67,9 +70,20 @@ class NativeForward:
         if lean.device.type != "cpu":
             raise NativeError(f"the C step runs on a CPU, not on {lean.device.type}")
         self._lean = lean
-        norm = lean.layers[0].attention_norm
-        scale = float(lean._heads_scale[0])
-        shape = DecoderShape(lean.num_heads, lean.num_key_value_heads, lean.head_size, norm.eps, scale)
+        of_heads = lean.layers[0].query_norm
+        shape = DecoderShape(
+            lean.num_heads,
+            lean.num_key_value_heads,
+            lean.head_size,
+            lean._norm.eps,
+            float(lean._heads_scale[0]),
+            residual_scale=lean.residual_scale,
+            num_turns=lean.rotary.reserve(1).shape[1],
+            has_wide_norms=of_heads is not None and of_heads.weight.numel() != lean.head_size,
+            has_gelu=lean.has_gelu,
+            embedding_scale=lean.embedding_scale,
+            input_scale=lean.input_scale,
+        )
         self.layers = [self._layer(layer, window) for layer, window in zip(lean.layers, windows, strict=True)]
         self.head, embedding = _read(lean.head).native, native_of(lean.embed)
         self.model = NativeModel(shape, self.layers, lean._norm.weight, embedding, self.head, flags=flags)
@@ -87,16 +101,19 @@ class NativeForward:
         gate, up = _read(layer.gate_up).halves()
         qkv, output, down = (_read(part).native for part in (layer.qkv, layer.output, layer.down))
         return NativeLayer(
-            layer.attention_norm.weight,
+            _weight_of(layer.attention_norm),
             qkv,
-            None if layer.query_norm is None else layer.query_norm.weight,
-            None if layer.key_norm is None else layer.key_norm.weight,
+            _weight_of(layer.query_norm),
+            _weight_of(layer.key_norm),
             output,
-            layer.mlp_norm.weight,
+            _weight_of(layer.mlp_norm),
             gate,
             up,
             down,
             window,
+            _weight_of(layer.attention_out_norm),
+            _weight_of(layer.mlp_out_norm),
+            layer.turn,
         )
 
     def __call__(self, spans: Sequence[Span], wanted: Sequence[int] | None = None, taps: Taps = ()) -> NativeOutput:
@@ -122,14 +139,15 @@ class NativeForward:
             end = span.num_past + span.tree.num_nodes
             for layer in span.cache.layers:
                 layer.num_rows = end
+        if has_logits and self._lean.logit_transform != LogitTransform():
+            return replace(output, logits=self._lean.logit_transform(output.logits))
         return output
 
     def _lent(self, probes: Probes) -> NativeProbes:
         """A drafter's probes as the C step reads them, made once."""
         if self._probes is None or self._probes[0] is not probes:
-            rows = [
-                torch.stack(part) for part in zip(*tails(probes.prefix, len(self.layers), in_pairs=True), strict=True)
-            ]
+            prefixes = tails(probes.prefix, len(self.layers), in_pairs=self._lean.num_turned)
+            rows = [torch.stack(part) for part in zip(*prefixes, strict=True)]
             self._probes = probes, NativeProbes(probes.inputs, torch.cat(rows).to(self.model.cache_dtype))
         return self._probes[1]
 
@@ -184,6 +202,10 @@ def native_form(
 def _said(name: str, error: NativeError) -> str:
     logging.getLogger("amphista").warning("%s decodes without the C step, slower: %s", name, error)
     return str(error)
+
+
+def _weight_of(norm: Norm | None) -> torch.Tensor | None:
+    return None if norm is None else norm.weight
 
 
 def _read(product: Product) -> PlainLinear | NativeLinear:

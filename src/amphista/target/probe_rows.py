@@ -37,9 +37,9 @@ def embedded(embed: Callable[[Tensor], Tensor], spans: Sequence[Span], device: t
     return rows.index_copy(0, sent(places, device), inputs.to(rows.dtype))
 
 
-def layers_of(span: Span, *, in_pairs: bool = False) -> Sequence[Rows]:
-    """Where a span's keys and values go, by layer; in_pairs: numbers of keys that are rotated together lie side by
-    side."""
+def layers_of(span: Span, *, in_pairs: int = 0) -> Sequence[Rows]:
+    """Where a span's keys and values go, by layer; in_pairs: of so many numbers of a key, its first, those that are
+    rotated together lie side by side."""
     layers = span.cache.layers
     if span.probes is None or not span.probes.prefix.shape[3]:
         return layers
@@ -47,13 +47,14 @@ def layers_of(span: Span, *, in_pairs: bool = False) -> Sequence[Rows]:
     return [RowsWithTail(rows, *tail) for rows, tail in zip(layers, behind, strict=True)]
 
 
-def tails(prefix: Tensor, num_layers: int, *, in_pairs: bool) -> list[tuple[Tensor, Tensor]]:
+def tails(prefix: Tensor, num_layers: int, *, in_pairs: int) -> list[tuple[Tensor, Tensor]]:
     """The prefix as each layer's keys and values [J, P, E]."""
     if len(prefix) != num_layers:
         raise TargetError(f"probes bring a prefix for {len(prefix)} layers: {num_layers} keep keys and values")
     keys, values = prefix.unbind(1)
     if in_pairs:
-        keys = keys.unflatten(-1, (2, -1)).transpose(-1, -2).flatten(-2)
+        first = keys[..., :in_pairs].unflatten(-1, (2, -1)).transpose(-1, -2).flatten(-2)
+        keys = torch.cat([first, keys[..., in_pairs:]], dim=-1)
     return list(zip(keys, values, strict=True))
 
 
@@ -79,7 +80,7 @@ def _read(rows: LayerRows, num_rows: int) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True)
 class Groups:
-    """A group of probes behind each of the positions [Q] of a text. in_pairs: the order of numbers in keys.
+    """A group of probes behind each of the positions [Q] of a text. in_pairs: as in `layers_of`.
 
     What would stand beyond the context, where nothing is aimed at, stands at its end.
     """
@@ -87,7 +88,7 @@ class Groups:
     probes: Probes
     positions: Tensor
     max_positions: int
-    in_pairs: bool
+    in_pairs: int
 
     def states(self, read: Read, cache: KVCache) -> Tensor:
         """Hidden states [Q, M, D] of all groups, the text being read; read: a forward over embeddings.

@@ -11,22 +11,39 @@ from typing import Any
 import torch
 from torch import nn
 
-from amphista.target.blocks import BlockedEmbedding, BlockedLinear
-from amphista.target.spec import changes_with_length
+from amphista.target.blocks import BlockedLinear
+from amphista.target.lean_layers import NORMS, activation_of
+from amphista.target.spec import rotations
 
 CLASSES = {
-    f"transformers.models.{family}.modeling_{family}.{name}ForCausalLM"
-    for family, name in (("llama", "Llama"), ("mistral", "Mistral"), ("qwen2", "Qwen2"), ("qwen3", "Qwen3"))
+    "cwm.CwmForCausalLM",
+    "exaone4.Exaone4ForCausalLM",
+    "gemma3.Gemma3ForCausalLM",
+    "gemma3.Gemma3ForConditionalGeneration",  # given text alone
+    "granite.GraniteForCausalLM",
+    "llama.LlamaForCausalLM",
+    "ministral.MinistralForCausalLM",
+    "mistral.MistralForCausalLM",
+    "olmo2.Olmo2ForCausalLM",
+    "olmo3.Olmo3ForCausalLM",
+    "phi3.Phi3ForCausalLM",
+    "qwen2.Qwen2ForCausalLM",
+    "qwen3.Qwen3ForCausalLM",
+    "seed_oss.SeedOssForCausalLM",
+    "smollm3.SmolLM3ForCausalLM",
 }
-ROPE_TYPES = {"default", "linear", "llama3", "yarn"}  # those whose rotation depends on a row's own position alone
+# A row's rotation depends on its own position alone; of the last two, in the context that is read (`context_of`).
+ROPE_TYPES = {"default", "linear", "llama3", "yarn", "longrope", "dynamic"}
+ACTIVATIONS = {"silu", "gelu_pytorch_tanh"}
 DTYPES = {  # by device
     "cpu": {torch.float64, torch.float32, torch.bfloat16},
     "cuda": {torch.float64, torch.float32, torch.bfloat16, torch.float16},
 }
-LAYER = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
-ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
-MLP = {"gate_proj", "up_proj", "down_proj", "act_fn"}
-LINEAR, EMBEDDING = {nn.Linear, BlockedLinear}, {nn.Embedding, BlockedEmbedding}
+ATTENTION = ({"q_proj", "k_proj", "v_proj", "o_proj"}, {"qkv_proj", "o_proj"})
+MLP = ({"gate_proj", "up_proj", "down_proj"}, {"gate_up_proj", "down_proj"})
+NO_WEIGHTS = {"act_fn", "activation_fn", "resid_attn_dropout", "resid_mlp_dropout"}
+LINEAR = {nn.Linear, BlockedLinear}
+EMBEDDINGS = {"Embedding", "BlockedEmbedding", "Gemma3TextScaledWordEmbedding"}
 
 
 def why_not_fast(model: Any) -> str | None:
@@ -34,29 +51,33 @@ def why_not_fast(model: Any) -> str | None:
 
     Ask before any hook of ours is on it.
     """
-    return why_not_of_family(model) or _config_reason(model.config) or _tensor_reason(model) or _module_reason(model)
+    return (
+        why_not_of_family(model)
+        or _config_reason(model.config.get_text_config(decoder=True))
+        or _tensor_reason(model)
+        or _module_reason(model)
+    )
 
 
 def why_not_of_family(model: Any) -> str | None:
     """The reason for which a model is of another family than the fast forward knows."""
     kind = type(model)
-    if f"{kind.__module__}.{kind.__qualname__}" in CLASSES:
+    if f"{kind.__module__.rpartition('.modeling_')[2]}.{kind.__qualname__}" in CLASSES:
         return None
-    return f"{kind.__name__} is not of the Llama family (Llama, Mistral, Qwen2, Qwen3)"
+    return f"{kind.__name__} is not of the families that the fast forward knows"
 
 
 def _config_reason(config: Any) -> str | None:
     if getattr(config, "quantization_config", None) is not None:
         return "it is quantised"
-    if config.hidden_act != "silu":
-        return f"its activation is {config.hidden_act}"
+    if activation_of(config) not in ACTIVATIONS:
+        return f"its activation is {activation_of(config)}"
+    if getattr(config, "attn_logit_softcapping", None) or getattr(config, "use_bidirectional_attention", None):
+        return "its attention caps its scores or looks ahead"
     if config._attn_implementation != "sdpa":
         return f"it was loaded with {config._attn_implementation} attention"
-    rope = getattr(config, "rope_parameters", None) or {}
-    found = rope.get("rope_type", "default")
-    if found not in ROPE_TYPES and (found != "longrope" or changes_with_length(rope)):
-        return f"its rotary positions are of type {found}"
-    return None
+    unknown = {rope.get("rope_type", "default") for rope in rotations(config)} - ROPE_TYPES
+    return f"its rotary positions are of type {min(unknown)}" if unknown else None
 
 
 def _tensor_reason(model: Any) -> str | None:
@@ -83,19 +104,22 @@ def _module_reason(model: Any) -> str | None:
         if hasattr(module, "parametrizations"):
             return f"{name} is parametrised"
     for layer in decoder.layers:
-        attention = _children(layer.self_attn) if hasattr(layer, "self_attn") else set()
-        if _children(layer) != LAYER or attention - {"q_norm", "k_norm"} != ATTENTION or _children(layer.mlp) != MLP:
+        linear = []
+        for name, forms in (("self_attn", ATTENTION), ("mlp", MLP)):
+            block = getattr(layer, name, nn.Identity())
+            names = _children(block) - {"q_norm", "k_norm"}
+            if names not in forms:
+                return "a layer of it has parts that are not the family's"
+            linear += [getattr(block, part) for part in names]
+        if frozenset(_children(layer) - {"self_attn", "mlp"}) not in NORMS:
             return "a layer of it has parts that are not the family's"
-        linear = [getattr(layer.self_attn, name) for name in ATTENTION]
-        linear += [getattr(layer.mlp, name) for name in MLP - {"act_fn"}]
         if any(type(part) not in LINEAR for part in linear):
             return "a projection of it is not a plain linear layer"
-    if type(model.get_output_embeddings()) not in LINEAR or type(decoder.embed_tokens) not in EMBEDDING:
+    if type(model.get_output_embeddings()) not in LINEAR or type(decoder.embed_tokens).__name__ not in EMBEDDINGS:
         return "its embedding or LM head is not a plain one"
-    if decoder.rotary_emb.inv_freq.shape[-1] * 2 != decoder.layers[0].self_attn.head_dim:
-        return "it rotates a part of each head only"
     return None
 
 
 def _children(module: nn.Module) -> set[str]:
-    return {name for name, _ in module.named_children()}
+    """What of a module has weights of its own, by name."""
+    return {name for name, _ in module.named_children()} - NO_WEIGHTS

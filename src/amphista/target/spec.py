@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from amphista.errors import TargetError
 from amphista.native.weights import Weight
-from amphista.target.blocks import BlockedLinear, native_of, rows_of
+from amphista.target.blocks import BlockedLinear, native_of, rows_of, scale_of
 
 NUM_FINGERPRINT_ROWS = 64
 Mix = Callable[[int, Tensor, Tensor, Tensor], Tensor]  # a layer's attention: `EarlyLayers`
@@ -54,8 +54,8 @@ class TargetSpec:
         config = config.get_text_config(decoder=True)
         heads = _first(config, "num_attention_heads", "n_head", "num_heads")
         hidden = _first(config, "hidden_size", "n_embd", "d_model")
-        ropes = _rotations(config)
-        max_positions, limited_by = _context(config, ropes)
+        ropes = rotations(config)
+        max_positions, limited_by = context_of(config)
         return cls(
             family=config.model_type,
             hidden_size=hidden,
@@ -118,7 +118,7 @@ def _first(config: Any, *names: str, default: float | None = None) -> Any:
     return default
 
 
-def _rotations(config: Any) -> list[dict[str, Any]]:
+def rotations(config: Any) -> list[dict[str, Any]]:
     """Rotary parameters, one for each type of layer that has any; full attention's first."""
     rope = getattr(config, "rope_parameters", None) or {}
     by_type = {kind: value for kind, value in rope.items() if isinstance(value, dict)}
@@ -134,7 +134,7 @@ def changes_with_length(rope: dict[str, Any]) -> bool:
     return rope.get("rope_type") == "dynamic"
 
 
-def _context(config: Any, ropes: list[dict[str, Any]]) -> tuple[int, str]:
+def context_of(config: Any) -> tuple[int, str]:
     """Positions a configuration allows, and why no more.
 
     YaRN (arXiv 2309.00071) reaches `factor` times the original context, which some configurations give in place of the
@@ -142,7 +142,7 @@ def _context(config: Any, ropes: list[dict[str, Any]]) -> tuple[int, str]:
     a forward alike: there a deep node of a tree would change the rotation of every other.
     """
     limit = _first(config, "max_position_embeddings", "n_positions", "max_seq_len", default=1 << 30)
-    for rope in ropes:
+    for rope in rotations(config):
         original = rope.get("original_max_position_embeddings") or limit
         if rope.get("rope_type") == "yarn":
             limit = max(limit, int(original * (rope.get("factor") or 1)))
@@ -236,6 +236,11 @@ class SharedWeights:
     def native_embedding(self) -> Weight:
         """The embedding's table [V, embedding size], for the C step. raises NativeError."""
         return native_of(self._embedding)
+
+    @property
+    def embedding_scale(self) -> float:
+        """What rows of that table are multiplied by to be embeddings."""
+        return scale_of(self._embedding)
 
     @property
     def native_head(self) -> Weight:

@@ -28,6 +28,7 @@ from tests.tiny import VOCAB, byte_tokenizer, shaken, tiny_model
 pytestmark = pytest.mark.skipif(not has_compiler(), reason="no C compiler")
 
 MIXED = {"token_embd": Kind.Q6_K, "attn_v": Kind.Q6_K, "attn_q": Kind.Q4_K, "ffn_down": Kind.Q8_0, "ffn_up": Kind.F32}
+CASES = [("llama", True), ("qwen2", False), ("qwen3", True), ("gemma3", True), ("phi3", False)]
 TREE = TokenTree([5, 6, 7, 8, 9], [-1, 0, 0, 1, 2])
 
 
@@ -44,7 +45,7 @@ def cache(tmp_path_factory):
         yield folder
 
 
-@pytest.fixture(scope="module", params=[("llama", True), ("qwen2", False), ("qwen3", True)], ids=lambda case: case[0])
+@pytest.fixture(scope="module", params=CASES, ids=lambda case: case[0])
 def gguf_file(request, tmp_path_factory):
     architecture, tied = request.param
     return str(write_gguf(tmp_path_factory.mktemp("gguf") / "tiny.gguf", mixed, architecture, tied=tied))
@@ -63,7 +64,7 @@ def test_they_are_one_target(both):
     assert (ours.spec, ours.fingerprint, ours.identity) == (theirs.spec, theirs.fingerprint, theirs.identity)
     assert (ours.eos_ids, ours.row_bytes, ours.dtype) == (theirs.eos_ids, theirs.row_bytes, theirs.dtype)
     assert (ours.type_name, theirs.type_name) == ("gguf", "float32")
-    assert ours.num_layer_weights == theirs.num_layer_weights and ours.num_weight_bytes < theirs.num_weight_bytes / 2
+    assert ours.num_layer_weights == theirs.num_layer_weights and ours.num_weight_bytes < theirs.num_weight_bytes * 0.6
     text = "control <s> tokens and 'é'"
     assert ours.text.encode(text) == theirs.text.encode(text)
     assert ours.generation_config.eos_token_id == theirs.generation_config.eos_token_id
@@ -218,6 +219,7 @@ def test_a_file_that_would_be_another_model_is_refused(changes, message, tmp_pat
             load_target(str(path), dtype=dtype)
 
 
+ORIGINAL = {"original_max_position_embeddings": 128}
 LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 128}
 
 
@@ -266,6 +268,20 @@ def test_positions_are_scaled_as_the_file_says(say, rope, tmp_path):
         assert target.spec.max_positions == 512 and target.path != "stock"
         found = target.prefill(tokens, target.new_cache()).logits[-1]
         torch.testing.assert_close(found, expected, atol=1e-3 if settings else 2e-2, rtol=0)
+
+
+def test_gemmas_positions_and_queries_are_scaled_as_llama_cpp_does(tmp_path, monkeypatch):
+    """Layers that see all have their positions scaled; what queries are divided by follows the size of the model."""
+    say = lambda writer: scaled(writer, "linear")  # noqa: E731
+    rope = load_target(str(write_gguf(tmp_path / "a.gguf", mixed, "gemma3", say=say))).config.rope_parameters
+    assert rope["full_attention"] == {"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0, **ORIGINAL}
+    assert rope["sliding_attention"] == {"rope_type": "default", "rope_theta": 10000.0}
+    for layers, expected in ((62, 64), (2, 128)):  # head size; hidden size by heads
+        monkeypatch.setattr("amphista.target.gguf_metadata.LAYERS_OF_27B", layers)
+        say = lambda writer, layers=layers: writer.add_description(f"{layers}")  # noqa: E731
+        path = str(write_gguf(tmp_path / f"{layers}.gguf", mixed, "gemma3", say=say))
+        for dtype in (None, "float32"):
+            assert load_target(path, dtype=dtype).config.query_pre_attn_scalar == expected
 
 
 def test_blocks_that_are_read_wrong_are_noticed(tmp_path, caplog, monkeypatch):

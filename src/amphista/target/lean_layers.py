@@ -1,0 +1,164 @@
+"""What a stock model's layers are to the fast forward (lean.py): their products, norms, and how positions turn them.
+
+Families differ in where their norms stand, in what is fused, in which part of a head is rotated, by which angles, in
+which layers. All of it is read off the modules; qualify.py refuses what is not known here.
+
+Shapes: H query heads, J key-value heads, E head size, D hidden size, I inner size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from amphista.kernels.linear import Product
+from amphista.kernels.parts import Norm, RotaryTable, paired
+from amphista.target.spec import context_of
+
+ALL_LAYERS, NO_TURN = "", None  # kinds of rotation: the only one a model has, and that of layers without positions
+
+# Norms before and behind attention, before and behind the MLP, by the names that a layer has.
+NORMS: dict[frozenset[str], tuple[str | None, ...]] = {
+    frozenset(names) - {None}: names  # type: ignore[misc]
+    for names in (
+        ("input_layernorm", None, "post_attention_layernorm", None),
+        (
+            "input_layernorm",
+            "post_attention_layernorm",
+            "pre_feedforward_layernorm",
+            "post_feedforward_layernorm",
+        ),
+        (None, "post_attention_layernorm", None, "post_feedforward_layernorm"),
+    )
+}
+
+
+@dataclass(frozen=True)
+class LeanLayer:
+    """One decoder layer's weights. `rule` and `turn` are the places of its attention's rule and of its rotation among
+    the model's; `number`: from 1. Norms of queries and keys are over a head [E], or over all of them [H * E], [J * E].
+    """
+
+    attention_norm: Norm | None
+    qkv: Product
+    query_norm: Norm | None
+    key_norm: Norm | None
+    output: Product
+    attention_out_norm: Norm | None
+    mlp_norm: Norm | None
+    gate_up: Product
+    down: Product
+    mlp_out_norm: Norm | None
+    rule: int
+    turn: int
+    number: int
+
+    @classmethod
+    def of(cls, layer: Any, number: int, rule: int, turn: int, turned: int, product: type[Product]) -> LeanLayer:
+        """turned: how many numbers of a head are rotated."""
+        attention, mlp, size = layer.self_attn, layer.mlp, layer.self_attn.head_dim
+        names = NORMS[frozenset(name for name, _ in layer.named_children() if name.endswith("layernorm"))]
+        before, behind, before_mlp, behind_mlp = (name and Norm.of(getattr(layer, name)) for name in names)
+        of_heads = []
+        for name in ("q_norm", "k_norm"):
+            norm = Norm.of(getattr(attention, name)) if hasattr(attention, name) else None
+            of_heads.append(norm and Norm(paired(norm.weight, size, turned), norm.eps))
+        wide = [mlp.gate_up_proj] if hasattr(mlp, "gate_up_proj") else [mlp.gate_proj, mlp.up_proj]
+        return cls(
+            attention_norm=before or None,
+            qkv=_projections(attention, turned, product),
+            query_norm=of_heads[0],
+            key_norm=of_heads[1],
+            output=product.of(attention.o_proj),
+            attention_out_norm=behind or None,
+            mlp_norm=before_mlp or None,
+            gate_up=_halved(wide, product),
+            down=product.of(mlp.down_proj),
+            mlp_out_norm=behind_mlp or None,
+            rule=rule,
+            turn=turn,
+            number=number,
+        )
+
+
+def _halved(wide: Sequence[Any], product: type[Product]) -> Product:
+    """Gate and up of a layer as one product, of two layers or of one that holds both."""
+    if len(wide) == 2:
+        return product.of(*wide)
+    weight, bias = product.weight_of(wide[0]), wide[0].bias
+    biases = [None, None] if bias is None else list(bias.chunk(2))
+    return product.side_by_side(list(weight.chunk(2)), biases)
+
+
+def _projections(attention: Any, turned: int, product: type[Product]) -> Product:
+    """Queries, keys and values of one layer as one product."""
+    size = attention.head_dim
+    if hasattr(attention, "qkv_proj"):
+        layer, config = attention.qkv_proj, attention.config
+        rows = [size * heads for heads in (config.num_attention_heads, *[config.num_key_value_heads] * 2)]
+        weights = list(product.weight_of(layer).split(rows))
+        biases = [None] * 3 if layer.bias is None else list(layer.bias.split(rows))
+    else:
+        layers = [attention.q_proj, attention.k_proj, attention.v_proj]
+        weights, biases = [product.weight_of(layer) for layer in layers], [layer.bias for layer in layers]
+    weights[:2] = [paired(weight, size, turned) for weight in weights[:2]]
+    biases[:2] = [None if bias is None else paired(bias, size, turned) for bias in biases[:2]]
+    return product.side_by_side(weights, biases)
+
+
+# -- positions ---------------------------------------------------------------------------------------------------------
+
+
+def kind_of_turn(config: Any, layer: Any, index: int) -> str | None:
+    """Which rotation a layer has: `ALL_LAYERS`, that of its kind of layer, or `NO_TURN`."""
+    attention = layer.self_attn
+    if not getattr(attention, "use_rope", True):
+        return NO_TURN
+    if type(attention).__name__ == "Exaone4Attention" and attention.sliding_window and not attention.is_sliding:
+        return NO_TURN
+    kinds = getattr(config, "layer_types", None) or []
+    by_kind = kinds and isinstance((config.rope_parameters or {}).get(kinds[index]), dict)
+    return str(kinds[index]) if by_kind else ALL_LAYERS
+
+
+def num_turned(rotary: Any, kinds: Sequence[str | None], head_size: int) -> int:
+    """How many numbers of a head a model rotates."""
+    sizes = {2 * len(_frequencies(rotary, kind)) for kind in kinds if kind is not NO_TURN}
+    return max(sizes, default=head_size)
+
+
+def _frequencies(rotary: Any, kind: str) -> Tensor:
+    frequencies: Tensor = getattr(rotary, f"{kind}_inv_freq" if kind else "inv_freq")
+    return frequencies
+
+
+def rotary_table(rotary: Any, config: Any, kinds: Sequence[str | None], head_size: int, device: Any) -> RotaryTable:
+    """The table of a model's own rotary embedding: complex [P, kinds, E / 2]; what is not rotated is multiplied by 1.
+
+    Some rotations are others in a longer text than a target may read (`TargetSpec.max_positions`): none is asked for
+    positions beyond."""
+    context, limited_by = context_of(config)
+
+    def make(num_positions: int) -> Tensor:
+        rows = torch.empty(0, dtype=torch.float32, device=device)
+        positions = torch.arange(num_positions, device=device)[None]
+        if limited_by:
+            positions.clamp_(max=context - 1)
+        table = torch.ones(num_positions, len(kinds), head_size // 2, dtype=torch.complex64, device=device)
+        for place, kind in enumerate(kinds):
+            if kind is not NO_TURN:
+                cosine, sine = rotary(rows, positions, *([kind] if kind else []))
+                half = cosine.shape[-1] // 2
+                table[:, place, :half] = torch.complex(cosine[0, :, :half], sine[0, :, :half])
+        return table
+
+    return RotaryTable(make)
+
+
+def activation_of(config: Any) -> str:
+    """The name of the function that gates a layer's inner states."""
+    return str(getattr(config, "hidden_activation", None) or config.hidden_act)
