@@ -233,6 +233,12 @@ class SharedWeights:
         return self._transform == LogitTransform()
 
     @property
+    def logit_scale(self) -> float | None:
+        """What `transform` multiplies logits by; None where it does more."""
+        transform = self._transform
+        return None if transform.softcap is not None else transform.multiply / transform.divide
+
+    @property
     def native_embedding(self) -> Weight:
         """The embedding's table [V, embedding size], for the C step. raises NativeError."""
         return native_of(self._embedding)
