@@ -10,9 +10,11 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
+    Ernie4_5Config,
     Exaone4Config,
     Gemma2Config,
     Gemma3TextConfig,
+    Glm4Config,
     GPT2Config,
     GPTNeoXConfig,
     GraniteConfig,
@@ -66,6 +68,8 @@ SIZES = dict(
 )
 WITHOUT_KV_HEADS = {key: value for key, value in SIZES.items() if key != "num_key_value_heads"}
 
+HALF = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}
+
 FAMILIES = {
     "llama": lambda: LlamaConfig(**SIZES),
     "qwen2": lambda: Qwen2Config(**SIZES),
@@ -107,6 +111,8 @@ FAMILIES = {
     "smollm3": lambda: SmolLM3Config(**SIZES, no_rope_layers=[1, 0], use_sliding_window=False),
     "olmo2": lambda: Olmo2Config(**SIZES),
     "olmo3": lambda: Olmo3Config(**SIZES, sliding_window=WINDOW, layer_types=["sliding_attention", "full_attention"]),
+    "ernie4_5": lambda: Ernie4_5Config(**SIZES, use_bias=True, head_dim=8),
+    "glm4": lambda: Glm4Config(**SIZES, head_dim=8, rope_parameters=HALF),
     "exaone4": lambda: Exaone4Config(
         **SIZES, head_dim=8, sliding_window=WINDOW, layer_types=["sliding_attention", "full_attention"]
     ),

@@ -26,9 +26,9 @@ from tests.tiny import FAMILIES, WINDOW
 
 NUM_PROBES, PREFIX, NODES, PATH = 3, 4, [0, 3, 9, 1], [0, 1, 3]
 TOLERANCE = 1e-5
-FAST = ["llama", "mistral-windowed", "qwen2-windowed", "qwen3"]
+FAST = ["llama", "mistral-windowed", "qwen2-windowed", "qwen3", "gemma3-by-kind", "phi3-half", "granite", "glm4"]
 FORMS = [*((family, "stock") for family in FAMILIES), *((family, "fast") for family in FAST), ("llama", "static")]
-FORMS += [pytest.param("llama", "native", marks=NEEDS_COMPILER)]
+FORMS += [pytest.param(family, "native", marks=NEEDS_COMPILER) for family in ("llama", "phi3-half", "granite", "glm4")]
 
 
 def target_of(family: str, form: str) -> Target:

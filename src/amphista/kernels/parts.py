@@ -85,14 +85,14 @@ class RotaryTable:
         return self.table
 
 
-def paired(rows: Tensor, head_size: int, turned: int | None = None) -> Tensor:
-    """Rows [heads * E, ...], of which i and i + R / 2 of a head are rotated together: these two side by side.
+def paired(rows: Tensor, head_size: int, num: int | None = None) -> Tensor:
+    """Rows [heads * E, ...], of which i and i + N / 2 of a head are rotated together: these two side by side.
 
-    turned: R, how many of a head are rotated, its first; None: all.
+    num: N, a head's first; None: all.
     """
-    turned = head_size if turned is None else turned
-    first, rest = rows.detach().view(-1, head_size, *rows.shape[1:]).split([turned, head_size - turned], dim=1)
-    halves = first.unflatten(1, (2, turned // 2)).transpose(1, 2).flatten(1, 2)
+    num = head_size if num is None else num
+    first, rest = rows.detach().view(-1, head_size, *rows.shape[1:]).split([num, head_size - num], dim=1)
+    halves = first.unflatten(1, (2, num // 2)).transpose(1, 2).flatten(1, 2)
     return torch.cat([halves, rest], dim=1).view(rows.shape)
 
 

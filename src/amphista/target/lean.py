@@ -30,7 +30,7 @@ from amphista.target.lean_layers import (
     LeanLayer,
     activation_of,
     kind_of_turn,
-    num_turned,
+    num_to_pair,
     rotary_table,
 )
 from amphista.target.pages import give_back
@@ -82,7 +82,7 @@ class LeanModel:
         self.logit_transform = LogitTransform.from_config(config)
         turns = [kind_of_turn(config, layer, index) for index, layer in enumerate(decoder.layers)]
         kinds = list(dict.fromkeys(turns))
-        self.num_turned = num_turned(decoder.rotary_emb, kinds, self.head_size)
+        self.num_paired = num_to_pair(attention, decoder.rotary_emb, kinds)
         self.rotary = rotary_table(decoder.rotary_emb, config, kinds, self.head_size, self._embedding.device)
         self._exact = torch.promote_types(self.dtype, torch.float32)  # what is rotated in
         scales = torch.ones(self.num_heads + self.num_key_value_heads, 1, dtype=self._exact)
@@ -94,7 +94,7 @@ class LeanModel:
         self.layers: list[LeanLayer] = []
         for index, rule in enumerate(rules):
             places = self.rules.index(rule), kinds.index(turns[index])
-            self.layers.append(LeanLayer.of(decoder.layers[index], index + 1, *places, self.num_turned, product))
+            self.layers.append(LeanLayer.of(decoder.layers[index], index + 1, *places, self.num_paired, product))
             if release:
                 if self.layers[-1].output.is_copy:
                     give_back(*decoder.layers[index].parameters())
@@ -150,7 +150,7 @@ class LeanModel:
         for span in spans:
             probes = probes or span.probes
         if probes is not None:
-            rows = list(zip(*(layers_of(span, in_pairs=self.num_turned) for span in spans), strict=True))
+            rows = list(zip(*(layers_of(span, in_pairs=self.num_paired) for span in spans), strict=True))
             return self._states(embedded(self.embed, spans, self.device), turns, list(each), rows, taps)
         rows = list(zip(*(span.cache.layers for span in spans), strict=True))
         token_ids = sent([token for span in spans for token in span.tree.tokens], self.device)

@@ -21,6 +21,8 @@ from amphista.target.spec import context_of
 
 ALL_LAYERS, NO_TURN = "", None  # kinds of rotation: the only one a model has, and that of layers without positions
 
+WITH_NEIGHBOURS = {"Ernie4_5Attention", "GlmAttention", "Glm4Attention", "HeliumAttention"}
+
 # Norms before and behind attention, before and behind the MLP, by the names that a layer has.
 NORMS: dict[frozenset[str], tuple[str | None, ...]] = {
     frozenset(names) - {None}: names  # type: ignore[misc]
@@ -33,6 +35,7 @@ NORMS: dict[frozenset[str], tuple[str | None, ...]] = {
             "post_feedforward_layernorm",
         ),
         (None, "post_attention_layernorm", None, "post_feedforward_layernorm"),
+        ("input_layernorm", "post_self_attn_layernorm", "post_attention_layernorm", "post_mlp_layernorm"),
     )
 }
 
@@ -58,19 +61,19 @@ class LeanLayer:
     number: int
 
     @classmethod
-    def of(cls, layer: Any, number: int, rule: int, turn: int, turned: int, product: type[Product]) -> LeanLayer:
-        """turned: how many numbers of a head are rotated."""
+    def of(cls, layer: Any, number: int, rule: int, turn: int, num_to_pair: int, product: type[Product]) -> LeanLayer:
+        """num_to_pair: how many numbers of a head are to be put into pairs."""
         attention, mlp, size = layer.self_attn, layer.mlp, layer.self_attn.head_dim
         names = NORMS[frozenset(name for name, _ in layer.named_children() if name.endswith("layernorm"))]
         before, behind, before_mlp, behind_mlp = (name and Norm.of(getattr(layer, name)) for name in names)
         of_heads = []
         for name in ("q_norm", "k_norm"):
             norm = Norm.of(getattr(attention, name)) if hasattr(attention, name) else None
-            of_heads.append(norm and Norm(paired(norm.weight, size, turned), norm.eps))
+            of_heads.append(norm and Norm(paired(norm.weight, size, num_to_pair), norm.eps))
         wide = [mlp.gate_up_proj] if hasattr(mlp, "gate_up_proj") else [mlp.gate_proj, mlp.up_proj]
         return cls(
             attention_norm=before or None,
-            qkv=_projections(attention, turned, product),
+            qkv=_projections(attention, num_to_pair, product),
             query_norm=of_heads[0],
             key_norm=of_heads[1],
             output=product.of(attention.o_proj),
@@ -94,7 +97,7 @@ def _halved(wide: Sequence[Any], product: type[Product]) -> Product:
     return product.side_by_side(list(weight.chunk(2)), biases)
 
 
-def _projections(attention: Any, turned: int, product: type[Product]) -> Product:
+def _projections(attention: Any, num_to_pair: int, product: type[Product]) -> Product:
     """Queries, keys and values of one layer as one product."""
     size = attention.head_dim
     if hasattr(attention, "qkv_proj"):
@@ -105,8 +108,8 @@ def _projections(attention: Any, turned: int, product: type[Product]) -> Product
     else:
         layers = [attention.q_proj, attention.k_proj, attention.v_proj]
         weights, biases = [product.weight_of(layer) for layer in layers], [layer.bias for layer in layers]
-    weights[:2] = [paired(weight, size, turned) for weight in weights[:2]]
-    biases[:2] = [None if bias is None else paired(bias, size, turned) for bias in biases[:2]]
+    weights[:2] = [paired(weight, size, num_to_pair) for weight in weights[:2]]
+    biases[:2] = [None if bias is None else paired(bias, size, num_to_pair) for bias in biases[:2]]
     return product.side_by_side(weights, biases)
 
 
@@ -125,10 +128,11 @@ def kind_of_turn(config: Any, layer: Any, index: int) -> str | None:
     return str(kinds[index]) if by_kind else ALL_LAYERS
 
 
-def num_turned(rotary: Any, kinds: Sequence[str | None], head_size: int) -> int:
-    """How many numbers of a head a model rotates."""
-    sizes = {2 * len(_frequencies(rotary, kind)) for kind in kinds if kind is not NO_TURN}
-    return max(sizes, default=head_size)
+def num_to_pair(attention: Any, rotary: Any, kinds: Sequence[str | None]) -> int:
+    """How many numbers of a head a model rotates, each with one half of them away; 0 where it is its neighbour."""
+    if type(attention).__name__ in WITH_NEIGHBOURS:
+        return 0
+    return max((2 * len(_frequencies(rotary, kind)) for kind in kinds if kind is not NO_TURN), default=0)
 
 
 def _frequencies(rotary: Any, kind: str) -> Tensor:

@@ -146,7 +146,7 @@ class NativeForward:
     def _lent(self, probes: Probes) -> NativeProbes:
         """A drafter's probes as the C step reads them, made once."""
         if self._probes is None or self._probes[0] is not probes:
-            prefixes = tails(probes.prefix, len(self.layers), in_pairs=self._lean.num_turned)
+            prefixes = tails(probes.prefix, len(self.layers), in_pairs=self._lean.num_paired)
             rows = [torch.stack(part) for part in zip(*prefixes, strict=True)]
             self._probes = probes, NativeProbes(probes.inputs, torch.cat(rows).to(self.model.cache_dtype))
         return self._probes[1]

@@ -17,10 +17,14 @@ from amphista.target.spec import rotations
 
 CLASSES = {
     "cwm.CwmForCausalLM",
+    "ernie4_5.Ernie4_5ForCausalLM",
     "exaone4.Exaone4ForCausalLM",
     "gemma3.Gemma3ForCausalLM",
     "gemma3.Gemma3ForConditionalGeneration",  # given text alone
+    "glm.GlmForCausalLM",
+    "glm4.Glm4ForCausalLM",
     "granite.GraniteForCausalLM",
+    "helium.HeliumForCausalLM",
     "llama.LlamaForCausalLM",
     "ministral.MinistralForCausalLM",
     "mistral.MistralForCausalLM",

@@ -396,6 +396,6 @@ class Target:
         if self._lean is not None:
             self._lean.rotary.reserve(len(token_ids) + probes.num_rows)
         read = self._stock_forward.read if self._lean is None else self._lean.read
-        in_pairs = 0 if self._lean is None else self._lean.num_turned
+        in_pairs = 0 if self._lean is None else self._lean.num_paired
         groups = Groups(probes, positions.to(self.device), self.spec.max_positions, in_pairs)
         return groups.states(read, cache)
