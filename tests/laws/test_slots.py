@@ -60,7 +60,7 @@ def by_engine(target, asked):
 
 
 @pytest.mark.parametrize("num_slots", [1, 3, 16])
-@pytest.mark.parametrize("family", ["llama", "qwen3"])
+@pytest.mark.parametrize("family", ["llama", "qwen3", "smollm3", "granite", "phi3-half"])
 def test_slots_answer_as_the_engine_does(family, num_slots):
     target = fast_target(family)
     ours = answered(SlotBatch(target.lean, target.eos_ids, num_slots, 96), jobs(40))

@@ -100,7 +100,7 @@ class EarlyExit(SequentialHeads[DraftedPaths | TextPaths]):
         if shared.early_layers is None:
             raise ConfigError(
                 "an early-exit drafter runs layers of the target, which are lent on its fast path alone: load a model "
-                "of the Llama family (Llama, Mistral, Qwen2, Qwen3) with fast=True, or take another drafter"
+                "of a family that has one (docs/families.md) with fast=True, or take another drafter"
             )
         self.num_early = config.exit_layer or max(1, spec.num_layers // 3)
         number = self.num_early if config.rank else 0

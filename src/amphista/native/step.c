@@ -1,6 +1,6 @@
-/* The forward of the Llama family (Llama, Mistral, Qwen2, Qwen3) for a flat row of tokens of any number of sequences:
+/* The forward of the Llama family and its kin for a flat row of tokens of any number of sequences:
  *
- *     x = embedding[id];  x = layer(x) for each layer (layer.h);  hidden = norm(x)
+ *     x = s embedding[id];  x = layer(x) for each layer (layer.h);  hidden = norm(x)
  *     logits = W_head hidden, of the rows asked for; their largest, too
  *
  * A node's logits are the same bits as plain decoding's, in any tree, batch and type of weights: layer.h says why.

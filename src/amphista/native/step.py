@@ -181,7 +181,7 @@ class NativeOutput:
 
 
 class NativeModel:
-    """A decoder of the Llama family in C. raises NativeError where the step cannot be built or does not fit."""
+    """A decoder in C. raises NativeError where the step cannot be built or does not fit."""
 
     def __init__(
         self,

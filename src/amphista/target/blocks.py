@@ -1,8 +1,9 @@
 """A GGUF file's own blocks as a target's weights: mapped, and multiplied as they lie or packed anew, by the C step.
 
-A model of the Llama family is built without weights; its linear layers and its embedding get the file's blocks. These
-layers compute what stock ones would with the float32 weights that the blocks stand for, in C, on the file's pages,
-which processes share. The torch form and the C step read them, too, or a copy where whole numbers are quicker.
+A model of the fast forward's families is built without weights; its linear layers and its embedding get the file's
+blocks. These layers compute what stock ones would with the float32 weights that the blocks stand for, in C, on the
+file's pages, which processes share. The torch form and the C step read them, too, or a copy where whole numbers are
+quicker.
 `NativeError` says what cannot be had so; such a target is converted to float32 (gguf.py).
 
 Shapes: O outputs, I inputs.
@@ -234,7 +235,7 @@ def _name_of(name: str, modules: Mapping[str, str]) -> str:
 
 
 def give_blocks(model: Any, gguf_file: Path, folder: Path) -> None:
-    """Let a model of the Llama family, built on the meta device, run on the mapped blocks of a file.
+    """Let a model of the fast forward's families, built on the meta device, run on the mapped blocks of a file.
 
     raises NativeError where the C step cannot multiply them, or the file does not hold what the model needs.
     """

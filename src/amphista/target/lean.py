@@ -1,10 +1,9 @@
-"""The fast forward of the Llama family: the same weights and arithmetic as the stock model, without its overhead.
+"""The fast forward of the Llama family and its kin: the stock model's weights and arithmetic, without its overhead.
 
-For what qualify.py admits, read by lean_layers.py: projections of one input fused into one product,
-grouped-query attention without repeating keys and values, one mask for all layers, rows of the
-cache written in place. The two numbers of a head that are rotated together are stored side by side, so that rotating is
-one product of complex numbers, which also scales the queries. Everything else runs on the stock model; both are tested
-equal.
+For what qualify.py admits, read by lean_layers.py: projections of one input fused into one product, grouped-query
+attention without repeating keys and values, one mask for each kind of layer, rows of the cache written in place. The
+two numbers of a head that are rotated together are stored side by side, so that rotating is one product of complex
+numbers, which also scales the queries. Everything else runs on the stock model; both are tested equal.
 
 Shapes: B sequences, N new rows each, S cached rows with them, H query heads, J key-value heads, G = H / J, E head size,
 D hidden size, W = (1 + taps) D, V vocabulary.
@@ -64,7 +63,7 @@ class NoCache:
 
 
 class LeanModel:
-    """A causal LM of the Llama family as weights and one function."""
+    """A causal LM as weights and one function."""
 
     def __init__(self, model: Any, *, product: type[Product] = TorchLinear, release: bool = False) -> None:
         """product: the kernel of all products with weights. release: free the stock model's layers one by one as they
