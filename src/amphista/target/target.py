@@ -372,9 +372,7 @@ class Target:
 
         Padding needs no mask: causal rows never look to the right.
         """
-        if self._lean is not None:
-            return self._lean.hidden(token_ids, taps)
-        return self._stock_forward.hidden(token_ids, taps)
+        return (self._lean or self._stock_forward).hidden(token_ids, taps)
 
     @torch.inference_mode()
     def early_states(self, token_ids: Tensor, num_layers: int) -> Tensor:
@@ -386,16 +384,16 @@ class Target:
     def probe_rows(self, token_ids: Sequence[int], positions: Tensor, probes: Probes) -> Tensor:
         """Hidden states [Q, M, D] of a group of probes behind each of the rows `positions` [Q] of a text, for training:
         with a gradient for the probes where it is enabled."""
-        if isinstance(getattr(self._lean, "head", None), NativeLinear) and torch.is_grad_enabled():
+        lean = self._lean
+        if isinstance(getattr(lean, "head", None), NativeLinear) and torch.is_grad_enabled():
             raise TargetError(
                 f"no gradient passes through the {self.type_name} weights of {self.name}, which a drafter with probes "
                 "is trained with: load it in bfloat16 or float32 (--dtype)"
             )
         cache = KVCache(self._num_caches)
         self.prefill(token_ids, cache)
-        if self._lean is not None:
-            self._lean.rotary.reserve(len(token_ids) + probes.num_rows)
-        read = self._stock_forward.read if self._lean is None else self._lean.read
-        in_pairs = 0 if self._lean is None else self._lean.num_paired
+        if lean is not None:
+            lean.rotary.reserve(len(token_ids) + probes.num_rows)
+        read, in_pairs = (self._stock_forward.read, 0) if lean is None else (lean.read, lean.num_paired)
         groups = Groups(probes, positions.to(self.device), self.spec.max_positions, in_pairs)
         return groups.states(read, cache)
