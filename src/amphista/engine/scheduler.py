@@ -42,10 +42,15 @@ class Limits:
     max_wait_seconds: float | None = 60.0
 
     def __post_init__(self) -> None:
-        if min(self.max_running, self.row_bytes) < 1 or self.max_request_len < 1:
+        if min(self.max_running, self.row_bytes) < 1:
             raise ConfigError(
-                f"{self.max_running} requests in {self.kv_bytes} bytes of keys and values, {self.row_bytes} a row: "
-                f"expected at least 1 request and room for {self.spare_rows + 1} rows"
+                f"{self.max_running} requests of {self.row_bytes} bytes a row: expected 1 at least of each"
+            )
+        if self.max_request_len < 1:
+            needed = (self.spare_rows + 1) * self.row_bytes
+            raise ConfigError(
+                f"{self.kv_bytes / 2**20:.3g} MiB are given to keys and values, of which a request takes "
+                f"{needed / 2**20:.3g} MiB at least, {self.row_bytes / 2**10:.3g} KiB a token: give more (--kv-gib)"
             )
 
     @property
