@@ -24,7 +24,7 @@ from torch.nn import functional
 from amphista.errors import NativeError
 from amphista.kernels.parts import ABOUT_ONE
 from amphista.native.weights import HALVES, Weight
-from amphista.target.gguf_metadata import FREQUENCIES
+from amphista.target.gguf_metadata import FACTORS, FREQUENCIES
 from amphista.target.products import ARENA, NativeLinear
 
 GGUF = "gguf"  # as a type of weights
@@ -184,7 +184,7 @@ class MappedTensors:
         self._found = {_name_of(name, modules): entry for name, entry in record["tensors"].items()}
         heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
         self._heads = heads if record["architecture"] == ROTATED_IN_PAIRS else {}
-        self.unread = set(self._found) - {FREQUENCIES}
+        self.unread = set(self._found) - {FREQUENCIES, *(FACTORS.values() if config.model_type == "phi3" else ())}
         self._tried: set[str] = set()
 
     def take(self, name: str) -> Tensor:

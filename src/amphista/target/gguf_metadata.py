@@ -16,6 +16,7 @@ END_TOKENS = re.compile(
     r"tokenizer\.ggml\.(eos|eot|eom|eog)_token_ids?"
 )  # end of text, of turn, of message; all of them
 FREQUENCIES = "rope_freqs.weight"  # what each frequency is divided by: Llama 3's, as llama.cpp writes it
+FACTORS = {f"{kind}_factor": f"rope_factors_{kind}.weight" for kind in ("short", "long")}  # the same, Phi-3's
 POSITIONS = {"linear", "yarn"}
 BY_KIND = "full_attention"  # where a configuration has positions for each kind of layer
 LAYERS_OF_27B = 62  # of Gemma 3
@@ -34,10 +35,37 @@ def end_tokens(reader: Any) -> list[int]:
 
 def complete(reader: Any, config: Any) -> None:
     """Give a configuration what the loader leaves at defaults; raises TargetError for what is not known here."""
+    if config.model_type == "phi3":
+        _turn_as_phi3(reader, config)
     _scale_positions(reader, config)
     if config.model_type == "gemma3_text":  # by size, as llama.cpp does: no file says it
         is_27b = config.num_hidden_layers == LAYERS_OF_27B
         config.query_pre_attn_scalar = config.hidden_size // config.num_attention_heads if is_27b else config.head_dim
+
+
+def _turn_as_phi3(reader: Any, config: Any) -> None:
+    """Which part of a head is rotated, and longrope's factors (arXiv 2402.13753), which lie among the tensors."""
+    rope = dict(config.rope_parameters)
+    said = {name.partition(".rope.")[2]: entry.contents() for name, entry in reader.fields.items() if ".rope." in name}
+    head_size = config.hidden_size // config.num_attention_heads
+    turned = said.get("dimension_count", head_size)
+    rope["partial_rotary_factor"] = turned / head_size
+    tensors = {tensor.name: tensor.data for tensor in reader.tensors if tensor.name in FACTORS.values()}
+    original = said.get("scaling.original_context_length")
+    if tensors:
+        if len(tensors) < len(FACTORS) or original is None or any(2 * part.size != turned for part in tensors.values()):
+            raise TargetError(
+                f"the file scales {turned} of a head's {head_size} numbers by {', '.join(sorted(tensors))}: expected "
+                f"{' and '.join(FACTORS.values())} with {turned // 2} numbers each, and "
+                "rope.scaling.original_context_length"
+            )
+        rope |= {name: np.asarray(tensors[place], np.float64).ravel().tolist() for name, place in FACTORS.items()}
+        rope |= {"rope_type": "longrope", "original_max_position_embeddings": original}
+        rope["factor"] = config.max_position_embeddings / original
+        config.original_max_position_embeddings = original
+        if "scaling.attn_factor" in said:
+            rope["attention_factor"] = float(said["scaling.attn_factor"])
+    config.rope_parameters = rope
 
 
 def _scale_positions(reader: Any, config: Any) -> None:
@@ -105,7 +133,8 @@ def refuse_unread(reader: Any, model: Any) -> None:
     and divisors of positions for long texts."""
     biases = {tensor.name: tensor.n_elements for tensor in reader.tensors if tensor.name.endswith(".bias")}
     places = sum(numbers.numel() for name, numbers in model.state_dict().items() if name.endswith("bias"))
-    unread = [tensor.name for tensor in reader.tensors if tensor.name.startswith("rope_factors")]
+    is_read = model.config.model_type == "phi3"
+    unread = [tensor.name for tensor in reader.tensors if tensor.name.startswith("rope_factors") and not is_read]
     if sum(biases.values()) > places:
         unread += list(biases)
     if unread:

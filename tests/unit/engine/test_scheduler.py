@@ -129,7 +129,7 @@ def test_what_can_never_fit_is_refused_in_a_sentence():
 
 @pytest.mark.parametrize("limits", [{"kv_bytes": 480}, {"row_bytes": 0}, {"max_running": 0}])
 def test_limits_that_hold_nothing_are_refused(limits):
-    with pytest.raises(ConfigError, match="expected 1 at least|a request takes .* MiB at least"):
+    with pytest.raises(ConfigError, match=r"expected 1 at least|a request takes .* MiB at least"):
         Limits(**{"kv_bytes": 1000, "row_bytes": 10, **limits})
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from gguf import GGMLQuantizationType as Kind
@@ -282,6 +283,45 @@ def test_gemmas_positions_and_queries_are_scaled_as_llama_cpp_does(tmp_path, mon
         path = str(write_gguf(tmp_path / f"{layers}.gguf", mixed, "gemma3", say=say))
         for dtype in (None, "float32"):
             assert load_target(path, dtype=dtype).config.query_pre_attn_scalar == expected
+
+
+def turned_as_phi3(writer, names=("short", "long"), number=16):
+    """As Phi-4-mini's files: half of a head is rotated, by other angles beyond the original context."""
+    writer.add_rope_dimension_count(32)
+    writer.add_rope_scaling_orig_ctx_len(256)
+    writer.add_rope_scaling_attn_factors(1.19)
+    for name in names:
+        factors = np.linspace(1.0, 3.0 if name == "short" else 9.0, number, dtype=np.float32)
+        writer.add_tensor(f"rope_factors_{name}.weight", factors)
+
+
+def test_phi3_is_rotated_as_its_file_says(tmp_path):
+    path, tokens = str(write_gguf(tmp_path / "long.gguf", mixed, "phi3", say=turned_as_phi3)), [5, 17, 230, 9] * 60
+    plain = load_target(str(write_gguf(tmp_path / "plain.gguf", mixed, "phi3")), fast=False, dtype="float32")
+    model = plain.stock()._model
+    model.config.original_max_position_embeddings = 256
+    factors = {"short_factor": np.linspace(1.0, 3.0, 16).tolist(), "long_factor": np.linspace(1.0, 9.0, 16).tolist()}
+    rope = {"rope_type": "longrope", "partial_rotary_factor": 0.5, "attention_factor": 1.19, "factor": 2.0, **factors}
+    rope["original_max_position_embeddings"] = 256
+    model.model.rotary_emb = type(model.model.rotary_emb)(with_rope(model.config, rope))
+    expected = model(input_ids=torch.tensor([tokens])).logits[0, -1]
+    for settings in (
+        {},
+        {"dtype": "float32"},
+        {"dtype": "float32", "native": False},
+        {"dtype": "float32", "fast": False},
+    ):
+        target = load_target(path, **settings)
+        assert target.spec.max_positions == 256 and "original context" in target.spec.limited_by
+        found = target.prefill(tokens, target.new_cache()).logits[-1]
+        torch.testing.assert_close(found, expected, atol=1e-3 if settings else 2e-2, rtol=0)
+
+
+@pytest.mark.parametrize("said", [{"names": ("short",)}, {"number": 15}])
+def test_phi3s_factors_that_do_not_fit_are_refused(said, tmp_path):
+    path = write_gguf(tmp_path / "odd.gguf", mixed, "phi3", say=lambda writer: turned_as_phi3(writer, **said))
+    with pytest.raises(TargetError, match=r"expected rope_factors_short\.weight and .* with 16 numbers each"):
+        load_target(str(path))
 
 
 def test_blocks_that_are_read_wrong_are_noticed(tmp_path, caplog, monkeypatch):
