@@ -24,7 +24,7 @@ from amphista.target.target import Target
 from amphista.train.config import TrainConfig
 from amphista.train.dataset import PaddedBatch, answer_rows, collate, epoch_batches, idle_batch, part_of
 from amphista.train.head_loss import HeadLoss, HeadSums
-from amphista.train.memory import keep_freed_memory
+from amphista.train.memory import STEPS_TO_TRIM, keep_freed_memory
 from amphista.train.not_finite import not_finite
 from amphista.train.results import Results
 from amphista.train.run_folder import Progress, RunFolder
@@ -162,7 +162,8 @@ class Trainer:
             self._validate()
         if step % config.save_every == 0:
             self.folder.save_state(self.progress)
-            trim_allocator()  # batches of every length leave gaps in the heap that others do not fit
+        if step % STEPS_TO_TRIM == 0:
+            trim_allocator()
 
     def _validate(self) -> None:
         result = self.results.validate(self.progress)
