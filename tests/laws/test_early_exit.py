@@ -86,6 +86,16 @@ def test_what_is_drafted_in_service_is_what_training_sees(form, family):
     assert worst_distance(target, drafter_for(target)) < allowed
 
 
+def test_what_embeddings_are_multiplied_by_is_seen_by_both():
+    """By a norm's eps alone, so where they are small."""
+    kind, changes = FAMILIES["granite"]
+    model = shaken_model(kind, num_hidden_layers=4, tie_word_embeddings=False, **changes)
+    with torch.no_grad():
+        model.get_input_embeddings().weight.mul_(1e-3)
+    target = Target(model)
+    assert target.speed_up() and worst_distance(target, drafter_for(target)) < 1e-3
+
+
 @pytest.mark.parametrize("family", ["mistral-windowed", "mistral-narrow"])
 def test_a_window_that_is_not_kept_is_seen(family, monkeypatch):
     monkeypatch.setattr(LeanModel, "first_seen", lambda *given: 0)

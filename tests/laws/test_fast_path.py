@@ -15,7 +15,7 @@ import torch
 from amphista.drafter.proposer import Proposer
 from amphista.engine.params import SamplingParams
 from amphista.engine.step import Engine
-from amphista.errors import TargetError
+from amphista.errors import CapacityError, TargetError
 from amphista.target import lean
 from amphista.target.lean import LeanModel
 from amphista.target.spans import Span
@@ -106,6 +106,14 @@ def test_prefill_tree_and_commit(both, length, monkeypatch):
     if length > 20:
         monkeypatch.setattr("amphista.target.target.PREFILL_CHUNK", 60)  # fused attention behind a cache, then growth
     assert worst_difference(*both, length) < TOLERANCE
+
+
+def test_longrope_is_right_up_to_its_original_context():
+    """Behind it all rotations would change; the table, which grows ahead, is made of those before."""
+    fast, stock = pair("phi3-half")
+    assert worst_difference(fast, stock, fast.spec.max_positions - 16) < TOLERANCE
+    with pytest.raises(CapacityError, match=r"beyond the context of 512 \(longrope"):
+        fast.hidden_states(torch.ones(1, 513, dtype=torch.int64))
 
 
 def test_ragged_batch(both):

@@ -130,7 +130,9 @@ class EarlyExit(SequentialHeads[DraftedPaths | TextPaths]):
         columns = (select % length)[:, None] + steps
         ahead = (select - select % length)[:, None] + columns.clamp_max(length - 1)
         rows, ahead = ahead.unique(return_inverse=True)
-        first = self._shared.embed(next_ids.flatten()[(rows - 1).clamp_min(0)])
+        early = self._shared.early_layers
+        assert early is not None
+        first = early.entered(self._shared.embed(next_ids.flatten()[(rows - 1).clamp_min(0)]))
         behind = hidden.flatten(0, 1).index_select(0, rows).split(self.spec.hidden_size, dim=-1)[1:]
         exits = self._exit([first.to(hidden.dtype), *behind])
         return TextPaths.along(ahead, [exits])

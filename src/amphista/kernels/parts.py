@@ -19,7 +19,7 @@ from torch.nn import functional
 from amphista.native import training as native
 
 FIRST_POSITIONS = 1024
-ABOUT_ONE = {"GemmaRMSNorm", "Gemma2RMSNorm", "Gemma3RMSNorm"}  # norms that hold by how much a weight differs from 1
+ABOUT_ONE = {"Gemma3RMSNorm"}  # norms that hold by how much a weight differs from 1
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Norm:
         weight = module.weight.detach()
         if type(module).__name__ in ABOUT_ONE:
             weight = 1.0 + weight.to(torch.promote_types(weight.dtype, torch.float32))
-        return cls(weight, getattr(module, "eps", None) or module.variance_epsilon)
+        return cls(weight, module.eps if hasattr(module, "eps") else module.variance_epsilon)
 
     @cached_property
     def _wide(self) -> Tensor:
@@ -64,7 +64,7 @@ def attention_of_any_shape(query: Tensor, key: Tensor, value: Tensor, **how: Any
 
 
 class RotaryTable:
-    """Rotary positions (arXiv 2104.09864) as complex numbers [P, E / 2], for all positions asked for so far.
+    """Rotary positions (arXiv 2104.09864) as complex numbers [P, ..., E / 2], for all positions asked for so far.
 
     Threads share it, so it only grows; what it has outgrown is kept, for recorded forwards read that very table.
     """
@@ -88,8 +88,10 @@ class RotaryTable:
 def paired(rows: Tensor, head_size: int, num: int | None = None) -> Tensor:
     """Rows [heads * E, ...], of which i and i + N / 2 of a head are rotated together: these two side by side.
 
-    num: N, a head's first; None: all.
+    num: N, a head's first; None: all; 0: as they lie.
     """
+    if num == 0:
+        return rows.detach()
     num = head_size if num is None else num
     first, rest = rows.detach().view(-1, head_size, *rows.shape[1:]).split([num, head_size - num], dim=1)
     halves = first.unflatten(1, (2, num // 2)).transpose(1, 2).flatten(1, 2)

@@ -26,6 +26,7 @@ from amphista.target.attention import Layout, layer_rules
 from amphista.target.blocks import scale_of
 from amphista.target.hidden_states import Taps
 from amphista.target.lean_layers import (
+    ACTIVATIONS,
     LeanLayer,
     activation_of,
     kind_of_turn,
@@ -74,13 +75,16 @@ class LeanModel:
         self.num_heads, self.num_key_value_heads = config.num_attention_heads, config.num_key_value_heads
         self.embed = decoder.embed_tokens
         self._embedding = self.embed.weight.detach()
-        self.input_scale = float(getattr(config, "embedding_multiplier", 1.0))  # of what layers read, whoever embeds it
+        self.input_scale = float(
+            getattr(decoder, "embedding_multiplier", 1.0)
+        )  # of what layers read, whoever embeds it
         self.embedding_scale = self.input_scale * scale_of(self.embed)
-        self.residual_scale = float(getattr(config, "residual_multiplier", 1.0))
-        self.has_gelu = activation_of(config) != "silu"
+        self.residual_scale = float(getattr(decoder.layers[0], "residual_multiplier", 1.0))
+        self.has_gelu = ACTIVATIONS[type(activation_of(decoder.layers[0])).__name__]
         self.logit_transform = LogitTransform.from_config(config)
         turns = [kind_of_turn(config, layer, index) for index, layer in enumerate(decoder.layers)]
         kinds = list(dict.fromkeys(turns))
+        self.num_turns = len(kinds)
         self.num_paired = num_to_pair(attention, decoder.rotary_emb, kinds)
         self.rotary = rotary_table(decoder.rotary_emb, config, kinds, self.head_size, self._embedding.device)
         self._exact = torch.promote_types(self.dtype, torch.float32)  # what is rotated in
@@ -188,7 +192,7 @@ class LeanModel:
         taps: Taps,
     ) -> Tensor:
         """Flat rows [N, W] of embeddings. attention: by rule, then by span; rows: by layer, then by span."""
-        states, tapped = self._entered(inputs), []
+        states, tapped = self.entered(inputs), []
         for layer, caches in zip(self.layers, rows, strict=False):  # either may have been cut
             mixed = _mixed(attention[layer.rule], self._projected(layer, states, turns[layer.turn]), caches)
             states = self._behind(layer, states, mixed)
@@ -208,7 +212,7 @@ class LeanModel:
     def read_early(self, token_ids: Tensor, positions: Sequence[int], num_layers: int, mix: Mix) -> list[Tensor]:
         """As `EarlyLayers` says; scaled queries, and keys as the model's caches hold them."""
         self.rotary.reserve(max(positions) + 1)
-        turns, residuals = self._rotations(sent(positions, self.device)), [self._entered(self.embed(token_ids))]
+        turns, residuals = self._rotations(sent(positions, self.device)), [self.entered(self.embed(token_ids))]
         for number, layer in enumerate(self.layers[:num_layers]):
             states = residuals[-1]
             residuals.append(
@@ -228,7 +232,7 @@ class LeanModel:
         logits = self.head(hidden.reshape(-1, hidden.shape[-1])).view(*hidden.shape[:-1], -1)
         return self.logit_transform(logits)
 
-    def _entered(self, inputs: Tensor) -> Tensor:
+    def entered(self, inputs: Tensor) -> Tensor:
         """What the first layer reads of embeddings [N, D]."""
         return inputs if self.input_scale == 1.0 else inputs * self.input_scale
 
@@ -260,7 +264,8 @@ class LeanModel:
         """States [N, D] and a product of rows, normed if there is a norm."""
         if norm is None and self.residual_scale == 1.0:
             return product.added(rows, states)
-        return states + _normed(norm, product(rows)) * self.residual_scale
+        added = _normed(norm, product(rows))
+        return states + (added if self.residual_scale == 1.0 else added * self.residual_scale)
 
     def _rotations(self, positions: Tensor) -> Sequence[Tensor]:
         """What queries and keys at positions [N] are multiplied by, by kind of layer: complex [N, H + J, E / 2]."""

@@ -1,7 +1,7 @@
 """What a stock model's layers are to the fast forward (lean.py): their products, norms, and how positions turn them.
 
 Families differ in where their norms stand, in what is fused, in which part of a head is rotated, by which angles, in
-which layers. All of it is read off the modules; qualify.py refuses what is not known here.
+which layers. It is read off the modules, rotations off the configuration; qualify.py refuses what is not known here.
 
 Shapes: H query heads, J key-value heads, E head size, D hidden size, I inner size.
 """
@@ -19,6 +19,7 @@ from amphista.kernels.linear import Product
 from amphista.kernels.parts import Norm, RotaryTable, paired
 from amphista.target.spec import context_of
 
+ACTIVATIONS = {"SiLU": False, "SiLUActivation": False, "GELUTanh": True, "PytorchGELUTanh": True}  # is it gelu
 ALL_LAYERS, NO_TURN = "", None  # kinds of rotation: the only one a model has, and that of layers without positions
 
 WITH_NEIGHBOURS = {"Ernie4_5Attention", "GlmAttention", "Glm4Attention", "HeliumAttention"}
@@ -65,23 +66,24 @@ class LeanLayer:
         """num_to_pair: how many numbers of a head are to be put into pairs."""
         attention, mlp, size = layer.self_attn, layer.mlp, layer.self_attn.head_dim
         names = NORMS[frozenset(name for name, _ in layer.named_children() if name.endswith("layernorm"))]
-        before, behind, before_mlp, behind_mlp = (name and Norm.of(getattr(layer, name)) for name in names)
+        norms = [None if name is None else Norm.of(getattr(layer, name)) for name in names]
+        before, behind, before_mlp, behind_mlp = norms
         of_heads = []
         for name in ("q_norm", "k_norm"):
             norm = Norm.of(getattr(attention, name)) if hasattr(attention, name) else None
             of_heads.append(norm and Norm(paired(norm.weight, size, num_to_pair), norm.eps))
         wide = [mlp.gate_up_proj] if hasattr(mlp, "gate_up_proj") else [mlp.gate_proj, mlp.up_proj]
         return cls(
-            attention_norm=before or None,
+            attention_norm=before,
             qkv=_projections(attention, num_to_pair, product),
             query_norm=of_heads[0],
             key_norm=of_heads[1],
             output=product.of(attention.o_proj),
-            attention_out_norm=behind or None,
-            mlp_norm=before_mlp or None,
+            attention_out_norm=behind,
+            mlp_norm=before_mlp,
             gate_up=_halved(wide, product),
             down=product.of(mlp.down_proj),
-            mlp_out_norm=behind_mlp or None,
+            mlp_out_norm=behind_mlp,
             rule=rule,
             turn=turn,
             number=number,
@@ -121,7 +123,11 @@ def kind_of_turn(config: Any, layer: Any, index: int) -> str | None:
     attention = layer.self_attn
     if not getattr(attention, "use_rope", True):
         return NO_TURN
-    if type(attention).__name__ == "Exaone4Attention" and attention.sliding_window and not attention.is_sliding:
+    if (
+        type(attention).__name__ == "Exaone4Attention"
+        and attention.sliding_window is not None
+        and not attention.is_sliding
+    ):
         return NO_TURN
     kinds = getattr(config, "layer_types", None) or []
     by_kind = kinds and isinstance((config.rope_parameters or {}).get(kinds[index]), dict)
@@ -163,6 +169,6 @@ def rotary_table(rotary: Any, config: Any, kinds: Sequence[str | None], head_siz
     return RotaryTable(make)
 
 
-def activation_of(config: Any) -> str:
-    """The name of the function that gates a layer's inner states."""
-    return str(getattr(config, "hidden_activation", None) or config.hidden_act)
+def activation_of(layer: Any) -> Any:
+    """The function that gates a layer's inner states."""
+    return getattr(layer.mlp, "act_fn", None) or layer.mlp.activation_fn

@@ -78,7 +78,7 @@ class NativeForward:
             lean._norm.eps,
             float(lean._heads_scale[0]),
             residual_scale=lean.residual_scale,
-            num_turns=lean.rotary.reserve(1).shape[1],
+            num_turns=lean.num_turns,
             has_wide_norms=of_heads is not None and of_heads.weight.numel() != lean.head_size,
             has_gelu=lean.has_gelu,
             embedding_scale=lean.embedding_scale,
@@ -155,7 +155,8 @@ class NativeForward:
     def check(self, allowed: float) -> None:
         """Raise NativeError unless hidden states are near the torch form's, by their scale, and a node of a tree has
         the logits that it has alone, to the bit."""
-        num_layers, ids = len(self.layers), [token % self.model.vocab_size for token in range(7, 12)]
+        num_layers, size = len(self.layers), self.model.vocab_size
+        ids = [token % size for token in (7, 8, size // 3, size // 2, size - 1)]
         prompt, tree = TokenTree.chain(ids), TokenTree(ids[:3], [-1, 0, 0])
         path = TokenTree.chain([ids[0], ids[2]])
         mine, theirs = KVCache(num_layers), KVCache(num_layers)

@@ -15,13 +15,17 @@ class TargetOutput:
     states of all rows, behind them the taps that were asked for [N, (1 + taps) * D].
 
     choices: the argmax of each row of logits, -1 where they are no finite numbers, where the forward has brought them
-    along. The tensors of a recorded
-    forward (captured_forward.py) are valid until the next forward of the same target.
+    along. The tensors of a recorded forward (captured_forward.py) are valid until the next forward of the same target.
     """
 
     logits: Tensor
     hidden: Tensor
     choices: list[int] | None = None
+
+    def distance(self, other: TargetOutput) -> float:
+        """How far logits and hidden states are from another's, by its largest; NaN where one is."""
+        parts = ((self.logits, other.logits), (self.hidden, other.hidden))
+        return float(torch.stack([(a - b).abs().max() / b.abs().max() for a, b in parts]).max())
 
 
 def choices_of(logits: Tensor) -> Tensor:

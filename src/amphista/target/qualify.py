@@ -1,4 +1,4 @@
-"""Which models take the fast forward (lean.py): only what it reproduces exactly, told apart by structure, not by name.
+"""Which models take the fast forward (lean.py): only what it reproduces exactly, by class and by structure.
 
 A model with anything unknown in it (an adapter, a quantised layer, a hook, a patched method, another rotary type) stays
 on the stock path, and the reason is told.
@@ -11,34 +11,35 @@ from typing import Any
 import torch
 from torch import nn
 
-from amphista.target.blocks import BlockedLinear
-from amphista.target.lean_layers import NORMS, activation_of
+from amphista.target.blocks import BlockedEmbedding, BlockedLinear
+from amphista.target.lean_layers import ACTIVATIONS, NORMS, activation_of
 from amphista.target.spec import rotations
 
-CLASSES = {
-    "cwm.CwmForCausalLM",
-    "ernie4_5.Ernie4_5ForCausalLM",
-    "exaone4.Exaone4ForCausalLM",
-    "gemma3.Gemma3ForCausalLM",
-    "gemma3.Gemma3ForConditionalGeneration",  # given text alone
-    "glm.GlmForCausalLM",
-    "glm4.Glm4ForCausalLM",
-    "granite.GraniteForCausalLM",
-    "helium.HeliumForCausalLM",
-    "llama.LlamaForCausalLM",
-    "ministral.MinistralForCausalLM",
-    "mistral.MistralForCausalLM",
-    "olmo2.Olmo2ForCausalLM",
-    "olmo3.Olmo3ForCausalLM",
-    "phi3.Phi3ForCausalLM",
-    "qwen2.Qwen2ForCausalLM",
-    "qwen3.Qwen3ForCausalLM",
-    "seed_oss.SeedOssForCausalLM",
-    "smollm3.SmolLM3ForCausalLM",
+FAMILIES = {
+    "cwm": "Cwm",
+    "ernie4_5": "Ernie4_5",
+    "exaone4": "Exaone4",
+    "gemma3": "Gemma3",
+    "glm": "Glm",
+    "glm4": "Glm4",
+    "granite": "Granite",
+    "helium": "Helium",
+    "llama": "Llama",
+    "ministral": "Ministral",
+    "mistral": "Mistral",
+    "olmo2": "Olmo2",
+    "olmo3": "Olmo3",
+    "phi3": "Phi3",
+    "qwen2": "Qwen2",
+    "qwen3": "Qwen3",
+    "seed_oss": "SeedOss",
+    "smollm3": "SmolLM3",
 }
+CLASSES = {f"transformers.models.{family}.modeling_{family}.{name}ForCausalLM" for family, name in FAMILIES.items()} | {
+    "transformers.models.gemma3.modeling_gemma3.Gemma3ForConditionalGeneration"
+}  # given text alone
 # A row's rotation depends on its own position alone; of the last two, in the context that is read (`context_of`).
 ROPE_TYPES = {"default", "linear", "llama3", "yarn", "longrope", "dynamic"}
-ACTIVATIONS = {"silu", "gelu_pytorch_tanh"}
 DTYPES = {  # by device
     "cpu": {torch.float64, torch.float32, torch.bfloat16},
     "cuda": {torch.float64, torch.float32, torch.bfloat16, torch.float16},
@@ -47,7 +48,9 @@ ATTENTION = ({"q_proj", "k_proj", "v_proj", "o_proj"}, {"qkv_proj", "o_proj"})
 MLP = ({"gate_proj", "up_proj", "down_proj"}, {"gate_up_proj", "down_proj"})
 NO_WEIGHTS = {"act_fn", "activation_fn", "resid_attn_dropout", "resid_mlp_dropout"}
 LINEAR = {nn.Linear, BlockedLinear}
-EMBEDDINGS = {"Embedding", "BlockedEmbedding", "Gemma3TextScaledWordEmbedding"}
+EMBEDDINGS = {f"{kind.__module__}.{kind.__qualname__}" for kind in (nn.Embedding, BlockedEmbedding)} | {
+    "transformers.models.gemma3.modeling_gemma3.Gemma3TextScaledWordEmbedding"
+}
 
 
 def why_not_fast(model: Any) -> str | None:
@@ -57,7 +60,7 @@ def why_not_fast(model: Any) -> str | None:
     """
     return (
         why_not_of_family(model)
-        or _config_reason(model.config.get_text_config(decoder=True))
+        or _config_reason(model.config, model.config.get_text_config(decoder=True))
         or _tensor_reason(model)
         or _module_reason(model)
     )
@@ -65,17 +68,20 @@ def why_not_fast(model: Any) -> str | None:
 
 def why_not_of_family(model: Any) -> str | None:
     """The reason for which a model is of another family than the fast forward knows."""
-    kind = type(model)
-    if f"{kind.__module__.rpartition('.modeling_')[2]}.{kind.__qualname__}" in CLASSES:
+    if _full_name(model) in CLASSES:
         return None
-    return f"{kind.__name__} is not of the families that the fast forward knows"
+    return f"{type(model).__name__} is not of the families that the fast forward knows"
 
 
-def _config_reason(config: Any) -> str | None:
-    if getattr(config, "quantization_config", None) is not None:
+def _full_name(thing: object) -> str:
+    """Of its class: others, as in code that comes with a model, may be called the same in a module of their own."""
+    return f"{type(thing).__module__}.{type(thing).__qualname__}"
+
+
+def _config_reason(whole: Any, config: Any) -> str | None:
+    """config: of the text part."""
+    if any(getattr(part, "quantization_config", None) is not None for part in (whole, config)):
         return "it is quantised"
-    if activation_of(config) not in ACTIVATIONS:
-        return f"its activation is {activation_of(config)}"
     if getattr(config, "attn_logit_softcapping", None) or getattr(config, "use_bidirectional_attention", None):
         return "its attention caps its scores or looks ahead"
     if config._attn_implementation != "sdpa":
@@ -117,9 +123,11 @@ def _module_reason(model: Any) -> str | None:
             linear += [getattr(block, part) for part in names]
         if frozenset(_children(layer) - {"self_attn", "mlp"}) not in NORMS:
             return "a layer of it has parts that are not the family's"
+        if type(activation_of(layer)).__name__ not in ACTIVATIONS:
+            return f"its activation is {type(activation_of(layer)).__name__}"
         if any(type(part) not in LINEAR for part in linear):
             return "a projection of it is not a plain linear layer"
-    if type(model.get_output_embeddings()) not in LINEAR or type(decoder.embed_tokens).__name__ not in EMBEDDINGS:
+    if type(model.get_output_embeddings()) not in LINEAR or _full_name(decoder.embed_tokens) not in EMBEDDINGS:
         return "its embedding or LM head is not a plain one"
     return None
 

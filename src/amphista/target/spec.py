@@ -185,6 +185,9 @@ class EarlyLayers(Protocol):
     def final_norm(self) -> Tensor:
         """Weight [D] of the norm before the LM head."""
 
+    def entered(self, inputs: Tensor) -> Tensor:
+        """What the first layer reads of embeddings [N, D]."""
+
     def read_early(self, token_ids: Tensor, positions: Sequence[int], num_layers: int, mix: Mix) -> list[Tensor]:
         """Residuals [n, D] before the first and behind each of so many layers, of tokens [n].
 

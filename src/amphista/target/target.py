@@ -158,8 +158,8 @@ class Target:
         """
         if self._lean is not None or self.why_stock is not None:
             return self._lean is not None
-        ids = torch.arange(7, 7 + PROBE_ROWS, device=self.device)[None] % self.spec.vocab_size
-        expected = self.hidden_states(ids)
+        ids = [(7 + row * (self.spec.vocab_size // PROBE_ROWS + 1)) % self.spec.vocab_size for row in range(PROBE_ROWS)]
+        expected = self.prefill(ids, self.new_cache())
         if native:
             self.why_not_native = why_not_native(self.name, self.device, self.dtype, is_static=bool(self._wants_static))
             native = self.why_not_native is None
@@ -169,11 +169,11 @@ class Target:
             self._stock_forward.remove()
         product = product_of(self._model.get_output_embeddings(), int8=int8, native=native)
         self._lean = LeanModel(self._model, product=product, release=release)
-        difference = float((self.hidden_states(ids) - expected).abs().max() / expected.abs().max())
+        difference = self.prefill(ids, self.new_cache()).distance(expected)
         if not difference <= self._probe_tolerance:
             raise TargetError(
-                f"the fast path of {self.name} differs from its stock model by {difference:.2g} of the hidden states' "
-                f"scale (allowed {self._probe_tolerance:.2g}): load it with fast=False (--no-fast) and report it"
+                f"the fast path of {self.name} differs from its stock model by {difference:.2g} of the scale (allowed "
+                f"{self._probe_tolerance:.2g}): load it with fast=False (--no-fast) and report it"
             )
         self.shared.early_layers = self._lean
         if native:
@@ -372,6 +372,7 @@ class Target:
 
         Padding needs no mask: causal rows never look to the right.
         """
+        self._check_context(token_ids.shape[1] - 1)
         return (self._lean or self._stock_forward).hidden(token_ids, taps)
 
     @torch.inference_mode()

@@ -5,13 +5,24 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
+from transformers import AutoModelForImageTextToText, Gemma3Config
 
+from amphista.cache.static import KVCache
 from amphista.errors import TargetError
 from amphista.target import qualify
 from amphista.target.loading import load_target
 from amphista.target.qualify import why_not_fast
 from amphista.target.target import Target
 from tests.tiny import FAMILIES, tiny_model
+
+VISION = {
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "image_size": 28,
+    "patch_size": 14,
+}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -51,7 +62,7 @@ def _half(model):
 
 
 def _act(model):
-    model.config.hidden_act = "gelu"
+    model.model.layers[1].mlp.act_fn = nn.GELU()
 
 
 def _rope(model):
@@ -60,6 +71,19 @@ def _rope(model):
 
 def _parametrised(model):
     torch.nn.utils.parametrizations.orthogonal(model.model.layers[0].self_attn.o_proj)
+
+
+def _other_module(model):
+    """Code that comes with a model may be called as the library's."""
+    model.__class__ = type("LlamaForCausalLM", (type(model),), {"__module__": "somebody.modeling_llama"})
+
+
+def _adapted_embedding(model):
+    model.model.embed_tokens.__class__ = type("Embedding", (nn.Embedding,), {"__module__": "somebody.adapters"})
+
+
+def _quantised(model):
+    model.config.quantization_config = {"quant_method": "somehow"}
 
 
 @pytest.mark.parametrize(
@@ -71,9 +95,12 @@ def _parametrised(model):
         (_patched, "patched forward"),
         (_extra_part, "parts that are not the family's"),
         (_half, "several types"),
-        (_act, "activation is gelu"),
+        (_act, "activation is GELU"),
         (_rope, "of type proportional"),
         (_parametrised, "parametri"),
+        (_other_module, "LlamaForCausalLM is not of the families"),
+        (_adapted_embedding, "embedding or LM head is not a plain one"),
+        (_quantised, "it is quantised"),
     ],
 )
 def test_what_is_unknown_stays_stock(change, said):
@@ -86,6 +113,25 @@ def test_a_subclass_of_the_family_stays_stock():
     model = tiny_model()
     model.__class__ = type("MyLlama", (type(model),), {})
     assert "MyLlama is not of the families" in why_not_fast(model)
+
+
+def test_a_quantised_model_of_text_and_images_stays_stock():
+    text = tiny_model("gemma3").config
+    model = AutoModelForImageTextToText.from_config(Gemma3Config(text_config=text.to_dict(), vision_config=VISION))
+    assert why_not_fast(model) is None
+    model.config.quantization_config = {"quant_method": "somehow"}
+    assert why_not_fast(model) == "it is quantised"
+
+
+def test_settings_that_the_family_does_not_know_are_not_read():
+    """`transformers` keeps what a configuration holds, whether anything reads it or not."""
+    expected = Target(tiny_model("llama")).prefill([5, 6, 7], KVCache(2))
+    for name in ("hidden_activation", "residual_multiplier", "embedding_multiplier"):
+        target = Target(tiny_model("llama", **{name: "relu" if name == "hidden_activation" else 3.0}))
+        assert target.speed_up() and target.prefill([5, 6, 7], target.new_cache()).distance(expected) < 1e-5
+    for name in ("logits_scaling", "final_logit_softcapping"):  # what all targets read is told at the latest here
+        with pytest.raises(TargetError, match="differs from its stock model"):
+            Target(tiny_model("llama", **{name: 3.0})).speed_up()
 
 
 def test_float16_stays_stock():
