@@ -2,7 +2,8 @@
  *
  * Keys and values are rows of `size` numbers, float32 or bfloat16; a query is one as prepare() leaves it, `wide` words of
  * 4 bytes. A score has the same bits wherever it is worked out: LANES keys are turned so that each has a lane, which runs
- * along the words one by one, even and odd ones apart.
+ * along the words one by one, even and odd ones apart; or, of vectors that are quick to add up, its lanes are added by
+ * the same tree for each.
  */
 #ifndef AMPHISTA_ATTENTION_H
 #define AMPHISTA_ATTENTION_H
@@ -33,6 +34,65 @@ INLINE vec add_words(const int kind, vec total, uvec w, uvec x) {
     return kind == FLOAT32 ? total + (vec)w * (vec)x : add_pairs(total, w, x);
 }
 
+#if LANES == 16
+/* The sums of 16 vectors' lanes, side by side. */
+INLINE vec sums_of(const vec *v) {
+    __m512 twos[8], fours[4], eights[2];
+    for (int i = 0; i < 8; i++) {
+        const __m512 a = (__m512)v[2 * i], b = (__m512)v[2 * i + 1];
+        twos[i] = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+    }
+    for (int i = 0; i < 4; i++) {
+        const __m512d a = (__m512d)twos[2 * i], b = (__m512d)twos[2 * i + 1];
+        fours[i] = _mm512_add_ps((__m512)_mm512_unpacklo_pd(a, b), (__m512)_mm512_unpackhi_pd(a, b));
+    }
+#define HALVES_ADDED(a, b) _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd))
+    for (int i = 0; i < 2; i++) eights[i] = HALVES_ADDED(fours[2 * i], fours[2 * i + 1]);
+    return (vec)HALVES_ADDED(eights[0], eights[1]);
+}
+
+/* Scores of one query with `num` keys, one after the other; of others 0. `kind` and `num` are constants, and for heads of
+ * many models `size`. */
+INLINE void score_keys(const int kind, const int num, const long size, const char *keys, const float *query, float *out) {
+    const long bytes = size * (kind == FLOAT32 ? 4 : 2), whole = bytes / 64 * 64, rest = size - whole / (kind == FLOAT32 ? 4 : 2);
+    vec parts[LANES] = {{0}};
+    for (long at = 0; at < whole; at += 64) {
+        const uvec x = (uvec)load(query + at / 4);
+#pragma GCC unroll 16
+        for (int k = 0; k < num; k++) parts[k] = add_words(kind, parts[k], *(const any_uvec *)(keys + k * bytes + at), x);
+    }
+    if (rest) {
+        const uvec x = (uvec)load(query + whole / 4);
+#pragma GCC unroll 16
+        for (int k = 0; k < num; k++) {
+            const void *from = keys + k * bytes + whole;
+            parts[k] = add_words(kind, parts[k], kind == FLOAT32 ? (uvec)load_part(from, rest) : load_pairs(from, rest), x);
+        }
+    }
+    store(out, sums_of(parts));
+}
+
+/* Scores of n queries [n][wide] with LANES keys, of which `valid` count; room: for keys that lie apart. */
+INLINE void score_block(const Cached *c, const any_word *const *keys, long valid, const float *queries, int n, uint32_t *room,
+                        float *out, long ldo) {
+    const long bytes = c->size * (c->kind == FLOAT32 ? 4 : 2);
+    const char *at = (const char *)keys[0];
+    int is_apart = 0;
+    for (long k = 1; k < LANES && k < valid; k++) is_apart |= (const char *)keys[k] != at + k * bytes;
+    if (is_apart || valid < LANES) {
+        for (long k = 0; k < LANES && k < valid; k++) memcpy((char *)room + k * bytes, keys[k], (size_t)bytes);
+        at = (const char *)room;
+    }
+#define SCORE_KEYS(kind, num, size) for (int q = 0; q < n; q++) score_keys(kind, num, size, at, queries + q * c->wide, out + q * ldo)
+#define SCORE_NUM(kind, num)                                                                                           \
+    if (c->size == 64) SCORE_KEYS(kind, num, 64);                                                                      \
+    else if (c->size == 128) SCORE_KEYS(kind, num, 128);                                                               \
+    else SCORE_KEYS(kind, num, c->size)
+#define SCORE_KIND(kind) if (valid <= 4) { SCORE_NUM(kind, 4); } else { SCORE_NUM(kind, LANES); }
+    if (c->kind == FLOAT32) { SCORE_KIND(FLOAT32) }
+    else { SCORE_KIND(BFLOAT16) }
+}
+#else
 /* The words of LANES keys side by side, an even number: behind their own zeros. */
 static long turn_keys(const Cached *c, const any_word *const *keys, uint32_t *columns) {
     const long whole = c->kind == FLOAT32 ? c->size : c->size / 2, has_half = c->kind != FLOAT32 && c->size % 2;
@@ -63,6 +123,28 @@ INLINE void score_few(const int kind, const uint32_t *columns, long words, const
     for (int q = 0; q < n; q++) store(out + q * ldo, even[q] + odd[q]);
 }
 
+/* Scores of n queries [n][wide] with LANES keys. */
+static void score_block(const Cached *c, const any_word *const *keys, long valid, const float *queries, int n, uint32_t *columns,
+                        float *out, long ldo) {
+    (void)valid;
+    const long words = turn_keys(c, keys, columns);
+    for (int q = 0; q < n; q += SCORED) {
+        const float *from = queries + q * c->wide;
+        float *to = out + q * ldo;
+#define SCORE(kind, number) score_few(kind, columns, words, from, c->wide, number, to, ldo)
+#define SCORE_KIND(kind)                                                                                               \
+    switch (n - q) {                                                                                                   \
+        case 1: SCORE(kind, 1); break;                                                                                 \
+        case 2: SCORE(kind, 2); break;                                                                                 \
+        case 3: SCORE(kind, 3); break;                                                                                 \
+        default: SCORE(kind, 4);                                                                                       \
+    }
+        if (c->kind == FLOAT32) SCORE_KIND(FLOAT32)
+        else SCORE_KIND(BFLOAT16)
+    }
+}
+#endif
+
 /* Scores of n queries [n][wide] with `count` keys: cache rows from `first` on or, of these, rows[at]. Whole vectors are
  * stored: there is room behind. columns: room for LANES keys. */
 static void score(const Cached *c, const char *keys, int64_t first, const int32_t *rows, long count, const float *queries,
@@ -76,21 +158,7 @@ static void score(const Cached *c, const char *keys, int64_t first, const int32_
         }
         for (long byte = 0; byte < LANES * bytes && !rows; byte += 64)
             __builtin_prefetch((const char *)key[0] + AHEAD_OF_CACHE + byte, 0, 2);
-        const long words = turn_keys(c, key, columns);
-        for (int q = 0; q < n; q += SCORED) {
-            const float *from = queries + q * c->wide;
-            float *to = out + q * ldo + at;
-#define SCORE(kind, number) score_few(kind, columns, words, from, c->wide, number, to, ldo)
-#define SCORE_KIND(kind)                                                                                               \
-    switch (n - q) {                                                                                                   \
-        case 1: SCORE(kind, 1); break;                                                                                 \
-        case 2: SCORE(kind, 2); break;                                                                                 \
-        case 3: SCORE(kind, 3); break;                                                                                 \
-        default: SCORE(kind, 4);                                                                                       \
-    }
-            if (c->kind == FLOAT32) SCORE_KIND(FLOAT32)
-            else SCORE_KIND(BFLOAT16)
-        }
+        score_block(c, key, count - at, queries, n, columns, out + at, ldo);
     }
 }
 

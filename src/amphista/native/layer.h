@@ -382,19 +382,22 @@ static void attend(const Stack *m, const Layer *layer, int l, const Batch *f, co
     }
 }
 
-/* The heads of a group read their keys together, unless threads would have nothing to do. */
-static int heads_at_once(const Stack *m, const Work *w, int team) {
-    return w->num_parts * m->key_heads < team ? 1 : m->heads / m->key_heads;
-}
-
-/* (3) of all parts, head by head: what parts of one sequence read is read again while it is near. */
+/* (3) of all parts, head by head: what parts of one sequence read is read again while it is near. The heads of a group
+ * read their keys together, but for groups that do not go evenly into the threads: these are dealt out by single heads,
+ * behind the same number of whole ones for each thread (`meet` cuts the pieces so). */
 static void attention_stage(const Stack *m, const Layer *layer, int l, const Batch *f, const Work *w,
                             Worker *worker) {
-    const int num_heads = heads_at_once(m, w, worker->team), pieces = m->heads / num_heads;
-    meet(worker, w->num_parts * pieces);
-    for (int i = take(worker); i >= 0; i = take(worker))
-        attend(m, layer, l, f, w, w->parts + i % w->num_parts, i / w->num_parts * num_heads, num_heads,
-               worker->thread);
+    const int team = worker->team, size = m->heads / m->key_heads, groups = w->num_parts * m->key_heads;
+    const int even = groups / team, singles = groups % team * size;
+    meet(worker, even * team + singles);
+    for (int i = take(worker); i >= 0; i = take(worker)) {
+        int thread = team - 1;
+        while (even * thread + (long)singles * thread / team > i) thread--;
+        const int before = (int)((long)singles * thread / team), own = i - even * thread - before;
+        const int single = before + own - even, group = own < even ? thread * even + own : team * even + single / size;
+        const int head = group / w->num_parts * size + (own < even ? 0 : single % size);
+        attend(m, layer, l, f, w, w->parts + group % w->num_parts, head, own < even ? size : 1, worker->thread);
+    }
 }
 /* (1) of n rows. */
 static void project(const Stack *m, const Layer *layer, const Work *w, int n, Worker *worker) {
