@@ -192,6 +192,21 @@ def test_a_nodes_bits_are_those_of_plain_decoding(name, type_name, flags):
     assert (1e-4 if type_name == "int8" else 0) < distance(forward, target) < allowed
 
 
+@pytest.mark.parametrize("type_name", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", ["llama-odd", "llama-64", "mistral-windowed"])
+def test_long_paths_whose_rows_lie_apart_have_the_bits_of_plain_decoding(name, type_name):
+    """Two chains of 20 nodes, in turn: more keys than are scored at once, none beside the next."""
+    forward, target = forward_of(name, type_name, FLAGS["native"])
+    source, num_layers = random.Random(1), target.spec.num_layers
+    prompt, tokens = ([source.randrange(300) for _ in range(number)] for number in (5, 40))
+    kept = plainly(forward, prompt, num_layers)[0]
+    output = forward([span_of(tokens, [max(node - 2, -1) for node in range(40)], kept)], taps=TAPS)
+    rows = torch.cat([output.logits, output.hidden], dim=1)
+    for first in (0, 1):
+        _, found = plainly(forward, prompt + tokens[first::2], num_layers)
+        assert torch.equal(rows[first::2], torch.stack(found[len(prompt) :]))
+
+
 @pytest.fixture(scope="module")
 def mutable(tmp_path_factory):
     """A build with faults to switch on, and its forward for a model."""
