@@ -25,20 +25,13 @@ ALL_LAYERS, NO_TURN = "", None  # kinds of rotation: the only one a model has, a
 WITH_NEIGHBOURS = {"Ernie4_5Attention", "GlmAttention", "Glm4Attention", "HeliumAttention"}
 
 # Norms before and behind attention, before and behind the MLP, by the names that a layer has.
-NORMS: dict[frozenset[str], tuple[str | None, ...]] = {
-    frozenset(names) - {None}: names  # type: ignore[misc]
-    for names in (
-        ("input_layernorm", None, "post_attention_layernorm", None),
-        (
-            "input_layernorm",
-            "post_attention_layernorm",
-            "pre_feedforward_layernorm",
-            "post_feedforward_layernorm",
-        ),
-        (None, "post_attention_layernorm", None, "post_feedforward_layernorm"),
-        ("input_layernorm", "post_self_attn_layernorm", "post_attention_layernorm", "post_mlp_layernorm"),
-    )
-}
+PLACES: tuple[tuple[str | None, ...], ...] = (
+    ("input_layernorm", None, "post_attention_layernorm", None),
+    ("input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm"),
+    (None, "post_attention_layernorm", None, "post_feedforward_layernorm"),
+    ("input_layernorm", "post_self_attn_layernorm", "post_attention_layernorm", "post_mlp_layernorm"),
+)
+NORMS = {frozenset(name for name in names if name is not None): names for names in PLACES}
 
 
 @dataclass(frozen=True)
