@@ -192,7 +192,9 @@ def rows_of(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
                 "parameters": mine[0]["parameters"],
                 "learning_rate": mine[0]["identity"]["config"]["optimizer"]["learning_rate"],
                 "positions": mine[0]["progress"]["positions"],
-                "tau": {size: statistics.fmean(_tau(result, size) for result in mine) for size in ("4", "16", "64")},
+                "tau": {
+                    size: statistics.fmean(_tau(result, size) for result in mine) for size in ("4", "8", "16", "64")
+                },
                 "spread": _spread([_tau(result, CHOSEN_AT_NODES) for result in mine]),
                 "tau_loop_free": statistics.fmean(_tau(r, CHOSEN_AT_NODES, "tau_loop_free") for r in mine),
                 "acceptance": [statistics.fmean(shares) for shares in zip(*map(_acceptance, mine), strict=True)],
@@ -203,7 +205,7 @@ def rows_of(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def table_lines(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
     """The rows as Markdown; `draft_ms`, where rows have it, is one draft for a tree of 16 nodes."""
-    headers = ["run", "seeds", "weights", "lr", "draft ms", "tau at 4", "at 16", "spread", "loop-free", "at 64"]
+    headers = ["run", "seeds", "weights", "lr", "draft ms", "tau at 4", "at 8", "at 16", "spread", "loop-free", "at 64"]
     yield "| " + " | ".join([*headers, "accepted at depth 1, 2, ..."]) + " |"
     yield "|---" * (len(headers) + 1) + "|"
     for row in rows:
@@ -216,6 +218,7 @@ def table_lines(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
             f"{row['learning_rate']:g}",
             f"{row['draft_ms']:.1f}" if "draft_ms" in row else "",
             f"{tau['4']:.3f}",
+            f"{tau['8']:.3f}",
             f"{tau['16']:.3f}",
             f"±{row['spread']:.3f}",
             f"{row['tau_loop_free']:.3f}",

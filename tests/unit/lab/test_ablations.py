@@ -143,8 +143,8 @@ def test_bad_plans_are_found_before_anything_runs(target, tmp_path, data, text, 
 def result(run, seed, taus, acceptance=(0.5, 0.25)):
     parts = {
         kind: {
-            "tau": {"4": tau, "16": tau, "64": tau},
-            "tau_loop_free": {"4": tau, "16": tau, "64": tau},
+            "tau": dict.fromkeys(("4", "8", "16", "64"), tau),
+            "tau_loop_free": dict.fromkeys(("4", "8", "16", "64"), tau),
             "acceptance": list(acceptance),
             "positions": 100,
         }
