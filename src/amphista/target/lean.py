@@ -75,9 +75,8 @@ class LeanModel:
         self.num_heads, self.num_key_value_heads = config.num_attention_heads, config.num_key_value_heads
         self.embed = decoder.embed_tokens
         self._embedding = self.embed.weight.detach()
-        self.input_scale = float(
-            getattr(decoder, "embedding_multiplier", 1.0)
-        )  # of what layers read, whoever embeds it
+        # of what layers read, whoever has embedded it
+        self.input_scale = float(getattr(decoder, "embedding_multiplier", 1.0))
         self.embedding_scale = self.input_scale * scale_of(self.embed)
         self.residual_scale = float(getattr(decoder.layers[0], "residual_multiplier", 1.0))
         self.has_gelu = ACTIVATIONS[type(activation_of(decoder.layers[0])).__name__]

@@ -70,6 +70,7 @@ class NativeForward:
         if lean.device.type != "cpu":
             raise NativeError(f"the C step runs on a CPU, not on {lean.device.type}")
         self._lean = lean
+        self._transform = None if lean.logit_transform == LogitTransform() else lean.logit_transform
         of_heads = lean.layers[0].query_norm
         shape = DecoderShape(
             lean.num_heads,
@@ -139,8 +140,8 @@ class NativeForward:
             end = span.num_past + span.tree.num_nodes
             for layer in span.cache.layers:
                 layer.num_rows = end
-        if has_logits and self._lean.logit_transform != LogitTransform():
-            return replace(output, logits=self._lean.logit_transform(output.logits))
+        if has_logits and self._transform is not None:
+            return replace(output, logits=self._transform(output.logits))
         return output
 
     def _lent(self, probes: Probes) -> NativeProbes:
