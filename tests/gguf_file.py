@@ -25,6 +25,9 @@ HALVES = {
     Kind.Q4_K: (0, 2),
     Kind.Q5_K: (0, 2),
     Kind.Q6_K: (208,),
+    Kind.Q2_K: (80, 82),
+    Kind.Q3_K: (108,),
+    Kind.IQ4_XS: (0,),
     Kind.IQ4_NL: (0,),
 }  # where blocks that nobody quantises hold float16
 

@@ -20,7 +20,8 @@ from amphista.native.weights import Weight
 from tests.gguf_file import HALVES, random_blocks
 from tests.laws.test_native import FLAGS, has_compiler, runs_here
 
-KINDS = [Kind.F16, Kind.Q4_0, Kind.Q4_1, Kind.Q5_0, Kind.Q5_1, Kind.Q8_0, Kind.Q4_K, Kind.Q5_K, Kind.Q6_K]
+KINDS = [Kind.F16, Kind.Q4_0, Kind.Q4_1, Kind.Q5_0, Kind.Q5_1, Kind.Q8_0]
+KINDS += [Kind.Q2_K, Kind.Q3_K, Kind.Q4_K, Kind.Q5_K, Kind.Q6_K, Kind.IQ4_XS]
 EXTREMES = [0x0000, 0x8000, 0x0001, 0x83FF, 0x0400, 0x7BFF, 0xFBFF]  # of float16: zeros, subnormal, least, largest
 
 pytestmark = pytest.mark.skipif(not has_compiler(), reason="no C compiler")
@@ -81,7 +82,7 @@ def test_a_product_has_the_bits_of_float32(kind, flags):
             assert same_bits(found, theirs.multiply(rows[:num_rows], flags)) and same_bits(found[:1], alone)
 
 
-PACKED_KINDS = [Kind.Q4_0, Kind.Q4_1, Kind.Q8_0, Kind.Q4_K]
+PACKED_KINDS = [kind for kind in KINDS if kind is not Kind.F16]
 STRETCH = 32
 NO_TILES = ("-march=native", "-mno-amx-tile", "-mno-amx-int8", "-mno-amx-bf16", "-fopenmp")
 

@@ -9,16 +9,24 @@
 
 #include "lanes.h"
 
-enum { FLOAT32, BFLOAT16, INT8, SIDE_BY_SIDE, F16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q4_K, Q5_K, Q6_K };
+enum { FLOAT32, BFLOAT16, INT8, SIDE_BY_SIDE, F16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q4_K, Q5_K, Q6_K, Q2_K,
+       Q3_K, IQ4_XS };
 enum { STRETCH = 32, VECTORS = STRETCH / LANES }; /* what is widened at once */
 
 INLINE int is_blocks(int kind) { return kind >= F16; }
 INLINE long block_numbers(int kind) { return kind >= Q4_K ? 256 : 32; }
 INLINE long block_bytes(int kind) {
     static const int bytes[] = {[F16] = 64, [Q4_0] = 18, [Q4_1] = 20, [Q5_0] = 22, [Q5_1] = 24, [Q8_0] = 34,
-                                [Q4_K] = 144, [Q5_K] = 176, [Q6_K] = 210};
+                                [Q4_K] = 144, [Q5_K] = 176, [Q6_K] = 210, [Q2_K] = 84, [Q3_K] = 110, [IQ4_XS] = 136};
     return bytes[kind];
 }
+
+/* How many parts of a stretch have scales of their own, and whether something is added to their numbers. */
+INLINE int scales_of(int kind) { return kind == Q6_K || kind == Q2_K || kind == Q3_K ? 2 : 1; }
+INLINE int has_minima(int kind) { return kind == Q4_1 || kind == Q5_1 || kind == Q4_K || kind == Q5_K || kind == Q2_K; }
+
+/* What numbers of IQ4_XS stand for. */
+static const int8_t UNEVEN[16] = {-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113};
 
 INLINE float from_half(const uint8_t *from) {
     uint16_t half;
@@ -112,16 +120,41 @@ INLINE Terms k_terms(const uint8_t *block, int part) {
     return (Terms){both.scale * (float)scale, -(both.min * (float)min)};
 }
 
-/* How numbers 32 * part .. 32 * part + 31 of a block are scaled; of Q6_K each half of them. `kind` is a constant. */
-INLINE Terms terms_of(const int kind, const uint8_t *block, int part) {
-    if (kind == Q4_K || kind == Q5_K) return k_terms(block, part);
-    if (kind == Q4_1 || kind == Q5_1) return halves(block);
-    if (kind != Q6_K) return (Terms){halves(block).scale, -0.0f};
-    const float step = from_half(block + 208);
-    return (Terms){step * (float)(int8_t)block[192 + 2 * part], step * (float)(int8_t)block[193 + 2 * part]};
+/* The scale of 6 bits of one of 16 half stretches of Q3_K, in 12 bytes. */
+INLINE int third_scale(const uint8_t *packed, int half) {
+    return ((packed[half & 7] >> 4 * (half >> 3) & 15) | (packed[8 + (half & 3)] >> 2 * (half >> 2) & 3) << 4) - 32;
 }
 
-/* Numbers 32 * part .. 32 * part + 31 of a block; `kind` is a constant. */
+/* How numbers 32 * part .. 32 * part + 31 of a block are scaled, or either half of them. `kind` is a constant. */
+INLINE void terms_of(const int kind, const uint8_t *block, int part, Terms *terms) {
+    if (kind == Q4_K || kind == Q5_K) *terms = k_terms(block, part);
+    else if (kind == Q4_1 || kind == Q5_1) *terms = halves(block);
+    else if (kind == IQ4_XS) {
+        const int low = block[4 + part / 2] >> 4 * (part & 1) & 15, high = (block[2] | block[3] << 8) >> 2 * part & 3;
+        *terms = (Terms){from_half(block) * (float)((low | high << 4) - 32), -0.0f};
+    } else if (scales_of(kind) == 1) *terms = (Terms){halves(block).scale, -0.0f};
+    for (int half = 2 * part; half < 2 * part + 2; half++, terms++)
+        if (kind == Q6_K) *terms = (Terms){from_half(block + 208) * (float)(int8_t)block[192 + half], -0.0f};
+        else if (kind == Q3_K) *terms = (Terms){from_half(block + 108) * (float)third_scale(block + 96, half), -0.0f};
+        else if (kind == Q2_K) {
+            const Terms both = halves(block + 80);
+            *terms = (Terms){both.scale * (float)(block[half] & 15), -(both.min * (float)(block[half] >> 4))};
+        }
+}
+
+/* Numbers of 4 bits that stand for unevenly spread ones. */
+INLINE vec uneven(ivec nibbles, const Terms *terms) {
+    ivec all = {0};
+#if LANES == 16
+    const __m128i values = _mm_loadu_si128((const __m128i *)UNEVEN);
+    all = (ivec)_mm512_permutexvar_epi32((__m512i)nibbles, _mm512_cvtepi8_epi32(values));
+#else
+    for (int lane = 0; lane < LANES; lane++) all[lane] = UNEVEN[nibbles[lane]];
+#endif
+    return scaled(all, terms);
+}
+
+/* Numbers 32 * part .. 32 * part + 31 of a block, by its terms; `kind` is a constant. */
 INLINE void unpack(const int kind, const uint8_t *block, int part, const Terms *terms, vec *out) {
     const uint8_t *at = block + (kind == Q4_1 || kind == Q5_1 ? 4 : 2);
     uint32_t fifth = 0;
@@ -146,7 +179,14 @@ INLINE void unpack(const int kind, const uint8_t *block, int part, const Terms *
         } else if (kind == Q6_K) {
             const ivec low = whole(block + 64 * (part / 4) + 32 * (part & 1) + from) >> 4 * (part >> 1 & 1) & 15;
             const ivec high = whole(block + 128 + 32 * (part / 4) + from) >> 2 * (part & 3) & 3;
-            out[v] = scaled((low | high << 4) - 32, &(Terms){from < 16 ? terms->scale : terms->min, -0.0f});
+            out[v] = scaled((low | high << 4) - 32, terms + from / 16);
+        } else if (kind == Q2_K) {
+            out[v] = scaled(whole(block + 16 + 32 * (part / 4) + from) >> 2 * (part & 3) & 3, terms + from / 16);
+        } else if (kind == Q3_K) {
+            const ivec low = whole(block + 32 + 32 * (part / 4) + from) >> 2 * (part & 3) & 3;
+            out[v] = scaled((low | (whole(block + from) >> part & 1) << 2) - 4, terms + from / 16);
+        } else if (kind == IQ4_XS) {
+            out[v] = uneven(whole(block + 8 + 16 * part + half) >> shift & 15, terms);
         }
     }
 }

@@ -1,4 +1,4 @@
-/* Blocks of 4 and 8 bits packed for products of whole numbers.
+/* Blocks of 4 to 8 bits packed for products of whole numbers.
  *
  * A row is cut into stretches of 32 numbers, each a whole number times a step of the stretch's own. FINE: of 16 bits, in
  * two digits to the base 256. COARSE: of 8 bits, one digit, as in llama.cpp. Digits times a block's numbers are sums of
@@ -7,7 +7,8 @@
  * numbers: what rounding takes from both parts of a weight then mostly cancels.
  *
  * Weight: for 16 outputs at a time and each stretch their scales, their minima where the kind has some, and the numbers,
- * [4 or 8][16 outputs][4 inputs]; of 4 bits each byte holds inputs 16 apart, the first in its low half.
+ * [4 or 8][16 outputs][4 inputs]; below 8 bits each byte holds the low halves of inputs 16 apart, the first in its own low
+ * half, and what is above them follows, [1 or 2][16 outputs][4 inputs], each byte holding that of 8 or 4 lines of numbers.
  * Rows: for up to 16 at a time and each stretch [digits][rows][32], the high digits first, then Shares [rows].
  */
 #ifndef AMPHISTA_PACKED_H
@@ -22,18 +23,24 @@ enum { PACKED_AHEAD = 24, MOST_READY = 128 }; /* stretches: asked for so early; 
 enum { FINE = 32, COARSE = 64 }; /* added to the kind of the blocks */
 
 typedef struct {
-    float step, sum; /* what 1 stands for in a row's stretch; of its rounded numbers */
+    float step, sum, sums[2]; /* what 1 stands for in a row's stretch; of its rounded numbers, and of either half of them */
 } Share32;
 
 INLINE int is_packed(int kind) { return kind >= FINE; }
 /* Digits of a row's numbers as a packed weight reads them; 0 of one that is not packed. */
 INLINE int digits_read(int kind) { return kind >= COARSE ? 1 : kind >= FINE ? 2 : 0; }
 
+INLINE int bits_of(int kind) { return kind == Q8_0 ? 8 : kind == Q6_K ? 6 : kind == Q5_0 || kind == Q5_1 || kind == Q5_K ? 5 : 4; }
+/* The packed number that stands for zero. */
+INLINE int zero_of(int kind) {
+    return kind == Q8_0 || kind == IQ4_XS ? 128 : kind == Q6_K ? 32 : kind == Q5_0 ? 16 : kind == Q4_0 ? 8 : kind == Q3_K ? 4 : 0;
+}
 /* Bytes that a stretch's scales and minima take; 0 of a kind that is not packed. */
 INLINE long terms_bytes(int kind) {
-    return kind == Q4_0 || kind == Q8_0 ? 2 * ABREAST : kind == Q4_1 ? 4 * ABREAST : kind == Q4_K ? 8 * ABREAST : 0;
+    const int each = kind >= Q4_K ? 4 : kind > F16 ? 2 : 0; /* float32, or float16 as in the file */
+    return each * ABREAST * scales_of(kind) * (1 + has_minima(kind));
 }
-INLINE long packed_bytes(int kind) { return terms_bytes(kind) + (kind == Q8_0 ? 32 : 16) * ABREAST; }
+INLINE long packed_bytes(int kind) { return terms_bytes(kind) + bits_of(kind) * STRETCH / 8 * ABREAST; }
 INLINE long row_bytes(long inputs, int digits) { return inputs / STRETCH * (digits * STRETCH + (long)sizeof(Share32)); }
 
 #if LANES == 16 && defined(__AVX512VNNI__)
@@ -41,22 +48,27 @@ enum { CAN_PACK = 1 };
 
 /* Stretch `part` of a block as that of output `o` among 16. */
 static void pack_stretch(int kind, const uint8_t *block, int part, int o, uint8_t *to) {
-    uint8_t *numbers = to + terms_bytes(kind), q[STRETCH];
-    if (kind == Q4_K) {
-        const Terms terms = k_terms(block, part);
-        memcpy(to + 4 * o, &terms.scale, 4);
-        memcpy(to + 4 * (ABREAST + o), &terms.min, 4);
-    } else {
-        memcpy(to + 2 * o, block, 2);
-        if (kind == Q4_1) memcpy(to + 2 * (ABREAST + o), block + 2, 2);
+    const Terms ones[2] = {{1, -0.0f}, {1, -0.0f}};
+    const long size = terms_bytes(kind);
+    const int parts = scales_of(kind);
+    Terms terms[2];
+    terms_of(kind, block, part, terms);
+    for (int k = 0; k < parts && kind >= Q4_K; k++) {
+        memcpy(to + 4 * (k * ABREAST + o), &terms[k].scale, 4);
+        if (has_minima(kind)) memcpy(to + 4 * ((parts + k) * ABREAST + o), &terms[k].min, 4);
     }
-    const uint8_t *from = block + (kind == Q4_K ? 16 + 32 * (part / 2) : kind == Q4_1 ? 4 : 2);
-    for (int i = 0; i < STRETCH; i++)
-        q[i] = kind == Q8_0 ? from[i] ^ 128 : kind == Q4_K ? from[i] >> 4 * (part & 1) & 15 : from[i & 15] >> (i < 16 ? 0 : 4) & 15;
+    for (int k = 0; k <= has_minima(kind) && kind < Q4_K; k++) memcpy(to + 2 * (k * ABREAST + o), block + 2 * k, 2);
+    vec plain[VECTORS];
+    unpack(kind, block, part, ones, plain);
+    const int bits = bits_of(kind), line = 4 * ABREAST;
+    uint8_t *low = to + size + 4 * o, *high = low + 4 * line;
     for (int i = 0; i < STRETCH; i++) {
-        uint8_t *at = numbers + 4 * ABREAST * (i / 4) + 4 * o + i % 4;
-        if (kind == Q8_0) *at = q[i];
-        else if (i < 16) *at = (uint8_t)(q[i] | q[i + 16] << 4);
+        const int value = (int)plain[i / LANES][i % LANES], at = i / 4 * (bits - 4);
+        int q = kind == IQ4_XS ? 0 : value + zero_of(kind);
+        while (kind == IQ4_XS && UNEVEN[q] != value) q++;
+        if (bits == 8) low[i / 4 * line + i % 4] = (uint8_t)q;
+        else low[i % 16 / 4 * line + i % 4] |= (uint8_t)((q & 15) << (i < 16 ? 0 : 4));
+        if (bits == 5 || bits == 6) high[at / 8 * line + i % 4] |= (uint8_t)(q >> 4 << at % 8);
     }
 }
 
@@ -69,6 +81,15 @@ static void pack_outputs(int kind, const uint8_t *w, long inputs, int outputs, u
             pack_stretch(kind, w + o * bytes + s / parts * block_bytes(kind), (int)(s % parts), o, to);
 }
 
+/* The sums of two vectors, beside each other. */
+INLINE __m128i both_sums(__m512i first, __m512i second) {
+    const __m256i a = _mm256_add_epi32(_mm512_castsi512_si256(first), _mm512_extracti64x4_epi64(first, 1));
+    const __m256i b = _mm256_add_epi32(_mm512_castsi512_si256(second), _mm512_extracti64x4_epi64(second, 1));
+    const __m256i pairs = _mm256_hadd_epi32(a, b);
+    const __m128i sums = _mm_add_epi32(_mm256_castsi256_si128(pairs), _mm256_extracti128_si256(pairs, 1));
+    return _mm_hadd_epi32(sums, sums);
+}
+
 /* One of `rows` rows, `inputs` numbers, as digits; what is not finite makes all its products NaN. */
 static void digits_of(const float *from, long inputs, int digits, int row, int rows, uint8_t *to) {
     const float levels = digits == 1 ? 0x7f : 0x7f7f;
@@ -76,7 +97,7 @@ static void digits_of(const float *from, long inputs, int digits, int row, int r
         const vec both[2] = {load(from + i), load(from + i + LANES)};
         const float reach = largest(larger(magnitude(both[0]), magnitude(both[1]))), all = sum(both[0] + both[1]);
         const float most = reach > LEAST_REACH ? reach : LEAST_REACH, scale = levels / most;
-        Share32 share = {most * (1 / levels), 0};
+        Share32 share = {.step = most * (1 / levels)};
         __m512i whole[2];
         for (int h = 0; h < 2; h++) {
             whole[h] = _mm512_cvtps_epi32((__m512)(both[h] * scale));
@@ -89,41 +110,60 @@ static void digits_of(const float *from, long inputs, int digits, int row, int r
             _mm_storeu_si128((__m128i *)at, _mm512_cvtepi32_epi8(_mm512_srli_epi32(pair, 8))); /* each from -128 to 127 */
             _mm_storeu_si128((__m128i *)(at + rows * STRETCH), _mm512_cvtepi32_epi8(pair));
         }
-        share.sum = share.step * (float)_mm512_reduce_add_epi32(_mm512_add_epi32(whole[0], whole[1]));
-        if (!(all - all == 0)) share.step = share.sum = all - all;
+        const __m128i halves = both_sums(whole[0], whole[1]);
+        const int first = _mm_cvtsi128_si32(halves), second = _mm_extract_epi32(halves, 1);
+        if (!(all - all == 0)) share.step = all - all;
+        share.sum = share.step * (float)(first + second);
+        share.sums[0] = share.step * (float)first, share.sums[1] = share.step * (float)second;
         memcpy(to + rows * digits * STRETCH + row * (long)sizeof share, &share, sizeof share);
     }
 }
 
-/* Scales and minima of 16 outputs. `kind` is a constant. */
+/* Scales and minima of 16 outputs, of each part that has its own. `kind` is a constant. */
 INLINE void load_terms(const int kind, const uint8_t *w, __m512 *scales, __m512 *minima) {
-    if (kind == Q4_K) {
-        *scales = _mm512_loadu_ps(w), *minima = _mm512_loadu_ps(w + 4 * ABREAST);
-        return;
+    const int parts = scales_of(kind);
+    for (int k = 0; k < parts; k++) {
+        scales[k] = kind >= Q4_K ? _mm512_loadu_ps(w + 4 * k * ABREAST) : (__m512)from_halves(w);
+        if (!has_minima(kind)) minima[k] = scales[k] * (float)-zero_of(kind);
+        else minima[k] = kind >= Q4_K ? _mm512_loadu_ps(w + 4 * (parts + k) * ABREAST) : (__m512)from_halves(w + 2 * ABREAST);
     }
-    *scales = _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)w));
-    if (kind == Q4_1) *minima = _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)(w + 2 * ABREAST)));
-    else *minima = *scales * (kind == Q4_0 ? -8.0f : -128.0f);
 }
 
 /* The numbers of 16 outputs of a stretch, a byte each. `kind` is a constant. */
 INLINE void load_numbers(const int kind, const uint8_t *w, __m512i *q) {
-    const __m512i low = _mm512_set1_epi8(15);
+    typedef uint16_t words __attribute__((vector_size(64)));
+    const int bits = bits_of(kind), more = bits < 8 ? bits - 4 : 0;
+    const __m512i low = _mm512_set1_epi8(15), spread = _mm512_xor_si512(_mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)UNEVEN)), _mm512_set1_epi8((char)128));
+    const __m512i above = _mm512_set1_epi8((char)(((1 << more) - 1) << 4));
     /* a line begun by one stretch and ended by the next is asked for by both: one that nobody asks for holds up all behind it */
     for (int line = 0; line < (packed_bytes(kind) + 63) / 64; line++) __builtin_prefetch(w + PACKED_AHEAD * packed_bytes(kind) + 64 * line, 0, 2);
     w += terms_bytes(kind);
-    for (int line = 0; line < 8; line++)
-        if (kind == Q8_0) q[line] = _mm512_loadu_si512(w + 64 * line);
+#pragma GCC unroll 8
+    for (int line = 0; line < 8; line++) {
+        if (bits == 8) q[line] = _mm512_loadu_si512(w + 64 * line);
         else if (line < 4) q[line] = _mm512_and_si512(_mm512_loadu_si512(w + 64 * line), low);
         else q[line] = _mm512_and_si512(_mm512_srli_epi16(_mm512_loadu_si512(w + 64 * (line - 4)), 4), low);
+        if (kind == IQ4_XS) q[line] = _mm512_shuffle_epi8(spread, q[line]);
+        if (more) { /* brought to where they belong; what comes along from beside them is masked */
+            const int at = line * more % 8;
+            const words there = (words)_mm512_loadu_si512(w + 256 + 64 * (line * more / 8));
+            const words here = at < 4 ? there << ((4 - at) & 15) : there >> ((at - 4) & 15);
+            q[line] = _mm512_ternarylogic_epi32(q[line], (__m512i)here, above, 0xf8); /* q | (here & above) */
+        }
+    }
 }
 
-/* A total with what a stretch adds to it: the dots of its digits, whatever their number. */
-INLINE __m512 add_stretch(__m512 total, __m512i whole, const uint8_t *shares, int row, __m512 scales, __m512 minima) {
+/* A total with what a stretch adds to it, `parts` of which have scales of their own: the dots of its digits, whatever
+ * their number. */
+INLINE __m512 add_stretch(__m512 total, const int parts, const __m512i *whole, const uint8_t *shares, int row,
+                          const __m512 *scales, const __m512 *minima) {
     Share32 share;
     memcpy(&share, shares + row * (long)sizeof share, sizeof share);
-    total = _mm512_fmadd_ps(_mm512_cvtepi32_ps(whole), _mm512_mul_ps(scales, _mm512_set1_ps(share.step)), total);
-    return _mm512_fmadd_ps(minima, _mm512_set1_ps(share.sum), total);
+    for (int k = 0; k < parts; k++)
+        total = _mm512_fmadd_ps(_mm512_cvtepi32_ps(whole[k]), _mm512_mul_ps(scales[k], _mm512_set1_ps(share.step)), total);
+    for (int k = 0; k < parts; k++)
+        total = _mm512_fmadd_ps(minima[k], _mm512_set1_ps(parts == 1 ? share.sum : share.sums[k]), total);
+    return total;
 }
 
 INLINE __m512i of_two_digits(__m512i high, __m512i low) { return _mm512_add_epi32(_mm512_slli_epi32(high, 8), low); }
@@ -131,26 +171,32 @@ INLINE __m512i of_two_digits(__m512i high, __m512i low) { return _mm512_add_epi3
 /* Dots of 16 outputs with `count` (a constant) of `rows` rows. `kind` and `digits` are constants. */
 INLINE void packed_vectors(const int kind, const int digits, const uint8_t *w, const uint8_t *x, int first, const int count, int rows,
                            long stretches, float (*out)[ABREAST]) {
-    __m512 total[PACKED_ROWS], scales, minima;
+    const int parts = scales_of(kind);
+    __m512 total[PACKED_ROWS], scales[2], minima[2];
     for (int r = 0; r < count; r++) total[r] = _mm512_setzero_ps();
     for (long s = 0; s < stretches; s++, w += packed_bytes(kind), x += rows * row_bytes(STRETCH, digits)) {
         __m512i q[8];
-        load_terms(kind, w, &scales, &minima);
+        load_terms(kind, w, scales, minima);
         load_numbers(kind, w, q);
         const uint8_t *high = x + first * STRETCH, *low = high + rows * STRETCH;
         const uint8_t *shares = x + rows * digits * STRETCH + first * (long)sizeof(Share32);
         for (int r = 0; r < count; r++) {
-            __m512i sums[2];
-            for (int d = 0; d < digits; d++) {
-                sums[d] = _mm512_setzero_si512();
-                for (int k = 0; k < 8; k++) {
-                    int32_t four_digits;
-                    memcpy(&four_digits, (d ? low : high) + r * STRETCH + 4 * k, sizeof four_digits);
-                    sums[d] = _mm512_dpbusd_epi32(sums[d], q[k], _mm512_set1_epi32(four_digits));
+            __m512i whole[2], sums[2];
+#pragma GCC unroll 2
+            for (int part = 0; part < parts; part++) {
+#pragma GCC unroll 2
+                for (int d = 0; d < digits; d++) {
+                    sums[d] = _mm512_setzero_si512();
+#pragma GCC unroll 8
+                    for (int k = part * 8 / parts; k < (part + 1) * 8 / parts; k++) {
+                        int32_t four_digits;
+                        memcpy(&four_digits, (d ? low : high) + r * STRETCH + 4 * k, sizeof four_digits);
+                        sums[d] = _mm512_dpbusd_epi32(sums[d], q[k], _mm512_set1_epi32(four_digits));
+                    }
                 }
+                whole[part] = digits == 1 ? sums[0] : of_two_digits(sums[0], sums[1]);
             }
-            const __m512i whole = digits == 1 ? sums[0] : of_two_digits(sums[0], sums[1]);
-            total[r] = add_stretch(total[r], whole, shares, r, scales, minima);
+            total[r] = add_stretch(total[r], parts, whole, shares, r, scales, minima);
         }
     }
     for (int r = 0; r < count; r++) _mm512_storeu_ps(out[r], total[r]);
@@ -176,7 +222,7 @@ INLINE void packed_vectors(const int kind, const int digits, const uint8_t *w, c
         if (others_rows) _tile_stored(others, to + TILE_ROWS, 64);                                                     \
     } while (0)
 
-/* The same of all rows by matrix units, their digits below each other. Tiles wait long for what was just written, and so
+/* The same of all rows by matrix units, their digits below each other, of kinds with one scale a stretch. Tiles wait long for what was just written, and so
  * does who reads what they just found: a stretch is unpacked UNDER_WAY stretches before it is multiplied, its sums are
  * stored behind the next product and added to the totals behind one more. ready: all its stretches unpacked, or NULL. */
 INLINE void packed_tiles(const int kind, const int digits, const uint8_t *w, const __m512i *ready, const uint8_t *x, int rows,
@@ -188,7 +234,7 @@ INLINE void packed_tiles(const int kind, const int digits, const uint8_t *w, con
     set_tiles(digits * rows + 4 * TILE_ROWS, counts, bytes);
     enum { UNDER_WAY = 2 };
     __m512i wide[2 * UNDER_WAY][8], sums[2][2 * TILE_ROWS];
-    __m512 scales, minima, total[TILE_ROWS];
+    __m512 scales[2], minima[2], total[TILE_ROWS];
     for (int r = 0; r < TILE_ROWS; r++) total[r] = _mm512_setzero_ps();
     const long ldx = rows * row_bytes(STRETCH, digits);
     for (long s = 0; s < stretches + UNDER_WAY + 2; s++) {
@@ -205,11 +251,11 @@ INLINE void packed_tiles(const int kind, const int digits, const uint8_t *w, con
         }
         if (u < 0) continue;
         const __m512i *found = sums[u & 1];
-        load_terms(kind, w + u * packed_bytes(kind), &scales, &minima);
+        load_terms(kind, w + u * packed_bytes(kind), scales, minima);
 #pragma GCC unroll 16
         for (int r = 0; r < rows; r++) {
             const __m512i whole = digits == 1 ? found[r] : of_two_digits(found[r], found[rows + r]);
-            total[r] = add_stretch(total[r], whole, x + u * ldx + rows * digits * STRETCH, r, scales, minima);
+            total[r] = add_stretch(total[r], 1, &whole, x + u * ldx + rows * digits * STRETCH, r, scales, minima);
         }
     }
 #pragma GCC unroll 16
@@ -227,7 +273,7 @@ INLINE void packed_dots(const int kind, const int digits, const uint8_t *weight,
                         long first, long count, float *out, long ldo) {
     const long stretches = inputs / STRETCH;
     __m512i unpacked[MOST_READY][8];
-    const int is_ready = may_use_tiles && n > group && stretches <= MOST_READY;
+    const int has_tiles = may_use_tiles && scales_of(kind) == 1, is_ready = has_tiles && n > group && stretches <= MOST_READY;
     for (long o = first / ABREAST * ABREAST; o < first + count; o += ABREAST) {
         const uint8_t *w = weight + o / ABREAST * stretches * packed_bytes(kind);
         const long before = o < first ? first - o : 0, end = first + count - o < ABREAST ? first + count - o : ABREAST;
@@ -236,7 +282,7 @@ INLINE void packed_dots(const int kind, const int digits, const uint8_t *weight,
             const int rows = n - r < group ? n - r : group;
             const uint8_t *at = x + r * row_bytes(inputs, digits);
             float found[TILE_ROWS][ABREAST];
-            if (may_use_tiles && rows >= LEAST_PACKED_TILE_ROWS) {
+            if (has_tiles && rows >= LEAST_PACKED_TILE_ROWS) {
                 const __m512i *ready = is_ready ? unpacked[0] : NULL;
                 switch (rows) { /* where their number is a constant, totals stay in registers */
 #define ALL_ROWS(count) case count: packed_tiles(kind, digits, w, ready, at, count, stretches, found); break
@@ -263,7 +309,10 @@ static void any_packed_dots(int kind, const uint8_t *w, const uint8_t *x, int n,
 #define PACKED_DOTS(kind)                                                                                              \
     case FINE + kind: packed_dots(kind, 2, w, x, n, group, inputs, first, count, out, ldo); break;                     \
     case COARSE + kind: packed_dots(kind, 1, w, x, n, group, inputs, first, count, out, ldo); break
-    switch (kind) { PACKED_DOTS(Q4_0); PACKED_DOTS(Q4_1); PACKED_DOTS(Q8_0); PACKED_DOTS(Q4_K); }
+    switch (kind) {
+        PACKED_DOTS(Q4_0); PACKED_DOTS(Q4_1); PACKED_DOTS(Q5_0); PACKED_DOTS(Q5_1); PACKED_DOTS(Q8_0); PACKED_DOTS(Q4_K);
+        PACKED_DOTS(Q5_K); PACKED_DOTS(Q6_K); PACKED_DOTS(Q2_K); PACKED_DOTS(Q3_K); PACKED_DOTS(IQ4_XS);
+    }
 }
 #else
 enum { CAN_PACK = 0 };

@@ -338,9 +338,10 @@ INLINE void block_tile(const int kind, const uint8_t *w, long ldw, const int til
             vec numbers[TILE][VECTORS];
             for (int o = 0; o < tile; o++) {
                 const uint8_t *block = w + (o < valid ? o : 0) * ldw;
-                Terms terms = terms_of(kind, block, part);
-                if (kind == Q4_1 && tile * rows < 16) FROM_MEMORY(terms);
-                unpack(kind, block, part, &terms, numbers[o]);
+                Terms terms[2];
+                terms_of(kind, block, part, terms);
+                if (kind == Q4_1 && tile * rows < 16) FROM_MEMORY(*terms);
+                unpack(kind, block, part, terms, numbers[o]);
             }
             ask_for_blocks(kind, tile, ahead);
             for (int v = 0; v < VECTORS; v++)
@@ -362,8 +363,9 @@ INLINE void unpack_row(const int kind, const uint8_t *from, long len, float *to)
     for (long i = 0; i < len; from += block_bytes(kind))
         for (int part = 0; part < block_numbers(kind) / STRETCH; part++, i += STRETCH) {
             vec numbers[VECTORS];
-            const Terms terms = terms_of(kind, from, part);
-            unpack(kind, from, part, &terms, numbers);
+            Terms terms[2];
+            terms_of(kind, from, part, terms);
+            unpack(kind, from, part, terms, numbers);
             for (int v = 0; v < VECTORS; v++) store(to + i + v * LANES, numbers[v]);
         }
 }
@@ -414,7 +416,8 @@ INLINE void block_dots(const int kind, const uint8_t *w, long outputs, const flo
     case kind: call(kind); break
 #define ANY_BLOCKS(call)                                                                                               \
     OF_KIND(F16, call); OF_KIND(Q4_0, call); OF_KIND(Q4_1, call); OF_KIND(Q5_0, call); OF_KIND(Q5_1, call);            \
-    OF_KIND(Q8_0, call); OF_KIND(Q4_K, call); OF_KIND(Q5_K, call); OF_KIND(Q6_K, call)
+    OF_KIND(Q8_0, call); OF_KIND(Q4_K, call); OF_KIND(Q5_K, call); OF_KIND(Q6_K, call); OF_KIND(Q2_K, call);           \
+    OF_KIND(Q3_K, call); OF_KIND(IQ4_XS, call)
 
 static void any_block_dots(const Product *p, const Rows *x, int n, long first, long count, float *out, long ldo) {
     const long inputs = p->inputs, bytes = inputs / block_numbers(p->kind) * block_bytes(p->kind);

@@ -30,7 +30,7 @@ from amphista.target.products import ARENA, NativeLinear
 GGUF = "gguf"  # as a type of weights
 INDEX = "tensors.json"
 ROTATED_IN_PAIRS = "llama"  # the architecture whose queries' and keys' rows a file holds as they are rotated
-BLOCKS = {"F16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K"}  # that the C step multiplies
+BLOCKS = {"F16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_XS", "IQ4_NL"}
 PLAIN = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 MODULES = {
     "token_embd": "model.embed_tokens",
@@ -213,17 +213,27 @@ class MappedTensors:
             raise NativeError(f"the C step has no weights in {kind} of shape {shape}")
         blocks = held.view(shape[0], -1, size)
         self._try(kind, blocks[:1])
-        return blocks
+        return _in_8_bits(blocks) if kind == "IQ4_NL" else blocks
 
     def _try(self, kind: str, row: Tensor) -> None:
         """Compare what the C step and the `gguf` package make of one row of each kind."""
         from gguf import GGMLQuantizationType, dequantize
 
         if kind not in self._tried:
-            found = Weight.of_blocks(row).rows(torch.zeros(1, dtype=torch.int64))
+            weight = Weight.of_blocks(_in_8_bits(row) if kind == "IQ4_NL" else row)
+            found = weight.rows(torch.zeros(1, dtype=torch.int64))
             if not torch.equal(found, torch.from_numpy(dequantize(row.flatten(1).numpy(), GGMLQuantizationType[kind]))):
                 raise NativeError(f"the C step and the gguf package read blocks of {kind} differently")
             self._tried.add(kind)
+
+
+def _in_8_bits(blocks: Tensor) -> Tensor:
+    """Blocks of IQ4_NL as blocks of Q8_0 that stand for the same numbers: scales are the same."""
+    from gguf.quants import IQ4_NL
+
+    values = torch.tensor(IQ4_NL.kvalues, dtype=torch.int8).view(torch.uint8)
+    low, high = (blocks[..., 2:] & 15).long(), (blocks[..., 2:] >> 4).long()
+    return torch.cat([blocks[..., :2], values[low], values[high]], dim=-1)
 
 
 def _name_of(name: str, modules: Mapping[str, str]) -> str:

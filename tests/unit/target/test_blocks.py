@@ -28,7 +28,7 @@ from tests.tiny import VOCAB, byte_tokenizer, shaken, tiny_model
 
 pytestmark = pytest.mark.skipif(not has_compiler(), reason="no C compiler")
 
-MIXED = {"token_embd": Kind.Q6_K, "attn_v": Kind.Q6_K, "attn_q": Kind.Q4_K, "ffn_down": Kind.Q8_0, "ffn_up": Kind.F32}
+MIXED = {"token_embd": Kind.Q6_K, "attn_v": Kind.Q6_K, "attn_q": Kind.Q4_K, "ffn_down": Kind.IQ4_NL, "ffn_up": Kind.F32}
 CASES = [("llama", True), ("qwen2", False), ("qwen3", True), ("gemma3", True), ("phi3", False)]
 TREE = TokenTree([5, 6, 7, 8, 9], [-1, 0, 0, 1, 2])
 
@@ -145,8 +145,11 @@ def test_hidden_states_for_training_and_the_stock_model(both):
     assert ours.stock().path == "stock" and ours.stock().dtype is torch.float32
 
 
+PACKABLE = {"token_embd": Kind.Q6_K, "attn_q": Kind.Q4_K, "attn_v": Kind.Q6_K, "ffn_up": Kind.Q5_K, "ffn_down": Kind.Q5_0}
+
+
 def packable(name: str) -> Kind:
-    return Kind.Q8_0 if "token_embd" in name else Kind.Q4_K if "attn_q" in name else Kind.Q4_1
+    return next((kind for part, kind in PACKABLE.items() if part in name), Kind.Q4_1)
 
 
 def test_int8_multiplies_the_blocks_by_rows_of_8_bits(tmp_path):
@@ -167,8 +170,9 @@ def test_int8_multiplies_the_blocks_by_rows_of_8_bits(tmp_path):
     assert answers[0].token_ids == answers[1].token_ids
 
 
-def test_int8_rounds_weights_anew_where_a_block_has_no_such_products(gguf_file):
-    target = load_target(gguf_file, dtype="int8")
+def test_int8_rounds_weights_anew_where_a_block_has_no_such_products(tmp_path):
+    path = write_gguf(tmp_path / "half.gguf", lambda name: Kind.F16 if "ffn_up" in name else Kind.Q4_1)
+    target = load_target(str(path), dtype="int8")
     assert (target.path, target.has_blocks) == ("native-int8", False)
     assert target.identity["type"] in ("rounded-int8", "int8")
 
@@ -186,9 +190,9 @@ def told(caplog, path, **settings) -> str:
 
 
 def test_a_kind_that_the_c_step_does_not_know(tmp_path, caplog):
-    path = write_gguf(tmp_path / "odd.gguf", lambda name: Kind.IQ4_NL if "ffn_up" in name else Kind.Q8_0)
+    path = write_gguf(tmp_path / "odd.gguf", lambda name: Kind.TQ1_0 if "ffn_up" in name else Kind.Q8_0)
     assert (
-        "odd.gguf decodes in float32, slower and in four times the memory: the C step has no weights in IQ4_NL"
+        "odd.gguf decodes in float32, slower and in four times the memory: the C step has no weights in TQ1_0"
         in told(caplog, path)
     )
     with pytest.raises(TargetError, match=r"odd.gguf cannot be loaded in its file's own blocks \(gguf\)"):
