@@ -145,7 +145,13 @@ def test_hidden_states_for_training_and_the_stock_model(both):
     assert ours.stock().path == "stock" and ours.stock().dtype is torch.float32
 
 
-PACKABLE = {"token_embd": Kind.Q6_K, "attn_q": Kind.Q4_K, "attn_v": Kind.Q6_K, "ffn_up": Kind.Q5_K, "ffn_down": Kind.Q5_0}
+PACKABLE = {
+    "token_embd": Kind.Q6_K,
+    "attn_q": Kind.Q4_K,
+    "attn_v": Kind.Q6_K,
+    "ffn_up": Kind.Q5_K,
+    "ffn_down": Kind.Q5_0,
+}
 
 
 def packable(name: str) -> Kind:
