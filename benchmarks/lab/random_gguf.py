@@ -1,4 +1,4 @@
-"""Writes a GGUF file of random weights at the dimensions of a public model of Llama's family, for engines to be timed on.
+"""Writes a GGUF file of random weights at the dimensions of a public model of Llama's family, to time engines on.
 
     python -m benchmarks.lab.random_gguf --model llama-3.2-1b --like DEFAULT.gguf --out FILE
 

@@ -207,6 +207,21 @@ def test_long_paths_whose_rows_lie_apart_have_the_bits_of_plain_decoding(name, t
         assert torch.equal(rows[first::2], torch.stack(found[len(prompt) :]))
 
 
+@pytest.mark.parametrize("type_name", TYPES)
+def test_a_prompt_has_the_same_bits_in_any_pieces(type_name):
+    """A server cuts prompts by what waits beside them; torch, which once read long ones in bfloat16, sums otherwise."""
+    dtype = torch.bfloat16 if type_name == "bfloat16" else torch.float32
+    target = Target(shaken_model("llama").to(dtype))
+    assert target.speed_up(native=True, int8=type_name == "int8") and target.is_native
+    prompt, found = [(7 * i) % 250 for i in range(400)], []
+    for first in (400, 200, 129, 1):
+        cache = target.new_cache()
+        read = [target.prefill(piece, cache) for piece in (prompt[:first], prompt[first:]) if piece]
+        found.append((read[-1].logits, torch.cat([output.hidden for output in read])))
+    for logits, hidden in found[1:]:
+        assert torch.equal(logits, found[0][0]) and torch.equal(hidden, found[0][1])
+
+
 @pytest.fixture(scope="module")
 def mutable(tmp_path_factory):
     """A build with faults to switch on, and its forward for a model."""

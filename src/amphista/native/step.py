@@ -198,7 +198,6 @@ class NativeModel:
         self._library.amphista_workspace.restype = ctypes.c_int64
         self.hidden_size, self.vocab_size = embedding.num_inputs, head.num_outputs
         self.cache_dtype = torch.bfloat16 if embedding.weight.dtype is torch.bfloat16 else torch.float32
-        self.has_tiles = bool(self._library.amphista_has_tiles())
         self._held: list[Any] = [embedding, head]
         stack = stack_record(shape, layers, self.hidden_size, self.cache_dtype, self._held)
         scales = shape.embedding_scale, shape.input_scale

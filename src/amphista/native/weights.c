@@ -38,6 +38,3 @@ void amphista_pack(const Product *p, uint8_t *to, int threads) {
         pack_outputs(p->kind, (const uint8_t *)p->weight + o * bytes, inputs, p->outputs - o < ABREAST ? p->outputs - o : ABREAST,
                      to + o / ABREAST * packed_bytes(p->kind, inputs / STRETCH));
 }
-
-/* Whether products of bfloat16 are matrix units' here. */
-int amphista_has_tiles(void) { return may_use_tiles; }

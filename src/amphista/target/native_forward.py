@@ -37,9 +37,6 @@ def product_of(head: object, *, int8: bool, native: bool) -> type[Product]:
     return (RoundedLinear if int8 else PlainLinear) if native else TorchLinear
 
 
-PROMPT_ROWS = 128  # beyond it torch's own products of bfloat16 are faster where the C step has no matrix units (Zen 4)
-
-
 def windows_of(lean: LeanModel, num_positions: int) -> list[int | None]:
     """How many positions each layer's rows see, themselves included, None for all: found by asking the layer's rule.
 
@@ -90,13 +87,6 @@ class NativeForward:
         self.model = NativeModel(shape, self.layers, lean._norm.weight, embedding, self.head, flags=flags)
         self._probes: tuple[Probes, NativeProbes] | None = None
         self._row = torch.empty(1, lean.num_key_value_heads, 0, lean.head_size, dtype=self.model.cache_dtype)
-
-    def reads(self, spans: Sequence[Span]) -> bool:
-        """Whether these are read here: not so many rows of a prompt that torch reads them sooner."""
-        num_rows = 0
-        for span in spans:
-            num_rows += span.tree.num_nodes
-        return num_rows <= PROMPT_ROWS or self.model.has_tiles or self.model.cache_dtype is torch.float32
 
     def _layer(self, layer: LeanLayer, window: int | None) -> NativeLayer:
         gate, up = _read(layer.gate_up).halves()

@@ -348,7 +348,7 @@ class Target:
         self, spans: Sequence[Span], wanted: list[int] | None, taps: Taps
     ) -> tuple[Tensor, Tensor, list[int] | None]:
         """Logits of the wanted rows, hidden states and taps of all, choices where they cost nothing to tell."""
-        if self._native is not None and self._native.reads(spans):
+        if self._native is not None:
             output = self._native(spans, wanted, taps)
             hidden = output.hidden if self.dtype is torch.float32 else output.hidden.to(self.dtype)
             return output.logits, hidden, output.choices
