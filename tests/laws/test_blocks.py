@@ -21,7 +21,7 @@ from tests.gguf_file import HALVES, random_blocks
 from tests.laws.test_native import FLAGS, has_compiler, runs_here
 
 KINDS = [Kind.F16, Kind.Q4_0, Kind.Q4_1, Kind.Q5_0, Kind.Q5_1, Kind.Q8_0]
-KINDS += [Kind.Q2_K, Kind.Q3_K, Kind.Q4_K, Kind.Q5_K, Kind.Q6_K, Kind.IQ4_XS]
+KINDS += [Kind.Q2_K, Kind.Q3_K, Kind.Q4_K, Kind.Q5_K, Kind.Q6_K, Kind.IQ4_NL, Kind.IQ4_XS]
 EXTREMES = [0x0000, 0x8000, 0x0001, 0x83FF, 0x0400, 0x7BFF, 0xFBFF]  # of float16: zeros, subnormal, least, largest
 
 pytestmark = pytest.mark.skipif(not has_compiler(), reason="no C compiler")
@@ -35,9 +35,9 @@ def flags(request):
 
 
 def blocks_of(kind: Kind, outputs: int, inputs: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-    """Random blocks [O, blocks, bytes] and the float32 numbers they stand for."""
+    """Random blocks [O, blocks, bytes], of IQ4_NL two at a time, and the float32 numbers they stand for."""
     rows = random_blocks(kind, outputs, inputs, seed)
-    plain, size = gguf.dequantize(rows, kind), gguf.GGML_QUANT_SIZES[kind][1]
+    plain, size = gguf.dequantize(rows, kind), gguf.GGML_QUANT_SIZES[kind][1] * (1 + (kind is Kind.IQ4_NL))
     return torch.from_numpy(rows.view(np.uint8)).view(outputs, -1, size), torch.from_numpy(plain)
 
 
@@ -70,8 +70,8 @@ def test_the_extremes_of_float16(kind, flags):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_product_has_the_bits_of_float32(kind, flags):
-    numbers = gguf.GGML_QUANT_SIZES[kind][0]
-    for outputs, inputs in ((1, 256), (35, 256 * 3), (67, max(numbers, 32) * 5), (64, 256 * 66)):
+    numbers = 64 if kind is Kind.IQ4_NL else max(32, gguf.GGML_QUANT_SIZES[kind][0])
+    for outputs, inputs in ((1, 256), (35, 256 * 3), (67, numbers * 5), (64, 256 * 66)):
         blocks, plain = blocks_of(kind, outputs, inputs, seed=outputs)
         bias = torch.randn(outputs, generator=torch.Generator().manual_seed(1)) if outputs > 1 else None
         ours, theirs = Weight.of_blocks(blocks, bias), Weight.of(plain, bias)

@@ -9,14 +9,14 @@
 
 #include "lanes.h"
 
-enum { FLOAT32, BFLOAT16, INT8, SIDE_BY_SIDE, F16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q4_K, Q5_K, Q6_K, Q2_K,
-       Q3_K, IQ4_XS };
+enum { FLOAT32, BFLOAT16, INT8, SIDE_BY_SIDE, F16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, IQ4_NL, Q4_K, Q5_K, Q6_K,
+       Q2_K, Q3_K, IQ4_XS }; /* of IQ4_NL two of the file's: alone they are as large as those of Q4_0 */
 enum { STRETCH = 32, VECTORS = STRETCH / LANES }; /* what is widened at once */
 
 INLINE int is_blocks(int kind) { return kind >= F16; }
-INLINE long block_numbers(int kind) { return kind >= Q4_K ? 256 : 32; }
+INLINE long block_numbers(int kind) { return kind >= Q4_K ? 256 : kind == IQ4_NL ? 64 : 32; }
 INLINE long block_bytes(int kind) {
-    static const int bytes[] = {[F16] = 64, [Q4_0] = 18, [Q4_1] = 20, [Q5_0] = 22, [Q5_1] = 24, [Q8_0] = 34,
+    static const int bytes[] = {[F16] = 64, [Q4_0] = 18, [Q4_1] = 20, [Q5_0] = 22, [Q5_1] = 24, [Q8_0] = 34, [IQ4_NL] = 36,
                                 [Q4_K] = 144, [Q5_K] = 176, [Q6_K] = 210, [Q2_K] = 84, [Q3_K] = 110, [IQ4_XS] = 136};
     return bytes[kind];
 }
@@ -25,7 +25,8 @@ INLINE long block_bytes(int kind) {
 INLINE int scales_of(int kind) { return kind == Q6_K || kind == Q2_K || kind == Q3_K ? 2 : 1; }
 INLINE int has_minima(int kind) { return kind == Q4_1 || kind == Q5_1 || kind == Q4_K || kind == Q5_K || kind == Q2_K; }
 
-/* What numbers of IQ4_XS stand for. */
+/* What numbers of 4 bits stand for that are spread unevenly. */
+INLINE int is_uneven(int kind) { return kind == IQ4_NL || kind == IQ4_XS; }
 static const int8_t UNEVEN[16] = {-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113};
 
 INLINE float from_half(const uint8_t *from) {
@@ -132,7 +133,7 @@ INLINE void terms_of(const int kind, const uint8_t *block, int part, Terms *term
     else if (kind == IQ4_XS) {
         const int low = block[4 + part / 2] >> 4 * (part & 1) & 15, high = (block[2] | block[3] << 8) >> 2 * part & 3;
         *terms = (Terms){from_half(block) * (float)((low | high << 4) - 32), -0.0f};
-    } else if (scales_of(kind) == 1) *terms = (Terms){halves(block).scale, -0.0f};
+    } else if (scales_of(kind) == 1) *terms = (Terms){halves(block + (kind == IQ4_NL ? 18 * part : 0)).scale, -0.0f};
     for (int half = 2 * part; half < 2 * part + 2; half++, terms++)
         if (kind == Q6_K) *terms = (Terms){from_half(block + 208) * (float)(int8_t)block[192 + half], -0.0f};
         else if (kind == Q3_K) *terms = (Terms){from_half(block + 108) * (float)third_scale(block + 96, half), -0.0f};
@@ -142,7 +143,6 @@ INLINE void terms_of(const int kind, const uint8_t *block, int part, Terms *term
         }
 }
 
-/* Numbers of 4 bits that stand for unevenly spread ones. */
 INLINE vec uneven(ivec nibbles, const Terms *terms) {
     ivec all = {0};
 #if LANES == 16
@@ -185,8 +185,8 @@ INLINE void unpack(const int kind, const uint8_t *block, int part, const Terms *
         } else if (kind == Q3_K) {
             const ivec low = whole(block + 32 + 32 * (part / 4) + from) >> 2 * (part & 3) & 3;
             out[v] = scaled((low | (whole(block + from) >> part & 1) << 2) - 4, terms + from / 16);
-        } else if (kind == IQ4_XS) {
-            out[v] = uneven(whole(block + 8 + 16 * part + half) >> shift & 15, terms);
+        } else if (is_uneven(kind)) {
+            out[v] = uneven(whole(block + (kind == IQ4_XS ? 8 + 16 * part : 2 + 18 * part) + half) >> shift & 15, terms);
         }
     }
 }

@@ -40,7 +40,7 @@ INLINE int bits_of(int kind) {
 INLINE int low_bits(int kind) { return bits_of(kind) == 8 ? 8 : bits_of(kind) < 4 ? 2 : 4; }
 /* The packed number that stands for zero. */
 INLINE int zero_of(int kind) {
-    return kind == Q8_0 || kind == IQ4_XS ? 128 : kind == Q6_K ? 32 : kind == Q5_0 ? 16 : kind == Q4_0 ? 8 : kind == Q3_K ? 4 : 0;
+    return kind == Q8_0 || is_uneven(kind) ? 128 : kind == Q6_K ? 32 : kind == Q5_0 ? 16 : kind == Q4_0 ? 8 : kind == Q3_K ? 4 : 0;
 }
 /* Stretches whose terms lie together, and the bytes of those of one; 0 of a kind that is not packed. */
 INLINE int stretches_of(int kind) { return kind >= Q4_K ? 8 : 1; }
@@ -71,7 +71,7 @@ static void pack_stretch(int kind, const uint8_t *block, int part, int o, uint8_
     const Terms ones[2] = {{1, -0.0f}, {1, -0.0f}};
     const int parts = scales_of(kind), low = low_bits(kind), more = bits_of(kind) - low, line_bytes = 4 * ABREAST;
     uint8_t *terms = to + terms_at(kind, s), *numbers = to + numbers_at(kind, s) + 4 * o;
-    const long halves_at = block_terms_in_file(kind);
+    const long halves_at = kind == IQ4_NL ? 18 * part : block_terms_in_file(kind);
     for (int k = 0; k <= has_minima(kind); k++) {
         uint8_t *halves = kind >= Q4_K ? to + s / 8 * group_bytes(kind) : terms;
         memcpy(halves + 2 * (k * ABREAST + o), block + halves_at + 2 * k, 2);
@@ -92,8 +92,8 @@ static void pack_stretch(int kind, const uint8_t *block, int part, int o, uint8_
     unpack(kind, block, part, ones, plain);
     for (int i = 0; i < STRETCH; i++) {
         const int value = (int)plain[i / LANES][i % LANES], line = i / 4;
-        int q = kind == IQ4_XS ? 0 : value + zero_of(kind);
-        while (kind == IQ4_XS && UNEVEN[q] != value) q++;
+        int q = is_uneven(kind) ? 0 : value + zero_of(kind);
+        while (is_uneven(kind) && UNEVEN[q] != value) q++;
         numbers[line % low * line_bytes + i % 4] |= (uint8_t)((q & ((1 << low) - 1)) << line / low * low);
         if (more) numbers[(low + line % more) * line_bytes + i % 4] |= (uint8_t)(q >> low << line / more * more);
     }
@@ -188,7 +188,7 @@ INLINE void load_numbers(const int kind, const uint8_t *w, long s, __m512i *q) {
     for (int line = 0; line < 8; line++) {
         q[line] = from_plane(numbers, low, line, 0);
         if (low < 8) q[line] = _mm512_and_si512(q[line], lowest);
-        if (kind == IQ4_XS) q[line] = _mm512_shuffle_epi8(spread, q[line]);
+        if (is_uneven(kind)) q[line] = _mm512_shuffle_epi8(spread, q[line]);
         if (more) q[line] = _mm512_ternarylogic_epi32(q[line], from_plane(numbers + 64 * low, more, line, low), above, 0xf8); /* q | (b & c) */
     }
 }
@@ -351,7 +351,7 @@ static void any_packed_dots(int kind, const uint8_t *w, const uint8_t *x, int n,
     case COARSE + kind: packed_dots(kind, 1, w, x, n, group, inputs, first, count, out, ldo); break
     switch (kind) {
         PACKED_DOTS(Q4_0); PACKED_DOTS(Q4_1); PACKED_DOTS(Q5_0); PACKED_DOTS(Q5_1); PACKED_DOTS(Q8_0); PACKED_DOTS(Q4_K);
-        PACKED_DOTS(Q5_K); PACKED_DOTS(Q6_K); PACKED_DOTS(Q2_K); PACKED_DOTS(Q3_K); PACKED_DOTS(IQ4_XS);
+        PACKED_DOTS(Q5_K); PACKED_DOTS(Q6_K); PACKED_DOTS(Q2_K); PACKED_DOTS(Q3_K); PACKED_DOTS(IQ4_NL); PACKED_DOTS(IQ4_XS);
     }
 }
 #else

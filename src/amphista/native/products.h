@@ -417,7 +417,7 @@ INLINE void block_dots(const int kind, const uint8_t *w, long outputs, const flo
 #define ANY_BLOCKS(call)                                                                                               \
     OF_KIND(F16, call); OF_KIND(Q4_0, call); OF_KIND(Q4_1, call); OF_KIND(Q5_0, call); OF_KIND(Q5_1, call);            \
     OF_KIND(Q8_0, call); OF_KIND(Q4_K, call); OF_KIND(Q5_K, call); OF_KIND(Q6_K, call); OF_KIND(Q2_K, call);           \
-    OF_KIND(Q3_K, call); OF_KIND(IQ4_XS, call)
+    OF_KIND(Q3_K, call); OF_KIND(IQ4_NL, call); OF_KIND(IQ4_XS, call)
 
 static void any_block_dots(const Product *p, const Rows *x, int n, long first, long count, float *out, long ldo) {
     const long inputs = p->inputs, bytes = inputs / block_numbers(p->kind) * block_bytes(p->kind);

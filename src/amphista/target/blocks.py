@@ -211,29 +211,23 @@ class MappedTensors:
             return held.view(PLAIN[kind]).view(shape).float()
         if kind not in BLOCKS or len(shape) != 2:
             raise NativeError(f"the C step has no weights in {kind} of shape {shape}")
+        if kind == "IQ4_NL":  # two at a time: alone they are as large as those of Q4_0
+            size *= 2
+            if shape[1] % (2 * per_block):
+                raise NativeError(f"the C step has no weights in {kind} of shape {shape}")
         blocks = held.view(shape[0], -1, size)
         self._try(kind, blocks[:1])
-        return _in_8_bits(blocks) if kind == "IQ4_NL" else blocks
+        return blocks
 
     def _try(self, kind: str, row: Tensor) -> None:
         """Compare what the C step and the `gguf` package make of one row of each kind."""
         from gguf import GGMLQuantizationType, dequantize
 
         if kind not in self._tried:
-            weight = Weight.of_blocks(_in_8_bits(row) if kind == "IQ4_NL" else row)
-            found = weight.rows(torch.zeros(1, dtype=torch.int64))
+            found = Weight.of_blocks(row).rows(torch.zeros(1, dtype=torch.int64))
             if not torch.equal(found, torch.from_numpy(dequantize(row.flatten(1).numpy(), GGMLQuantizationType[kind]))):
                 raise NativeError(f"the C step and the gguf package read blocks of {kind} differently")
             self._tried.add(kind)
-
-
-def _in_8_bits(blocks: Tensor) -> Tensor:
-    """Blocks of IQ4_NL as blocks of Q8_0 that stand for the same numbers: scales are the same."""
-    from gguf.quants import IQ4_NL
-
-    values = torch.tensor(IQ4_NL.kvalues, dtype=torch.int8).view(torch.uint8)
-    low, high = (blocks[..., 2:] & 15).long(), (blocks[..., 2:] >> 4).long()
-    return torch.cat([blocks[..., :2], values[low], values[high]], dim=-1)
 
 
 def _name_of(name: str, modules: Mapping[str, str]) -> str:
