@@ -33,6 +33,8 @@ INLINE int is_packed(int kind) { return kind >= FINE; }
 /* Digits of a row's numbers as a packed weight reads them; 0 of one that is not packed. */
 INLINE int digits_read(int kind) { return kind >= COARSE ? 1 : kind >= FINE ? 2 : 0; }
 
+/* Kinds that get a kernel for each number of rows; of others there are fewer, as each is a lot to compile. */
+INLINE int is_common(int kind) { return kind == Q4_0 || kind == Q4_1 || kind == Q8_0 || kind == Q4_K; }
 INLINE int bits_of(int kind) {
     return kind == Q8_0 ? 8 : kind == Q6_K ? 6 : kind == Q5_0 || kind == Q5_1 || kind == Q5_K ? 5 : kind == Q3_K ? 3 : kind == Q2_K ? 2 : 4;
 }
@@ -66,8 +68,8 @@ enum { CAN_PACK = 1 };
 /* Where float16 of a block of 256 lie that its terms are multiples of. */
 INLINE long block_terms_in_file(int kind) { return kind == Q6_K ? 208 : kind == Q3_K ? 108 : kind == Q2_K ? 80 : 0; }
 
-/* Stretch `s`, a block's `part`, as that of output `o` among 16. */
-static void pack_stretch(int kind, const uint8_t *block, int part, int o, uint8_t *to, long s) {
+/* Stretch `s`, a block's `part`, as that of output `o` among 16. `kind` is a constant. */
+INLINE void pack_stretch(const int kind, const uint8_t *block, int part, int o, uint8_t *to, long s) {
     const Terms ones[2] = {{1, -0.0f}, {1, -0.0f}};
     const int parts = scales_of(kind), low = low_bits(kind), more = bits_of(kind) - low, line_bytes = 4 * ABREAST;
     uint8_t *terms = to + terms_at(kind, s), *numbers = to + numbers_at(kind, s) + 4 * o;
@@ -99,13 +101,22 @@ static void pack_stretch(int kind, const uint8_t *block, int part, int o, uint8_
     }
 }
 
-/* Up to 16 outputs of a weight in blocks; the rest are zeros. */
-static void pack_outputs(int kind, const uint8_t *w, long inputs, int outputs, uint8_t *to) {
+/* Up to 16 outputs of a weight in blocks; the rest are zeros. `kind` is a constant. */
+INLINE void pack_outputs(const int kind, const uint8_t *w, long inputs, int outputs, uint8_t *to) {
     const long parts = block_numbers(kind) / STRETCH, bytes = inputs / block_numbers(kind) * block_bytes(kind);
     memset(to, 0, (size_t)packed_bytes(kind, inputs / STRETCH));
     for (long s = 0; s < inputs / STRETCH; s++)
         for (int o = 0; o < outputs; o++)
             pack_stretch(kind, w + o * bytes + s / parts * block_bytes(kind), (int)(s % parts), o, to, s);
+}
+
+#define PACKED_KINDS(call)                                                                                             \
+    call(Q4_0); call(Q4_1); call(Q5_0); call(Q5_1); call(Q8_0); call(IQ4_NL); call(Q4_K); call(Q5_K); call(Q6_K);      \
+    call(Q2_K); call(Q3_K); call(IQ4_XS)
+
+static void pack_any(int kind, const uint8_t *w, long inputs, int outputs, uint8_t *to) {
+#define PACK(kind) case kind: pack_outputs(kind, w, inputs, outputs, to); break
+    switch (kind) { PACKED_KINDS(PACK); }
 }
 
 /* The sums of two vectors, beside each other. */
@@ -330,11 +341,15 @@ INLINE void packed_dots(const int kind, const int digits, const uint8_t *weight,
                     default: packed_tiles(kind, digits, w, ready, at, rows, stretches, found);
                 }
             } else {
-                for (int k = 0; k < rows; k += PACKED_ROWS)
-                    switch (rows - k < PACKED_ROWS ? rows - k : PACKED_ROWS) {
+                for (int k = 0, some; k < rows; k += some) {
+                    some = rows - k < PACKED_ROWS ? rows - k : PACKED_ROWS;
+                    if (!is_common(kind) && some < PACKED_ROWS && some > 4) some = 4;
+                    switch (some) {
 #define SOME_ROWS(count) case count: packed_vectors(kind, digits, w, at, k, count, rows, stretches, found + k); break
-                        SOME_ROWS(1); SOME_ROWS(2); SOME_ROWS(3); SOME_ROWS(4); SOME_ROWS(5); SOME_ROWS(6); SOME_ROWS(7); SOME_ROWS(8);
+#define MORE_ROWS(count) case count: if (is_common(kind)) packed_vectors(kind, digits, w, at, k, count, rows, stretches, found + k); break
+                        SOME_ROWS(1); SOME_ROWS(2); SOME_ROWS(3); SOME_ROWS(4); MORE_ROWS(5); MORE_ROWS(6); MORE_ROWS(7); SOME_ROWS(8);
                     }
+                }
             }
             float *to = out + r * ldo + o + before - first;
             for (int k = 0; k < rows; k++, to += ldo)
@@ -349,14 +364,11 @@ static void any_packed_dots(int kind, const uint8_t *w, const uint8_t *x, int n,
 #define PACKED_DOTS(kind)                                                                                              \
     case FINE + kind: packed_dots(kind, 2, w, x, n, group, inputs, first, count, out, ldo); break;                     \
     case COARSE + kind: packed_dots(kind, 1, w, x, n, group, inputs, first, count, out, ldo); break
-    switch (kind) {
-        PACKED_DOTS(Q4_0); PACKED_DOTS(Q4_1); PACKED_DOTS(Q5_0); PACKED_DOTS(Q5_1); PACKED_DOTS(Q8_0); PACKED_DOTS(Q4_K);
-        PACKED_DOTS(Q5_K); PACKED_DOTS(Q6_K); PACKED_DOTS(Q2_K); PACKED_DOTS(Q3_K); PACKED_DOTS(IQ4_NL); PACKED_DOTS(IQ4_XS);
-    }
+    switch (kind) { PACKED_KINDS(PACKED_DOTS); }
 }
 #else
 enum { CAN_PACK = 0 };
-INLINE void pack_outputs(int kind, const uint8_t *w, long inputs, int outputs, uint8_t *to) {
+INLINE void pack_any(int kind, const uint8_t *w, long inputs, int outputs, uint8_t *to) {
     (void)kind, (void)w, (void)inputs, (void)outputs, (void)to;
 }
 INLINE void digits_of(const float *from, long inputs, int digits, int row, int rows, uint8_t *to) {

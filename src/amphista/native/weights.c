@@ -35,6 +35,6 @@ void amphista_pack(const Product *p, uint8_t *to, int threads) {
     (void)threads;
 #pragma omp parallel for num_threads(threads)
     for (int32_t o = 0; o < p->outputs; o += ABREAST)
-        pack_outputs(p->kind, (const uint8_t *)p->weight + o * bytes, inputs, p->outputs - o < ABREAST ? p->outputs - o : ABREAST,
+        pack_any(p->kind, (const uint8_t *)p->weight + o * bytes, inputs, p->outputs - o < ABREAST ? p->outputs - o : ABREAST,
                      to + o / ABREAST * packed_bytes(p->kind, inputs / STRETCH));
 }
