@@ -63,6 +63,8 @@ def test_the_extremes_of_float16(kind, flags):
     for row, scales in enumerate((a, b) for a in EXTREMES for b in EXTREMES):
         for at, half in zip(places, scales, strict=False):
             blocks[row, :, at], blocks[row, :, at + 1] = half & 255, half >> 8
+        if kind is Kind.IQ4_NL:  # the second of two
+            blocks[row, :, 18], blocks[row, :, 19] = scales[1] & 255, scales[1] >> 8
     with np.errstate(all="ignore"):
         plain = torch.from_numpy(gguf.dequantize(blocks.flatten(1).numpy(), kind))
     assert same_bits(Weight.of_blocks(blocks).rows(torch.arange(len(blocks)), flags), plain)
@@ -161,15 +163,28 @@ def test_a_packed_row_has_the_same_bits_beside_any_others(kind, levels):
             assert same_bits(packed.multiply(rows[-num_rows:], flags), alone[-num_rows:])
 
 
-def test_packed_rows_that_are_too_long_to_be_unpacked_for_all_groups_have_the_same_bits(levels):
-    packed, _ = packed_of(Kind.Q4_1, 19, 129 * STRETCH, levels)
-    rows = rows_of_all_kinds(129 * STRETCH)
+@pytest.mark.parametrize("kind", PACKED_KINDS)
+def test_a_packed_weight_takes_about_what_it_takes_in_the_file_and_is_packed_once(kind, levels):
+    packed, _ = packed_of(kind, 32, 1024, levels)
+    blocks, _ = blocks_of(kind, 32, 1024)
+    assert 1 <= packed.num_bytes / blocks.numel() <= 1.2
+    assert packed.packed(is_coarse=levels == 0x7F) is packed
+    with pytest.raises(NativeError, match="before it is packed"):
+        packed.rows(torch.tensor([0]))
+
+
+@pytest.mark.parametrize("kind", [Kind.Q4_1, Kind.Q2_K, Kind.Q6_K])
+def test_packed_rows_that_are_too_long_to_be_unpacked_for_all_groups_have_the_same_bits(kind, levels):
+    inputs = 129 * STRETCH if kind is Kind.Q4_1 else 136 * STRETCH
+    packed, _ = packed_of(kind, 19, inputs, levels)
+    rows = rows_of_all_kinds(inputs)
     assert same_bits(packed.multiply(rows), torch.cat([packed.multiply(row[None]) for row in rows]))
 
 
+@pytest.mark.parametrize("kind", [Kind.Q4_1, Kind.Q2_K, Kind.Q6_K])
 @pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf])
-def test_a_packed_row_that_is_not_finite_is_nan_alone(number, levels):
-    packed, _ = packed_of(Kind.Q4_1, 33, 512, levels)
+def test_a_packed_row_that_is_not_finite_is_nan_alone(number, kind, levels):
+    packed, _ = packed_of(kind, 33, 512, levels)
     rows = torch.randn(5, 512)
     expected = packed.multiply(rows)
     for place in (0, 31, 300, 511):

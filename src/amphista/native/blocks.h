@@ -1,8 +1,8 @@
 /* Blocks of GGUF files, widened to exactly the float32 numbers they stand for: gguf.quants.dequantize's, bit for bit.
  *
- * A row of a weight is a row of blocks of 32 or 256 numbers. A number is scale * q + min, in the order of the file: for
- * all of these kinds the product is exact in float32, or nothing is added to it, so that a fused multiply-add rounds as
- * the two operations do. Where nothing is to be added it is -0, which leaves even a zero's sign.
+ * A row of a weight is a row of blocks of 32 or 256 numbers, of IQ4_NL 64: two of the file's. A number is scale * q + min,
+ * in the order of the file: for all of these kinds the product is exact in float32, or nothing is added to it, so that a
+ * fused multiply-add rounds as the two operations do. Where nothing is to be added it is -0, which leaves even a zero's sign.
  */
 #ifndef AMPHISTA_BLOCKS_H
 #define AMPHISTA_BLOCKS_H

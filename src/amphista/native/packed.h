@@ -1,4 +1,4 @@
-/* Blocks of 4 to 8 bits packed for products of whole numbers.
+/* Blocks of 2 to 8 bits packed for products of whole numbers.
  *
  * A row is cut into stretches of 32 numbers, each a whole number times a step of the stretch's own. FINE: of 16 bits, in
  * two digits to the base 256. COARSE: of 8 bits, one digit, as in llama.cpp. Digits times a block's numbers are sums of
@@ -8,7 +8,8 @@
  *
  * Weight: for 16 outputs at a time and each stretch, or each 8 of a kind whose blocks have 256 numbers, the terms and the
  * numbers, so that they take about what they take in the file. Terms: scales, and minima where the kind has some, float16;
- * of 256, first float16 of the block, then whole numbers of 8 bits that multiply them. Numbers: 8 lines of
+ * of 256, first float16 of the block, then for each stretch whole numbers of 8 bits that multiply them, scales of both halves
+ * before minima, which are negated; up to the next 64 bytes is padding. Numbers: 8 lines of
  * [16 outputs][4 inputs], cut into planes of bits, first of the low ones and then of what is above them: a byte of a plane
  * holds those of several lines. A plane of 2 bits is [2][16 outputs][4 inputs], line 0 in the lowest bits of the first,
  * line 1 in those of the second, line 2 above line 0.
@@ -40,20 +41,25 @@ INLINE int bits_of(int kind) {
 }
 /* Bits of the lowest plane. */
 INLINE int low_bits(int kind) { return bits_of(kind) == 8 ? 8 : bits_of(kind) < 4 ? 2 : 4; }
-/* The packed number that stands for zero. */
+/* What is taken off a number as it is multiplied; of uneven kinds, which are looked up, what they are raised by. */
 INLINE int zero_of(int kind) {
     return kind == Q8_0 || is_uneven(kind) ? 128 : kind == Q6_K ? 32 : kind == Q5_0 ? 16 : kind == Q4_0 ? 8 : kind == Q3_K ? 4 : 0;
 }
-/* Stretches whose terms lie together, and the bytes of those of one; 0 of a kind that is not packed. */
+/* Stretches whose terms lie together. */
 INLINE int stretches_of(int kind) { return kind >= Q4_K ? 8 : 1; }
+/* Bytes of one stretch's own terms; 0 of a kind that is not packed. */
 INLINE long terms_bytes(int kind) { return (kind >= Q4_K ? 1 : kind > F16 ? 2 : 0) * ABREAST * scales_of(kind) * (1 + has_minima(kind)); }
-/* Bytes of those of a block of 256, of all terms together, of a stretch's numbers, and of all. */
+/* Bytes of the terms that a block of 256 has as a whole. */
 INLINE long block_terms_bytes(int kind) { return kind >= Q4_K ? 2 * ABREAST * (1 + has_minima(kind)) : 0; }
+/* Bytes of all terms that lie together, padding included. */
 INLINE long head_bytes(int kind) { return kind >= Q4_K ? (block_terms_bytes(kind) + 8 * terms_bytes(kind) + 63) / 64 * 64 : terms_bytes(kind); }
+/* Bytes of a stretch's numbers. */
 INLINE long number_bytes(int kind) { return bits_of(kind) * STRETCH / 8 * ABREAST; }
+/* Bytes of stretches whose terms lie together. */
 INLINE long group_bytes(int kind) { return head_bytes(kind) + stretches_of(kind) * number_bytes(kind); }
-/* Bytes of so many stretches; where the numbers of one lie. */
+/* Bytes of so many stretches. */
 INLINE long packed_bytes(int kind, long stretches) { return stretches / stretches_of(kind) * group_bytes(kind); }
+/* Where the numbers of a stretch lie, and its own terms. */
 INLINE long numbers_at(int kind, long s) {
     return s / stretches_of(kind) * group_bytes(kind) + head_bytes(kind) + s % stretches_of(kind) * number_bytes(kind);
 }
@@ -79,12 +85,12 @@ INLINE void pack_stretch(const int kind, const uint8_t *block, int part, int o, 
         memcpy(halves + 2 * (k * ABREAST + o), block + halves_at + 2 * k, 2);
     }
     if (kind >= Q4_K) { /* the block's own float16 in place of 1 */
-        uint8_t plain[256];
+        uint8_t with_ones[256];
         Terms found[2];
         const uint16_t one = 0x3c00;
-        memcpy(plain, block, (size_t)block_bytes(kind));
-        for (int k = 0; k <= has_minima(kind); k++) memcpy(plain + halves_at + 2 * k, &one, 2);
-        terms_of(kind, plain, part, found);
+        memcpy(with_ones, block, (size_t)block_bytes(kind));
+        for (int k = 0; k <= has_minima(kind); k++) memcpy(with_ones + halves_at + 2 * k, &one, 2);
+        terms_of(kind, with_ones, part, found);
         for (int k = 0; k < parts; k++) {
             terms[k * ABREAST + o] = (uint8_t)(int)found[k].scale;
             if (has_minima(kind)) terms[(parts + k) * ABREAST + o] = (uint8_t)(int)found[k].min;
@@ -335,7 +341,7 @@ INLINE void packed_dots(const int kind, const int digits, const uint8_t *weight,
             float found[TILE_ROWS][ABREAST];
             if (has_tiles && rows >= LEAST_PACKED_TILE_ROWS) {
                 const __m512i *ready = is_ready ? unpacked[0] : NULL;
-                switch (rows) { /* where their number is a constant, totals stay in registers */
+                switch (is_common(kind) ? rows : 0) { /* where their number is a constant, totals stay in registers */
 #define ALL_ROWS(count) case count: packed_tiles(kind, digits, w, ready, at, count, stretches, found); break
                     ALL_ROWS(4); ALL_ROWS(5); ALL_ROWS(6); ALL_ROWS(7); ALL_ROWS(8); ALL_ROWS(16);
                     default: packed_tiles(kind, digits, w, ready, at, rows, stretches, found);

@@ -26,7 +26,7 @@ void amphista_product(const Product *p, const float *rows, int64_t n, float *out
 
 /* Bytes of blocks of a kind as packed.h has them; 0 where that is not quicker, or not for this kind. */
 int64_t amphista_packed_size(int kind, int64_t outputs, int64_t inputs) {
-    if (!CAN_PACK || !terms_bytes(kind)) return 0;
+    if (!CAN_PACK || is_packed(kind) || !terms_bytes(kind)) return 0;
     return (outputs + ABREAST - 1) / ABREAST * packed_bytes(kind, inputs / STRETCH);
 }
 

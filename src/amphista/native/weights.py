@@ -164,6 +164,8 @@ class Weight:
 
     def rows(self, ids: Tensor, flags: tuple[str, ...] | None = None) -> Tensor:
         """Rows of a weight of float32, bfloat16 or blocks as float32: ids [N] -> [N, I]."""
+        if self.is_packed:
+            raise NativeError("rows of a packed weight are not to be had: take them before it is packed")
         ids, out = ids.to(torch.int64).contiguous(), torch.empty(len(ids), self.num_inputs)
         if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < self.num_outputs:
             raise NativeError(f"rows are asked for that are not among the weight's {self.num_outputs}")

@@ -85,10 +85,11 @@ static int differs(int kind, int window) {
 
 /* Blocks of a kind, packed (FINE or COARSE) or not (0), in memory of exactly their size: a product by one thread and by three, and the last row. */
 static int blocks_differ(int kind, int packs) {
-    enum { OUTPUTS = 35, INPUTS = 512 };
-    const size_t bytes = (size_t)(OUTPUTS * INPUTS / block_numbers(kind) * block_bytes(kind));
-    Product p = {.weight = keep_it(filled(bytes, 1, 7)), .kind = kind, .outputs = OUTPUTS, .inputs = INPUTS};
-    const int64_t last = OUTPUTS - 1, size = packs ? amphista_packed_size(kind, OUTPUTS, INPUTS) : 0;
+    enum { OUTPUTS = 35 };
+    const int inputs = block_numbers(kind) == 256 ? 512 : 320;
+    const size_t bytes = (size_t)(OUTPUTS * inputs / block_numbers(kind) * block_bytes(kind));
+    Product p = {.weight = keep_it(filled(bytes, 1, 7)), .kind = kind, .outputs = OUTPUTS, .inputs = inputs};
+    const int64_t last = OUTPUTS - 1, size = packs ? amphista_packed_size(kind, OUTPUTS, inputs) : 0;
     if (packs) {
         if (!size) return 0;
         uint8_t *to = keep_it(malloc((size_t)size));
@@ -97,14 +98,14 @@ static int blocks_differ(int kind, int packs) {
     }
     int wrong = 0;
     for (int n = 1; n < 20; n++) {
-        float *rows = keep_it(filled((size_t)n * INPUTS, 4, 8)), *out[2];
+        float *rows = keep_it(filled((size_t)(n * inputs), 4, 8)), *out[2];
         for (int run = 0; run < 2; run++) {
             out[run] = keep_it(malloc(4 * (size_t)n * OUTPUTS));
-            amphista_product(&p, rows, n, out[run], run ? 3 : 1, keep_it(malloc(4 * (size_t)n * (INPUTS + 1))));
+            amphista_product(&p, rows, n, out[run], run ? 3 : 1, keep_it(malloc(4 * (size_t)(n * (inputs + 1)))));
         }
         wrong += memcmp(out[0], out[1], 4 * (size_t)n * OUTPUTS) != 0;
     }
-    if (!packs) amphista_rows(&p, &last, 1, keep_it(malloc(4 * INPUTS)), 1);
+    if (!packs) amphista_rows(&p, &last, 1, keep_it(malloc(4 * (size_t)inputs)), 1);
     return wrong;
 }
 

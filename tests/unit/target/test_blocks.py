@@ -14,11 +14,12 @@ from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from amphista.drafter.amphista import Amphista, AmphistaConfig
-from amphista.errors import TargetError
+from amphista.errors import NativeError, TargetError
 from amphista.llm import LLM, choose_drafter
 from amphista.native.build import load
 from amphista.native.weights import Weight
 from amphista.target import gguf as files
+from amphista.target.blocks import MappedTensors
 from amphista.target.loading import describe_target, import_code, load_target
 from amphista.target.spans import Span
 from amphista.tree.token_tree import TokenTree
@@ -181,6 +182,25 @@ def test_int8_rounds_weights_anew_where_a_block_has_no_such_products(tmp_path):
     target = load_target(str(path), dtype="int8")
     assert (target.path, target.has_blocks) == ("native-int8", False)
     assert target.identity["type"] in ("rounded-int8", "int8")
+
+
+RARE = {"attn_q": Kind.Q2_K, "attn_k": Kind.Q3_K, "attn_v": Kind.IQ4_XS, "attn_output": Kind.Q5_1, "ffn_gate": Kind.Q4_0}
+
+
+def test_a_file_of_rare_kinds_decodes_from_its_blocks(tmp_path):
+    path = write_gguf(tmp_path / "rare.gguf", lambda name: next((RARE[part] for part in RARE if part in name), Kind.Q5_K))
+    targets = load_target(str(path)), load_target(str(path), dtype="float32")
+    assert targets[0].path == "native-gguf"
+    for ours, theirs in zip(*outputs_of(targets), strict=True):
+        assert (ours - theirs).abs().max() <= 2e-3 * theirs.abs().max()
+
+
+def test_rows_of_iq4_nl_that_do_not_go_in_twos_are_refused():
+    tensors = MappedTensors.__new__(MappedTensors)
+    tensors._pages, tensors._tried = torch.zeros(6 * 9 * 18, dtype=torch.uint8), {"IQ4_NL"}
+    with pytest.raises(NativeError, match="no weights in IQ4_NL of shape"):
+        tensors._numbers("IQ4_NL", [6, 288], 0)
+    assert tensors._numbers("IQ4_NL", [3, 320], 0).shape == (3, 5, 36)
 
 
 # -- what is not to be had so -----------------------------------------------------------------------------------------
