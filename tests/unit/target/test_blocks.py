@@ -184,11 +184,19 @@ def test_int8_rounds_weights_anew_where_a_block_has_no_such_products(tmp_path):
     assert target.identity["type"] in ("rounded-int8", "int8")
 
 
-RARE = {"attn_q": Kind.Q2_K, "attn_k": Kind.Q3_K, "attn_v": Kind.IQ4_XS, "attn_output": Kind.Q5_1, "ffn_gate": Kind.Q4_0}
+RARE = {
+    "attn_q": Kind.Q2_K,
+    "attn_k": Kind.Q3_K,
+    "attn_v": Kind.IQ4_XS,
+    "attn_output": Kind.Q5_1,
+    "ffn_gate": Kind.Q4_0,
+}
 
 
 def test_a_file_of_rare_kinds_decodes_from_its_blocks(tmp_path):
-    path = write_gguf(tmp_path / "rare.gguf", lambda name: next((RARE[part] for part in RARE if part in name), Kind.Q5_K))
+    path = write_gguf(
+        tmp_path / "rare.gguf", lambda name: next((RARE[part] for part in RARE if part in name), Kind.Q5_K)
+    )
     targets = load_target(str(path)), load_target(str(path), dtype="float32")
     assert targets[0].path == "native-gguf"
     for ours, theirs in zip(*outputs_of(targets), strict=True):
