@@ -105,6 +105,21 @@ def test_a_compiler_that_writes_rubbish_is_not_loaded(tmp_path, monkeypatch):
         load(folder=tmp_path / "cache")
 
 
+def test_a_build_that_takes_too_long_is_not_tried_twice(tmp_path, monkeypatch):
+    tried, run = [], subprocess.run
+
+    def slow(command, **settings):
+        if "--version" in command:
+            return run(command, **settings)
+        tried.append(command)
+        raise subprocess.TimeoutExpired(command, settings["timeout"])
+
+    monkeypatch.setattr(subprocess, "run", slow)
+    with pytest.raises(NativeError, match="took more than"):
+        load(folder=tmp_path)
+    assert len(tried) == 1
+
+
 def test_a_cache_folder_that_cannot_be_written_says_so(tmp_path):
     compiler()
     (tmp_path / "file").write_text("")
