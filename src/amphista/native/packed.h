@@ -279,9 +279,10 @@ INLINE void packed_vectors(const int kind, const int digits, const uint8_t *w, c
         if (others_rows) _tile_stored(others, to + TILE_ROWS, 64);                                                     \
     } while (0)
 
-/* The same of all rows by matrix units, their digits below each other, of kinds with one scale a stretch. Tiles wait long for what was just written, and so
- * does who reads what they just found: a stretch is unpacked UNDER_WAY stretches before it is multiplied, its sums are
- * stored behind the next product and added to the totals behind one more. ready: all its stretches unpacked, or NULL. */
+/* The same of all rows by matrix units, their digits below each other, of kinds with one scale a stretch. Tiles wait
+ * long for what was just written, and so does who reads what they just found: a stretch is unpacked UNDER_WAY
+ * stretches before it is multiplied, its sums are stored behind the next product and added to the totals behind one
+ * more. ready: all its stretches unpacked, or NULL. */
 INLINE void packed_tiles(const int kind, const int digits, const uint8_t *w, const __m512i *ready, const uint8_t *x, int rows,
                          long stretches, float (*out)[ABREAST]) {
     const int others_rows = digits * rows > TILE_ROWS ? digits * rows - TILE_ROWS : 0;

@@ -21,21 +21,7 @@ BLOCK, GROUP, LEVELS, ZERO = 32, 4, 127, 128  # of packed 8-bit weights: outputs
 KINDS = {torch.float32: 0, torch.bfloat16: 1}
 INT8, SIDE_BY_SIDE = 2, 3
 FINE, COARSE = 32, 64  # added to the kind of blocks: packed, for rows of 16 bits or of 8
-BLOCK_BYTES = (
-    2,
-    18,
-    20,
-    22,
-    24,
-    34,
-    36,
-    144,
-    176,
-    210,
-    84,
-    110,
-    136,
-)  # of a GGUF file's kinds, in the order of blocks.h
+BLOCK_BYTES = 2, 18, 20, 22, 24, 34, 36, 144, 176, 210, 84, 110, 136  # of a GGUF file's kinds, in the order of blocks.h
 BLOCK_KINDS = {size: 4 + place for place, size in enumerate(BLOCK_BYTES)}
 BLOCK_NUMBERS = {2: 1, 36: 64} | dict.fromkeys((144, 176, 210, 84, 110, 136), 256)  # in a block; of all others 32
 HALVES = 32  # float16 is read by so many
