@@ -11,12 +11,15 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import math
+import sys
 import threading
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -24,6 +27,8 @@ from amphista.errors import NativeError
 from amphista.native.build import load
 from amphista.native.weights import KINDS, PAD, Address, ProductStruct, Weight, address, rounded_up
 
+MOST_KEPT = 1 << 24  # numbers of a result whose room is kept
+UNHELD = 3  # what holds a room that no result lies in: its owner, who asks, and the asking
 WRONG = {
     1: "its spans do not follow each other",
     2: "a parent does not come before its row in the same span",
@@ -203,7 +208,7 @@ class NativeModel:
         scales = shape.embedding_scale, shape.input_scale
         self._model = _Model(stack, padded(norm, self._held), embedding.record(), head.record(), *scales)
         self.shape, self.num_layers = shape, len(layers)
-        self._workspace, self._no_logits = Workspace(), torch.empty(0, self.vocab_size)
+        self._workspace, self._logits, self._no_logits = Workspace(), Room(), torch.empty(0, self.vocab_size)
 
     def forward(
         self,
@@ -227,7 +232,7 @@ class NativeModel:
         start, _ = flat.buffer_info()
         choices = len(flat) - num_wanted
         hidden = torch.empty(num_rows, (1 + len(taps)) * self.hidden_size)
-        logits = torch.empty(num_wanted, self.vocab_size) if has_logits else self._no_logits
+        logits = self._logits.empty(num_wanted, self.vocab_size) if has_logits else self._no_logits
         batch = _Batch(
             start,
             start + 4 * num_rows,
@@ -297,6 +302,24 @@ class Workspace:
         if room is None or room.numel() < num_bytes + PAD:
             room = self._local.room = torch.empty(num_bytes * 5 // 4 + PAD, dtype=torch.uint8)
         return -(-room.data_ptr() // PAD) * PAD
+
+
+class Room:
+    """Room for one result of each thread, which the next one takes as soon as nobody holds it any more: of megabytes that
+    are allocated anew the system clears every page, step after step."""
+
+    def __init__(self) -> None:
+        self._local = threading.local()
+
+    def empty(self, *shape: int) -> Tensor:
+        """A float32 tensor of this shape, whatever stands in it."""
+        size = math.prod(shape)
+        if size > MOST_KEPT:
+            return torch.empty(shape)
+        room: np.ndarray[Any, Any] | None = getattr(self._local, "room", None)
+        if room is None or room.size < size or sys.getrefcount(room) > UNHELD:  # a tensor that is a view of it counts
+            room = self._local.room = np.empty(size, np.float32)
+        return torch.from_numpy(room[:size]).view(shape)
 
 
 def stack_record(
