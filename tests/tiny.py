@@ -13,6 +13,7 @@ from transformers import (
     Ernie4_5Config,
     Exaone4Config,
     Gemma2Config,
+    GemmaConfig,
     Gemma3TextConfig,
     Glm4Config,
     GPT2Config,
@@ -77,7 +78,10 @@ FAMILIES = {
     "qwen3": lambda: Qwen3Config(**SIZES, head_dim=8),
     "mistral": lambda: MistralConfig(**SIZES, sliding_window=None),
     "mistral-windowed": lambda: MistralConfig(**SIZES, sliding_window=WINDOW),
-    "gemma2": lambda: Gemma2Config(**SIZES, head_dim=8, sliding_window=WINDOW, query_pre_attn_scalar=8),
+    "gemma": lambda: GemmaConfig(**SIZES, head_dim=8),
+    "gemma2": lambda: Gemma2Config(  # scores are capped where they are large
+        **SIZES, head_dim=8, sliding_window=WINDOW, query_pre_attn_scalar=2, attn_logit_softcapping=1.5
+    ),
     "gemma3": lambda: Gemma3TextConfig(**SIZES, head_dim=8, sliding_window=WINDOW, query_pre_attn_scalar=8),
     "gemma3-by-kind": lambda: Gemma3TextConfig(  # rotated by other angles in other layers
         **SIZES,
@@ -141,7 +145,8 @@ def tiny_model(family: str = "llama", *, seed: int = 0, dtype: torch.dtype = tor
     config = FAMILIES[family]()
     for name, value in changes.items():
         setattr(config, name, value)
-    model = AutoModelForCausalLM.from_config(config)
+    capped = getattr(config, "attn_logit_softcapping", None)  # sdpa leaves that out
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager" if capped else None)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.dim() > 1:

@@ -19,7 +19,7 @@ from torch.nn import functional
 from amphista.native import training as native
 
 FIRST_POSITIONS = 1024
-ABOUT_ONE = {"Gemma3RMSNorm"}  # norms that hold by how much a weight differs from 1
+ABOUT_ONE = {"GemmaRMSNorm", "Gemma2RMSNorm", "Gemma3RMSNorm"}  # norms that hold by how much a weight differs from 1
 
 
 @dataclass(frozen=True)

@@ -162,6 +162,12 @@ static void score(const Cached *c, const char *keys, int64_t first, const int32_
     }
 }
 
+/* Scores [count] become cap * tanh(score / cap). There is room for padding behind them. */
+static void cap_scores(float *scores, long count, float cap) {
+    for (long i = 0; i < count; i += LANES)
+        store(scores + i, cap - 2 * cap / (exponential(load(scores + i) * (2 / cap)) + 1.0f));
+}
+
 /* Scores [count] become their exponentials, the largest 1; their sum. There is room for padding behind them. */
 static float exponentials(float *scores, long count) {
     vec most = all(-INFINITY), total = {0};

@@ -51,7 +51,8 @@ typedef struct {
     float eps, scale, residual; /* scale: of queries; residual: of what is added to the states */
     int32_t turns;              /* rotations there are */
     int32_t has_wide_norms;     /* those of queries and keys are over all heads, not over each */
-    int32_t has_gelu, unused;   /* in place of silu */
+    int32_t has_gelu;           /* in place of silu */
+    float score_cap;            /* what scores stay below in size; 0: they are not capped */
 } Stack;
 
 typedef struct {
@@ -362,6 +363,7 @@ static void attend(const Stack *m, const Layer *layer, int l, const Batch *f, co
         score(&c, keys, span->committed, path, count, query, num_heads, columns, own + committed, ldw);
         if (prefix)
             score(&c, f->prefix_keys[l], at_prefix, NULL, prefix, query, num_heads, columns, own + committed + count, ldw);
+        for (int h = 0; h < num_heads && m->score_cap; h++) cap_scores(own + h * ldw, committed + count + prefix, m->score_cap);
         for (int h = 0; h < num_heads; h++) /* the sum lies at the end of the line, behind the padding */
             own[h * ldw + ldw - 1] = exponentials(own + h * ldw, committed + count + prefix);
     }

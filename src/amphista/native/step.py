@@ -58,7 +58,8 @@ class _Stack(ctypes.Structure):
             for name in ("num_layers", "hidden", "heads", "key_heads", "head_size", "inner", "cache_kind")
         ),
         *((name, ctypes.c_float) for name in ("eps", "scale", "residual")),
-        *((name, ctypes.c_int32) for name in ("turns", "has_wide_norms", "has_gelu", "unused")),
+        *((name, ctypes.c_int32) for name in ("turns", "has_wide_norms", "has_gelu")),
+        ("score_cap", ctypes.c_float),
     ]
 
 
@@ -128,8 +129,8 @@ class DecoderShape:
     """Dimensions and constants of a decoder.
 
     scale: of queries; residual_scale: of what layers add to the states; num_turns: rotations there are; has_wide_norms:
-    norms of queries and keys are over all heads; has_gelu: in place of silu; embedding_scale, input_scale: of
-    embeddings, and of inputs in their place.
+    norms of queries and keys are over all heads; has_gelu: in place of silu; score_cap: what scores stay below in size,
+    0: nothing; embedding_scale, input_scale: of embeddings, and of inputs in their place.
     """
 
     num_heads: int
@@ -141,6 +142,7 @@ class DecoderShape:
     num_turns: int = 1
     has_wide_norms: bool = False
     has_gelu: bool = False
+    score_cap: float = 0.0
     embedding_scale: float = 1.0
     input_scale: float = 1.0
 
@@ -343,6 +345,7 @@ def stack_record(
         shape.num_turns,
         shape.has_wide_norms,
         shape.has_gelu,
+        shape.score_cap,
     )
 
 

@@ -91,6 +91,10 @@ class Layout:
         seen = seen if self.free is None else seen | self.free
         return seen if self.visible is None else seen & self.visible[:, None]
 
+    def hand(self, mask: Tensor, rule: Rule) -> Tensor:
+        """The mask as a layer is handed it."""
+        return mask
+
 
 @contextmanager
 def laid_out(layout: Layout) -> Iterator[None]:
@@ -109,9 +113,7 @@ class _Noting(Layout):
 
     made: list[tuple[Tensor, Rule]] = field(default_factory=list)
 
-    def mask(self, rule: Rule) -> Tensor | None:
-        mask = super().mask(rule)
-        assert mask is not None
+    def hand(self, mask: Tensor, rule: Rule) -> Tensor:
         self.made.append((mask, rule))
         return mask
 
@@ -120,7 +122,7 @@ class _Noting(Layout):
 def layer_rules(model: Any) -> list[Rule]:
     """The rule of each decoder layer, as the model itself hands masks to them in a forward over one token.
 
-    model: a causal LM whose decoder calls `layers` with `attention_mask`, and whose attention is sdpa.
+    model: a causal LM whose decoder calls `layers` with `attention_mask`, and whose attention is sdpa or eager.
     """
     row = torch.zeros(1, 1, dtype=torch.int64, device=model.device)
     layout = _Noting(row, row, torch.ones_like(row, dtype=torch.bool)[None])
@@ -158,7 +160,8 @@ def _sdpa_mask(*args: Any, mask_function: Rule = causal_mask_function, **setting
     if layout is None:
         made: Tensor | None = sdpa_mask(*args, mask_function=mask_function, **settings)
         return made
-    return layout.mask(mask_function)
+    mask = layout.mask(mask_function)
+    return None if mask is None else layout.hand(mask, mask_function)
 
 
 def _eager_mask(*args: Any, mask_function: Rule = causal_mask_function, **settings: Any) -> Tensor:
@@ -169,7 +172,8 @@ def _eager_mask(*args: Any, mask_function: Rule = causal_mask_function, **settin
     mask = layout.mask(mask_function)
     assert mask is not None, "forwards of ours always say what is visible"
     added = torch.zeros(mask.shape, dtype=settings.get("dtype", torch.float32), device=mask.device)
-    return added.masked_fill_(~mask, torch.finfo(added.dtype).min)  # the library's own lowest number
+    added.masked_fill_(~mask, torch.finfo(added.dtype).min)  # the library's own lowest number
+    return layout.hand(added, mask_function)
 
 
 AttentionMaskInterface.register("sdpa", _sdpa_mask)

@@ -32,6 +32,7 @@ from amphista.target.lean_layers import (
     kind_of_turn,
     num_to_pair,
     rotary_table,
+    score_cap,
 )
 from amphista.target.pages import give_back
 from amphista.target.probe_rows import embedded, layers_of
@@ -80,7 +81,7 @@ class LeanModel:
         self.embedding_scale = self.input_scale * scale_of(self.embed)
         self.residual_scale = float(getattr(decoder.layers[0], "residual_multiplier", 1.0))
         self.has_gelu = ACTIVATIONS[type(activation_of(decoder.layers[0])).__name__]
-        self.logit_transform = LogitTransform.from_config(config)
+        self.logit_transform, self.score_cap = LogitTransform.from_config(config), score_cap(config)
         turns = [kind_of_turn(config, layer, index) for index, layer in enumerate(decoder.layers)]
         kinds = list(dict.fromkeys(turns))
         self.num_turns = len(kinds)
@@ -300,19 +301,23 @@ class _Attention:
     num_groups: int
     mask: Tensor | None
     is_fused: bool
+    cap: float | None
 
     @classmethod
     def of(cls, model: LeanModel, shape: tuple[int, int], mask: Tensor | None) -> _Attention:
         key_heads, groups = model.num_key_value_heads, model.num_heads // model.num_key_value_heads
+        cap = model.score_cap
+        if cap is not None and mask is None and shape[1] > 1:
+            mask = torch.ones(1, 1, shape[1], shape[1], dtype=torch.bool, device=model.device).tril()
         is_fused = mask is None and shape[1] > 1
-        if mask is not None:
+        if mask is not None and cap is None:
             num_scores = shape[1] * model.num_heads * mask.shape[-1]
             repeats = model.device.type == "cuda" and groups > 1
             limit = GROUPED_CUDA_SCORES if repeats else FUSED_ATTENTION_SCORES[model.dtype]
             is_fused = num_scores > limit
         if mask is not None and not is_fused:
             mask = _grouped(mask[:, 0], shape[0] * key_heads, groups, model.dtype)
-        return cls(shape, key_heads, groups, mask, is_fused)
+        return cls(shape, key_heads, groups, mask, is_fused, cap)
 
     def __call__(self, queries: Tensor, keys: Tensor, values: Tensor, rows: LayerKV) -> Tensor:
         """Queries [B * N, H, E], new keys and values [B * N, J, E] -> [B * N, H * E]."""
@@ -345,7 +350,11 @@ class _Attention:
         grouped = queries.reshape(batch * heads, groups * length, size)
         keys, values, mask = keys.flatten(0, 1), values.flatten(0, 1), self.mask
         transposed = keys.transpose(1, 2)
-        scores = torch.bmm(grouped, transposed) if mask is None else torch.baddbmm(mask, grouped, transposed)
+        if self.cap is not None:
+            scores = torch.tanh(torch.bmm(grouped, transposed) / self.cap) * self.cap
+            scores = scores if mask is None else scores + mask
+        else:
+            scores = torch.bmm(grouped, transposed) if mask is None else torch.baddbmm(mask, grouped, transposed)
         mixed = torch.bmm(torch.softmax(scores, dim=-1), values)
         if length > 1:
             mixed = mixed.view(batch, heads, groups, length, size).permute(0, 3, 1, 2, 4)

@@ -162,6 +162,11 @@ def rotary_table(rotary: Any, config: Any, kinds: Sequence[str | None], head_siz
     return RotaryTable(make)
 
 
+def score_cap(config: Any) -> float | None:
+    """What attention scores stay below in size, by a tanh (Gemma 2, arXiv 2408.00118); None: they are not capped."""
+    return getattr(config, "attn_logit_softcapping", None) or None
+
+
 def activation_of(layer: Any) -> Any:
     """The function that gates a layer's inner states."""
     return getattr(layer.mlp, "act_fn", None) or layer.mlp.activation_fn

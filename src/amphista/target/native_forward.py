@@ -79,6 +79,7 @@ class NativeForward:
             num_turns=lean.num_turns,
             has_wide_norms=of_heads is not None and of_heads.weight.numel() != lean.head_size,
             has_gelu=lean.has_gelu,
+            score_cap=lean.score_cap or 0.0,
             embedding_scale=lean.embedding_scale,
             input_scale=lean.input_scale,
         )

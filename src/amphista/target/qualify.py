@@ -12,13 +12,15 @@ import torch
 from torch import nn
 
 from amphista.target.blocks import BlockedEmbedding, BlockedLinear
-from amphista.target.lean_layers import ACTIVATIONS, NORMS, activation_of
+from amphista.target.lean_layers import ACTIVATIONS, NORMS, activation_of, score_cap
 from amphista.target.spec import rotations
 
 FAMILIES = {
     "cwm": "Cwm",
     "ernie4_5": "Ernie4_5",
     "exaone4": "Exaone4",
+    "gemma": "Gemma",
+    "gemma2": "Gemma2",
     "gemma3": "Gemma3",
     "glm": "Glm",
     "glm4": "Glm4",
@@ -49,7 +51,8 @@ MLP = ({"gate_proj", "up_proj", "down_proj"}, {"gate_up_proj", "down_proj"})
 NO_WEIGHTS = {"act_fn", "activation_fn", "resid_attn_dropout", "resid_mlp_dropout"}
 LINEAR = {nn.Linear, BlockedLinear}
 EMBEDDINGS = {f"{kind.__module__}.{kind.__qualname__}" for kind in (nn.Embedding, BlockedEmbedding)} | {
-    "transformers.models.gemma3.modeling_gemma3.Gemma3TextScaledWordEmbedding"
+    f"transformers.models.{family}.modeling_{family}.{name}TextScaledWordEmbedding"
+    for family, name in (("gemma", "Gemma"), ("gemma2", "Gemma2"), ("gemma3", "Gemma3"))
 }
 
 
@@ -82,9 +85,9 @@ def _config_reason(whole: Any, config: Any) -> str | None:
     """config: of the text part."""
     if any(getattr(part, "quantization_config", None) is not None for part in (whole, config)):
         return "it is quantised"
-    if getattr(config, "attn_logit_softcapping", None) or getattr(config, "use_bidirectional_attention", None):
-        return "its attention caps its scores or looks ahead"
-    if config._attn_implementation != "sdpa":
+    if getattr(config, "use_bidirectional_attention", None):
+        return "its attention looks ahead"
+    if config._attn_implementation != ("eager" if score_cap(config) else "sdpa"):  # which leaves the cap out
         return f"it was loaded with {config._attn_implementation} attention"
     unknown = {rope.get("rope_type", "default") for rope in rotations(config)} - ROPE_TYPES
     return f"its rotary positions are of type {min(unknown)}" if unknown else None

@@ -175,7 +175,7 @@ class Target:
                 f"the fast path of {self.name} differs from its stock model by {difference:.2g} of the scale (allowed "
                 f"{self._probe_tolerance:.2g}): load it with fast=False (--no-fast) and report it"
             )
-        self.shared.early_layers = self._lean
+        self.shared.early_layers = self._lean if self._lean.score_cap is None else None
         if native:
             positions = self.spec.max_positions
             self._native, self.why_not_native = native_form(self.name, self._lean, positions, self._probe_tolerance)
