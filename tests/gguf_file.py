@@ -16,10 +16,12 @@ HEADS = {
     "llama": (4, 2),
     "qwen2": (4, 2),
     "qwen3": (2, 1),
+    "gemma2": (2, 1),
     "gemma3": (2, 1),
     "phi3": (4, 2),
 }  # of queries, of keys; transformers takes Qwen3's for 128 wide
-PIECES = {"gemma3", "phi3"}  # whose text is cut by sentencepiece
+GEMMAS = {"gemma2", "gemma3"}
+PIECES = {*GEMMAS, "phi3"}  # whose text is cut by sentencepiece
 FUSED_IN_PHI3 = {"attn_q", "attn_k", "attn_v", "ffn_gate"}
 HALVES = {
     Kind.Q4_K: (0, 2),
@@ -46,8 +48,8 @@ def random_blocks(kind: Kind, outputs: int, inputs: int, seed: int, scale: float
 
 
 def head_size(architecture: str) -> int:
-    """Gemma 3's is no share of the hidden size."""
-    return 64 if architecture == "gemma3" else HIDDEN // HEADS[architecture][0]
+    """Gemma's is no share of the hidden size."""
+    return 64 if architecture in GEMMAS else HIDDEN // HEADS[architecture][0]
 
 
 def shapes(architecture: str, *, tied: bool) -> dict[str, tuple[int, ...]]:
@@ -75,6 +77,7 @@ def shapes(architecture: str, *, tied: bool) -> dict[str, tuple[int, ...]]:
             own |= {"attn_q_norm.weight": (size,), "attn_k_norm.weight": (size,)}
         if architecture == "gemma3":
             own |= {"attn_q_norm.weight": (size,), "attn_k_norm.weight": (size,)}
+        if architecture in GEMMAS:
             own |= {"post_attention_norm.weight": (HIDDEN,), "post_ffw_norm.weight": (HIDDEN,)}
         if architecture == "phi3":
             own = {name: shape for name, shape in own.items() if name.split(".")[0] not in FUSED_IN_PHI3}
@@ -98,9 +101,12 @@ def write_gguf(
     writer = gguf.GGUFWriter(path, architecture)
     _write_settings(writer, *HEADS[architecture])
     (_write_pieces if architecture in PIECES else _write_letters)(writer)
-    if architecture == "gemma3":
+    if architecture in GEMMAS:
         writer.add_key_length(head_size(architecture))
         writer.add_sliding_window(WINDOW)
+    if architecture == "gemma2":
+        writer.add_attn_logit_softcapping(3.0)
+        writer.add_final_logit_softcapping(20.0)
     say(writer)
     for seed, (name, shape) in enumerate({**shapes(architecture, tied=tied), **dict.fromkeys(more, (HIDDEN,))}.items()):
         if name in without:

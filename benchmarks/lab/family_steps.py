@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, DynamicCache
 
+from amphista.target.loading import keep_cap
 from amphista.target.target import Target
 from benchmarks.lab.native_step import tree_of
 
@@ -39,6 +40,7 @@ def _sizes(layers: int, hidden: int, heads: int, key_heads: int, inner: int, voc
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma-3-270m": ("gemma3_text", _sizes(18, 640, 4, 1, 2048, 262144, head_dim=256, sliding_window=512)),
     "qwen3-0.6b": ("qwen3", _sizes(28, 1024, 16, 8, 3072, 151936, head_dim=128)),
+    "gemma-2-2b": ("gemma2", _sizes(26, 2304, 8, 4, 9216, 256000, head_dim=256, sliding_window=4096)),
     "gemma-3-1b": ("gemma3_text", _sizes(26, 1152, 4, 1, 6912, 262144, head_dim=256, sliding_window=512)),
     "llama-3.2-1b": ("llama", _sizes(16, 2048, 32, 8, 8192, 128256)),
     "olmo-2-1b": ("olmo2", _sizes(16, 2048, 16, 16, 8192, 100352, tie_word_embeddings=False)),
@@ -55,6 +57,7 @@ def model_of(name: str, dtype: torch.dtype) -> Any:
     """A model of these dimensions whose weights are drawn at random."""
     family, sizes = MODELS[name]
     config = CONFIG_MAPPING[family](**sizes, max_position_embeddings=4096)
+    keep_cap(config)
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval().requires_grad_(False)
     return model

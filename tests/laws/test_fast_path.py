@@ -28,7 +28,8 @@ from tests.tiny import EOS, HOSTILE, WINDOW, tiny_model, tiny_target
 
 TREE = TokenTree([11, 40, 41, 42, 43, 40, 44, 45, 46, 47], [-1, 0, 0, 1, 1, 2, 3, 6, 7, 8])
 OTHER_FAMILIES = (
-    "gemma", "gemma2", "gemma3", "gemma3-by-kind", "phi3", "phi3-windowed", "phi3-half", "granite", "smollm3", "olmo2", "olmo3", "exaone4",
+    "gemma", "gemma2", "gemma3", "gemma3-by-kind",
+    "phi3", "phi3-windowed", "phi3-half", "granite", "smollm3", "olmo2", "olmo3", "exaone4",
     "ernie4_5", "glm4",
 )  # fmt: skip
 CHANGES = {

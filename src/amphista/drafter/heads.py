@@ -59,9 +59,8 @@ class ParallelHeads(ScoringDrafter):
     def _go_native(self, *, exact: bool) -> None:
         """Decode in C, or say in a line why not."""
         try:
-            is_scaled = self._shared.logit_scale is not None and (self.path is None or self._shared.has_plain_logits)
-            if self.device.type != "cpu" or not is_scaled:
-                raise NativeError("it is for CPUs, and for LM heads whose logits are taken as they are, or scaled")
+            if self.device.type != "cpu" or not (self.path is None or self._shared.has_plain_logits):
+                raise NativeError("it is for CPUs, and for paths where the LM head's logits are taken as they are")
             path, shortlist = self.path, self.config.path_shortlist
             self._native = NativeDrafter(self.parts(), self._scores(), path, shortlist, exact=exact)
         except NativeError as error:
@@ -123,7 +122,7 @@ class ParallelHeads(ScoringDrafter):
     def draft_all(self, asks: Sequence[Ask], num_ranks: int, look: Look | None = None) -> list[Candidates]:
         divisors = [self.head_temperatures()] * len(asks)
         if self._native is not None:
-            scale = self._shared.logit_scale or 1.0
+            scale = self._shared.logit_scale
             divisors = [[divisor / scale for divisor in row] for row in divisors]
             return self._native.draft(asks, num_ranks, divisors, self._log_coverage)
         self.commit_all(asks)

@@ -107,6 +107,7 @@ class NativeDrafter:
             ],
             split=modules.split,
             scores=[weight(*pair) for pair in scores.weights],
+            logit_cap=scores.shared.logit_cap,
             draft_ids=scores.draft_ids,
             path=None if path is None else _path(path, scores, shortlist),
             cache_dtype=dtype,

@@ -162,10 +162,9 @@ static void score(const Cached *c, const char *keys, int64_t first, const int32_
     }
 }
 
-/* Scores [count] become cap * tanh(score / cap). There is room for padding behind them. */
-static void cap_scores(float *scores, long count, float cap) {
-    for (long i = 0; i < count; i += LANES)
-        store(scores + i, cap - 2 * cap / (exponential(load(scores + i) * (2 / cap)) + 1.0f));
+/* Numbers x [count] become cap * tanh(x / cap). There is room for padding behind them. */
+static void cap_row(float *row, long count, float cap) {
+    for (long i = 0; i < count; i += LANES) store(row + i, cap - 2 * cap / (exponential(load(row + i) * (2 / cap)) + 1.0f));
 }
 
 /* Scores [count] become their exponentials, the largest 1; their sum. There is room for padding behind them. */

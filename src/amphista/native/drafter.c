@@ -6,7 +6,7 @@
  *         of the last one only the last row of each sequence goes on behind keys and values
  *     slots[k] = z + silu(W_k z + b_k), once or several times; z: what the last row is behind the first stage, or all
  *     slots    = layer(slots + positions) for each layer of the encoder: the K slots of a sequence see each other
- *     o_k      = norm(slots[k]);  logits_k = W o_k over the draft vocabulary;  the best of each, with log-probabilities
+ *     o_k      = norm(slots[k]);  logits_k = W o_k over the draft vocabulary, capped if they are;  the best of each, with log-probabilities
  *     below    : the best of head k, again, for each of the best tokens of head k - 1 above them: o_k moved by
  *                U (a silu(b)), [a ; b] = G norm(o_k) + g + what is read of the token
  *
@@ -41,8 +41,7 @@ typedef struct {
     Product embedding;
     Path path;
     int32_t num_heads, num_blocks, split, has_own_scores, slot_mask, num_taps; /* heads up to the split read stage 1 */
-    float embedding_scale;
-    int32_t unused;
+    float embedding_scale, logit_cap; /* what logits stay below in size; 0: they are not capped */
 } Heads;
 
 typedef struct {
@@ -317,6 +316,7 @@ static void rank_stage(const Drafting *g, Worker *worker) {
         const int k = i / num, b = i % num;
         float *row = g->logits + i * g->most_logits;
         Rank *best = g->ranks + (long)i * d->ranks;
+        if (g->h->logit_cap) cap_row(row, len, g->h->logit_cap);
         for (long o = len; o < g->most_logits; o++) row[o] = -INFINITY;
         rank_row(row, len, d->ranks, best);
         const float inverse = 1.0f / d->divisors[b * d->depth + k], top = best->value;

@@ -63,8 +63,7 @@ class _Heads(ctypes.Structure):
             (name, ctypes.c_int32)
             for name in ("num_heads", "num_blocks", "split", "has_own_scores", "slot_mask", "num_taps")
         ),
-        ("embedding_scale", ctypes.c_float),
-        ("unused", ctypes.c_int32),
+        *((name, ctypes.c_float) for name in ("embedding_scale", "logit_cap")),
     ]
 
 
@@ -99,7 +98,7 @@ class NativeParts:
     """What parallel heads are made of. blocks: [blocks][K]; scores: over the draft vocabulary, one or K.
 
     stages: each staged layer's norm of states and fuse beside `layers`; tap_norms: of what the first fuses, too, behind
-    the embedding; slot_positions [K, D]; draft_ids ascending.
+    the embedding; slot_positions [K, D]; logit_cap: what logits stay below in size, 0: nothing; draft_ids ascending.
     """
 
     shape: DecoderShape
@@ -117,6 +116,7 @@ class NativeParts:
     blocks: Sequence[Sequence[Weight]]
     split: int
     scores: Sequence[Weight]
+    logit_cap: float
     draft_ids: Tensor | None
     path: NativePath | None
     cache_dtype: torch.dtype
@@ -236,6 +236,7 @@ class NativeHeads:
             SLOT_MASKS.index(parts.slot_mask),
             len(parts.tap_norms),
             parts.shape.embedding_scale,
+            parts.logit_cap,
         )
 
     def _path_record(self, path: NativePath | None) -> _Path:

@@ -363,7 +363,7 @@ static void attend(const Stack *m, const Layer *layer, int l, const Batch *f, co
         score(&c, keys, span->committed, path, count, query, num_heads, columns, own + committed, ldw);
         if (prefix)
             score(&c, f->prefix_keys[l], at_prefix, NULL, prefix, query, num_heads, columns, own + committed + count, ldw);
-        for (int h = 0; h < num_heads && m->score_cap; h++) cap_scores(own + h * ldw, committed + count + prefix, m->score_cap);
+        for (int h = 0; h < num_heads && m->score_cap; h++) cap_row(own + h * ldw, committed + count + prefix, m->score_cap);
         for (int h = 0; h < num_heads; h++) /* the sum lies at the end of the line, behind the padding */
             own[h * ldw + ldw - 1] = exponentials(own + h * ldw, committed + count + prefix);
     }

@@ -307,8 +307,8 @@ class Workspace:
 
 
 class Room:
-    """Room for one result of each thread, which the next one takes as soon as nobody holds it any more: of megabytes that
-    are allocated anew the system clears every page, step after step."""
+    """Room for one result of each thread, which the next one takes as soon as nobody holds it any more: of megabytes
+    that are allocated anew the system clears every page, step after step."""
 
     def __init__(self) -> None:
         self._local = threading.local()

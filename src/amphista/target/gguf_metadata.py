@@ -19,7 +19,8 @@ FREQUENCIES = "rope_freqs.weight"  # what each frequency is divided by: Llama 3'
 FACTORS = {f"{kind}_factor": f"rope_factors_{kind}.weight" for kind in ("short", "long")}  # the same, Phi-3's
 POSITIONS = {"linear", "yarn"}
 BY_KIND = "full_attention"  # where a configuration has positions for each kind of layer
-LAYERS_OF_27B = 62  # of Gemma 3
+LAYERS_OF_27B = {"gemma2": 46, "gemma3_text": 62}
+CAPS = "attn_logit_softcapping", "final_logit_softcapping"  # Gemma 2's
 KNOWN = {"factor": "factor", "original_context_length": "original_max_position_embeddings"}
 
 
@@ -38,8 +39,12 @@ def complete(reader: Any, config: Any) -> None:
     if config.model_type == "phi3":
         _turn_as_phi3(reader, config)
     _scale_positions(reader, config)
-    if config.model_type == "gemma3_text":  # by size, as llama.cpp does: no file says it
-        is_27b = config.num_hidden_layers == LAYERS_OF_27B
+    if config.model_type == "gemma2":
+        said = {name.partition(".")[2]: entry.contents() for name, entry in reader.fields.items()}
+        for name in CAPS:
+            setattr(config, name, said.get(name, getattr(config, name)))
+    if config.model_type in LAYERS_OF_27B:  # by size, as llama.cpp does: no file says it
+        is_27b = config.num_hidden_layers == LAYERS_OF_27B[config.model_type]
         config.query_pre_attn_scalar = config.hidden_size // config.num_attention_heads if is_27b else config.head_dim
 
 

@@ -29,6 +29,7 @@ from amphista.target.gguf import (
     packaged_path,
     packaged_target_folder,
 )
+from amphista.target.lean_layers import score_cap
 from amphista.target.pages import give_back
 from amphista.target.qualify import why_not_of_family
 from amphista.target.spec import TargetSpec
@@ -138,6 +139,7 @@ def _load_blocks(name: str, progress: Progress, *, int8: bool) -> Target:
     source = ModelSource(name, str(folder), {})
     config = source.config()
     refuse_unsupported(config)
+    keep_cap(config)
     with torch.device("meta"):
         model = auto_class(config).from_config(config)
     why_not = why_not_of_family(model)
@@ -285,14 +287,19 @@ def _load_model(source: ModelSource, place: torch.device, dtype: Any) -> Any:
     logging.disable_progress_bar()
     config = source.config()
     refuse_unsupported(config)
-    if getattr(config.get_text_config(decoder=True), "attn_logit_softcapping", None):  # some sdpa leave it out silently
-        config._attn_implementation = "eager"
+    keep_cap(config)
     auto = auto_class(config)
     if place.type == "cpu" and isinstance(dtype, torch.dtype):
         model = source.model(auto, config=copy.deepcopy(config), dtype="auto")
         if _is_only_weights(model):
             return _converted(model, dtype)
     return source.model(auto, config=config, dtype=dtype).to(place)
+
+
+def keep_cap(config: Any) -> None:
+    """Let attention scores be capped where a model is built of this configuration: some sdpa leave it out silently."""
+    if score_cap(config.get_text_config(decoder=True)) is not None:
+        config._attn_implementation = "eager"
 
 
 def _is_only_weights(model: Any) -> bool:

@@ -236,10 +236,14 @@ class SharedWeights:
         return self._transform == LogitTransform()
 
     @property
-    def logit_scale(self) -> float | None:
-        """What `transform` multiplies logits by; None where it does more."""
-        transform = self._transform
-        return None if transform.softcap is not None else transform.multiply / transform.divide
+    def logit_scale(self) -> float:
+        """What `transform` multiplies logits by."""
+        return self._transform.multiply / self._transform.divide
+
+    @property
+    def logit_cap(self) -> float:
+        """What logits stay below in size, by a tanh, before they are so multiplied; 0 where they are not capped."""
+        return (self._transform.softcap or 0.0) / self.logit_scale
 
     @property
     def native_embedding(self) -> Weight:

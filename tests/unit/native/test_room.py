@@ -17,7 +17,9 @@ def test_what_is_free_is_taken_again():
     assert [room.empty(*shape).data_ptr() for shape in [(4, 10), (2, 3), (40,)]] == [first] * 3
 
 
-@pytest.mark.parametrize("part", [lambda t: t, lambda t: t[2], lambda t: t[:, :3].T, lambda t: t.detach(), lambda t: t.numpy()])
+@pytest.mark.parametrize(
+    "part", [lambda t: t, lambda t: t[2], lambda t: t[:, :3].T, lambda t: t.detach(), lambda t: t.numpy()]
+)
 def test_what_is_held_is_not_written_over(part):
     room = Room()
     held = part(room.empty(4, 10).fill_(7))

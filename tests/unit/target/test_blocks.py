@@ -19,6 +19,7 @@ from amphista.llm import LLM, choose_drafter
 from amphista.native.build import load
 from amphista.native.weights import Weight
 from amphista.target import gguf as files
+from amphista.target import gguf_metadata
 from amphista.target.blocks import MappedTensors
 from amphista.target.loading import describe_target, import_code, load_target
 from amphista.target.spans import Span
@@ -30,7 +31,7 @@ from tests.tiny import VOCAB, byte_tokenizer, shaken, tiny_model
 pytestmark = pytest.mark.skipif(not has_compiler(), reason="no C compiler")
 
 MIXED = {"token_embd": Kind.Q6_K, "attn_v": Kind.Q6_K, "attn_q": Kind.Q4_K, "ffn_down": Kind.IQ4_NL, "ffn_up": Kind.F32}
-CASES = [("llama", True), ("qwen2", False), ("qwen3", True), ("gemma3", True), ("phi3", False)]
+CASES = [("llama", True), ("qwen2", False), ("qwen3", True), ("gemma2", True), ("gemma3", True), ("phi3", False)]
 TREE = TokenTree([5, 6, 7, 8, 9], [-1, 0, 0, 1, 2])
 
 
@@ -115,7 +116,7 @@ def test_heads_in_c_read_the_blocks_and_draft_the_same(both, switches):
         torch.manual_seed(0)
         drafter = shaken(Amphista(AmphistaConfig(num_heads=3, **switches), target.spec, target.shared))
         answers.append(LLM(target, drafter, tree=6).generate("what is this", max_new_tokens=24, raw=True))
-        assert drafter.why_not_native is None
+        assert (drafter.why_not_native is None) == (drafter.path is None or target.shared.has_plain_logits)
     assert answers[0].token_ids == answers[1].token_ids
     assert answers[0].stats.accepted == answers[1].stats.accepted
 
@@ -315,12 +316,21 @@ def test_gemmas_positions_and_queries_are_scaled_as_llama_cpp_does(tmp_path, mon
     rope = load_target(str(write_gguf(tmp_path / "a.gguf", mixed, "gemma3", say=say))).config.rope_parameters
     assert rope["full_attention"] == {"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0, **ORIGINAL}
     assert rope["sliding_attention"] == {"rope_type": "default", "rope_theta": 10000.0}
-    for layers, expected in ((62, 64), (2, 128)):  # head size; hidden size by heads
-        monkeypatch.setattr("amphista.target.gguf_metadata.LAYERS_OF_27B", layers)
-        say = lambda writer, layers=layers: writer.add_description(f"{layers}")  # noqa: E731
-        path = str(write_gguf(tmp_path / f"{layers}.gguf", mixed, "gemma3", say=say))
-        for dtype in (None, "float32"):
-            assert load_target(path, dtype=dtype).config.query_pre_attn_scalar == expected
+    for name in ("gemma2", "gemma3"):
+        for layers, expected in ((62, 64), (2, 128)):  # head size; hidden size by heads
+            sizes = dict.fromkeys(gguf_metadata.LAYERS_OF_27B, layers)
+            monkeypatch.setattr(gguf_metadata, "LAYERS_OF_27B", sizes)
+            say = lambda writer, layers=layers: writer.add_description(f"{layers}")  # noqa: E731
+            path = str(write_gguf(tmp_path / f"{name}-{layers}.gguf", mixed, name, say=say))
+            for dtype in (None, "float32"):
+                assert load_target(path, dtype=dtype).config.query_pre_attn_scalar == expected
+
+
+def test_gemma_2_is_capped_as_its_file_says(tmp_path):
+    path = str(write_gguf(tmp_path / "capped.gguf", mixed, "gemma2"))
+    for dtype in (None, "float32"):
+        config = load_target(path, dtype=dtype).config
+        assert (config.attn_logit_softcapping, config.final_logit_softcapping) == (3.0, 20.0)
 
 
 def turned_as_phi3(writer, names=("short", "long"), number=16):
