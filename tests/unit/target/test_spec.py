@@ -100,10 +100,10 @@ def test_logit_transform_multiplies_divides_then_caps():
 def test_drafters_in_c_cap_and_scale_logits_as_the_target_does():
     logits = torch.tensor([-30.0, 0.0, 2.0, 30.0])
     transform = LogitTransform(multiply=3.0, divide=2.0, softcap=10.0)
-    shared = shared_of(torch.eye(4), transform)
+    shared = shared_of(torch.eye(4), transform=transform)
     found = torch.tanh(logits / shared.logit_cap) * shared.logit_cap * shared.logit_scale
     torch.testing.assert_close(found, shared.transform(logits))
-    assert shared_of(torch.eye(4), LogitTransform(divide=2.0)).logit_cap == 0
+    assert shared_of(torch.eye(4), transform=LogitTransform(divide=2.0)).logit_cap == 0
 
 
 def test_logit_transform_reads_each_familys_own_names():
