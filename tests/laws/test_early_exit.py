@@ -178,7 +178,7 @@ def test_a_checkpoint_comes_back(tmp_path, rank):
     for name, tensor in drafter.state_dict().items():
         assert torch.equal(loaded.state_dict()[name], tensor)
     stock = Target(target.model)
-    with pytest.raises(DrafterError, match="fast path alone.* load a model of another family that has one"):
+    with pytest.raises(DrafterError, match=r"fast path alone.* load a model of another family that has one"):
         load_drafter(tmp_path / "exit", stock.spec, stock.shared, stock.fingerprint)
 
 

@@ -12,8 +12,8 @@ from __future__ import annotations
 import ctypes
 import functools
 import math
-import sys
 import threading
+import weakref
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -28,7 +28,6 @@ from amphista.native.build import load
 from amphista.native.weights import KINDS, PAD, Address, ProductStruct, Weight, address, rounded_up
 
 MOST_KEPT = 1 << 24  # numbers of a result whose room is kept
-UNHELD = 3  # what holds a room that no result lies in: its owner, who asks, and the asking
 WRONG = {
     1: "its spans do not follow each other",
     2: "a parent does not come before its row in the same span",
@@ -180,7 +179,8 @@ class NativeProbes:
 @dataclass(frozen=True)
 class NativeOutput:
     """hidden: float32 [N, (1 + taps) * D] after the final norm, taps behind. logits: float32 [W, V], or none [0, V].
-    choices: of each of the W rows, the lowest id of its largest logit; -1 where they are no finite numbers."""
+    choices: of each of the W rows, the lowest id of its largest logit, before a family caps them; -1 where they are no
+    finite numbers."""
 
     hidden: Tensor
     logits: Tensor
@@ -315,13 +315,15 @@ class Room:
 
     def empty(self, *shape: int) -> Tensor:
         """A float32 tensor of this shape, whatever stands in it."""
-        size = math.prod(shape)
+        size, local = math.prod(shape), self._local
         if size > MOST_KEPT:
             return torch.empty(shape)
-        room: np.ndarray[Any, Any] | None = getattr(self._local, "room", None)
-        if room is None or room.size < size or sys.getrefcount(room) > UNHELD:  # a tensor that is a view of it counts
-            room = self._local.room = np.empty(size, np.float32)
-        return torch.from_numpy(room[:size]).view(shape)
+        room: np.ndarray[Any, Any] | None = getattr(local, "room", None)
+        if room is None or room.size < size or local.lent() is not None:  # whatever is made of it holds this part
+            room = local.room = torch.empty(size).numpy()  # at a multiple of 64 bytes, which numpy's is not
+        part = room[:size]
+        local.lent = weakref.ref(part)
+        return torch.from_numpy(part).view(shape)
 
 
 def stack_record(

@@ -40,9 +40,9 @@ def complete(reader: Any, config: Any) -> None:
         _turn_as_phi3(reader, config)
     _scale_positions(reader, config)
     if config.model_type == "gemma2":
-        said = {name.partition(".")[2]: entry.contents() for name, entry in reader.fields.items()}
         for name in CAPS:
-            setattr(config, name, said.get(name, getattr(config, name)))
+            entry = reader.fields.get(f"gemma2.{name}")
+            setattr(config, name, getattr(config, name) if entry is None else entry.contents())
     if config.model_type in LAYERS_OF_27B:  # by size, as llama.cpp does: no file says it
         is_27b = config.num_hidden_layers == LAYERS_OF_27B[config.model_type]
         config.query_pre_attn_scalar = config.hidden_size // config.num_attention_heads if is_27b else config.head_dim

@@ -81,7 +81,7 @@ class LeanModel:
         self.embedding_scale = self.input_scale * scale_of(self.embed)
         self.residual_scale = float(getattr(decoder.layers[0], "residual_multiplier", 1.0))
         self.has_gelu = ACTIVATIONS[type(activation_of(decoder.layers[0])).__name__]
-        self.logit_transform, self.score_cap = LogitTransform.from_config(config), score_cap(config)
+        self.logit_transform, self.score_cap = LogitTransform.from_config(config), score_cap(attention)
         turns = [kind_of_turn(config, layer, index) for index, layer in enumerate(decoder.layers)]
         kinds = list(dict.fromkeys(turns))
         self.num_turns = len(kinds)

@@ -162,9 +162,10 @@ def rotary_table(rotary: Any, config: Any, kinds: Sequence[str | None], head_siz
     return RotaryTable(make)
 
 
-def score_cap(config: Any) -> float | None:
-    """What attention scores stay below in size, by a tanh (Gemma 2, arXiv 2408.00118); None: they are not capped."""
-    return getattr(config, "attn_logit_softcapping", None) or None
+def score_cap(attention: Any) -> float | None:
+    """What a layer's attention scores stay below in size, by a tanh (Gemma 2, arXiv 2408.00118); None: anything. Not
+    what the configuration says, which families without it hold unread."""
+    return getattr(attention, "attn_logit_softcapping", None) or None
 
 
 def activation_of(layer: Any) -> Any:

@@ -29,7 +29,6 @@ from amphista.target.gguf import (
     packaged_path,
     packaged_target_folder,
 )
-from amphista.target.lean_layers import score_cap
 from amphista.target.pages import give_back
 from amphista.target.qualify import why_not_of_family
 from amphista.target.spec import TargetSpec
@@ -298,7 +297,7 @@ def _load_model(source: ModelSource, place: torch.device, dtype: Any) -> Any:
 
 def keep_cap(config: Any) -> None:
     """Let attention scores be capped where a model is built of this configuration: some sdpa leave it out silently."""
-    if score_cap(config.get_text_config(decoder=True)) is not None:
+    if getattr(config.get_text_config(decoder=True), "attn_logit_softcapping", None):
         config._attn_implementation = "eager"
 
 

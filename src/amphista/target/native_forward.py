@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import replace
 
 import torch
 
@@ -132,7 +131,7 @@ class NativeForward:
             for layer in span.cache.layers:
                 layer.num_rows = end
         if has_logits and self._transform is not None:
-            return replace(output, logits=self._transform(output.logits))
+            self._transform.apply(output.logits)
         return output
 
     def _lent(self, probes: Probes) -> NativeProbes:

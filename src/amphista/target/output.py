@@ -15,7 +15,8 @@ class TargetOutput:
     states of all rows, behind them the taps that were asked for [N, (1 + taps) * D].
 
     choices: the argmax of each row of logits, -1 where they are no finite numbers, where the forward has brought them
-    along. The tensors of a recorded forward (captured_forward.py) are valid until the next forward of the same target.
+    along; the C step's are taken before a family caps its logits, which may make equals of the largest. The tensors of
+    a recorded forward (captured_forward.py) are valid until the next forward of the same target.
     """
 
     logits: Tensor

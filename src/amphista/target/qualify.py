@@ -64,6 +64,7 @@ def why_not_fast(model: Any) -> str | None:
     return (
         why_not_of_family(model)
         or _config_reason(model.config, model.config.get_text_config(decoder=True))
+        or _attention_reason(model)
         or _tensor_reason(model)
         or _module_reason(model)
     )
@@ -87,10 +88,16 @@ def _config_reason(whole: Any, config: Any) -> str | None:
         return "it is quantised"
     if getattr(config, "use_bidirectional_attention", None):
         return "its attention looks ahead"
-    if config._attn_implementation != ("eager" if score_cap(config) else "sdpa"):  # which leaves the cap out
-        return f"it was loaded with {config._attn_implementation} attention"
     unknown = {rope.get("rope_type", "default") for rope in rotations(config)} - ROPE_TYPES
     return f"its rotary positions are of type {min(unknown)}" if unknown else None
+
+
+def _attention_reason(model: Any) -> str | None:
+    found = model.config.get_text_config(decoder=True)._attn_implementation
+    is_capped = score_cap(getattr(model.get_decoder().layers[0], "self_attn", None)) is not None
+    if found == ("eager" if is_capped or not model._supports_sdpa else "sdpa"):  # which leaves a cap out
+        return None
+    return f"it was loaded with {found} attention"
 
 
 def _tensor_reason(model: Any) -> str | None:

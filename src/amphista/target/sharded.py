@@ -25,7 +25,7 @@ from amphista.errors import TargetError
 from amphista.target.exactness import check_exactness
 from amphista.target.families import auto_class, refuse_unsupported
 from amphista.target.hidden_states import Taps
-from amphista.target.loading import DTYPES, Hub, ModelSource, load_text, locate
+from amphista.target.loading import DTYPES, Hub, ModelSource, keep_cap, load_text, locate
 from amphista.target.spans import Span
 from amphista.target.spec import LogitTransform, SharedWeights
 from amphista.target.target import Target
@@ -135,6 +135,7 @@ def load_sharded(name: str, *, dtype: str | None = None, **hub: Unpack[Hub]) -> 
     source = ModelSource(name, locate(name), hub)
     config = source.config()
     refuse_unsupported(config)
+    keep_cap(config)
     if dtype is not None and dtype not in DTYPES:
         raise TargetError(f"a tensor-parallel target cannot be loaded in {dtype}: expected one of {', '.join(DTYPES)}")
     plan = DistributedConfig(tp_plan="auto")

@@ -169,13 +169,20 @@ class LogitTransform:
         return cls(
             multiply=float(getattr(config, "logit_scale", None) or 1.0),
             divide=float(getattr(config, "logits_scaling", None) or 1.0),
-            softcap=getattr(config, "final_logit_softcapping", None),
+            softcap=getattr(config, "final_logit_softcapping", None) or None,
         )
 
     def __call__(self, logits: Tensor) -> Tensor:
         scale = self.multiply / self.divide
         logits = logits if scale == 1.0 else logits * scale
         return logits if self.softcap is None else torch.tanh(logits / self.softcap) * self.softcap
+
+    def apply(self, logits: Tensor) -> None:
+        """The same to the bit, in place."""
+        if (scale := self.multiply / self.divide) != 1.0:
+            logits.mul_(scale)
+        if self.softcap is not None:
+            logits.div_(self.softcap).tanh_().mul_(self.softcap)
 
 
 class EarlyLayers(Protocol):

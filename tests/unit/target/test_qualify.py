@@ -123,6 +123,16 @@ def test_a_quantised_model_of_text_and_images_stays_stock():
     assert why_not_fast(model) == "it is quantised"
 
 
+@pytest.mark.parametrize(("family", "capped"), [("llama", False), ("gemma", False), ("gemma2", True)])
+def test_scores_are_capped_where_the_layers_say_so(family, capped):
+    """A configuration may hold a cap that nothing reads; sdpa leaves it out where something does."""
+    model = tiny_model(family, attn_logit_softcapping=1.5)
+    assert (why_not_fast(model) is None) == capped
+    model.config._attn_implementation = "sdpa"
+    assert (why_not_fast(model) is None) != capped
+    assert why_not_fast(tiny_model("gemma2", attn_logit_softcapping=None)) is None
+
+
 def test_settings_that_the_family_does_not_know_are_not_read():
     """`transformers` keeps what a configuration holds, whether anything reads it or not."""
     expected = Target(tiny_model("llama")).prefill([5, 6, 7], KVCache(2))

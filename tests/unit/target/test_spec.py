@@ -95,6 +95,8 @@ def test_logit_transform_multiplies_divides_then_caps():
     assert torch.equal(LogitTransform()(logits), logits)
     found = LogitTransform(multiply=3.0, divide=2.0, softcap=10.0)(logits)
     torch.testing.assert_close(found, torch.tanh(logits * 1.5 / 10.0) * 10.0)
+    LogitTransform(multiply=3.0, divide=2.0, softcap=10.0).apply(logits)
+    assert torch.equal(logits, found)
 
 
 def test_drafters_in_c_cap_and_scale_logits_as_the_target_does():
