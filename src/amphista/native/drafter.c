@@ -6,11 +6,11 @@
  *         of the last one only the last row of each sequence goes on behind keys and values
  *     slots[k] = z + silu(W_k z + b_k), once or several times; z: what the last row is behind the first stage, or all
  *     slots    = layer(slots + positions) for each layer of the encoder: the K slots of a sequence see each other
- *     o_k      = norm(slots[k]);  logits_k = W o_k over the draft vocabulary, capped if they are;  the best of each, with log-probabilities
+ *     o_k      = norm(slots[k]);  logits_k = W o_k over the draft vocabulary;  the best of each, with log-probabilities
  *     below    : the best of head k, again, for each of the best tokens of head k - 1 above them: o_k moved by
  *                U (a silu(b)), [a ; b] = G norm(o_k) + g + what is read of the token
  *
- * Rows of slots lie head by head, [heads][sequences]. What is found for a sequence is the same, to the bit, whatever
+ * Logits may be capped, as the target's are. Rows of slots lie head by head, [heads][sequences]. What is found for a sequence is the same, to the bit, whatever
  * others are asked with it, and however its rows were cut into calls: layer.h says why.
  */
 #include "layer.h"

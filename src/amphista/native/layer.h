@@ -13,7 +13,8 @@
  *     x       += W_down a                      (6)
  *
  * Families differ: any norm may be missing, what is added may be normed and scaled, gelu may stand for silu, a norm of q
- * and k be over all heads, and layers rotate differently or not at all, which is a rotation by nothing.
+ * and k be over all heads, scores may be capped, and layers rotate differently or not at all, which is a rotation by
+ * nothing.
  *
  * Norms, and what a product needs of its inputs, every thread works out for itself: that costs less than to meet once
  * more.
