@@ -10,8 +10,9 @@
  *     below    : the best of head k, again, for each of the best tokens of head k - 1 above them: o_k moved by
  *                U (a silu(b)), [a ; b] = G norm(o_k) + g + what is read of the token
  *
- * Logits may be capped, as the target's are. Rows of slots lie head by head, [heads][sequences]. What is found for a sequence is the same, to the bit, whatever
- * others are asked with it, and however its rows were cut into calls: layer.h says why.
+ * Logits may be capped, as the target's are. Rows of slots lie head by head, [heads][sequences]. What is found for a
+ * sequence is the same, to the bit, whatever others are asked with it, and however its rows were cut into calls:
+ * layer.h says why.
  */
 #include "layer.h"
 
