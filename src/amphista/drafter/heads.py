@@ -75,8 +75,7 @@ class ParallelHeads(ScoringDrafter):
     def _scores(self) -> Scores:
         own = self.config.lm_head == "own"
         weights = [self.own_weights(k) for k in range(self.num_heads)] if own else [self._gather_head()]
-        rows = list(self.own_head) if own else []
-        return Scores(shared=self._shared, weights=weights, own_rows=rows, draft_ids=self.draft_ids)
+        return Scores(shared=self._shared, weights=weights, draft_ids=self.draft_ids)
 
     @abstractmethod
     def parts(self) -> Modules:

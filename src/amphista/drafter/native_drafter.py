@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from amphista.drafter.base import Ask, DrafterState
 from amphista.drafter.layers import LayerSizes, RMSNorm, TransformerLayer, rotary_angles
@@ -23,7 +24,7 @@ from amphista.kernels.parts import RotaryTable, paired
 from amphista.native.drafting import DraftQuery, Fed, NativeHeads, NativeParts, NativePath, SlotMask, StageCache
 from amphista.native.huge_pages import Arena
 from amphista.native.step import DecoderShape, NativeLayer
-from amphista.native.weights import Weight
+from amphista.native.weights import PAD, Weight, rounded_up
 from amphista.target.spec import SharedWeights
 from amphista.tree.candidates import Candidates
 
@@ -52,12 +53,10 @@ class Modules:
 
 @dataclass(frozen=True, kw_only=True)
 class Scores:
-    """What heads score with. weights: over the draft vocabulary with biases, one pair for all heads or one each;
-    own_rows: what scores single tokens by place, one each; none: the target's head does, by token id."""
+    """What heads score with. weights: over the draft vocabulary with biases, one pair for all heads or one each."""
 
     shared: SharedWeights
     weights: Sequence[Any]
-    own_rows: Sequence[Tensor]
     draft_ids: Tensor | None
 
 
@@ -155,9 +154,8 @@ class NativeDrafter:
             return None
         for ask in asks:
             if ask.next_ids:
-                ask.state.pending = self._path.read(
-                    self._embed(torch.tensor(ask.next_ids[-1]))
-                ).float()  # alone: the same bits
+                read = self._path.read(self._embed(torch.tensor(ask.next_ids[-1])))  # alone: the same bits
+                ask.state.pending = _both_filled(read)
         return torch.stack([ask.state.pending for ask in asks if ask.state.pending is not None])
 
 
@@ -194,17 +192,29 @@ def _layer(layer: TransformerLayer, weight: Callable[[Tensor], Weight], *, turne
 
 
 def _path(path: PathCorrection, scores: Scores, shortlist: int) -> NativePath:
+    """What moves a token's score is worked out for all of them: W_x U, of as many numbers as the rank has."""
     ids = torch.arange(scores.shared.native_embedding.num_outputs) if scores.draft_ids is None else scores.draft_ids
-    state = Weight.of(path.state.weight.float(), path.state.bias)
+    output = _filled(path.output.weight)
     return NativePath(
         path.state_norm.weight,
-        path.read(scores.shared.embed(ids)).float().contiguous(),
-        state,
-        Weight.of(path.output.weight.float()),
-        [Weight.of(rows) for rows in scores.own_rows] or [scores.shared.native_head],
-        state.num_outputs // 2,
+        _both_filled(path.read(scores.shared.embed(ids))),
+        [weights[0].float() @ output for weights in scores.weights],
+        Weight.of(_both_filled(path.state.weight.T).T.contiguous(), _both_filled(path.state.bias)),
+        Weight.of(output),
+        output.shape[1],
         shortlist,
     )
+
+
+def _filled(numbers: Tensor) -> Tensor:
+    """[..., rank] -> float32 [..., rank in whole vectors], zeros behind."""
+    rank = numbers.shape[-1]
+    return pad(numbers.detach().float(), (0, rounded_up(rank, PAD) - rank)).contiguous()
+
+
+def _both_filled(numbers: Tensor) -> Tensor:
+    """The same of the halves of [..., 2 * rank]."""
+    return _filled(numbers.unflatten(-1, (2, -1))).flatten(-2)
 
 
 def _rotary_table(sizes: LayerSizes) -> RotaryTable:

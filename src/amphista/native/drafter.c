@@ -7,8 +7,8 @@
  *     slots[k] = z + silu(W_k z + b_k), once or several times; z: what the last row is behind the first stage, or all
  *     slots    = layer(slots + positions) for each layer of the encoder: the K slots of a sequence see each other
  *     o_k      = norm(slots[k]);  logits_k = W o_k over the draft vocabulary;  the best of each, with log-probabilities
- *     below    : the best of head k, again, for each of the best tokens of head k - 1 above them: o_k moved by
- *                U (a silu(b)), [a ; b] = G norm(o_k) + g + what is read of the token
+ *     below    : the best of head k, again, for each of the best tokens of head k - 1 above them: scores moved by
+ *                W U (a silu(b)), [a ; b] = G norm(o_k) + g + what is read of the token; W U is made once
  *
  * Logits may be capped, as the target's are. Rows of slots lie head by head, [heads][sequences]. What is found for a
  * sequence is the same, to the bit, whatever others are asked with it, and however its rows were cut into calls:
@@ -23,11 +23,11 @@ typedef struct {
     Product fuse;
 } Stage;
 
-/* rank 0: heads know no paths. */
+/* rank 0: heads know no paths; a multiple of PAD. */
 typedef struct {
-    const float *norm, *reads; /* of head states; what is read of each token [draft vocabulary][2 rank] */
-    const Product *rows;       /* what scores a single token: one for all heads, by its id, or one a head, by place */
-    Product state, output;     /* float32 */
+    const float *norm, *reads;  /* of head states; what is read of each token [draft vocabulary][2 rank] */
+    const float *const *scores; /* by how much each token's score moves [draft vocabulary][rank]: of all heads, or of each */
+    Product state, output;      /* float32 */
     int32_t rank, unused;
 } Path;
 
@@ -72,6 +72,7 @@ typedef struct {
     Batch batch;
     Work work;
     float *states[2], *slots[2], *beside, *outputs, *logits;
+    float *normed, *inner; /* of paths: [heads][sequences], of [hidden] and [2 rank] */
     Rank *ranks;  /* [depth][sequences][ranks] */
     Part *last;   /* the last row of each sequence that is fed */
     float **own_paths;
@@ -231,26 +232,31 @@ static void slot_attention_stage(const Drafting *g, const Work *w, Worker *worke
     }
 }
 
-/* A whole product of float32 rows by one thread. */
-static void product_alone(const Product *p, const float *rows, long stride, int n, float *to, long ldo) {
-    const Rows x = {rows, NULL, stride, 0, NULL};
+/* A whole product of a float32 row by one thread. */
+static void product_alone(const Product *p, const float *row, float *to) {
+    const Rows x = {row, NULL, p->inputs, 0, NULL};
     for (long first = 0; first < p->outputs; first += BLOCK)
-        multiply(p, &x, n, first, block_size(p->outputs, first), to + first, ldo);
+        multiply(p, &x, 1, first, block_size(p->outputs, first), to + first, 0);
 }
 
-/* By how much each of n tokens above, as it is read, moves one head's state: to [n][hidden]. */
-static void correct(const Heads *h, const float *state, const float *const *reads, int n, float *room, float *to) {
+/* a silu(b) of one head below one token: to [rank]. */
+static void act_on_path(const Path *path, const float *inner, const float *read, float *to) {
+    for (long i = 0; i < path->rank; i += LANES) {
+        const vec up = load(inner + i) + load(read + i), gate = load(inner + path->rank + i) + load(read + path->rank + i);
+        store(to + i, up * gate / (1.0f + exponential(-gate)));
+    }
+}
+
+/* The state of a head that has not read the token already chosen, corrected by what is read of it. */
+static void correct(const Heads *h, const float *read, float *room, float *state) {
     const Path *path = &h->path;
-    const long hidden = padded(h->stages.hidden), rank = path->rank, wide = padded(rank);
-    float *inner = room + hidden, *acts = inner + padded(2 * rank);
-    norm_row(state, path->norm, h->stages.hidden, h->stages.eps, room);
-    product_alone(&path->state, room, hidden, 1, inner, 0);
-    for (int p = 0; p < n; p++)
-        for (long i = 0; i < rank; i++) {
-            const float up = inner[i] + reads[p][i], gate = inner[rank + i] + reads[p][rank + i];
-            acts[p * wide + i] = up * gate / (1.0f + expf(-gate));
-        }
-    product_alone(&path->output, acts, wide, n, to, hidden);
+    const long size = h->stages.hidden, hidden = padded(size);
+    float *inner = room + hidden, *acts = inner + 2 * path->rank;
+    norm_row(state, path->norm, size, h->stages.eps, room);
+    product_alone(&path->state, room, inner);
+    act_on_path(path, inner, read, acts);
+    product_alone(&path->output, acts, room);
+    for (long o = 0; o < size; o++) state[o] += room[o];
 }
 
 /* Head states as they are scored. */
@@ -263,11 +269,22 @@ static void output_stage(const Drafting *g, const float *slots, Worker *worker) 
         float *to = g->outputs + i * hidden;
         if (h->output_norm) norm_row(slots + i * hidden, h->output_norm, size, h->stages.eps, to);
         else memcpy(to, slots + i * hidden, 4 * (size_t)hidden);
-        if (!g->d->pending || i >= num) continue;
-        float *room = g->own_paths[worker->thread], *shift = room + 2 * hidden + 2 * padded(2 * h->path.rank);
-        const float *read = g->d->pending + (long)i * 2 * h->path.rank;
-        correct(h, to, &read, 1, room, shift);
-        for (long o = 0; o < size; o++) to[o] += shift[o];
+        if (g->d->pending && i < num)
+            correct(h, g->d->pending + (long)i * 2 * h->path.rank, g->own_paths[worker->thread], to);
+        if (h->path.rank) norm_row(to, h->path.norm, size, h->stages.eps, g->normed + i * hidden);
+    }
+}
+
+/* What paths read of the states of the second head and those behind it. */
+static void inner_stage(const Drafting *g, Worker *worker) {
+    const Product *state = &g->h->path.state;
+    const int num = g->batch.num_spans, n = (g->d->depth - 1) * num;
+    const long hidden = padded(g->h->stages.hidden), wide = state->outputs;
+    const Rows x = {g->normed + num * hidden, NULL, hidden, 0, NULL};
+    meet(worker, blocks_of(wide));
+    for (int piece = take(worker); piece >= 0; piece = take(worker)) {
+        const long first = (long)piece * BLOCK;
+        multiply(state, &x, n, first, block_size(wide, first), g->inner + num * wide + first, wide);
     }
 }
 
@@ -337,22 +354,21 @@ static void rank_stage(const Drafting *g, Worker *worker) {
 static void rank_below(const Drafting *g, int k, int b, float *room) {
     const Heads *h = g->h;
     const Draft *d = g->d;
+    const Path *path = &h->path;
     const int num = g->batch.num_spans, size = d->parents;
-    const long hidden = padded(h->stages.hidden), twice = 2L * h->path.rank;
-    const float *reads[size];
-    const Rank *above = g->ranks + (long)((k - 1) * num + b) * d->ranks;
+    const long rank = path->rank, row_of = (long)k * num + b;
+    const Rank *above = g->ranks + (row_of - num) * d->ranks, *below = g->ranks + row_of * d->ranks;
+    const float *scores = path->scores[h->has_own_scores ? k : 0];
     const long here = ((long)b * d->depth + k) * d->ranks, to = ((long)b * (d->depth - 1) + k - 1) * size * d->children;
-    for (int p = 0; p < size; p++) reads[p] = h->path.reads + above[p].place * twice;
-    float *shifts = room + hidden + padded(twice) + size * padded(h->path.rank), *rows = shifts + size * hidden;
-    float *moves = rows + size * hidden, outside = 0.0f;
-    correct(h, g->outputs + (k * num + b) * hidden, reads, size, room, shifts);
+    float *acts = room, *rows = acts + size * rank, *moves = rows + size * rank, outside = 0.0f;
+    for (int p = 0; p < size; p++)
+        act_on_path(path, g->inner + row_of * 2 * rank, path->reads + above[p].place * 2 * rank, acts + p * rank);
     for (int s = 0; s < size; s++) {
-        const int place = g->ranks[(long)(k * num + b) * d->ranks + s].place;
-        weight_row(h->path.rows + (h->has_own_scores ? k : 0), h->has_own_scores ? place : d->tokens[here + s], rows + s * hidden);
+        memcpy(rows + s * rank, scores + below[s].place * rank, 4 * (size_t)rank);
         outside += expf(d->log_probs[here + s] - d->log_coverage);
     }
     outside = 1.0f - (outside < 1.0f - 1e-7f ? outside : 1.0f - 1e-7f);
-    float_dots(rows, hidden, size, shifts, hidden, size, h->stages.hidden, moves, size);
+    float_dots(rows, rank, size, acts, rank, size, rank, moves, size);
     for (int p = 0; p < size; p++) {
         Rank best[size];
         float *row = moves + p * size;
@@ -393,6 +409,7 @@ static void ask(const Drafting *g, Worker *worker) {
     score_stage(g, worker);
     rank_stage(g, worker);
     if (!h->path.rank || g->d->depth < 2) return;
+    inner_stage(g, worker);
     meet(worker, (g->d->depth - 1) * num);
     for (int i = take(worker); i >= 0; i = take(worker))
         rank_below(g, 1 + i / num, i % num, g->own_paths[worker->thread]);
@@ -422,8 +439,10 @@ static Drafting lay_out_draft(const Heads *h, const Draft *d, Room *room) {
     g.logits = take_room(room, 4 * num * d->depth * g.most_logits);
     g.ranks = take_room(room, sizeof(Rank) * num * d->depth * d->ranks);
     g.last = take_room(room, sizeof(Part) * num);
-    const long floats = 3 * hidden + (size + 2) * (padded(2 * h->path.rank) + 2 * hidden) + size * size;
-    g.own_paths = own_room(room, threads, h->path.rank ? 4 * floats : 0);
+    const long rank = h->path.rank, alone = hidden + 3 * rank, floats = most_of(alone, size * (2 * rank + size));
+    g.normed = take_room(room, rank ? 4 * slots * hidden : 0);
+    g.inner = take_room(room, 4 * slots * 2 * rank);
+    g.own_paths = own_room(room, threads, rank ? 4 * floats : 0);
     for (int s = 0; s < num && room->base; s++) {
         const Span *span = d->batch.spans + s;
         if (span->first < 0 || span->count < 1 || span->first + (int64_t)span->count > rows) continue;

@@ -43,7 +43,7 @@ class _Stage(ctypes.Structure):
 class _Path(ctypes.Structure):
     _fields_ = [
         *((name, Address) for name in ("norm", "reads")),
-        ("rows", ctypes.POINTER(ProductStruct)),
+        ("scores", ctypes.POINTER(Address)),
         *((name, ProductStruct) for name in ("state", "output")),
         *((name, ctypes.c_int32) for name in ("rank", "unused")),
     ]
@@ -81,14 +81,14 @@ class _Draft(ctypes.Structure):
 
 @dataclass(frozen=True)
 class NativePath:
-    """A path correction of one rank: what is read of each token of the draft vocabulary [N, 2 rank], float32, and what
-    scores single tokens: one weight by token id, or one a head by place."""
+    """A path correction of one rank, float32, of each token of the draft vocabulary: what is read of it [N, 2 rank], and
+    what moves its score [N, rank], once for all heads or once each. The rank is a multiple of PAD."""
 
     norm: Tensor
     reads: Tensor
+    scores: Sequence[Tensor]
     state: Weight
     output: Weight
-    rows: Sequence[Weight]
     rank: int
     shortlist: int
 
@@ -242,9 +242,10 @@ class NativeHeads:
     def _path_record(self, path: NativePath | None) -> _Path:
         if path is None:
             return _Path()
-        rows = _products(path.rows, self._held)
+        scores = (Address * len(path.scores))(*(table.data_ptr() for table in path.scores))
+        self._held.append(scores)
         norm = padded(path.norm, self._held)
-        return _Path(norm, path.reads.data_ptr(), rows, path.state.record(), path.output.record(), path.rank)
+        return _Path(norm, path.reads.data_ptr(), scores, path.state.record(), path.output.record(), path.rank)
 
     def new_cache(self) -> StageCache:
         """For a new sequence."""
