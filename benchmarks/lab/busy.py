@@ -2,8 +2,8 @@
 
     python benchmarks/lab/busy.py --busy 0,1,2 --drafters none,amphista+lookup
 
-Other programs are loops of Python in sessions of their own, each with as good a claim to a core as ours. Prints tokens a
-second, the medians of several answers.
+Other programs are loops of Python in sessions of their own, each with as good a claim to a core as ours. Prints
+tokens a second, the medians of several answers.
 """
 
 from __future__ import annotations

@@ -81,8 +81,8 @@ class _Draft(ctypes.Structure):
 
 @dataclass(frozen=True)
 class NativePath:
-    """A path correction of one rank, float32, of each token of the draft vocabulary: what is read of it [N, 2 rank], and
-    what moves its score [N, rank], once for all heads or once each. The rank is a multiple of PAD."""
+    """A path correction of one rank, in float32. reads: of each token of the draft vocabulary [N, 2 rank]; scores: what
+    moves a token's [N, rank], once for all heads or once each. The rank is a multiple of PAD."""
 
     norm: Tensor
     reads: Tensor

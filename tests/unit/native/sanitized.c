@@ -115,14 +115,15 @@ static Layer layer_of(int kind, unsigned seed, int inner) {
                    .up = product(kind, inner, HIDDEN, seed + 6), .down = product(kind, HIDDEN, inner, seed + 8)};
 }
 
-enum { SLOTS = 3, BLOCKS = 2, DRAFTED = 41, SHORT = 4, RANK = 5, ASKED = 3 };
+enum { SLOTS = 3, BLOCKS = 2, DRAFTED = 41, SHORT = 4, RANK = PAD, ASKED = 3 };
 
 /* Three sequences, one of which has nothing to be fed, through staged layers, heads, encoder and paths. */
 static int drafts_differ(int kind, int own, int depth) {
     const int coarse = kind == BFLOAT16, counts[] = {4, 0, 1}, committed[] = {17, 9, 0};
     Layer layers[LAYERS], encoder[] = {layer_of(kind, 40, 31)};
     Stage stages[LAYERS];
-    Product blocks[BLOCKS * SLOTS], scores[SLOTS], rows[SLOTS];
+    Product blocks[BLOCKS * SLOTS], scores[SLOTS];
+    const float *moves[SLOTS];
     for (int l = 0; l < LAYERS; l++) {
         layers[l] = layer_of(kind, 20 + l, INNER);
         stages[l] = (Stage){vector(HIDDEN), product(kind, HIDDEN, 2 * HIDDEN, 30)};
@@ -130,7 +131,7 @@ static int drafts_differ(int kind, int own, int depth) {
     for (int b = 0; b < BLOCKS * SLOTS; b++) blocks[b] = product(kind, HIDDEN, HIDDEN, 51 + 2 * b);
     for (int k = 0; k < SLOTS; k++) {
         scores[k] = product(kind, DRAFTED, HIDDEN, 70 + k);
-        rows[k] = product(coarse, own ? DRAFTED : VOCAB, HIDDEN, 80);
+        moves[k] = keep_it(filled(DRAFTED * RANK, 4, 80 + k));
     }
     int32_t *ids = keep_it(malloc(4 * DRAFTED));
     for (int i = 0; i < DRAFTED; i++) ids[i] = i + 3;
@@ -141,7 +142,7 @@ static int drafts_differ(int kind, int own, int depth) {
     const Heads heads = {.stages = stack, .encoder = slots, .fusing = stages, .embedding_norm = vector(HIDDEN),
                          .slot_positions = keep_it(filled(SLOTS * HIDDEN, 4, 90)), .output_norm = vector(HIDDEN),
                          .blocks = blocks, .scores = scores, .draft_ids = ids, .embedding = product(coarse, VOCAB, HIDDEN, 2),
-                         .path = {.norm = vector(HIDDEN), .reads = keep_it(filled(DRAFTED * 2 * RANK, 4, 91)), .rows = rows,
+                         .path = {.norm = vector(HIDDEN), .reads = keep_it(filled(DRAFTED * 2 * RANK, 4, 91)), .scores = moves,
                                   .state = product(FLOAT32, 2 * RANK, HIDDEN, 93), .output = product(FLOAT32, HIDDEN, RANK, 94),
                                   .rank = RANK},
                          .num_heads = SLOTS, .num_blocks = BLOCKS, .split = 1, .has_own_scores = own, .slot_mask = own};

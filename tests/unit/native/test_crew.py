@@ -1,5 +1,5 @@
-"""Threads that wait for each other most of the time, because other programs have their cores, become fewer, and more again
-when that is over."""
+"""Threads that wait for each other most of the time, because other programs have their cores, become fewer, and more
+again when that is over."""
 
 from __future__ import annotations
 
