@@ -10,9 +10,17 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that reaches for the hub 
 import pytest
 import torch
 
+from amphista.native.crew import CREW
 from tests.tiny import byte_tokenizer, tiny_model, tiny_target
 
 torch.set_num_threads(1)  # tiny tensors: more threads only wait for each other, two times slower
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _all_threads():
+    """In calls of the C step, however busy the machine is: so many are what is tested."""
+    with CREW.whole():
+        yield
 
 
 @pytest.fixture(autouse=True)

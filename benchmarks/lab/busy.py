@@ -9,6 +9,7 @@ tokens a second, the medians of several answers.
 from __future__ import annotations
 
 import argparse
+import itertools
 import statistics
 import subprocess
 import sys
@@ -44,22 +45,22 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=100)
     parser.add_argument("--repeats", type=int, default=7)
     given = parser.parse_args()
-    how = {"dtype": given.dtype} if given.dtype else {}
-    for drafter in given.drafters.split(","):
-        llm = amphista.load(drafter=drafter, **how)
-        llm.generate(PROMPT, max_new_tokens=16)
-        for number in map(int, given.busy.split(",")):
-            paces = []
-            with others(number):
-                for _ in range(given.repeats):
-                    start = time.perf_counter()
-                    answer = llm.generate(PROMPT, max_new_tokens=given.tokens)
-                    paces.append(len(answer.token_ids) / (time.perf_counter() - start))
-            print(
-                f"{drafter}, {number} busy: {statistics.median(paces):.1f} tokens/s "
-                f"(from {min(paces):.1f} to {max(paces):.1f})",
-                flush=True,
-            )
+    cells = list(itertools.product(given.drafters.split(","), given.busy.split(",")))
+    if len(cells) > 1:  # each in a process of its own, for what one has learned of the machine is not the next one's
+        for drafter, number in cells:
+            subprocess.run([*sys.orig_argv, "--drafters", drafter, "--busy", number], check=True)
+        return
+    ((drafter, number),) = cells
+    llm = amphista.load(drafter=drafter, **({"dtype": given.dtype} if given.dtype else {}))
+    llm.generate(PROMPT, max_new_tokens=16)
+    paces = []
+    with others(int(number)):
+        for _ in range(given.repeats):
+            start = time.perf_counter()
+            answer = llm.generate(PROMPT, max_new_tokens=given.tokens)
+            paces.append(len(answer.token_ids) / (time.perf_counter() - start))
+    median = statistics.median(paces)
+    print(f"{drafter}, {number} busy: {median:.1f} tokens/s (from {min(paces):.1f} to {max(paces):.1f})")
 
 
 if __name__ == "__main__":

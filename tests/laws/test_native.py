@@ -22,6 +22,7 @@ from amphista.engine.params import SamplingParams
 from amphista.engine.step import Engine
 from amphista.errors import NativeError
 from amphista.native.build import find_compiler, load
+from amphista.native.crew import CREW
 from amphista.native.weights import Weight
 from amphista.target.lean import LeanModel
 from amphista.target.native_forward import NativeForward, windows_of
@@ -57,6 +58,7 @@ TYPES = ["float32", "bfloat16", "int8"]
 CONTEXTS = [0, 1, WINDOW - 2, 2 * WINDOW + 3, 67]
 FAULTS = ["skipped ancestor", "seen sibling", "late position", "dropped tail", "dropped odd", "order by rows",
           "wide window", "other cache", "early tap", "seen prefix"]  # fmt: skip
+LATE_THREAD = len(FAULTS) + 1
 
 
 def has_compiler() -> bool:
@@ -245,6 +247,19 @@ def test_a_fault_is_seen(mutable, fault):
     assert wrong > 0 or far > 1e-3
     wrong, far = checks()
     assert wrong == 0 and far < 1e-4
+
+
+def test_how_long_threads_wait_is_measured(mutable, monkeypatch):
+    flags, switch = mutable
+    forward, target = forward_of("llama-odd", "float32", flags)
+    found = {}
+    for switch.value in (LATE_THREAD, 0):
+        noted = found[switch.value] = []
+        monkeypatch.setattr(CREW, "note", lambda *call, noted=noted: noted.append(call))
+        distance(forward, target)
+    for team, waited, elapsed in found[LATE_THREAD]:
+        assert team == 2 and 0.3 < waited / elapsed < 0.6  # one of the two, nearly all the time
+    assert sum(waited for _, waited, _ in found[0]) < sum(waited for _, waited, _ in found[LATE_THREAD]) / 2
 
 
 BAD = {

@@ -26,7 +26,6 @@ from amphista.native.build import load
 from amphista.native.drafting import NativeHeads
 from amphista.tree.candidates import Candidates
 from amphista.tree.grow import parse_tree
-from tests.crew import set_crew
 from tests.decoding import begin, decode, step
 from tests.laws.test_batch import TREES, plainly, together
 from tests.laws.test_feeding import Seldom
@@ -198,7 +197,6 @@ def test_the_same_bits_in_any_batch_and_in_any_pieces(name, exact):
 @pytest.mark.parametrize("name", ["amphista-full", "amphista-own-paths", "medusa-paths"])
 def test_the_number_of_threads_changes_no_bit(name, monkeypatch):
     drafter, found = in_c(name), []
-    set_crew()  # however busy the machine was
     for threads in (1, 2, 5):
         monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
         found.append(drafted(drafter, [7, 8, 11]))

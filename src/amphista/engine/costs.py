@@ -18,6 +18,7 @@ from amphista.drafter.base import Drafter
 from amphista.drafter.proposer import Proposer
 from amphista.engine.cost_cache import load_or_measure
 from amphista.engine.timing import NOISY, ForwardSeconds, draft_ratio, verify_seconds
+from amphista.native.crew import CREW
 from amphista.target.target import Target
 from amphista.tree.tune import NOTHING_PAYS, Costs
 
@@ -83,13 +84,15 @@ def target_key(target: Target) -> dict[str, Any]:
 
 def _measure_verify(target: Target) -> dict[str, Any]:
     logger.info("measuring what a forward costs here (some seconds, once; `amphista dev tune` shows it)")
-    record = asdict(verify_seconds(target))
+    with CREW.whole():  # fewer threads would be steady, and slow
+        record = asdict(verify_seconds(target))
     _say_if_noisy("forwards", record["spread"])
     return {"seconds": {str(size): value for size, value in record.pop("by_rows").items()}, **record}
 
 
 def _measure_draft(target: Target, drafter: Drafter) -> dict[str, Any]:
-    asking = draft_ratio(target, drafter)
+    with CREW.whole():
+        asking = draft_ratio(target, drafter)
     _say_if_noisy("drafting", asking.spread)
     return asking._asdict()
 

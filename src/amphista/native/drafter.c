@@ -475,6 +475,6 @@ int amphista_draft(const Heads *h, const Draft *d) {
     const int wrong = look_through(&h->stages, &g.batch, h->embedding.outputs, &g.work);
     if (wrong) return wrong;
     if (d->depth > h->num_heads || (d->depth && (d->ranks > h->scores->outputs || d->ranks < d->parents))) return BAD_WANTED;
-    together(d->batch.num_threads, g.work.shares, run_draft, &g);
+    together(d->batch.num_threads, g.work.shares, run_draft, &g, d->batch.waited);
     return 0;
 }

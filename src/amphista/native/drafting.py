@@ -7,6 +7,7 @@ size.
 from __future__ import annotations
 
 import ctypes
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from amphista.errors import NativeError
 from amphista.native.build import load
+from amphista.native.crew import CREW
 from amphista.native.step import (
     WRONG,
     DecoderShape,
@@ -276,14 +278,17 @@ class NativeHeads:
             len(ids),
             len(spans),
             MOST_ROWS if turns is None else len(turns),
-            torch.get_num_threads(),
+            num_threads := CREW.num_threads(),
+            ctypes.addressof(waited := ctypes.c_double()),
         )
         draft = _Draft(batch, address(rows), ctypes.addressof(places := (Address * len(features))(*features)))
         found = [] if query is None else self._answers(draft, query, len(fed))
         heads, call = ctypes.byref(self._heads), ctypes.byref(draft)
         draft.workspace_bytes = self._library.amphista_draft_workspace(heads, call)
         draft.workspace = self._workspace.address(draft.workspace_bytes)
+        started = time.perf_counter()
         code = self._library.amphista_draft(heads, call)
+        CREW.note(num_threads, waited.value, time.perf_counter() - started)
         if code:
             raise NativeError(f"the C step refuses a draft: {WRONG.get(code, code)}")
         del places

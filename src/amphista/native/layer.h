@@ -67,6 +67,7 @@ typedef struct {
     const Span *spans;
     const float *turns; /* [num_turns][rotations][head_size / 2][cosine, sine] */
     int32_t num_rows, num_spans, num_turns, num_threads;
+    double *waited; /* seconds for which a thread waited for others, on average, or NULL */
     const float *inputs;                               /* of probes [num_inputs][hidden]; none: NULL */
     void *const *prefix_keys, *const *prefix_values;   /* of each layer [key heads][prefix_rows][head size] */
     int32_t num_inputs, prefix_rows;

@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from amphista.native import build
+from amphista.native.crew import CREW
 
 Words = NDArray[np.uint64]
 Integers = NDArray[np.integer[Any]]
@@ -73,7 +73,7 @@ def draw(drawings: Sequence[Drawing], count: int) -> list[int] | None:
     """
     if not build.load.cache_info().currsize or not all(1 / FAR < drawing.temperature < FAR for drawing in drawings):
         return None
-    threads = min(torch.get_num_threads(), len(drawings))
+    threads = min(CREW.num_threads(), len(drawings))
     size = threads * (count * ROOM_PER_TOKEN + -(-count // GROUP) * 4)
     if _room.bytes.size < size:
         _room.bytes = np.empty(size, dtype=np.uint8)

@@ -159,6 +159,6 @@ int amphista_forward(const Model *m, const Forward *f) {
         if (f->wanted[i] < 0 || f->wanted[i] >= f->batch.num_rows) return BAD_WANTED;
     for (int t = 0; t < f->num_taps; t++)
         if (f->taps[t] < 1 || f->taps[t] > m->stack.num_layers) return BAD_TAP;
-    choose(&step, together(f->batch.num_threads, step.work.shares, run_forward, &step));
+    choose(&step, together(f->batch.num_threads, step.work.shares, run_forward, &step, f->batch.waited));
     return 0;
 }

@@ -13,6 +13,7 @@ import ctypes
 import functools
 import math
 import threading
+import time
 import weakref
 from array import array
 from collections.abc import Sequence
@@ -25,6 +26,7 @@ from torch import Tensor
 
 from amphista.errors import NativeError
 from amphista.native.build import load
+from amphista.native.crew import CREW
 from amphista.native.weights import KINDS, PAD, Address, ProductStruct, Weight, address, rounded_up
 
 MOST_KEPT = 1 << 24  # numbers of a result whose room is kept
@@ -85,7 +87,7 @@ class _Batch(ctypes.Structure):
         ("spans", ctypes.POINTER(_Span)),
         ("turns", Address),
         *((name, ctypes.c_int32) for name in ("num_rows", "num_spans", "num_turns", "num_threads")),
-        ("inputs", Address),
+        *((name, Address) for name in ("waited", "inputs")),
         *((name, ctypes.POINTER(Address)) for name in ("prefix_keys", "prefix_values")),
         *((name, ctypes.c_int32) for name in ("num_inputs", "prefix_rows")),
     ]
@@ -231,8 +233,7 @@ class NativeModel:
         num_rows, num_wanted = sum(len(span.token_ids) for span in spans), len(wanted)
         # little of torch: behind a forward nothing of it is in the processor's caches, and each call is dear
         flat = array("i", [*_ids(spans), *_parents(spans), *wanted, *taps, *[0] * num_wanted])
-        start, _ = flat.buffer_info()
-        choices = len(flat) - num_wanted
+        (start, _), choices = flat.buffer_info(), len(flat) - num_wanted
         hidden = torch.empty(num_rows, (1 + len(taps)) * self.hidden_size)
         logits = self._logits.empty(num_wanted, self.vocab_size) if has_logits else self._no_logits
         batch = _Batch(
@@ -243,7 +244,8 @@ class NativeModel:
             num_rows,
             len(spans),
             len(turns),
-            torch.get_num_threads(),
+            num_threads := CREW.num_threads(),
+            ctypes.addressof(waited := ctypes.c_double()),
         )
         if probes is not None:
             probes.lend(batch)
@@ -259,7 +261,9 @@ class NativeModel:
         )
         needed = self._library.amphista_workspace(ctypes.byref(self._model), ctypes.byref(forward))
         forward.workspace, forward.workspace_bytes = self._workspace.address(needed), needed
+        started = time.perf_counter()
         code = self._library.amphista_forward(ctypes.byref(self._model), ctypes.byref(forward))
+        CREW.note(num_threads, waited.value, time.perf_counter() - started)
         if code:
             raise NativeError(f"the C step refuses a forward: {WRONG.get(code, code)}")
         return NativeOutput(hidden, logits, flat[choices:].tolist())

@@ -8,6 +8,7 @@
 
 #include <sched.h>
 #include <stdatomic.h>
+#include <stdint.h>
 #ifdef _OPENMP
 #include <omp.h>
 #endif
@@ -18,7 +19,7 @@ enum { SPINS = 4000, NEIGHBOURS = 3, LINE = 64 };
 
 typedef struct {
     atomic_int arrived, round;
-    atomic_long waited; /* by all, in nanoseconds, where a moment was not enough */
+    _Atomic int64_t waited; /* by all, in nanoseconds, where a moment was not enough */
     int team;
 } Barrier;
 
@@ -47,13 +48,14 @@ static void wait_for_all(Barrier *barrier) {
     }
     double since = 0;
     for (int spins = 0; atomic_load_explicit(&barrier->round, memory_order_acquire) == round; spins++) {
-        if (spins > SPINS) sched_yield();
+        if (spins == SPINS) since = seconds();
+        if (spins >= SPINS) sched_yield();
 #if defined(__x86_64__)
         else _mm_pause();
 #endif
-        if (spins == SPINS) since = seconds();
     }
-    if (since > 0) atomic_fetch_add_explicit(&barrier->waited, (long)((seconds() - since) * 1e9), memory_order_relaxed);
+    if (since > 0)
+        atomic_fetch_add_explicit(&barrier->waited, (int64_t)((seconds() - since) * 1e9), memory_order_relaxed);
 }
 
 /* One thread's way through the stages. */
@@ -71,6 +73,7 @@ static void meet(Worker *worker, int pieces) {
     own->end = (int)((long)pieces * (thread + 1) / team);
     atomic_store_explicit(&own->next, (int)((long)pieces * thread / team), memory_order_relaxed);
     worker->hops = 0;
+    for (const double end = seconds() + 2e-3; MUTANT(LATE_THREAD) && thread && seconds() < end;) continue;
     wait_for_all(worker->barrier);
 }
 
@@ -93,57 +96,23 @@ static void run_with_tiles(void (*run)(const void *call, Worker *worker), const 
     end_tiles(&before);
 }
 
-/* How many threads a call gets. Where another program has one of our cores now and then, all wait for the thread on it at
- * every barrier, and yield their own cores meanwhile: two threads have been seen to take six times as long as one. So a
- * crew that waits for most of its time gets smaller, by as much, and doubles again when enough calls went well; each time
- * that was too early, it stays small for twice as many. */
-typedef struct {
-    float waiting; /* share of the time, older calls weighing less */
-    int most, calls, patience; /* 0: any number; calls since it changed */
-} Crew;
-
-enum { LEAST_PATIENCE = 64, MOST_PATIENCE = 4096 };
-
-Crew amphista_crew;
-static atomic_flag crew_is_taken = ATOMIC_FLAG_INIT;
-
-/* After a call of `team` threads of those that were asked for, which waited for a share of their time. */
-void amphista_note_crew(Crew *crew, int team, int threads, float share) {
-    crew->calls++;
-    crew->waiting += (share - crew->waiting) / 4;
-    if (team > 1 && crew->waiting > 0.5f) {
-        const int is_early = crew->calls < LEAST_PATIENCE && crew->patience;
-        crew->patience = !is_early ? LEAST_PATIENCE : crew->patience < MOST_PATIENCE ? 2 * crew->patience : MOST_PATIENCE;
-        crew->most = (int)((float)team * (1 - crew->waiting));
-        if (crew->most < 1) crew->most = 1;
-        crew->waiting = 0, crew->calls = 0;
-    } else if (crew->most && team < threads && crew->calls >= crew->patience) {
-        crew->most = 2 * team;
-        crew->waiting = 0.4f, crew->calls = 0; /* one bad call is enough to go back */
-    }
-}
-
-/* Does a call with so many threads, or as many as there are; how many they were. shares: [2][threads]. */
-static int together(int threads, Share *shares, void (*run)(const void *call, Worker *worker), const void *call) {
+/* Does a call with so many threads, or as many as there are; how many they were. shares: [2][threads]; waited: seconds
+ * for which a thread waited for others, on average, or NULL. */
+static int together(int threads, Share *shares, void (*run)(const void *call, Worker *worker), const void *call,
+                    double *waited) {
     Barrier barrier = {.team = 1};
 #ifdef _OPENMP
-    const int crew = amphista_crew.most && amphista_crew.most < threads ? amphista_crew.most : threads;
-    const double start = seconds();
-#pragma omp parallel num_threads(crew)
+#pragma omp parallel num_threads(threads)
     {
 #pragma omp single
         barrier.team = omp_get_num_threads();
         run_with_tiles(run, call, (Worker){shares, &barrier, omp_get_thread_num(), barrier.team, 0, 0});
     }
-    if (threads > 1 && !atomic_flag_test_and_set(&crew_is_taken)) {
-        const double waited = (double)barrier.waited * 1e-9 / (barrier.team > 1 ? barrier.team - 1 : 1);
-        amphista_note_crew(&amphista_crew, barrier.team, threads, (float)(waited / (seconds() - start)));
-        atomic_flag_clear(&crew_is_taken);
-    }
 #else
     (void)threads;
     run_with_tiles(run, call, (Worker){shares, &barrier, 0, 1, 0, 0});
 #endif
+    if (waited) *waited = (double)atomic_load_explicit(&barrier.waited, memory_order_relaxed) * 1e-9 / barrier.team;
     return barrier.team;
 }
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from amphista.errors import NativeError
 from amphista.native.build import load
+from amphista.native.crew import CREW
 from amphista.native.huge_pages import Arena
 
 BLOCK, GROUP, LEVELS, ZERO = 32, 4, 127, 128  # of packed 8-bit weights: outputs side by side, inputs side by side
@@ -165,7 +166,7 @@ class Weight:
         return self._call(load(flags).amphista_product, padded, out, Address(room.data_ptr()))
 
     def _call(self, function: Any, given: Tensor, out: Tensor, *more: Any) -> Tensor:
-        sizes = ctypes.c_int64(len(given)), ctypes.c_int(torch.get_num_threads())
+        sizes = ctypes.c_int64(len(given)), ctypes.c_int(CREW.num_threads())
         record = ctypes.byref(self.record())
         function(record, Address(given.data_ptr()), sizes[0], Address(out.data_ptr()), sizes[1], *more)
         return out

@@ -3,83 +3,115 @@ again when that is over."""
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
-from tests.crew import Crew, set_crew, the_crew
+from amphista.native.crew import FIRST_PATIENCE, MOST_PATIENCE, Crew
 
-LEAST_PATIENCE, MOST_PATIENCE = 64, 4096
+CALL = 0.004  # seconds
 
 
-def worked(crew, threads, num_calls, share):
-    """So many calls, which wait for share(team) of their time; how many threads each had."""
+@pytest.fixture(params=[2, 8])
+def threads(request, monkeypatch):
+    """How many torch has."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: request.param)
+    return request.param
+
+
+def work(crew, seconds, waiting, call=CALL):
+    """Calls for so long, each thread of which waits for waiting(team) of the time; how many threads each had."""
     teams = []
-    for _ in range(num_calls):
-        teams.append(crew.team(threads))
-        crew.note(teams[-1], threads, share(teams[-1]))
+    for _ in range(math.ceil(seconds / call)):
+        teams.append(crew.num_threads())
+        crew.note(teams[-1], waiting(teams[-1]) * call, call)
     return teams
 
 
-def busy(team):
-    """Other programs have all cores: two threads hardly ever run together."""
-    return 0.95 if team > 1 else 0.0
+def all_cores_busy(team):
+    return 0.8 if team > 1 else 0.0
 
 
-def test_a_crew_that_works_stays_whole():
+def one_core_busy(team, cores=8):
+    return 0.8 if team == cores else 0.01
+
+
+def quiet(team):
+    return 0.05 if team > 1 else 0.0
+
+
+@pytest.mark.parametrize("call", [0.0005, CALL, 0.3, 5.0])
+@pytest.mark.parametrize("waiting", [0.0, 0.05, 0.3 / 2])
+def test_a_crew_that_works_stays_whole(threads, call, waiting):
+    assert set(work(Crew(), 100, lambda team: waiting, call)) == {threads}
+
+
+@pytest.mark.parametrize("call", [0.0005, CALL, 0.3])
+def test_one_late_thread_is_no_reason(threads, call):
+    """Another program's turn of 10 ms, now and then: in a call of less all else waits, and the call takes so long."""
     crew = Crew()
-    assert set(worked(crew, 8, 5000, lambda team: 0.3)) == {8}
+    for _ in range(50):
+        crew.note(threads, 0.010, max(call, 0.010))
+        assert set(work(crew, 0.2, quiet, call)) == {threads}
 
 
-def test_one_late_thread_is_no_reason():
+def test_where_all_cores_are_busy_one_thread_is_left_and_seldom_more(threads):
     crew = Crew()
-    for _ in range(200):
-        worked(crew, 2, 1, lambda team: 1.0), worked(crew, 2, 5, lambda team: 0.02)
-    assert crew.team(2) == 2
+    assert work(crew, 0.1, all_cores_busy)[-1] == 1
+    teams = work(crew, 120, all_cores_busy)
+    assert sum(team > 1 for team in teams) * CALL < 1.0
+    assert len(set(teams)) > 1, "it is tried again"
 
 
-@pytest.mark.parametrize(("threads", "share", "left"), [(2, 0.95, 1), (8, 0.95, 3), (8, 0.6, 3), (3, 1.0, 1)])
-def test_a_crew_that_waits_gets_smaller_within_a_few_calls(threads, share, left):
+def test_short_calls_that_wait_do_not_outweigh_long_ones_that_work(threads):
     crew = Crew()
-    worked(crew, threads, 8, lambda team: share if team == threads else 0.0)
-    assert crew.team(threads) == left
+    for _ in range(2000):
+        crew.note(crew.num_threads(), 0.0008, 0.001)
+        crew.note(crew.num_threads(), 0.002, 0.04)
+        assert crew.num_threads() == threads
 
 
-def test_where_all_cores_are_busy_one_thread_is_left_and_seldom_more():
+def test_it_is_whole_again_soon_after_that_is_over(threads):
     crew = Crew()
-    teams = worked(crew, 8, 30000, busy)
-    assert sum(team > 1 for team in teams) < 40
-    assert teams[-1] == 1 and crew.patience == MOST_PATIENCE
+    work(crew, 60, all_cores_busy)
+    teams = work(crew, 4 * MOST_PATIENCE, quiet)
+    assert teams == sorted(teams) and teams[-1] == threads
+    assert set(work(crew, 10, quiet)) == {threads}
 
 
-def test_it_is_whole_again_when_that_is_over():
+def test_all_cores_but_one_are_used(monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
     crew = Crew()
-    worked(crew, 8, 300, busy)
-    assert crew.team(8) == 1
-    teams = worked(crew, 8, 3 * crew.patience + 1, lambda team: 0.05)
-    assert teams[-1] == 8 and teams == sorted(teams)
+    work(crew, 30, one_core_busy)
+    teams = work(crew, 60, one_core_busy)
+    assert sum(team == 7 for team in teams) > 0.95 * len(teams)
 
 
-def test_what_has_long_gone_well_is_forgotten():
+def test_what_has_long_gone_well_is_forgotten(threads):
     """Busy for a while, quiet, busy again: the second time is like the first."""
     crew = Crew()
-    worked(crew, 2, 2000, busy)
-    worked(crew, 2, 2 * MOST_PATIENCE, lambda team: 0.0)
-    worked(crew, 2, 8, busy)
-    assert crew.team(2) == 1 and crew.patience == LEAST_PATIENCE
+    work(crew, 60, all_cores_busy)
+    work(crew, 60, quiet)
+    assert work(crew, 0.1, all_cores_busy)[-1] == 1
+    teams = work(crew, 2 * FIRST_PATIENCE, all_cores_busy)
+    assert max(teams) > 1
 
 
-@pytest.mark.parametrize("most", [1, 3, 0])
-def test_a_call_has_the_threads_that_the_crew_allows(monkeypatch, most):
-    """And gives the same, to the bit."""
-    from tests.laws.test_native_drafting import drafted, in_c
+def test_fewer_threads_asked_for(monkeypatch):
+    """`torch.set_num_threads` holds at once, whatever the crew was."""
+    crew = Crew()
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
+    work(crew, 0.1, lambda team: 0.3 if team > 4 else 0)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    assert set(work(crew, 30, quiet)) == {1}
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    assert crew.num_threads() == 2
 
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 5)
-    drafter = in_c("amphista-full")
-    set_crew(most, patience=1)
-    try:
-        found = drafted(drafter, [9])
-        assert the_crew().most == 2 * most
-        set_crew()
-        assert drafted(drafter, [9]) == found
-    finally:
-        set_crew()
+
+def test_whole_while_something_is_measured(threads):
+    crew = Crew()
+    work(crew, 0.1, all_cores_busy)
+    with crew.whole():
+        assert set(work(crew, 1, all_cores_busy)) == {threads}
+    assert crew.num_threads() == 1
