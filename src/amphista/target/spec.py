@@ -263,11 +263,6 @@ class SharedWeights:
         return scale_of(self._embedding)
 
     @property
-    def native_head(self) -> Weight:
-        """The LM head [V, D], for the C step. raises NativeError."""
-        return native_of(self._lm_head)
-
-    @property
     def head_weight(self) -> Tensor:
         """The LM head [V, D]; of a target in blocks no more than its size."""
         return self._lm_head.weight
