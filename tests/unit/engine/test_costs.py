@@ -19,6 +19,7 @@ from amphista.drafter.proposer import Proposer
 from amphista.engine import cost_cache, costs, timing
 from amphista.engine.costs import costs_for, target_key, tune
 from amphista.engine.timing import Asking, Cell, ForwardSeconds
+from amphista.native.crew import Crew
 from amphista.target.captured_forward import NODES, VerifyRegion
 from amphista.target.target import Target
 from amphista.tree.learned import Forward, StepCosts
@@ -54,6 +55,21 @@ def measured(tmp_path, monkeypatch, spreads):
 
 def medusa(target, *, lookup=False, **settings):
     return Proposer(Medusa(MedusaConfig(**settings), target.spec, target.shared), use_lookup=lookup)
+
+
+def test_measured_with_all_threads(target, measured, monkeypatch):
+    """Fewer of them, while other programs have the cores, are steady and slow: what they take would be kept."""
+    crew, found = Crew(), []
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    monkeypatch.setattr(costs, "CREW", crew)
+    for name in ("verify_seconds", "draft_ratio"):
+        measure = getattr(costs, name)
+        monkeypatch.setattr(costs, name, lambda *given, m=measure: (found.append(crew.num_threads()), m(*given))[1])
+    for _ in range(20):
+        crew.note(2, 0.004, 0.005)
+    assert crew.num_threads() == 1
+    costs_for(target, medusa(target))
+    assert found == [2, 2] and crew.num_threads() == 1
 
 
 def test_measured_once(target, measured, tmp_path):

@@ -64,6 +64,12 @@ def test_where_all_cores_are_busy_one_thread_is_left_and_seldom_more(threads):
     assert len(set(teams)) > 1, "it is tried again"
 
 
+def test_one_of_two_that_waits_for_the_other_most_of_the_time_is_one_too_many(monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    crew = Crew()
+    assert work(crew, 0.1, lambda team: 0.6 / 2 if team == 2 else 0)[-1] == 1
+
+
 def test_short_calls_that_wait_do_not_outweigh_long_ones_that_work(threads):
     crew = Crew()
     for _ in range(2000):
