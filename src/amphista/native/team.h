@@ -73,7 +73,8 @@ static void meet(Worker *worker, int pieces) {
     own->end = (int)((long)pieces * (thread + 1) / team);
     atomic_store_explicit(&own->next, (int)((long)pieces * thread / team), memory_order_relaxed);
     worker->hops = 0;
-    for (const double end = seconds() + 2e-3; MUTANT(LATE_THREAD) && thread && seconds() < end;) continue;
+    if (MUTANT(LATE_THREAD) && thread)
+        for (const double end = seconds() + 2e-3; seconds() < end;) continue;
     wait_for_all(worker->barrier);
 }
 
