@@ -10,24 +10,32 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
+    Dots1Config,
+    Ernie4_5_MoeConfig,
     Ernie4_5Config,
     Exaone4Config,
     Gemma2Config,
     Gemma3TextConfig,
     GemmaConfig,
     Glm4Config,
+    Glm4MoeConfig,
     GPT2Config,
     GPTNeoXConfig,
     GraniteConfig,
+    GraniteMoeConfig,
     LlamaConfig,
     MistralConfig,
+    MixtralConfig,
     Olmo2Config,
     Olmo3Config,
+    OlmoeConfig,
     OPTConfig,
     Phi3Config,
     PreTrainedTokenizerFast,
     Qwen2Config,
+    Qwen2MoeConfig,
     Qwen3Config,
+    Qwen3MoeConfig,
     SmolLM3Config,
 )
 
@@ -69,6 +77,8 @@ SIZES = dict(
 )
 WITHOUT_KV_HEADS = {key: value for key, value in SIZES.items() if key != "num_key_value_heads"}
 
+FEW_OF_MANY = {"num_experts_per_tok": 3, "moe_intermediate_size": 20}  # experts, of odd sizes
+BY_SIGMOID = {**FEW_OF_MANY, "n_routed_experts": 7, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1}
 HALF = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}
 
 FAMILIES = {
@@ -120,6 +130,22 @@ FAMILIES = {
     "exaone4": lambda: Exaone4Config(
         **SIZES, head_dim=8, sliding_window=WINDOW, layer_types=["sliding_attention", "full_attention"]
     ),
+    "qwen3_moe": lambda: Qwen3MoeConfig(**SIZES, **FEW_OF_MANY, num_experts=7, head_dim=8, norm_topk_prob=True),
+    "qwen2_moe": lambda: Qwen2MoeConfig(
+        **SIZES, **FEW_OF_MANY, num_experts=7, shared_expert_intermediate_size=28, mlp_only_layers=[0]
+    ),
+    "mixtral": lambda: MixtralConfig(**SIZES, num_local_experts=5, num_experts_per_tok=2, sliding_window=WINDOW),
+    "olmoe": lambda: OlmoeConfig(**SIZES, num_experts=7, num_experts_per_tok=3),
+    "granitemoe": lambda: GraniteMoeConfig(
+        **SIZES, num_local_experts=6, num_experts_per_tok=2, residual_multiplier=0.3, attention_multiplier=0.2
+    ),
+    "glm4_moe": lambda: Glm4MoeConfig(
+        **SIZES, **BY_SIGMOID, head_dim=8, use_qk_norm=True, rope_parameters=HALF, routed_scaling_factor=1.8
+    ),
+    "dots1": lambda: Dots1Config(**SIZES, **BY_SIGMOID, head_dim=8, n_shared_experts=2, norm_topk_prob=False),
+    "ernie4_5_moe": lambda: Ernie4_5_MoeConfig(
+        **SIZES, moe_num_experts=7, moe_k=3, moe_intermediate_size=20, moe_layer_start_index=1, use_bias=False
+    ),
     "gpt_neox": lambda: GPTNeoXConfig(**WITHOUT_KV_HEADS),
     "gpt2": lambda: GPT2Config(
         vocab_size=VOCAB, n_embd=32, n_layer=2, n_head=4, n_positions=512, bos_token_id=256, eos_token_id=EOS
@@ -145,11 +171,14 @@ def tiny_model(family: str = "llama", *, seed: int = 0, dtype: torch.dtype = tor
     config = FAMILIES[family]()
     for name, value in changes.items():
         setattr(config, name, value)
+    config._experts_implementation = "eager"  # of any size, in any type
     capped = getattr(config, "attn_logit_softcapping", None)  # sdpa leaves that out
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager" if capped else None)
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.dim() > 1:
+        for name, parameter in [*model.named_parameters(), *model.named_buffers()]:
+            if name.endswith("e_score_correction_bias"):
+                parameter.normal_(0, 0.2)
+            elif parameter.dim() > 1:
                 parameter.normal_(0, 0.35 if "embed" not in name and "wte" not in name else 1.0)
     model.generation_config.eos_token_id = EOS
     return model.to(dtype).eval()

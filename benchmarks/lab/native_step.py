@@ -93,8 +93,7 @@ def forwards(dtype: str, context: int) -> tuple[dict[str, Callable[[TokenTree], 
 
     torch_form(chain)
     cache.commit(range(context))
-    weights = [w for layer in native.layers for w in (layer.qkv, layer.output, layer.gate, layer.up, layer.down)]
-    return {"torch": torch_form, "native": c_step}, sum(w.num_bytes for w in [*weights, native.head])
+    return {"torch": torch_form, "native": c_step}, lean.num_product_bytes
 
 
 def drafts(

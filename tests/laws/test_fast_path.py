@@ -31,6 +31,7 @@ OTHER_FAMILIES = (
     "gemma", "gemma2", "gemma3", "gemma3-by-kind",
     "phi3", "phi3-windowed", "phi3-half", "granite", "smollm3", "olmo2", "olmo3", "exaone4",
     "ernie4_5", "glm4",
+    "qwen3_moe", "qwen2_moe", "mixtral", "olmoe", "granitemoe", "glm4_moe", "dots1", "ernie4_5_moe",
 )  # fmt: skip
 CHANGES = {
     "llama": ("llama", {}),
@@ -272,7 +273,7 @@ def test_a_failed_forward_leaves_the_cache_as_it_was(monkeypatch):
     fast.prefill(prompt_of(9), cache), stock.prefill(prompt_of(9), other)
     first, second = fast._lean.layers
     with monkeypatch.context() as patch, pytest.raises(AttributeError):
-        patch.setattr(fast._lean, "layers", [first, dataclasses.replace(second, down=None)])
+        patch.setattr(fast._lean, "layers", [first, dataclasses.replace(second, mlp=None)])
         fast.verify(TREE, cache)
     cache.check_integrity()
     assert difference(fast.verify(TREE, cache).logits, stock.verify(TREE, other).logits) < TOLERANCE

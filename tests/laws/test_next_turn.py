@@ -200,7 +200,7 @@ def test_failed_forward_leaves_usable_caches(path, monkeypatch):
         if path == "stock":
             patch.setattr(target.model.model.layers[1], "forward", interrupt)
         else:
-            patch.setattr(target._lean.layers[1].down, "added", interrupt)
+            patch.setattr(target._lean.layers[1].mlp.down, "added", interrupt)
         with pytest.raises(KeyboardInterrupt):
             step(engine, sequence)
     sequence.rows.cache.check_integrity()

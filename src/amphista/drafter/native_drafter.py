@@ -23,7 +23,7 @@ from amphista.errors import NativeError
 from amphista.kernels.parts import RotaryTable, paired
 from amphista.native.drafting import DraftQuery, Fed, NativeHeads, NativeParts, NativePath, SlotMask, StageCache
 from amphista.native.huge_pages import Arena
-from amphista.native.step import DecoderShape, NativeLayer
+from amphista.native.layers import DecoderShape, NativeLayer, NativeMlp
 from amphista.native.weights import PAD, Weight, rounded_up
 from amphista.target.spec import SharedWeights
 from amphista.tree.candidates import Candidates
@@ -184,9 +184,7 @@ def _layer(layer: TransformerLayer, weight: Callable[[Tensor], Weight], *, turne
         None,
         weight(attention.output.weight),
         layer.mlp_norm.weight,
-        weight(mlp.gate.weight),
-        weight(mlp.up.weight),
-        weight(mlp.down.weight),
+        NativeMlp(*(weight(part.weight) for part in (mlp.gate, mlp.up, mlp.down))),
         None,
     )
 

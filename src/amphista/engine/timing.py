@@ -212,7 +212,7 @@ def _several(target: Target, cache: KVCache, num_cached: int) -> Cell:
     copies = [target.new_cache() for _ in range(SEVERAL)]
     for copy in copies:
         target.copy_rows(cache, copy, num_cached)
-    spans = [Span(TokenTree.chain([0]), copy, only_choices=True) for copy in copies]
+    spans = [Span(TokenTree.chain([token]), copy, only_choices=True) for token, copy in enumerate(copies)]
 
     def run() -> None:
         for output in target.forward(spans):

@@ -19,17 +19,8 @@ from torch import Tensor
 from amphista.errors import NativeError
 from amphista.native.build import load
 from amphista.native.crew import CREW
-from amphista.native.step import (
-    WRONG,
-    DecoderShape,
-    NativeLayer,
-    Workspace,
-    _Batch,
-    _Span,
-    _Stack,
-    padded,
-    stack_record,
-)
+from amphista.native.layers import DecoderShape, NativeLayer, StackStruct, padded, stack_record
+from amphista.native.step import WRONG, Workspace, _Batch, _Span
 from amphista.native.weights import PAD, Address, ProductStruct, Weight, address, rounded_up
 
 SlotMask = Literal["bidirectional", "causal", "own"]
@@ -53,7 +44,7 @@ class _Path(ctypes.Structure):
 
 class _Heads(ctypes.Structure):
     _fields_ = [
-        *((name, _Stack) for name in ("stages", "encoder")),
+        *((name, StackStruct) for name in ("stages", "encoder")),
         ("fusing", ctypes.POINTER(_Stage)),
         ("tap_norms", ctypes.POINTER(Address)),
         *((name, Address) for name in ("embedding_norm", "hidden_norm", "slot_positions", "output_norm")),

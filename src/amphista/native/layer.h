@@ -10,7 +10,7 @@
  *     m        = sum_s softmax_s(q k_s) v_s    (3) attention; s: what the node sees
  *     x       += W_o m                         (4) widen, to the end
  *     a        = silu(W_gate norm(x)) W_up norm(x)    (5)
- *     x       += W_down a                      (6)
+ *     x       += W_down a                      (6), or what a few of many experts make of it (experts.h)
  *
  * Families differ: any norm may be missing, what is added may be normed and scaled, gelu may stand for silu, a norm of q
  * and k be over all heads, scores may be capped, and layers rotate differently or not at all, which is a rotation by
@@ -39,9 +39,24 @@
 #include "team.h"
 
 typedef struct {
+    Product gate, up, down;
+} Mlp;
+
+/* Of which each row takes a few. */
+typedef struct {
+    Product router;          /* scores [num_experts]; one more output says how much of the shared one a row takes */
+    const Mlp *each;         /* [num_experts + has_shared] */
+    const float *correction; /* [num_experts] added to scores where the best are chosen, or NULL */
+    int32_t num_experts, top_k, by_sigmoid, is_normed, has_shared; /* is_normed: those chosen are divided by their sum */
+    float scale;                                               /* what they are multiplied by then */
+} Experts;
+
+typedef struct {
     const float *attention_norm, *query_norm, *key_norm, *mlp_norm; /* zeros behind; NULL if none */
     const float *attention_out_norm, *mlp_out_norm;                 /* of what is added to the states; NULL if none */
-    Product qkv, output, gate, up, down;
+    Product qkv, output;
+    Mlp mlp;
+    const Experts *experts; /* NULL: mlp */
     int32_t window, turn; /* 0: none; which of the rotations */
 } Layer;
 
@@ -92,6 +107,11 @@ typedef struct {
     Share *shares; /* [2][threads] */
     int num_parts;
     long most_seen;
+    /* Of experts: what the router says of each row [rows][scores], which it takes and how much of each [rows][top_k],
+     * inputs of their last products [lines][inner], and of each thread the rows of one, and which rows take which. */
+    float *scores, *portions, *prepared, *steps, **own_gathered;
+    int32_t *taken, **own_groups;
+    long most_scores, most_taken;
 } Work;
 
 INLINE int blocks_of(long outputs) { return (int)((outputs + BLOCK - 1) / BLOCK); }
@@ -110,12 +130,21 @@ static Work lay_out(const Stack *m, const Batch *f, long rows, long widest, Room
     long seen = 0;
     for (int s = 0; s < f->num_spans; s++) seen = most_of(seen, f->spans[s].committed + f->spans[s].count);
     Work w = {.most_seen = padded(seen + f->prefix_rows + PAD)};
+    long experts = 0;
+    for (int l = 0; l < m->num_layers; l++) {
+        const Experts *e = m->layers[l].experts;
+        if (!e) continue;
+        experts = most_of(experts, e->num_experts);
+        w.most_scores = most_of(w.most_scores, padded(e->router.outputs));
+        w.most_taken = most_of(w.most_taken, e->top_k + e->has_shared);
+    }
+    const long lines = rows * most_of(w.most_taken, 1);
     widest = most_of(most_of(widest, hidden), most_of(inner, attended));
     w.states = take_room(room, 4 * rows * hidden);
     w.qkv = take_room(room, 4 * rows * (heads + 2 * m->key_heads) * size);
     w.queries = take_room(room, 4 * rows * heads * queries_size(m));
     w.mixed = take_room(room, 4 * rows * attended);
-    w.inner = take_room(room, 4 * rows * inner);
+    w.inner = take_room(room, 4 * lines * inner);
     w.added = take_room(room, 4 * rows * hidden);
     w.position = take_room(room, 4 * rows);
     w.depth = take_room(room, 4 * rows);
@@ -129,6 +158,14 @@ static Work lay_out(const Stack *m, const Batch *f, long rows, long widest, Room
     w.own_mix = own_room(room, threads, 4 * (queries * queries_size(m) + queries_room(queries, queries_size(m))));
     w.own_block = own_room(room, threads, 8 * rows * BLOCK);
     w.own_path = own_room(room, threads, 4 * rows);
+    if (!experts) return w;
+    w.scores = take_room(room, 4 * rows * w.most_scores);
+    w.taken = take_room(room, 4 * lines);
+    w.portions = take_room(room, 4 * lines);
+    w.prepared = take_room(room, 4 * lines * inner);
+    w.steps = take_room(room, 4 * lines);
+    w.own_gathered = own_room(room, threads, 4 * rows * hidden);
+    w.own_groups = own_room(room, threads, 4 * (2 * lines + 3 * (experts + 2)));
     return w;
 }
 
@@ -230,22 +267,27 @@ static void product_stage(const Product *p, const Rows *x, int n, Worker *worker
 /* gelu in its tanh form (arXiv 1606.08415) is x sigmoid(slope(x)): 2 sqrt(2 / pi) (x + 0.044715 x^3). */
 INLINE vec gelu_slope(vec x) { return x * (1.5957691216f + 0.0713548163f * x * x); }
 
-static void gated_stage(const Stack *m, const Layer *layer, const Rows *x, int n, Worker *worker, float *to,
-                        float *block) {
+/* One block of what an MLP multiplies its last weight by, of n rows: to [n][stride], zeros behind the last one. */
+static void gated_block(const Stack *m, const Mlp *mlp, const Rows *x, int n, int b, float *to, float *block) {
     float *gates = block, *ups = block + (long)n * BLOCK;
-    for (int b = take(worker); b >= 0; b = take(worker)) {
-        const long first = (long)b * BLOCK, count = block_size(m->inner, first);
-        multiply(&layer->gate, x, n, first, count, gates, BLOCK);
-        multiply(&layer->up, x, n, first, count, ups, BLOCK);
-        for (int r = 0; r < n; r++)
-            for (long o = 0; o < BLOCK; o += LANES) { /* beyond `count` is padding, or nobody's */
-                vec gate = load(gates + r * BLOCK + o), up = load(ups + r * BLOCK + o);
-                vec slope = m->has_gelu ? gelu_slope(gate) : gate;
-                store(gates + r * BLOCK + o, gate / (1.0f + exponential(-slope)) * up);
-            }
-        for (int r = 0; r < n; r++) memcpy(to + r * padded(m->inner) + first, gates + r * BLOCK, 4 * (size_t)count);
+    const long size = mlp->gate.outputs, first = (long)b * BLOCK, count = block_size(size, first);
+    const long end = first + count == size ? padded(size) : first + count;
+    multiply(&mlp->gate, x, n, first, count, gates, BLOCK);
+    multiply(&mlp->up, x, n, first, count, ups, BLOCK);
+    for (int r = 0; r < n; r++) {
+        float *row = to + r * padded(m->inner);
+        for (long o = 0; o < BLOCK; o += LANES) { /* beyond `count` is padding, or nobody's */
+            vec gate = load(gates + r * BLOCK + o), up = load(ups + r * BLOCK + o);
+            vec slope = m->has_gelu ? gelu_slope(gate) : gate;
+            store(gates + r * BLOCK + o, gate / (1.0f + exponential(-slope)) * up);
+        }
+        memcpy(row + first, gates + r * BLOCK, 4 * (size_t)count);
+        memset(row + first + count, 0, 4 * (size_t)(end - first - count));
     }
 }
+
+/* That of gate and up for which rows are made ready. */
+INLINE const Product *reads_rows(const Mlp *mlp) { return is_packed(mlp->up.kind) ? &mlp->up : &mlp->gate; }
 
 /* What a norm without weights multiplies `size` numbers by. */
 static float norm_factor(const float *from, long size, float eps) {
@@ -410,16 +452,10 @@ static void project(const Stack *m, const Layer *layer, const Work *w, int n, Wo
     product_stage(qkv, &x, n, worker, w->qkv, qkv->outputs, NULL, 0.0f);
 }
 
-/* Adds a product of n rows, normed if there is a norm, to the states. */
-static void join_stage(const Stack *m, const Work *w, const Product *p, const Rows *x, const float *norm, int n,
-                       Worker *worker) {
+/* Adds w->added of n rows, normed, to the states, once all of it is there. */
+static void add_normed(const Stack *m, const Work *w, const float *norm, int n, Worker *worker) {
     const long hidden = padded(m->hidden);
     float *normed = w->own_rows[worker->thread];
-    if (!norm) {
-        product_stage(p, x, n, worker, w->states, hidden, w->own_block[worker->thread], m->residual);
-        return;
-    }
-    product_stage(p, x, n, worker, w->added, hidden, NULL, 0.0f);
     meet(worker, 0);
     for (int r = worker->thread; r < n; r += worker->team) {
         norm_row(w->added + r * hidden, norm, m->hidden, m->eps, normed);
@@ -427,27 +463,41 @@ static void join_stage(const Stack *m, const Work *w, const Product *p, const Ro
     }
 }
 
+/* Adds a product of n rows, normed if there is a norm, to the states. */
+static void join_stage(const Stack *m, const Work *w, const Product *p, const Rows *x, const float *norm, int n,
+                       Worker *worker) {
+    float *block = norm ? NULL : w->own_block[worker->thread];
+    product_stage(p, x, n, worker, norm ? w->added : w->states, padded(m->hidden), block, m->residual);
+    if (norm) add_normed(m, w, norm, n, worker);
+}
+
+#include "experts.h"
+
 /* (4) to (6) of n rows. */
 static void widen(const Stack *m, const Layer *layer, const Work *w, int n, Worker *worker) {
     const long hidden = padded(m->hidden), inner = padded(m->inner), attended = padded((long)m->heads * m->head_size);
-    const Product *output = &layer->output, *gate = is_packed(layer->up.kind) ? &layer->up : &layer->gate, *down = &layer->down;
-    float *block = w->own_block[worker->thread];
+    const Product *output = &layer->output, *down = &layer->mlp.down;
+    const int blocks = blocks_of(layer->mlp.gate.outputs);
     Rows x = ready(m, w, n, w->mixed, attended, NULL, output, worker, blocks_of(output->outputs));
     join_stage(m, w, output, &x, layer->attention_out_norm, n, worker);
-    x = ready(m, w, n, w->states, hidden, layer->mlp_norm, gate, worker, blocks_of(m->inner));
-    gated_stage(m, layer, &x, n, worker, w->inner, block);
+    if (layer->experts) {
+        experts_stage(m, layer, w, n, worker);
+        return;
+    }
+    x = ready(m, w, n, w->states, hidden, layer->mlp_norm, reads_rows(&layer->mlp), worker, blocks);
+    for (int b = take(worker); b >= 0; b = take(worker))
+        gated_block(m, &layer->mlp, &x, n, b, w->inner, w->own_block[worker->thread]);
     x = ready(m, w, n, w->inner, inner, NULL, down, worker, blocks_of(down->outputs));
     join_stage(m, w, down, &x, layer->mlp_out_norm, n, worker);
 }
 
 /* Zeros wherever rows are padded, of this thread's share of n rows. */
 static void clear_rows(const Stack *m, const Work *w, int n, const Worker *worker) {
-    const long hidden = padded(m->hidden), inner = padded(m->inner), attended = padded((long)m->heads * m->head_size);
+    const long hidden = padded(m->hidden), attended = padded((long)m->heads * m->head_size);
     for (int r = worker->thread; r < n; r += worker->team) {
         memset(w->states + r * hidden, 0, (size_t)hidden * 4);
         memset(w->added + r * hidden, 0, (size_t)hidden * 4);
         memset(w->mixed + r * attended, 0, (size_t)attended * 4);
-        memset(w->inner + r * inner, 0, (size_t)inner * 4);
     }
 }
 

@@ -33,7 +33,7 @@ int amphista_mutant = 0;
 #define MUTANT(number) 0
 #endif
 enum { NO_FAULT, SKIP_ANCESTOR, SEE_SIBLING, LATE_POSITION, DROP_TAIL, DROP_ODD, ROWS_CHANGE_ORDER, WIDE_WINDOW, OTHER_CACHE,
-       EARLY_TAP, SEE_PREFIX, LATE_THREAD };
+       EARLY_TAP, SEE_PREFIX, FIRST_ROWS_EXPERTS, LATE_THREAD };
 
 typedef struct Product {
     const void *weight;     /* SIDE_BY_SIDE: products whose outputs follow each other, none of BFLOAT16 or INT8 */

@@ -27,7 +27,8 @@ from torch import Tensor
 from amphista.errors import NativeError
 from amphista.native.build import load
 from amphista.native.crew import CREW
-from amphista.native.weights import KINDS, PAD, Address, ProductStruct, Weight, address, rounded_up
+from amphista.native.layers import DecoderShape, LayerStruct, NativeLayer, StackStruct, padded, stack_record
+from amphista.native.weights import PAD, Address, ProductStruct, Weight
 
 MOST_KEPT = 1 << 24  # numbers of a result whose room is kept
 WRONG = {
@@ -42,31 +43,9 @@ WRONG = {
 }
 
 
-class _Layer(ctypes.Structure):
-    _fields_ = [
-        *((name, Address) for name in ("attention_norm", "query_norm", "key_norm", "mlp_norm")),
-        *((name, Address) for name in ("attention_out_norm", "mlp_out_norm")),
-        *((name, ProductStruct) for name in ("qkv", "output", "gate", "up", "down")),
-        *((name, ctypes.c_int32) for name in ("window", "turn")),
-    ]
-
-
-class _Stack(ctypes.Structure):
-    _fields_ = [
-        ("layers", ctypes.POINTER(_Layer)),
-        *(
-            (name, ctypes.c_int32)
-            for name in ("num_layers", "hidden", "heads", "key_heads", "head_size", "inner", "cache_kind")
-        ),
-        *((name, ctypes.c_float) for name in ("eps", "scale", "residual")),
-        *((name, ctypes.c_int32) for name in ("turns", "has_wide_norms", "has_gelu")),
-        ("score_cap", ctypes.c_float),
-    ]
-
-
 class _Model(ctypes.Structure):
     _fields_ = [
-        ("stack", _Stack),
+        ("stack", StackStruct),
         ("norm", Address),
         *((name, ProductStruct) for name in ("embedding", "head")),
         *((name, ctypes.c_float) for name in ("embedding_scale", "input_scale")),
@@ -100,52 +79,6 @@ class _Forward(ctypes.Structure):
         ("workspace_bytes", ctypes.c_int64),
         *((name, ctypes.c_int32) for name in ("num_wanted", "num_taps")),
     ]
-
-
-@dataclass(frozen=True)
-class NativeLayer:
-    """One decoder layer. Rows of `qkv`, and norms over heads, have the two numbers rotated together side by side.
-
-    window: how many positions a row sees, itself included; None: all. out norms: of what is added to the states. turn:
-    which of the rotations.
-    """
-
-    attention_norm: Tensor | None
-    qkv: Weight
-    query_norm: Tensor | None
-    key_norm: Tensor | None
-    output: Weight
-    mlp_norm: Tensor | None
-    gate: Weight
-    up: Weight
-    down: Weight
-    window: int | None
-    attention_out_norm: Tensor | None = None
-    mlp_out_norm: Tensor | None = None
-    turn: int = 0
-
-
-@dataclass(frozen=True)
-class DecoderShape:
-    """Dimensions and constants of a decoder.
-
-    scale: of queries; residual_scale: of what layers add to the states; num_turns: rotations there are; has_wide_norms:
-    norms of queries and keys are over all heads; has_gelu: in place of silu; score_cap: what scores stay below in size,
-    0: nothing; embedding_scale, input_scale: of embeddings, and of inputs in their place.
-    """
-
-    num_heads: int
-    num_key_value_heads: int
-    head_size: int
-    eps: float
-    scale: float
-    residual_scale: float = 1.0
-    num_turns: int = 1
-    has_wide_norms: bool = False
-    has_gelu: bool = False
-    score_cap: float = 0.0
-    embedding_scale: float = 1.0
-    input_scale: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -268,6 +201,12 @@ class NativeModel:
             raise NativeError(f"the C step refuses a forward: {WRONG.get(code, code)}")
         return NativeOutput(hidden, logits, flat[choices:].tolist())
 
+    @property
+    def experts(self) -> list[Any]:
+        """The records of all layers' experts."""
+        layers = self._model.stack.layers
+        return [layers[index].experts.contents for index in range(self.num_layers) if layers[index].experts]
+
     def _pointers(self, span: NativeSpan) -> tuple[Any, Any]:
         """Addresses of all layers' keys, and of their values."""
         rows, number = span.rows, 2 * self.num_layers
@@ -330,55 +269,6 @@ class Room:
         return torch.from_numpy(part).view(shape)
 
 
-def stack_record(
-    shape: DecoderShape, layers: Sequence[NativeLayer], hidden_size: int, cache_dtype: torch.dtype, held: list[Any]
-) -> _Stack:
-    """Layers of one shape; what has to live as long as the record is added to `held`."""
-    records = (_Layer * len(layers))(*(_layer_record(layer, held) for layer in layers))
-    held += [layers, records]
-    return _Stack(
-        records,
-        len(layers),
-        hidden_size,
-        shape.num_heads,
-        shape.num_key_value_heads,
-        shape.head_size,
-        layers[0].down.num_inputs if layers else 0,
-        KINDS[cache_dtype],
-        shape.eps,
-        shape.scale,
-        shape.residual_scale,
-        shape.num_turns,
-        shape.has_wide_norms,
-        shape.has_gelu,
-        shape.score_cap,
-    )
-
-
-def _layer_record(layer: NativeLayer, held: list[Any]) -> _Layer:
-    return _Layer(
-        padded(layer.attention_norm, held),
-        padded(layer.query_norm, held),
-        padded(layer.key_norm, held),
-        padded(layer.mlp_norm, held),
-        padded(layer.attention_out_norm, held),
-        padded(layer.mlp_out_norm, held),
-        *(part.record() for part in (layer.qkv, layer.output, layer.gate, layer.up, layer.down)),
-        layer.window or 0,
-        layer.turn,
-    )
-
-
-def padded(vector: Tensor | None, held: list[Any]) -> int | None:
-    """The address of a float32 copy with zeros behind it, added to `held`; None for None."""
-    if vector is None:
-        return None
-    copy = torch.zeros(rounded_up(len(vector), PAD))
-    copy[: len(vector)] = vector.detach()
-    held.append(copy)
-    return address(copy)
-
-
 def _ids(spans: Sequence[NativeSpan]) -> list[int]:
     return [token for span in spans for token in span.token_ids]
 
@@ -395,6 +285,6 @@ def _parents(spans: Sequence[NativeSpan]) -> list[int]:
 def _check_sizes(library: ctypes.CDLL) -> None:
     sizes = (ctypes.c_int64 * 6)()
     library.amphista_sizes(sizes)
-    ours = [ctypes.sizeof(record) for record in (ProductStruct, _Layer, _Model, _Span, _Forward)]
+    ours = [ctypes.sizeof(record) for record in (ProductStruct, LayerStruct, _Model, _Span, _Forward)]
     if list(sizes)[:5] != ours:
         raise NativeError(f"the C step has records of {list(sizes)[:5]} bytes: expected {ours}")

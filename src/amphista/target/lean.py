@@ -21,9 +21,10 @@ from transformers.masking_utils import causal_mask_function
 
 from amphista.cache.static import sent
 from amphista.kernels.linear import Product, TorchLinear
-from amphista.kernels.parts import Norm, attention_of_any_shape, gated
+from amphista.kernels.parts import Norm, attention_of_any_shape
 from amphista.target.attention import Layout, layer_rules
 from amphista.target.blocks import scale_of
+from amphista.target.experts import Experts
 from amphista.target.hidden_states import Taps
 from amphista.target.lean_layers import (
     ACTIVATIONS,
@@ -107,8 +108,13 @@ class LeanModel:
     @property
     def products(self) -> list[Product]:
         """Of all layers, and the LM head."""
-        of_layers = [p for layer in self.layers for p in (layer.qkv, layer.output, layer.gate_up, layer.down)]
+        of_layers = [p for layer in self.layers for p in (layer.qkv, layer.output, *layer.mlp.products)]
         return [*of_layers, self.head]
+
+    @property
+    def experts(self) -> list[Experts]:
+        """Of all layers that have any."""
+        return [layer.mlp for layer in self.layers if isinstance(layer.mlp, Experts)]
 
     @property
     def num_product_bytes(self) -> int:
@@ -257,14 +263,19 @@ class LeanModel:
     def _behind(self, layer: LeanLayer, states: Tensor, mixed: Tensor) -> Tensor:
         """States behind a layer, of those before it and what its attention gave [N, H * E]."""
         states = self._joined(states, mixed, layer.output, layer.attention_out_norm)
-        inner = gated(layer.gate_up(_normed(layer.mlp_norm, states)), by_gelu=self.has_gelu)
-        return self._joined(states, inner, layer.down, layer.mlp_out_norm)
+        rows = _normed(layer.mlp_norm, states)
+        if isinstance(layer.mlp, Experts):
+            return self._added(states, layer.mlp(rows, by_gelu=self.has_gelu), layer.mlp_out_norm)
+        return self._joined(states, layer.mlp.inner(rows, by_gelu=self.has_gelu), layer.mlp.down, layer.mlp_out_norm)
 
     def _joined(self, states: Tensor, rows: Tensor, product: Product, norm: Norm | None) -> Tensor:
         """States [N, D] and a product of rows, normed if there is a norm."""
         if norm is None and self.residual_scale == 1.0:
             return product.added(rows, states)
-        added = _normed(norm, product(rows))
+        return self._added(states, product(rows), norm)
+
+    def _added(self, states: Tensor, added: Tensor, norm: Norm | None) -> Tensor:
+        added = _normed(norm, added)
         return states + (added if self.residual_scale == 1.0 else added * self.residual_scale)
 
     def _rotations(self, positions: Tensor) -> Sequence[Tensor]:

@@ -3,7 +3,7 @@
 Families differ in where their norms stand, in what is fused, in which part of a head is rotated, by which angles, in
 which layers. It is read off the modules, rotations off the configuration; qualify.py refuses what is not known here.
 
-Shapes: H query heads, J key-value heads, E head size, D hidden size, I inner size.
+Shapes: H query heads, J key-value heads, E head size, D hidden size.
 """
 
 from __future__ import annotations
@@ -17,12 +17,13 @@ from torch import Tensor
 
 from amphista.kernels.linear import Product
 from amphista.kernels.parts import Norm, RotaryTable, paired
+from amphista.target.experts import Experts, Mlp, has_experts, router_of
 from amphista.target.spec import context_of
 
 ACTIVATIONS = {"SiLU": False, "SiLUActivation": False, "GELUTanh": True, "PytorchGELUTanh": True}  # is it gelu
 ALL_LAYERS, NO_TURN = "", None  # kinds of rotation: the only one a model has, and that of layers without positions
 
-WITH_NEIGHBOURS = {"Ernie4_5Attention", "GlmAttention", "Glm4Attention", "HeliumAttention"}
+WITH_NEIGHBOURS = {"Ernie4_5Attention", "Ernie4_5_MoeAttention", "GlmAttention", "Glm4Attention", "HeliumAttention"}
 
 # Norms before and behind attention, before and behind the MLP, by the names that a layer has.
 PLACES: tuple[tuple[str | None, ...], ...] = (
@@ -47,8 +48,7 @@ class LeanLayer:
     output: Product
     attention_out_norm: Norm | None
     mlp_norm: Norm | None
-    gate_up: Product
-    down: Product
+    mlp: Mlp | Experts
     mlp_out_norm: Norm | None
     rule: int
     turn: int
@@ -57,7 +57,7 @@ class LeanLayer:
     @classmethod
     def of(cls, layer: Any, number: int, rule: int, turn: int, num_to_pair: int, product: type[Product]) -> LeanLayer:
         """num_to_pair: how many numbers of a head are to be put into pairs."""
-        attention, mlp, size = layer.self_attn, layer.mlp, layer.self_attn.head_dim
+        attention, size = layer.self_attn, layer.self_attn.head_dim
         names = NORMS[frozenset(name for name, _ in layer.named_children() if name.endswith("layernorm"))]
         norms = [None if name is None else Norm.of(getattr(layer, name)) for name in names]
         before, behind, before_mlp, behind_mlp = norms
@@ -65,7 +65,7 @@ class LeanLayer:
         for name in ("q_norm", "k_norm"):
             norm = Norm.of(getattr(attention, name)) if hasattr(attention, name) else None
             of_heads.append(norm and Norm(paired(norm.weight, size, num_to_pair), norm.eps))
-        wide = [mlp.gate_up_proj] if hasattr(mlp, "gate_up_proj") else [mlp.gate_proj, mlp.up_proj]
+        block = mlp_of(layer)
         return cls(
             attention_norm=before,
             qkv=_projections(attention, num_to_pair, product),
@@ -74,22 +74,12 @@ class LeanLayer:
             output=product.of(attention.o_proj),
             attention_out_norm=behind,
             mlp_norm=before_mlp,
-            gate_up=_halved(wide, product),
-            down=product.of(mlp.down_proj),
+            mlp=Experts.of(block, product) if has_experts(block) else Mlp.of(block, product),
             mlp_out_norm=behind_mlp,
             rule=rule,
             turn=turn,
             number=number,
         )
-
-
-def _halved(wide: Sequence[Any], product: type[Product]) -> Product:
-    """Gate and up of a layer as one product, of two layers or of one that holds both."""
-    if len(wide) == 2:
-        return product.of(*wide)
-    weight, bias = product.weight_of(wide[0]), wide[0].bias
-    biases = [None, None] if bias is None else list(bias.chunk(2))
-    return product.side_by_side(list(weight.chunk(2)), biases)
 
 
 def _projections(attention: Any, num_to_pair: int, product: type[Product]) -> Product:
@@ -168,6 +158,18 @@ def score_cap(attention: Any) -> float | None:
     return getattr(attention, "attn_logit_softcapping", None) or None
 
 
+def mlp_of(layer: Any) -> Any:
+    """What follows a layer's attention: an MLP, or many of them."""
+    return layer.block_sparse_moe if hasattr(layer, "block_sparse_moe") else layer.mlp
+
+
+def routers_of(decoder: Any) -> list[Any]:
+    """What tells the experts of rows, of all layers of a stock model that have any."""
+    return [router_of(block) for layer in decoder.layers if has_experts(block := mlp_of(layer))]
+
+
 def activation_of(layer: Any) -> Any:
     """The function that gates a layer's inner states."""
-    return getattr(layer.mlp, "act_fn", None) or layer.mlp.activation_fn
+    block = mlp_of(layer)
+    part = block.experts if has_experts(block) else block
+    return getattr(part, "act_fn", None) or part.activation_fn

@@ -16,17 +16,30 @@ from amphista.errors import NativeError
 from amphista.kernels.linear import Product, TorchLinear
 from amphista.kernels.parts import Norm
 from amphista.native.build import load
-from amphista.native.step import DecoderShape, NativeLayer, NativeModel, NativeOutput, NativeProbes, NativeSpan
+from amphista.native.layers import DecoderShape, NativeLayer
+from amphista.native.step import NativeModel, NativeOutput, NativeProbes, NativeSpan
 from amphista.target.attention import Rule
-from amphista.target.blocks import BlockedLinear, BlockLinear, CoarseBlockLinear, native_of
+from amphista.target.blocks import GGUF, BlockedLinear, BlockLinear, CoarseBlockLinear, native_of
+from amphista.target.experts import all_taken
 from amphista.target.hidden_states import Taps
 from amphista.target.lean import LeanModel
 from amphista.target.lean_layers import LeanLayer
 from amphista.target.probe_rows import tails
-from amphista.target.products import NativeLinear, PlainLinear, RoundedLinear
+from amphista.target.products import NativeLinear, PlainLinear, RoundedLinear, native_weight
 from amphista.target.spans import Span
 from amphista.target.spec import LogitTransform, Probes
 from amphista.tree.token_tree import TokenTree
+
+# Of the hidden states' scale, fast against stock (whose norms are of float32 whatever its weights are).
+PROBE_TOLERANCE = {"float64": 1e-4, "float32": 1e-4, "float16": 2e-2, "bfloat16": 1e-1, "int8": 0.3, GGUF: 1e-4}
+
+
+def tolerance_of(type_name: str, products: Sequence[Product]) -> float:
+    """How far two forms of a model may differ, by the type of weights and how the fast form multiplies by them."""
+    is_packed = any(product.is_packed for product in products if isinstance(product, NativeLinear))
+    if type_name == GGUF and is_packed:  # rows in 16 bits; widened, blocks are float32
+        return 2e-3
+    return PROBE_TOLERANCE[type_name]
 
 
 def product_of(head: object, *, int8: bool, native: bool) -> type[Product]:
@@ -83,24 +96,20 @@ class NativeForward:
             input_scale=lean.input_scale,
         )
         self.layers = [self._layer(layer, window) for layer, window in zip(lean.layers, windows, strict=True)]
-        self.head, embedding = _read(lean.head).native, native_of(lean.embed)
+        self.head, embedding = native_weight(lean.head), native_of(lean.embed)
         self.model = NativeModel(shape, self.layers, lean._norm.weight, embedding, self.head, flags=flags)
         self._probes: tuple[Probes, NativeProbes] | None = None
         self._row = torch.empty(1, lean.num_key_value_heads, 0, lean.head_size, dtype=self.model.cache_dtype)
 
     def _layer(self, layer: LeanLayer, window: int | None) -> NativeLayer:
-        gate, up = _read(layer.gate_up).halves()
-        qkv, output, down = (_read(part).native for part in (layer.qkv, layer.output, layer.down))
         return NativeLayer(
             _weight_of(layer.attention_norm),
-            qkv,
+            native_weight(layer.qkv),
             _weight_of(layer.query_norm),
             _weight_of(layer.key_norm),
-            output,
+            native_weight(layer.output),
             _weight_of(layer.mlp_norm),
-            gate,
-            up,
-            down,
+            layer.mlp.native(),
             window,
             _weight_of(layer.attention_out_norm),
             _weight_of(layer.mlp_out_norm),
@@ -151,13 +160,16 @@ class NativeForward:
         prompt, tree = TokenTree.chain(ids), TokenTree(ids[:3], [-1, 0, 0])
         path = TokenTree.chain([ids[0], ids[2]])
         mine, theirs = KVCache(num_layers), KVCache(num_layers)
-        self([Span(prompt, mine)])
-        self._lean.hidden_of([Span(prompt, theirs)])
+        with all_taken([*self._lean.experts, *self.model.experts]):
+            self([Span(prompt, mine)])
+            self._lean.hidden_of([Span(prompt, theirs)])
         for cache in (mine, theirs):
             cache.commit(range(len(ids)))
-        expected = self._lean.hidden_of([Span(path, theirs)]).float()
         found = self([Span(tree, mine)])
-        difference = float((found.hidden[[0, 2]] - expected).abs().max() / expected.abs().max())
+        mine.trim(len(ids))
+        with all_taken([*self._lean.experts, *self.model.experts]):
+            expected = self._lean.hidden_of([Span(path, theirs)]).float()
+            difference = float((self([Span(tree, mine)]).hidden[[0, 2]] - expected).abs().max() / expected.abs().max())
         if not difference <= allowed:
             raise NativeError(f"it differs from the torch form by {difference:.2g} of the hidden states' scale")
         mine.trim(len(ids))
@@ -198,9 +210,3 @@ def _said(name: str, error: NativeError) -> str:
 
 def _weight_of(norm: Norm | None) -> torch.Tensor | None:
     return None if norm is None else norm.weight
-
-
-def _read(product: Product) -> PlainLinear | NativeLinear:
-    """A product whose weights the C step reads."""
-    assert isinstance(product, PlainLinear | NativeLinear)
-    return product

@@ -109,3 +109,18 @@ def _rounded(weight: Tensor, bias: Tensor | None) -> Weight:
     except NativeError:
         pass
     return Weight.of_8_bits(weight, bias, ARENA)
+
+
+def native_weight(product: Product) -> Weight:
+    """The weight of a product that the C step reads."""
+    return _read(product).native
+
+
+def native_halves(product: Product) -> list[Weight]:
+    """Those of two layers side by side."""
+    return _read(product).halves()
+
+
+def _read(product: Product) -> PlainLinear | NativeLinear:
+    assert isinstance(product, PlainLinear | NativeLinear)
+    return product

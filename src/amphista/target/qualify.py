@@ -12,28 +12,37 @@ import torch
 from torch import nn
 
 from amphista.target.blocks import BlockedEmbedding, BlockedLinear
-from amphista.target.lean_layers import ACTIVATIONS, NORMS, activation_of, score_cap
+from amphista.target.experts import BLOCKS, chooses_within_groups, has_experts, router_of
+from amphista.target.lean_layers import ACTIVATIONS, NORMS, activation_of, mlp_of, score_cap
 from amphista.target.spec import rotations
 
 FAMILIES = {
     "cwm": "Cwm",
+    "dots1": "Dots1",
     "ernie4_5": "Ernie4_5",
+    "ernie4_5_moe": "Ernie4_5_Moe",
     "exaone4": "Exaone4",
     "gemma": "Gemma",
     "gemma2": "Gemma2",
     "gemma3": "Gemma3",
     "glm": "Glm",
     "glm4": "Glm4",
+    "glm4_moe": "Glm4Moe",
     "granite": "Granite",
+    "granitemoe": "GraniteMoe",
     "helium": "Helium",
     "llama": "Llama",
     "ministral": "Ministral",
     "mistral": "Mistral",
+    "mixtral": "Mixtral",
     "olmo2": "Olmo2",
     "olmo3": "Olmo3",
+    "olmoe": "Olmoe",
     "phi3": "Phi3",
     "qwen2": "Qwen2",
+    "qwen2_moe": "Qwen2Moe",
     "qwen3": "Qwen3",
+    "qwen3_moe": "Qwen3Moe",
     "seed_oss": "SeedOss",
     "smollm3": "SmolLM3",
 }
@@ -49,6 +58,7 @@ DTYPES = {  # by device
 ATTENTION = ({"q_proj", "k_proj", "v_proj", "o_proj"}, {"qkv_proj", "o_proj"})
 MLP = ({"gate_proj", "up_proj", "down_proj"}, {"gate_up_proj", "down_proj"})
 NO_WEIGHTS = {"act_fn", "activation_fn", "resid_attn_dropout", "resid_mlp_dropout"}
+SHARED = ("shared_expert", "shared_experts")
 LINEAR = {nn.Linear, BlockedLinear}
 EMBEDDINGS = {f"{kind.__module__}.{kind.__qualname__}" for kind in (nn.Embedding, BlockedEmbedding)} | {
     f"transformers.models.{family}.modeling_{family}.{name}TextScaledWordEmbedding"
@@ -88,6 +98,8 @@ def _config_reason(whole: Any, config: Any) -> str | None:
         return "it is quantised"
     if getattr(config, "use_bidirectional_attention", None):
         return "its attention looks ahead"
+    if getattr(config, "clip_qkv", None) is not None:
+        return "its queries, keys and values are clipped"
     unknown = {rope.get("rope_type", "default") for rope in rotations(config)} - ROPE_TYPES
     return f"its rotary positions are of type {min(unknown)}" if unknown else None
 
@@ -101,8 +113,10 @@ def _attention_reason(model: Any) -> str | None:
 
 
 def _tensor_reason(model: Any) -> str | None:
+    blocks = [mlp_of(layer) for layer in model.get_decoder().layers if has_experts(getattr(layer, "mlp", layer))]
+    apart = {id(part) for block in blocks for part in router_of(block).parameters()}  # some are of another type
     weights = list(model.parameters())
-    dtypes, devices = {w.dtype for w in weights}, {w.device for w in weights}
+    dtypes, devices = {w.dtype for w in weights if id(w) not in apart}, {w.device for w in weights}
     if len(dtypes) > 1 or len(devices) > 1:
         return "its weights are of several types or on several devices"
     return _type_reason(dtypes.pop(), devices.pop().type)
@@ -124,14 +138,19 @@ def _module_reason(model: Any) -> str | None:
         if hasattr(module, "parametrizations"):
             return f"{name} is parametrised"
     for layer in decoder.layers:
-        linear = []
-        for name, forms in (("self_attn", ATTENTION), ("mlp", MLP)):
-            block = getattr(layer, name, nn.Identity())
-            names = _children(block) - {"q_norm", "k_norm"}
+        attention, block, linear = getattr(layer, "self_attn", nn.Identity()), _mlp_of(layer), []
+        blocks = [(attention, ATTENTION), (block, MLP)]
+        if has_experts(block):
+            reason = _experts_reason(model, block)
+            if reason is not None:
+                return reason
+            blocks[1:] = [(part, MLP) for name, part in block.named_children() if name in SHARED]
+        for part, forms in blocks:
+            names = _children(part) - {"q_norm", "k_norm"}
             if names not in forms:
                 return "a layer of it has parts that are not the family's"
-            linear += [getattr(block, part) for part in names]
-        if frozenset(_children(layer) - {"self_attn", "mlp"}) not in NORMS:
+            linear += [getattr(part, name) for name in names]
+        if frozenset(_children(layer) - {"self_attn", "mlp", "block_sparse_moe"}) not in NORMS:
             return "a layer of it has parts that are not the family's"
         if type(activation_of(layer)).__name__ not in ACTIVATIONS:
             return f"its activation is {type(activation_of(layer)).__name__}"
@@ -140,6 +159,19 @@ def _module_reason(model: Any) -> str | None:
     if type(model.get_output_embeddings()) not in LINEAR or _full_name(decoder.embed_tokens) not in EMBEDDINGS:
         return "its embedding or LM head is not a plain one"
     return None
+
+
+def _mlp_of(layer: Any) -> Any:
+    return mlp_of(layer) if hasattr(layer, "mlp") or hasattr(layer, "block_sparse_moe") else nn.Identity()
+
+
+def _experts_reason(model: Any, block: Any) -> str | None:
+    if next(block.parameters()).device.type != "cpu":
+        return "its experts have a fast form on a CPU only"
+    parts = [block, block.experts, router_of(block)]
+    if _children(block) not in BLOCKS or any(type(part).__module__ != type(model).__module__ for part in parts):
+        return "a layer of it has parts that are not the family's"
+    return "its experts are chosen within groups" if chooses_within_groups(router_of(block)) else None
 
 
 def _children(module: nn.Module) -> set[str]:

@@ -25,10 +25,12 @@ from amphista.errors import CapacityError, CaptureError, TargetError
 from amphista.target.attention import refuse_attention
 from amphista.target.blocks import GGUF
 from amphista.target.captured_forward import CapturedForward
+from amphista.target.experts import all_taken
 from amphista.target.families import kept_by_layers
 from amphista.target.hidden_states import Taps
 from amphista.target.lean import LeanModel
-from amphista.target.native_forward import NativeForward, native_form, product_of, why_not_native
+from amphista.target.lean_layers import routers_of
+from amphista.target.native_forward import NativeForward, native_form, product_of, tolerance_of, why_not_native
 from amphista.target.output import TargetOutput, choices_of
 from amphista.target.pages import give_back, trim_allocator
 from amphista.target.probe_rows import Groups
@@ -42,8 +44,6 @@ from amphista.tree.token_tree import TokenTree
 
 PREFILL_CHUNK = 512
 PROBE_ROWS = 12
-# Of the hidden states' scale, fast against stock (whose norms are of float32 whatever its weights are).
-PROBE_TOLERANCE = {"float64": 1e-4, "float32": 1e-4, "float16": 2e-2, "bfloat16": 1e-1, "int8": 0.3, GGUF: 1e-4}
 PROBE_TREE = TokenTree([7, 8, 9], [-1, 0, 0])  # padded in its bucket
 
 
@@ -159,7 +159,8 @@ class Target:
         if self._lean is not None or self.why_stock is not None:
             return self._lean is not None
         ids = [(7 + row * (self.spec.vocab_size // PROBE_ROWS + 1)) % self.spec.vocab_size for row in range(PROBE_ROWS)]
-        expected = self.prefill(ids, self.new_cache())
+        with all_taken(routers_of(self._model.get_decoder())):
+            expected = self.prefill(ids, self.new_cache())
         if native:
             self.why_not_native = why_not_native(self.name, self.device, self.dtype, is_static=bool(self._wants_static))
             native = self.why_not_native is None
@@ -169,7 +170,8 @@ class Target:
             self._stock_forward.remove()
         product = product_of(self._model.get_output_embeddings(), int8=int8, native=native)
         self._lean = LeanModel(self._model, product=product, release=release)
-        difference = self.prefill(ids, self.new_cache()).distance(expected)
+        with all_taken(self._lean.experts):
+            difference = self.prefill(ids, self.new_cache()).distance(expected)
         if not difference <= self._probe_tolerance:
             raise TargetError(
                 f"the fast path of {self.name} differs from its stock model by {difference:.2g} of the scale (allowed "
@@ -177,8 +179,8 @@ class Target:
             )
         self.shared.early_layers = self._lean if self._lean.score_cap is None else None
         if native:
-            positions = self.spec.max_positions
-            self._native, self.why_not_native = native_form(self.name, self._lean, positions, self._probe_tolerance)
+            form = native_form(self.name, self._lean, self.spec.max_positions, self._probe_tolerance)
+            self._native, self.why_not_native = form
         if int8 or self.has_blocks:  # of blocks the embedding mostly is the head
             embedding_bytes = 0 if self.has_blocks else self._model.get_input_embeddings().weight.nbytes
             self.num_weight_bytes = self._lean.num_product_bytes + embedding_bytes
@@ -207,9 +209,7 @@ class Target:
 
     @property
     def _probe_tolerance(self) -> float:
-        products = self._lean.products if self.type_name == GGUF and self._lean is not None else []
-        is_packed = any(product.is_packed for product in products if isinstance(product, NativeLinear))
-        return 2e-3 if is_packed else PROBE_TOLERANCE[self.type_name]  # rows in 16 bits; widened, blocks are float32
+        return tolerance_of(self.type_name, self._lean.products if self._lean is not None else [])
 
     def _uncapture(self, reason: str) -> None:
         """Go on without recorded forwards, and say so once."""

@@ -46,14 +46,27 @@ static Product product(int kind, int outputs, int inputs, unsigned seed) {
     return p;
 }
 
+static Mlp mlp(int kind, int inner, unsigned seed) {
+    return (Mlp){product(kind, inner, HIDDEN, seed), product(kind, inner, HIDDEN, seed + 10), product(kind, HIDDEN, inner, seed + 20)};
+}
+
+/* Five, of which each row takes two, and a smaller one for all. */
+static const Experts *experts(int kind) {
+    Mlp *each = keep_it(malloc(6 * sizeof(Mlp)));
+    for (int i = 0; i < 6; i++) each[i] = mlp(kind, i < 5 ? INNER : 35, 70 + i);
+    Experts *e = keep_it(malloc(sizeof(Experts)));
+    *e = (Experts){.router = product(kind == BFLOAT16 ? BFLOAT16 : FLOAT32, 6, HIDDEN, 80), .each = each, .correction = vector(5), .num_experts = 5,
+                   .top_k = 2, .by_sigmoid = 1, .is_normed = 1, .has_shared = 1, .scale = 1.5f};
+    return e;
+}
+
 static int differs(int kind, int window) {
     Layer layers[LAYERS];
     for (int l = 0; l < LAYERS; l++)
         layers[l] = (Layer){.attention_norm = vector(HIDDEN), .query_norm = l ? vector(SIZE) : NULL,
                             .key_norm = l ? vector(SIZE) : NULL, .mlp_norm = vector(HIDDEN),
                             .qkv = product(kind, QKV, HIDDEN, 10 + l), .output = product(kind, HIDDEN, HEADS * SIZE, 20 + l),
-                            .gate = product(kind, INNER, HIDDEN, 30 + l), .up = product(kind, INNER, HIDDEN, 40 + l),
-                            .down = product(kind, HIDDEN, INNER, 50 + l), .window = window};
+                            .mlp = mlp(kind, INNER, 30 + l), .experts = l ? experts(kind) : NULL, .window = window};
     const int coarse = kind == BFLOAT16;
     const Stack stack = {.layers = layers, .num_layers = LAYERS, .hidden = HIDDEN, .heads = HEADS, .key_heads = KEY_HEADS,
                          .head_size = SIZE, .inner = INNER, .cache_kind = coarse, .eps = 1e-5f, .scale = 0.3f};
@@ -111,8 +124,7 @@ static int blocks_differ(int kind, int packs) {
 
 static Layer layer_of(int kind, unsigned seed, int inner) {
     return (Layer){.attention_norm = vector(HIDDEN), .mlp_norm = vector(HIDDEN), .qkv = product(kind, QKV, HIDDEN, seed),
-                   .output = product(kind, HIDDEN, HEADS * SIZE, seed + 2), .gate = product(kind, inner, HIDDEN, seed + 4),
-                   .up = product(kind, inner, HIDDEN, seed + 6), .down = product(kind, HIDDEN, inner, seed + 8)};
+                   .output = product(kind, HIDDEN, HEADS * SIZE, seed + 2), .mlp = mlp(kind, inner, seed + 4)};
 }
 
 enum { SLOTS = 3, BLOCKS = 2, DRAFTED = 41, SHORT = 4, RANK = PAD, ASKED = 3 };

@@ -202,6 +202,7 @@ def test_sources_are_in_the_package():
         "step.c",
         "drafter.c",
         "noise.c",
-        *(f"{name}.h" for name in ("layer", "attention", "team", "products", "lanes", "blocks", "tiles", "packed")),
+        *(f"{name}.h" for name in ("layer", "experts", "attention", "team", "products")),
+        *(f"{name}.h" for name in ("lanes", "blocks", "tiles", "packed")),
     }
     assert "-ffp-contract=fast" in BASE_FLAGS and sys.maxsize > 2**32

@@ -109,6 +109,59 @@ def test_what_is_unknown_stays_stock(change, said):
     assert said in why_not_fast(model)
 
 
+def _hooked_router(model):
+    model.model.layers[1].mlp.gate.register_forward_hook(lambda *_: None)
+
+
+def _other_experts(model):
+    experts = model.model.layers[1].mlp.experts
+    experts.__class__ = type("Glm4MoeExperts", (type(experts),), {"__module__": "somebody.experts"})
+
+
+def _further_part(model):
+    model.model.layers[1].mlp.memory = nn.Linear(2, 2)
+
+
+def _adapted_shared(model):
+    model.model.layers[1].mlp.shared_experts.up_proj = nn.Sequential(model.model.layers[1].mlp.shared_experts.up_proj)
+
+
+def _groups(model):
+    model.model.layers[1].mlp.gate.num_group = 2
+
+
+def _half_experts(model):
+    model.model.layers[1].mlp.experts.half()
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (_hooked_router, "carries a hook"),
+        (_other_experts, "parts that are not the family's"),
+        (_further_part, "parts that are not the family's"),
+        (_adapted_shared, "not a plain linear layer"),
+        (_groups, "chosen within groups"),
+        (_half_experts, "several types"),
+    ],
+)
+def test_what_is_unknown_of_experts_stays_stock(change, said):
+    model = tiny_model("glm4_moe")
+    change(model)
+    assert said in why_not_fast(model)
+
+
+def test_a_router_may_be_of_its_own_type():
+    model = tiny_model("ernie4_5_moe", dtype=torch.bfloat16)
+    model.model.layers[1].mlp.gate.float()
+    target = Target(model)
+    assert target.speed_up(), target.why_stock
+
+
+def test_clipped_queries_stay_stock():
+    assert "clipped" in why_not_fast(tiny_model("olmoe", clip_qkv=0.5))
+
+
 def test_a_subclass_of_the_family_stays_stock():
     model = tiny_model()
     model.__class__ = type("MyLlama", (type(model),), {})
