@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,11 +17,14 @@ HEADS = {
     "llama": (4, 2),
     "qwen2": (4, 2),
     "qwen3": (2, 1),
+    "qwen2moe": (4, 2),
+    "qwen3moe": (2, 1),
     "gemma2": (2, 1),
     "gemma3": (2, 1),
     "phi3": (4, 2),
 }  # of queries, of keys; transformers takes Qwen3's for 128 wide
 GEMMAS = {"gemma2", "gemma3"}
+EXPERTS, EXPERTS_INNER, SHARED_INNER = 4, 256, 512
 PIECES = {*GEMMAS, "phi3"}  # whose text is cut by sentencepiece
 FUSED_IN_PHI3 = {"attn_q", "attn_k", "attn_v", "ffn_gate"}
 HALVES = {
@@ -71,9 +75,9 @@ def shapes(architecture: str, *, tied: bool) -> dict[str, tuple[int, ...]]:
             "ffn_up.weight": (INNER, HIDDEN),
             "ffn_down.weight": (HIDDEN, INNER),
         }
-        if architecture == "qwen2":
+        if architecture in ("qwen2", "qwen2moe"):
             own |= {"attn_q.bias": (HIDDEN,), "attn_k.bias": (rows,), "attn_v.bias": (rows,)}
-        if architecture == "qwen3":
+        if architecture in ("qwen3", "qwen3moe"):
             own |= {"attn_q_norm.weight": (size,), "attn_k_norm.weight": (size,)}
         if architecture == "gemma3":
             own |= {"attn_q_norm.weight": (size,), "attn_k_norm.weight": (size,)}
@@ -82,6 +86,13 @@ def shapes(architecture: str, *, tied: bool) -> dict[str, tuple[int, ...]]:
         if architecture == "phi3":
             own = {name: shape for name, shape in own.items() if name.split(".")[0] not in FUSED_IN_PHI3}
             own |= {"attn_qkv.weight": (HIDDEN + 2 * rows, HIDDEN), "ffn_up.weight": (2 * INNER, HIDDEN)}
+        if architecture.endswith("moe"):
+            own = {name: shape for name, shape in own.items() if name.split("_")[0] != "ffn" or "norm" in name}
+            own |= {f"ffn_{name}_exps.weight": (EXPERTS, EXPERTS_INNER, HIDDEN) for name in ("gate", "up")}
+            own |= {"ffn_gate_inp.weight": (EXPERTS, HIDDEN), "ffn_down_exps.weight": (EXPERTS, HIDDEN, EXPERTS_INNER)}
+        if architecture == "qwen2moe":
+            own |= {f"ffn_{name}_shexp.weight": (SHARED_INNER, HIDDEN) for name in ("gate", "up")}
+            own |= {"ffn_down_shexp.weight": (HIDDEN, SHARED_INNER), "ffn_gate_inp_shexp.weight": (HIDDEN,)}
         found |= {f"blk.{layer}.{name}": shape for name, shape in own.items()}
     return found
 
@@ -107,6 +118,13 @@ def write_gguf(
     if architecture == "gemma2":
         writer.add_attn_logit_softcapping(3.0)
         writer.add_final_logit_softcapping(20.0)
+    if architecture.endswith("moe"):
+        writer.add_expert_count(EXPERTS)
+        writer.add_expert_used_count(2)
+        writer.add_expert_feed_forward_length(EXPERTS_INNER)
+        writer.add_key_length(head_size(architecture))
+    if architecture == "qwen2moe":
+        writer.add_expert_shared_feed_forward_length(SHARED_INNER)
     say(writer)
     for seed, (name, shape) in enumerate({**shapes(architecture, tied=tied), **dict.fromkeys(more, (HIDDEN,))}.items()):
         if name in without:
@@ -115,9 +133,10 @@ def write_gguf(
             vector = np.random.default_rng(seed).normal(1, 0.2, shape).astype(np.float32)
             writer.add_tensor(name, vector if name.endswith("weight") else vector - 1)
         else:
-            kind = kind_of(name)
-            blocks = random_blocks(kind, *shape, seed, 1.0 if name == "token_embd.weight" else 0.1)
-            writer.add_tensor(name, blocks, raw_dtype=kind)
+            kind = Kind.F32 if name.endswith("ffn_gate_inp.weight") else kind_of(name)
+            rows = math.prod(shape[:-1])
+            blocks = random_blocks(kind, rows, shape[-1], seed, 1.0 if name == "token_embd.weight" else 0.1)
+            writer.add_tensor(name, blocks.reshape(*shape[:-1], -1), raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -48,6 +48,21 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         "granite",
         _sizes(40, 2048, 32, 8, 8192, 49159, residual_multiplier=0.22, embedding_multiplier=12.0, logits_scaling=8.0),
     ),
+    "granite-3.1-1b-a400m": (
+        "granitemoe",
+        _sizes(
+            24,
+            1024,
+            16,
+            8,
+            512,
+            49155,
+            num_local_experts=32,
+            num_experts_per_tok=8,
+            residual_multiplier=0.22,
+            embedding_multiplier=12.0,
+        ),
+    ),
     "smollm3-3b": ("smollm3", _sizes(36, 2048, 16, 4, 11008, 128256)),
     "phi-4-mini": ("phi3", _sizes(32, 3072, 24, 8, 8192, 200064, pad_token_id=0)),
 }

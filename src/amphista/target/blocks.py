@@ -47,12 +47,21 @@ MODULES = {
     "ffn_gate": "mlp.gate_proj",
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
+    "ffn_gate_inp": "mlp.gate",
+    "ffn_gate_exps": "mlp.experts.gate_proj",
+    "ffn_up_exps": "mlp.experts.up_proj",
+    "ffn_down_exps": "mlp.experts.down_proj",
+    "ffn_gate_shexp": "mlp.shared_expert.gate_proj",
+    "ffn_up_shexp": "mlp.shared_expert.up_proj",
+    "ffn_down_shexp": "mlp.shared_expert.down_proj",
+    "ffn_gate_inp_shexp": "mlp.shared_expert_gate",
 }
 NORMS_AROUND = {
     "post_attention_norm": "post_attention_layernorm",
     "ffn_norm": "pre_feedforward_layernorm",
     "post_ffw_norm": "post_feedforward_layernorm",
 }
+NOT_ROUNDED = "shared_expert_gate"  # read with the router, which keeps its numbers
 OWN_MODULES = {  # where an architecture's differ
     "gemma2": NORMS_AROUND,
     "gemma3": NORMS_AROUND,
@@ -94,6 +103,35 @@ class BlockedEmbedding(nn.Embedding):
 
     def forward(self, input: Tensor) -> Tensor:
         return self.native.rows(input.flatten()).view(*input.shape, -1) * self.embed_scale
+
+
+class BlockedExperts(nn.Module):
+    """Many MLPs whose weights are blocks, of which each row takes a few; a stock layer's `experts`."""
+
+    def __init__(self, experts: Any, blocks: Sequence[Tensor]) -> None:
+        """blocks: of all gates, ups and downs [X, O, ...]."""
+        super().__init__()
+        self.act_fn, self.blocks = experts.act_fn, blocks
+        self.weights = [[Weight.of_blocks(each) for each in part] for part in blocks]
+        found = [(len(part), part[0].num_outputs, part[0].num_inputs) for part in self.weights]
+        (number, both, size), inner = experts.gate_up_proj.shape, experts.down_proj.shape[2]
+        expected = [(number, both // 2, size), (number, both // 2, size), (number, size, inner)]
+        if found != expected:
+            raise NativeError(f"experts of the file have the shapes {found}: expected {expected}")
+        self.gate_up_proj, self.down_proj = (
+            nn.Parameter(torch.tensor(math.nan).expand(part.shape), requires_grad=False)
+            for part in (experts.gate_up_proj, experts.down_proj)
+        )
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """Rows [N, D], which they take and how much of each [N, C] -> [N, D]."""
+        mixed = torch.zeros_like(hidden_states)
+        for expert in top_k_index.unique().tolist():
+            row, place = (top_k_index == expert).nonzero(as_tuple=True)
+            gate, up, down = (part[expert] for part in self.weights)
+            inner = self.act_fn(gate.multiply(hidden_states[row])) * up.multiply(hidden_states[row])
+            mixed.index_add_(0, row, top_k_weights[row, place, None] * down.multiply(inner))
+        return mixed
 
 
 def _without_numbers(native: Weight) -> nn.Parameter:
@@ -157,7 +195,10 @@ class CoarseBlockLinear(BlockLinear):
 def check_coarse(model: nn.Module) -> None:
     """Raise NativeError unless all products of a model on blocks can have rows of 8 bits."""
     for name, module in model.named_modules():
-        if isinstance(module, BlockedLinear) and not module.native.packed_size():
+        weights = [module.native] if isinstance(module, BlockedLinear) else []
+        if isinstance(module, BlockedExperts):
+            weights = [part[0] for part in module.weights]
+        if not name.endswith(NOT_ROUNDED) and not all(weight.packed_size() for weight in weights):
             raise NativeError(f"whole numbers of 8 bits are not multiplied by the blocks of {name} here")
 
 
@@ -190,7 +231,7 @@ class MappedTensors:
         self._tried: set[str] = set()
 
     def take(self, name: str) -> Tensor:
-        """Blocks uint8 [O, blocks in a row, bytes of a block], or float32 numbers [...]; raises NativeError."""
+        """Blocks uint8 [..., O, blocks in a row, bytes of a block], or float32 numbers [...]; raises NativeError."""
         if name not in self._found:
             raise NativeError(f"the file has no {name}")
         self.unread.discard(name)
@@ -211,15 +252,15 @@ class MappedTensors:
         held = self._pages[offset:end]
         if kind in PLAIN and (kind != "F16" or len(shape) == 1 or shape[-1] % HALVES):
             return held.view(PLAIN[kind]).view(shape).float()
-        if kind not in BLOCKS or len(shape) != 2:
+        if kind not in BLOCKS or len(shape) == 1:
             raise NativeError(f"the C step has no weights in {kind} of shape {shape}")
         if kind == "IQ4_NL":  # two at a time: alone they are as large as those of Q4_0
             size *= 2
-            if shape[1] % (2 * per_block):
+            if shape[-1] % (2 * per_block):
                 raise NativeError(f"the C step has no weights in {kind} of shape {shape}")
-        blocks = held.view(shape[0], -1, size)
+        blocks = held.view(-1, held.numel() // math.prod(shape[:-1]) // size, size)
         self._try(kind, blocks[:1])
-        return blocks
+        return blocks.view(*shape[:-1], -1, size)
 
     def _try(self, kind: str, row: Tensor) -> None:
         """Compare what the C step and the `gguf` package make of one row of each kind."""
@@ -260,8 +301,11 @@ def give_blocks(model: Any, gguf_file: Path, folder: Path) -> None:
 
 def _filled(module: Any, name: str, tensors: MappedTensors) -> Any:
     """A module with the tensors of this name in place of its own, which are only sizes."""
+    if isinstance(getattr(module, "gate_up_proj", None), Tensor):
+        return BlockedExperts(module, [tensors.take(f"{name}.{part}_proj.weight") for part in ("gate", "up", "down")])
     numbers, size = tensors.take(f"{name}.weight"), module.weight.shape
     if isinstance(module, nn.Linear):
+        numbers = numbers[None] if numbers.dim() == 1 else numbers  # of one output
         made: Any = BlockedLinear(numbers, None if module.bias is None else tensors.take(f"{name}.bias"))
     elif isinstance(module, nn.Embedding):
         is_scaled = hasattr(module, "embed_scale")  # Gemma's, which has no value on the meta device

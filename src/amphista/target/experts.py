@@ -21,6 +21,7 @@ from torch.nn import functional
 from amphista.kernels.linear import Product, TorchLinear
 from amphista.kernels.parts import gated
 from amphista.native.layers import NativeExperts, NativeMlp
+from amphista.target.blocks import BlockedExperts, rows_of
 from amphista.target.products import PlainLinear, native_halves, native_weight
 
 # What a block of a known family has, by name: the router is `gate` or `router`.
@@ -44,6 +45,16 @@ def router_of(block: Any) -> Any:
     return block.router if hasattr(block, "router") else block.gate
 
 
+def weights_of(experts: Any) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Gate, up and down of each: weights, or blocks of a file."""
+    if isinstance(experts, BlockedExperts):
+        yield from zip(*experts.blocks, strict=True)
+    else:
+        for wide, narrow in zip(experts.gate_up_proj.detach(), experts.down_proj.detach(), strict=True):
+            gate, up = wide.chunk(2)
+            yield gate, up, narrow
+
+
 def chooses_within_groups(router: Any) -> bool:
     """Whether some experts are left out beforehand, by groups (arXiv 2412.19437), which is not known here."""
     return getattr(router, "num_group", 1) != getattr(router, "topk_group", 1)
@@ -51,9 +62,10 @@ def chooses_within_groups(router: Any) -> bool:
 
 @contextmanager
 def all_taken(choosing: Iterable[Any]) -> Iterator[None]:
-    """Let rows take every expert for a while, of stock routers, of `Experts` or of records of the C step. Which ones are
-    the best hangs on roundings where two are nearly as good, and two forms of a model may then differ by much that are
-    both right."""
+    """Let rows take every expert for a while, of stock routers, of `Experts` or of records of the C step.
+
+    Which are the best hangs on roundings where two are nearly as good: two forms may differ by much and both be right.
+    """
     before = [(one, one.top_k) for one in choosing]
     for one, _ in before:
         one.top_k = one.num_experts
@@ -114,17 +126,17 @@ class Experts:
     @classmethod
     def of(cls, block: Any, product: type[Product]) -> Experts:
         """Of a block of a known family; its router keeps its type whatever the product."""
-        router, experts = router_of(block), block.experts
+        router = router_of(block)
         each = [
-            Mlp(product.side_by_side(list(wide.chunk(2)), [None, None]), product(narrow))
-            for wide, narrow in zip(experts.gate_up_proj.detach(), experts.down_proj.detach(), strict=True)
+            Mlp(product.side_by_side([gate, up], [None, None]), product(down))
+            for gate, up, down in weights_of(block.experts)
         ]
         shared = getattr(block, "shared_expert", None) or getattr(block, "shared_experts", None)
         rows = [router.weight.detach()]
         if shared is not None:
             each.append(Mlp.of(shared, product))
         if hasattr(block, "shared_expert_gate"):
-            rows.append(block.shared_expert_gate.weight.detach())
+            rows.append(rows_of(block.shared_expert_gate, torch.arange(1)).detach())
         statics = getattr(router, "moe_statics", router)
         correction = getattr(statics, "e_score_correction_bias", None)
         return cls(

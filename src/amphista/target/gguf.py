@@ -256,15 +256,15 @@ def _refuse_damaged(gguf_file: Path, found: str, expected: str) -> None:
 
 
 def _save_as_transformers(gguf_file: Path, folder: Path) -> None:
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
-    model, found = _read(AutoModelForCausalLM, gguf_file, dtype=torch.float32, output_loading_info=True)
+    config, reader = _read(AutoConfig, gguf_file), _reader(gguf_file)
+    complete(reader, config)
+    model, found = _read(AutoModelForCausalLM, gguf_file, config=config, dtype=torch.float32, output_loading_info=True)
     if missing := sorted(found["missing_keys"]):
         what = f"{len(missing)} tensors of {type(model).__name__}, {missing[0]} first"
         raise TargetError(f"{gguf_file.name} lacks {what}: expected weights for every layer; fetch or convert it anew")
-    reader = _reader(gguf_file)
     refuse_unread(reader, model)
-    complete(reader, model.config)
     # The loader marks the model as quantised, although it has just de-quantised it, and then refuses to save it.
     model.config.__dict__.pop("quantization_config", None)
     model.hf_quantizer = None

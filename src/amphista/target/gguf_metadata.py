@@ -21,6 +21,10 @@ POSITIONS = {"linear", "yarn"}
 BY_KIND = "full_attention"  # where a configuration has positions for each kind of layer
 LAYERS_OF_27B = {"gemma2": 46, "gemma3_text": 62}
 CAPS = "attn_logit_softcapping", "final_logit_softcapping"  # Gemma 2's
+INNER_SIZES = {  # of experts
+    "expert_feed_forward_length": "moe_intermediate_size",
+    "expert_shared_feed_forward_length": "shared_expert_intermediate_size",
+}
 KNOWN = {"factor": "factor", "original_context_length": "original_max_position_embeddings"}
 
 
@@ -39,6 +43,10 @@ def complete(reader: Any, config: Any) -> None:
     if config.model_type == "phi3":
         _turn_as_phi3(reader, config)
     _scale_positions(reader, config)
+    for name, entry in reader.fields.items():
+        setting = INNER_SIZES.get(name.partition(".")[2])
+        if setting is not None:
+            setattr(config, setting, int(entry.contents()))
     if config.model_type == "gemma2":
         for name in CAPS:
             entry = reader.fields.get(f"gemma2.{name}")

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from amphista.target.blocks import BlockedEmbedding, BlockedLinear
+from amphista.target.blocks import BlockedEmbedding, BlockedExperts, BlockedLinear
 from amphista.target.experts import BLOCKS, chooses_within_groups, has_experts, router_of
 from amphista.target.lean_layers import ACTIVATIONS, NORMS, activation_of, mlp_of, score_cap
 from amphista.target.spec import rotations
@@ -168,8 +168,8 @@ def _mlp_of(layer: Any) -> Any:
 def _experts_reason(model: Any, block: Any) -> str | None:
     if next(block.parameters()).device.type != "cpu":
         return "its experts have a fast form on a CPU only"
-    parts = [block, block.experts, router_of(block)]
-    if _children(block) not in BLOCKS or any(type(part).__module__ != type(model).__module__ for part in parts):
+    parts = {type(part) for part in (block, block.experts, router_of(block))} - {BlockedExperts}
+    if _children(block) not in BLOCKS or any(part.__module__ != type(model).__module__ for part in parts):
         return "a layer of it has parts that are not the family's"
     return "its experts are chosen within groups" if chooses_within_groups(router_of(block)) else None
 
