@@ -21,6 +21,7 @@ from transformers import (
     Glm4MoeConfig,
     GPT2Config,
     GPTNeoXConfig,
+    GptOssConfig,
     GraniteConfig,
     GraniteMoeConfig,
     LlamaConfig,
@@ -146,6 +147,9 @@ FAMILIES = {
     "ernie4_5_moe": lambda: Ernie4_5_MoeConfig(
         **SIZES, moe_num_experts=7, moe_k=3, moe_intermediate_size=20, moe_layer_start_index=1, use_bias=False
     ),
+    "gpt_oss": lambda: GptOssConfig(
+        **SIZES, head_dim=8, num_local_experts=5, num_experts_per_tok=2, sliding_window=WINDOW, swiglu_limit=0.7
+    ),
     "gpt_neox": lambda: GPTNeoXConfig(**WITHOUT_KV_HEADS),
     "gpt2": lambda: GPT2Config(
         vocab_size=VOCAB, n_embd=32, n_layer=2, n_head=4, n_positions=512, bos_token_id=256, eos_token_id=EOS
@@ -180,6 +184,8 @@ def tiny_model(family: str = "llama", *, seed: int = 0, dtype: torch.dtype = tor
                 parameter.normal_(0, 0.2)
             elif parameter.dim() > 1:
                 parameter.normal_(0, 0.35 if "embed" not in name and "wte" not in name else 1.0)
+            elif name.endswith("sinks"):
+                parameter.normal_(0, 1.0)
     model.generation_config.eos_token_id = EOS
     return model.to(dtype).eval()
 

@@ -31,7 +31,7 @@ OTHER_FAMILIES = (
     "gemma", "gemma2", "gemma3", "gemma3-by-kind",
     "phi3", "phi3-windowed", "phi3-half", "granite", "smollm3", "olmo2", "olmo3", "exaone4",
     "ernie4_5", "glm4",
-    "qwen3_moe", "qwen2_moe", "mixtral", "olmoe", "granitemoe", "glm4_moe", "dots1", "ernie4_5_moe",
+    "qwen3_moe", "qwen2_moe", "mixtral", "olmoe", "granitemoe", "glm4_moe", "dots1", "ernie4_5_moe", "gpt_oss",
 )  # fmt: skip
 CHANGES = {
     "llama": ("llama", {}),

@@ -38,7 +38,7 @@ def has_slots(model: LeanModel | None) -> bool:
         and slot_kernels.has_triton()
         and model.dtype in (torch.float32, torch.bfloat16, torch.float16)
         and model.sees_all
-        and model.score_cap is None
+        and model.has_plain_scores
         and model.head_size in (16, 32, 64, 128)  # larger ones have not been tried
         and model.num_heads // model.num_key_value_heads <= slot_kernels.GROUP_ROWS
     )

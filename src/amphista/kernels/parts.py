@@ -98,9 +98,25 @@ def paired(rows: Tensor, head_size: int, num: int | None = None) -> Tensor:
     return torch.cat([halves, rest], dim=1).view(rows.shape)
 
 
-def gated(rows: Tensor, *, by_gelu: bool = False) -> Tensor:
-    """Rows [gate ; up] [N, 2 I] -> silu(gate) up [N, I] (arXiv 2002.05202); by_gelu: gelu(gate) up."""
-    if not by_gelu and native.passes(rows, rows.shape[-1] // 2):
-        return native.gated(rows)
-    gate, up = rows.chunk(2, dim=-1)
-    return (functional.gelu(gate, approximate="tanh") if by_gelu else functional.silu(gate)) * up
+@dataclass(frozen=True)
+class Gate:
+    """What a gate makes of an MLP's inner states: silu(gate) up (arXiv 2002.05202), or gelu(gate) up.
+
+    slope: of silu's sigmoid. limit: what gates stay below, and ups, in size, too, to which 1 is added then; 0: nothing.
+    """
+
+    by_gelu: bool = False
+    slope: float = 1.0
+    limit: float = 0.0
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        """Rows [gate ; up] [N, 2 I] -> [N, I]."""
+        is_plain = self == Gate()
+        if is_plain and native.passes(rows, rows.shape[-1] // 2):
+            return native.gated(rows)
+        gate, up = rows.chunk(2, dim=-1)
+        if self.limit:
+            gate, up = gate.clamp(max=self.limit), up.clamp(-self.limit, self.limit) + 1.0
+        if self.by_gelu:
+            return functional.gelu(gate, approximate="tanh") * up
+        return (functional.silu(gate) if is_plain else gate * torch.sigmoid(self.slope * gate)) * up

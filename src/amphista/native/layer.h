@@ -57,6 +57,7 @@ typedef struct {
     Product qkv, output;
     Mlp mlp;
     const Experts *experts; /* NULL: mlp */
+    const float *sinks;     /* [heads], a score of nothing beside those of keys (arXiv 2309.17453), or NULL */
     int32_t window, turn; /* 0: none; which of the rotations */
 } Layer;
 
@@ -69,6 +70,8 @@ typedef struct {
     int32_t has_wide_norms;     /* those of queries and keys are over all heads, not over each */
     int32_t has_gelu;           /* in place of silu */
     float score_cap;            /* what scores stay below in size; 0: they are not capped */
+    float gate_slope, gate_limit; /* silu's gates are times the first; where there is a limit gates stay below it, and
+                                     ups, in size, too, and 1 is added to these */
 } Stack;
 
 typedef struct {
@@ -278,7 +281,11 @@ static void gated_block(const Stack *m, const Mlp *mlp, const Rows *x, int n, in
         float *row = to + r * padded(m->inner);
         for (long o = 0; o < BLOCK; o += LANES) { /* beyond `count` is padding, or nobody's */
             vec gate = load(gates + r * BLOCK + o), up = load(ups + r * BLOCK + o);
-            vec slope = m->has_gelu ? gelu_slope(gate) : gate;
+            if (m->gate_limit) {
+                gate = -larger(all(-m->gate_limit), -gate); /* what is no number remains so */
+                up = larger(all(-m->gate_limit), -larger(all(-m->gate_limit), -up)) + 1.0f;
+            }
+            vec slope = m->has_gelu ? gelu_slope(gate) : gate * m->gate_slope;
             store(gates + r * BLOCK + o, gate / (1.0f + exponential(-slope)) * up);
         }
         memcpy(row + first, gates + r * BLOCK, 4 * (size_t)count);
@@ -408,8 +415,11 @@ static void attend(const Stack *m, const Layer *layer, int l, const Batch *f, co
         if (prefix)
             score(&c, f->prefix_keys[l], at_prefix, NULL, prefix, query, num_heads, columns, own + committed + count, ldw);
         for (int h = 0; h < num_heads && m->score_cap; h++) cap_row(own + h * ldw, committed + count + prefix, m->score_cap);
-        for (int h = 0; h < num_heads; h++) /* the sum lies at the end of the line, behind the padding */
-            own[h * ldw + ldw - 1] = exponentials(own + h * ldw, committed + count + prefix);
+        for (int h = 0; h < num_heads; h++) { /* the sum lies at the end of the line, behind the padding */
+            const long seen = committed + count + prefix;
+            if (layer->sinks) own[h * ldw + seen] = layer->sinks[head + h];
+            own[h * ldw + ldw - 1] = exponentials(own + h * ldw, seen + (layer->sinks != NULL));
+        }
     }
     if (committed) add_values(&c, values, first, committed, scores, ldw, (int)n, mix);
     for (int r = 0; r < part->count; r++) {

@@ -37,6 +37,7 @@ class LayerStruct(ctypes.Structure):
         *((name, ProductStruct) for name in ("qkv", "output")),
         ("mlp", _Mlp),
         ("experts", ctypes.POINTER(_Experts)),
+        ("sinks", Address),
         *((name, ctypes.c_int32) for name in ("window", "turn")),
     ]
 
@@ -50,7 +51,7 @@ class StackStruct(ctypes.Structure):
         ),
         *((name, ctypes.c_float) for name in ("eps", "scale", "residual")),
         *((name, ctypes.c_int32) for name in ("turns", "has_wide_norms", "has_gelu")),
-        ("score_cap", ctypes.c_float),
+        *((name, ctypes.c_float) for name in ("score_cap", "gate_slope", "gate_limit")),
     ]
 
 
@@ -116,7 +117,7 @@ class NativeLayer:
     """One decoder layer. Rows of `qkv`, and norms over heads, have the two numbers rotated together side by side.
 
     window: how many positions a row sees, itself included; None: all. out norms: of what is added to the states. turn:
-    which of the rotations.
+    which of the rotations. sinks: [H], of each query head a score beside those of keys.
     """
 
     attention_norm: Tensor | None
@@ -130,6 +131,7 @@ class NativeLayer:
     attention_out_norm: Tensor | None = None
     mlp_out_norm: Tensor | None = None
     turn: int = 0
+    sinks: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -151,6 +153,8 @@ class DecoderShape:
     has_wide_norms: bool = False
     has_gelu: bool = False
     score_cap: float = 0.0
+    gate_slope: float = 1.0
+    gate_limit: float = 0.0
     embedding_scale: float = 1.0
     input_scale: float = 1.0
 
@@ -177,6 +181,8 @@ def stack_record(
         shape.has_wide_norms,
         shape.has_gelu,
         shape.score_cap,
+        shape.gate_slope,
+        shape.gate_limit,
     )
 
 
@@ -190,6 +196,7 @@ def _layer_record(layer: NativeLayer, held: list[Any]) -> LayerStruct:
         padded(layer.mlp_out_norm, held),
         layer.qkv.record(),
         layer.output.record(),
+        sinks=padded(layer.sinks, held),
         window=layer.window or 0,
         turn=layer.turn,
         **layer.mlp.record(held),

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from amphista.kernels.linear import Product, TorchLinear
-from amphista.kernels.parts import gated
+from amphista.kernels.parts import Gate
 from amphista.native.layers import NativeExperts, NativeMlp
 from amphista.target.blocks import BlockedExperts, rows_of
 from amphista.target.products import PlainLinear, native_halves, native_weight
@@ -45,14 +45,18 @@ def router_of(block: Any) -> Any:
     return block.router if hasattr(block, "router") else block.gate
 
 
-def weights_of(experts: Any) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Gate, up and down of each: weights, or blocks of a file."""
+def _parts_of(experts: Any) -> Iterator[tuple[Sequence[Tensor], Sequence[Tensor | None]]]:
+    """Gate, up and down of each: weights, or blocks of a file, and biases."""
     if isinstance(experts, BlockedExperts):
-        yield from zip(*experts.blocks, strict=True)
-    else:
-        for wide, narrow in zip(experts.gate_up_proj.detach(), experts.down_proj.detach(), strict=True):
-            gate, up = wide.chunk(2)
-            yield gate, up, narrow
+        yield from ((parts, (None,) * 3) for parts in zip(*experts.blocks, strict=True))
+        return
+    wide, narrow = experts.gate_up_proj.detach(), experts.down_proj.detach()
+    if not hasattr(experts, "gate_up_proj_bias"):
+        yield from (((*both.chunk(2), down), (None,) * 3) for both, down in zip(wide, narrow, strict=True))
+        return
+    biases = zip(experts.gate_up_proj_bias.detach(), experts.down_proj_bias.detach(), strict=True)
+    for both, down, (of_both, of_down) in zip(wide, narrow, biases, strict=True):  # in turn, and transposed
+        yield (both[:, ::2].T, both[:, 1::2].T, down.T), (of_both[::2], of_both[1::2], of_down)
 
 
 def chooses_within_groups(router: Any) -> bool:
@@ -99,9 +103,9 @@ class Mlp:
     def products(self) -> list[Product]:
         return [self.gate_up, self.down]
 
-    def inner(self, rows: Tensor, *, by_gelu: bool) -> Tensor:
+    def inner(self, rows: Tensor, gate: Gate) -> Tensor:
         """[N, D] -> [N, I]."""
-        return gated(self.gate_up(rows), by_gelu=by_gelu)
+        return gate(self.gate_up(rows))
 
     def native(self) -> NativeMlp:
         """As the C step reads it."""
@@ -128,8 +132,8 @@ class Experts:
         """Of a block of a known family; its router keeps its type whatever the product."""
         router = router_of(block)
         each = [
-            Mlp(product.side_by_side([gate, up], [None, None]), product(down))
-            for gate, up, down in weights_of(block.experts)
+            Mlp(product.side_by_side(parts[:2], biases[:2]), product(parts[2], biases[2]))
+            for parts, biases in _parts_of(block.experts)
         ]
         shared = getattr(block, "shared_expert", None) or getattr(block, "shared_experts", None)
         rows = [router.weight.detach()]
@@ -141,7 +145,8 @@ class Experts:
         correction = getattr(statics, "e_score_correction_bias", None)
         return cls(
             router=(TorchLinear if product is TorchLinear else PlainLinear)(
-                torch.cat(rows).float() if type(router).__name__ in IN_FLOAT32 else torch.cat(rows)
+                torch.cat(rows).float() if type(router).__name__ in IN_FLOAT32 else torch.cat(rows),
+                getattr(router, "bias", None),
             ),
             each=each,
             top_k=router.top_k,
@@ -161,14 +166,14 @@ class Experts:
     def products(self) -> list[Product]:
         return [self.router, *(product for mlp in self.each for product in mlp.products)]
 
-    def __call__(self, rows: Tensor, *, by_gelu: bool) -> Tensor:
+    def __call__(self, rows: Tensor, gate: Gate) -> Tensor:
         """[N, D] -> [N, D]."""
         taken, portions = self._choose(rows)
         mixed = torch.zeros_like(rows)
         for expert in taken.unique().tolist():
             row, place = (taken == expert).nonzero(as_tuple=True)
             mlp, portion = self.each[expert], portions[row, place, None].to(rows.dtype)
-            mixed = mixed.index_add(0, row, portion * mlp.down(mlp.inner(rows[row], by_gelu=by_gelu)))
+            mixed = mixed.index_add(0, row, portion * mlp.down(mlp.inner(rows[row], gate)))
         return mixed
 
     def _choose(self, rows: Tensor) -> tuple[Tensor, Tensor]:

@@ -27,9 +27,8 @@ from amphista.target.blocks import scale_of
 from amphista.target.experts import Experts
 from amphista.target.hidden_states import Taps
 from amphista.target.lean_layers import (
-    ACTIVATIONS,
     LeanLayer,
-    activation_of,
+    gate_of,
     kind_of_turn,
     num_to_pair,
     rotary_table,
@@ -81,7 +80,7 @@ class LeanModel:
         self.input_scale = float(getattr(decoder, "embedding_multiplier", 1.0))
         self.embedding_scale = self.input_scale * scale_of(self.embed)
         self.residual_scale = float(getattr(decoder.layers[0], "residual_multiplier", 1.0))
-        self.has_gelu = ACTIVATIONS[type(activation_of(decoder.layers[0])).__name__]
+        self.gate = gate_of(decoder.layers[0])
         self.logit_transform, self.score_cap = LogitTransform.from_config(config), score_cap(attention)
         turns = [kind_of_turn(config, layer, index) for index, layer in enumerate(decoder.layers)]
         kinds = list(dict.fromkeys(turns))
@@ -120,6 +119,11 @@ class LeanModel:
     def num_product_bytes(self) -> int:
         """Bytes of the weights of all products."""
         return sum(product.num_bytes for product in self.products)
+
+    @property
+    def has_plain_scores(self) -> bool:
+        """Whether attention weighs keys by a softmax of their scores, and no more."""
+        return self.score_cap is None and self.layers[0].sinks is None
 
     @property
     def sees_all(self) -> bool:
@@ -200,7 +204,8 @@ class LeanModel:
         """Flat rows [N, W] of embeddings. attention: by rule, then by span; rows: by layer, then by span."""
         states, tapped = self.entered(inputs), []
         for layer, caches in zip(self.layers, rows, strict=False):  # either may have been cut
-            mixed = _mixed(attention[layer.rule], self._projected(layer, states, turns[layer.turn]), caches)
+            projected = self._projected(layer, states, turns[layer.turn])
+            mixed = _mixed(attention[layer.rule], projected, caches, layer.sinks)
             states = self._behind(layer, states, mixed)
             if layer.number in taps:
                 tapped.append(states)
@@ -265,8 +270,8 @@ class LeanModel:
         states = self._joined(states, mixed, layer.output, layer.attention_out_norm)
         rows = _normed(layer.mlp_norm, states)
         if isinstance(layer.mlp, Experts):
-            return self._added(states, layer.mlp(rows, by_gelu=self.has_gelu), layer.mlp_out_norm)
-        return self._joined(states, layer.mlp.inner(rows, by_gelu=self.has_gelu), layer.mlp.down, layer.mlp_out_norm)
+            return self._added(states, layer.mlp(rows, self.gate), layer.mlp_out_norm)
+        return self._joined(states, layer.mlp.inner(rows, self.gate), layer.mlp.down, layer.mlp_out_norm)
 
     def _joined(self, states: Tensor, rows: Tensor, product: Product, norm: Norm | None) -> Tensor:
         """States [N, D] and a product of rows, normed if there is a norm."""
@@ -288,14 +293,18 @@ def _normed(norm: Norm | None, rows: Tensor) -> Tensor:
 
 
 def _mixed(
-    attention: Sequence[_Attention], projected: tuple[Tensor, Tensor, Tensor], caches: Sequence[LayerKV]
+    attention: Sequence[_Attention],
+    projected: tuple[Tensor, Tensor, Tensor],
+    caches: Sequence[LayerKV],
+    sinks: Tensor | None,
 ) -> Tensor:
-    """Queries [N, H, E], new keys and values [N, J, E] of all spans -> [N, H * E], each span on its own rows."""
+    """Queries [N, H, E], new keys and values [N, J, E] of all spans -> [N, H * E], each span on its own rows; sinks
+    [H]."""
     if len(attention) == 1:
-        return attention[0](*projected, caches[0])
+        return attention[0](*projected, caches[0], sinks)
     sizes = [one.shape[1] for one in attention]
     parts = zip(attention, caches, *(part.split_with_sizes(sizes) for part in projected), strict=True)
-    return torch.cat([one(*rows, cache) for one, cache, *rows in parts])
+    return torch.cat([one(*rows, cache, sinks) for one, cache, *rows in parts])
 
 
 @dataclass(frozen=True)
@@ -318,10 +327,10 @@ class _Attention:
     def of(cls, model: LeanModel, shape: tuple[int, int], mask: Tensor | None) -> _Attention:
         key_heads, groups = model.num_key_value_heads, model.num_heads // model.num_key_value_heads
         cap = model.score_cap
-        if cap is not None and mask is None and shape[1] > 1:
+        if not model.has_plain_scores and mask is None and shape[1] > 1:
             mask = torch.ones(1, 1, shape[1], shape[1], dtype=torch.bool, device=model.device).tril()
         is_fused = mask is None and shape[1] > 1
-        if mask is not None and cap is None:
+        if mask is not None and model.has_plain_scores:
             num_scores = shape[1] * model.num_heads * mask.shape[-1]
             repeats = model.device.type == "cuda" and groups > 1
             limit = GROUPED_CUDA_SCORES if repeats else FUSED_ATTENTION_SCORES[model.dtype]
@@ -330,14 +339,17 @@ class _Attention:
             mask = _grouped(mask[:, 0], shape[0] * key_heads, groups, model.dtype)
         return cls(shape, key_heads, groups, mask, is_fused, cap)
 
-    def __call__(self, queries: Tensor, keys: Tensor, values: Tensor, rows: LayerKV) -> Tensor:
+    def __call__(
+        self, queries: Tensor, keys: Tensor, values: Tensor, rows: LayerKV, sinks: Tensor | None = None
+    ) -> Tensor:
         """Queries [B * N, H, E], new keys and values [B * N, J, E] -> [B * N, H * E]."""
         (batch, length), size = self.shape, queries.shape[-1]
         new_keys = keys.view(batch, length, self.num_key_value_heads, size).transpose(1, 2)
         new_values = values.view(batch, length, self.num_key_value_heads, size).transpose(1, 2)
         all_keys, all_values = rows.append(new_keys, new_values)
-        mix = self._fused if self.is_fused else self._grouped
-        return mix(queries, all_keys, all_values)
+        if self.is_fused:
+            return self._fused(queries, all_keys, all_values)
+        return self._grouped(queries, all_keys, all_values, sinks)
 
     def _fused(self, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         (batch, length), rows = self.shape, len(queries)
@@ -352,7 +364,7 @@ class _Attention:
         )
         return mixed.transpose(1, 2).reshape(rows, -1)
 
-    def _grouped(self, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    def _grouped(self, queries: Tensor, keys: Tensor, values: Tensor, sinks: Tensor | None) -> Tensor:
         """A few rows: two batched products and a softmax cost less than torch's attention and its repeated heads."""
         (batch, length), heads, groups = self.shape, self.num_key_value_heads, self.num_groups
         rows, _, size = queries.shape
@@ -366,7 +378,11 @@ class _Attention:
             scores = scores if mask is None else scores + mask
         else:
             scores = torch.bmm(grouped, transposed) if mask is None else torch.baddbmm(mask, grouped, transposed)
-        mixed = torch.bmm(torch.softmax(scores, dim=-1), values)
+        if sinks is not None:  # a score of each head beside those of its keys, which weighs nothing
+            of_rows = sinks.to(scores.dtype).view(heads, groups, 1).expand(-1, -1, length).reshape(heads, -1, 1)
+            scores = torch.cat([scores, of_rows.repeat(batch, 1, 1)], dim=-1)
+        weights = torch.softmax(scores, dim=-1)
+        mixed = torch.bmm(weights if sinks is None else weights[..., :-1], values)
         if length > 1:
             mixed = mixed.view(batch, heads, groups, length, size).permute(0, 3, 1, 2, 4)
         return mixed.reshape(rows, -1)

@@ -16,11 +16,12 @@ import torch
 from torch import Tensor
 
 from amphista.kernels.linear import Product
-from amphista.kernels.parts import Norm, RotaryTable, paired
+from amphista.kernels.parts import Gate, Norm, RotaryTable, paired
 from amphista.target.experts import Experts, Mlp, has_experts, router_of
 from amphista.target.spec import context_of
 
 ACTIVATIONS = {"SiLU": False, "SiLUActivation": False, "GELUTanh": True, "PytorchGELUTanh": True}  # is it gelu
+CLAMPED = "GptOssExperts"  # which gate by themselves
 ALL_LAYERS, NO_TURN = "", None  # kinds of rotation: the only one a model has, and that of layers without positions
 
 WITH_NEIGHBOURS = {"Ernie4_5Attention", "Ernie4_5_MoeAttention", "GlmAttention", "Glm4Attention", "HeliumAttention"}
@@ -49,6 +50,7 @@ class LeanLayer:
     attention_out_norm: Norm | None
     mlp_norm: Norm | None
     mlp: Mlp | Experts
+    sinks: Tensor | None
     mlp_out_norm: Norm | None
     rule: int
     turn: int
@@ -76,6 +78,7 @@ class LeanLayer:
             mlp_norm=before_mlp,
             mlp=Experts.of(block, product) if has_experts(block) else Mlp.of(block, product),
             mlp_out_norm=behind_mlp,
+            sinks=getattr(attention, "sinks", None),
             rule=rule,
             turn=turn,
             number=number,
@@ -145,7 +148,7 @@ def rotary_table(rotary: Any, config: Any, kinds: Sequence[str | None], head_siz
         for place, kind in enumerate(kinds):
             if kind is not NO_TURN:
                 cosine, sine = rotary(rows, positions, *([kind] if kind else []))
-                half = cosine.shape[-1] // 2
+                half = len(_frequencies(rotary, kind))  # behind them they are said again, or nothing is
                 table[:, place, :half] = torch.complex(cosine[0, :, :half], sine[0, :, :half])
         return table
 
@@ -169,7 +172,15 @@ def routers_of(decoder: Any) -> list[Any]:
 
 
 def activation_of(layer: Any) -> Any:
-    """The function that gates a layer's inner states."""
+    """The function that gates a layer's inner states, or what has it within."""
     block = mlp_of(layer)
     part = block.experts if has_experts(block) else block
-    return getattr(part, "act_fn", None) or part.activation_fn
+    return getattr(part, "act_fn", None) or getattr(part, "activation_fn", part)
+
+
+def gate_of(layer: Any) -> Gate:
+    """That of a known family."""
+    found = activation_of(layer)
+    if type(found).__name__ == CLAMPED:
+        return Gate(slope=float(found.alpha), limit=float(found.limit))
+    return Gate(by_gelu=ACTIVATIONS[type(found).__name__])

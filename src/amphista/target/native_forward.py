@@ -90,7 +90,9 @@ class NativeForward:
             residual_scale=lean.residual_scale,
             num_turns=lean.num_turns,
             has_wide_norms=of_heads is not None and of_heads.weight.numel() != lean.head_size,
-            has_gelu=lean.has_gelu,
+            has_gelu=lean.gate.by_gelu,
+            gate_slope=lean.gate.slope,
+            gate_limit=lean.gate.limit,
             score_cap=lean.score_cap or 0.0,
             embedding_scale=lean.embedding_scale,
             input_scale=lean.input_scale,
@@ -114,6 +116,7 @@ class NativeForward:
             _weight_of(layer.attention_out_norm),
             _weight_of(layer.mlp_out_norm),
             layer.turn,
+            layer.sinks,
         )
 
     def __call__(self, spans: Sequence[Span], wanted: Sequence[int] | None = None, taps: Taps = ()) -> NativeOutput:

@@ -13,7 +13,7 @@ from torch import nn
 
 from amphista.target.blocks import BlockedEmbedding, BlockedExperts, BlockedLinear
 from amphista.target.experts import BLOCKS, chooses_within_groups, has_experts, router_of
-from amphista.target.lean_layers import ACTIVATIONS, NORMS, activation_of, mlp_of, score_cap
+from amphista.target.lean_layers import ACTIVATIONS, CLAMPED, NORMS, activation_of, mlp_of, score_cap
 from amphista.target.spec import rotations
 
 FAMILIES = {
@@ -28,6 +28,7 @@ FAMILIES = {
     "glm": "Glm",
     "glm4": "Glm4",
     "glm4_moe": "Glm4Moe",
+    "gpt_oss": "GptOss",
     "granite": "Granite",
     "granitemoe": "GraniteMoe",
     "helium": "Helium",
@@ -113,10 +114,12 @@ def _attention_reason(model: Any) -> str | None:
 
 
 def _tensor_reason(model: Any) -> str | None:
-    blocks = [mlp_of(layer) for layer in model.get_decoder().layers if has_experts(getattr(layer, "mlp", layer))]
-    apart = {id(part) for block in blocks for part in router_of(block).parameters()}  # some are of another type
+    blocks = [block for layer in model.get_decoder().layers if has_experts(block := _mlp_of(layer))]
+    apart = [module for module in model.modules() if type(module).__name__.endswith("RMSNorm")]  # may be float32
+    apart += [router_of(block) for block in blocks]
+    left_out = {id(part) for module in apart for part in module.parameters()}
     weights = list(model.parameters())
-    dtypes, devices = {w.dtype for w in weights if id(w) not in apart}, {w.device for w in weights}
+    dtypes, devices = {w.dtype for w in weights if id(w) not in left_out}, {w.device for w in weights}
     if len(dtypes) > 1 or len(devices) > 1:
         return "its weights are of several types or on several devices"
     return _type_reason(dtypes.pop(), devices.pop().type)
@@ -152,7 +155,7 @@ def _module_reason(model: Any) -> str | None:
             linear += [getattr(part, name) for name in names]
         if frozenset(_children(layer) - {"self_attn", "mlp", "block_sparse_moe"}) not in NORMS:
             return "a layer of it has parts that are not the family's"
-        if type(activation_of(layer)).__name__ not in ACTIVATIONS:
+        if type(activation_of(layer)).__name__ not in {*ACTIVATIONS, CLAMPED}:
             return f"its activation is {type(activation_of(layer)).__name__}"
         if any(type(part) not in LINEAR for part in linear):
             return "a projection of it is not a plain linear layer"

@@ -177,7 +177,7 @@ class Target:
                 f"the fast path of {self.name} differs from its stock model by {difference:.2g} of the scale (allowed "
                 f"{self._probe_tolerance:.2g}): load it with fast=False (--no-fast) and report it"
             )
-        self.shared.early_layers = self._lean if self._lean.score_cap is None else None
+        self.shared.early_layers = self._lean if self._lean.has_plain_scores else None
         if native:
             form = native_form(self.name, self._lean, self.spec.max_positions, self._probe_tolerance)
             self._native, self.why_not_native = form
