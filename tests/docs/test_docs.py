@@ -142,6 +142,12 @@ def test_every_paper_of_the_source_stands_in_the_index():
     assert listed == {paper for text in cited for paper in ARXIV.findall(text)}
 
 
+def test_the_reference_has_all_public_names():
+    listed = re.findall(r"^::: ([\w.]+)$", (ROOT / "docs" / "reference.md").read_text(), re.MULTILINE)
+    homes = {f"{getattr(amphista, one).__module__}.{one}" for one in amphista.__all__ if not one.startswith("_")}
+    assert set(listed) == {*homes, "amphista.engine.stats.DecodeStats"}  # which answers have
+
+
 @pytest.mark.parametrize("page", PAGES[:1] + [ROOT / "docs" / "index.md"], ids=name)
 def test_the_first_command_decodes_the_target_as_it_is(page):
     first = next(line for line in blocks(page, "console")[0].splitlines() if line.startswith("$ amphista"))
