@@ -63,6 +63,23 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
             embedding_multiplier=12.0,
         ),
     ),
+    "qwen3-30b-a3b-6-layers": (  # of 48
+        "qwen3_moe",
+        _sizes(
+            6,
+            2048,
+            32,
+            4,
+            6144,
+            151936,
+            head_dim=128,
+            num_experts=128,
+            num_experts_per_tok=8,
+            moe_intermediate_size=768,
+            norm_topk_prob=True,
+            tie_word_embeddings=False,
+        ),
+    ),
     "smollm3-3b": ("smollm3", _sizes(36, 2048, 16, 4, 11008, 128256)),
     "phi-4-mini": ("phi3", _sizes(32, 3072, 24, 8, 8192, 200064, pad_token_id=0)),
 }

@@ -51,6 +51,9 @@ MODELS = {
     "qwen2-windowed": ("qwen2-windowed", {**ODD, "num_key_value_heads": 4}),
     "qwen3-wide": ("qwen3", {"head_dim": 72, "hidden_size": 72, "intermediate_size": 200}),
     **{name: (name, {}) for name in OTHER_FAMILIES},
+    "ernie4_5_moe-floor": ("ernie4_5_moe", {"moe_norm_min": 0.9}),
+    "dots1-none-shared": ("dots1", {"n_shared_experts": 0}),
+    "qwen3_moe-many": ("qwen3_moe", {"num_experts": 40, "num_experts_per_tok": 6}),
     "gemma3-odd": ("gemma3-by-kind", ODD),
     "olmo2-odd": ("olmo2", {**ODD, "num_attention_heads": 3, "num_key_value_heads": 3, "head_dim": 12}),
 }

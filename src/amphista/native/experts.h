@@ -1,8 +1,8 @@
 /* Layers of which each row takes a few experts of many (arXiv 1701.06538), part of layer.h.
  *
  *     s  = softmax(W_router x), or sigmoid(..)
- *     T  = the top_k experts of the largest s + correction, of equal ones the first
- *     x += sum over T, by number, of s_t [/ sum of s over T] scale W_down,t (silu(W_gate,t x) W_up,t x)
+ *     T  = the top_k experts of the largest s + correction
+ *     x += sum over T, by number, of s_t [/ (sum of s over T, at least `least`, + more)] scale W_down,t (silu(W_gate,t x) W_up,t x)
  *
  * and, behind them, of a shared one that every row takes, all of it or as much as a last output of the router says.
  *
@@ -46,7 +46,8 @@ static void choose_experts(const Experts *e, float *scores, int32_t *taken, floa
         taken[at] = best;
         of_taken += scores[best];
     }
-    for (int c = 0; c < e->top_k; c++) portions[c] = scores[taken[c]] / (e->is_normed ? of_taken : 1.0f) * e->scale;
+    const float divisor = e->is_normed ? (of_taken < e->least ? e->least : of_taken) + e->more : 1.0f;
+    for (int c = 0; c < e->top_k; c++) portions[c] = scores[taken[c]] / divisor * e->scale;
     if (e->has_shared) taken[e->top_k] = count;
 }
 
@@ -86,10 +87,10 @@ static Rows rows_of_expert(const Stack *m, const Work *w, const Groups *g, int a
 /* (5) and (6) of n rows. */
 static void experts_stage(const Stack *m, const Layer *layer, const Work *w, int n, Worker *worker) {
     const Experts *e = layer->experts;
-    const long hidden = padded(m->hidden), inner = padded(m->inner), line = w->most_scores;
+    const long hidden = padded(m->hidden), inner = w->line, line = w->most_scores;
     const int each = e->top_k + e->has_shared, thread = worker->thread;
     Rows x = ready(m, w, n, w->states, hidden, layer->mlp_norm, &e->router, worker, blocks_of(e->router.outputs));
-    const float *rows = layer->mlp_norm ? w->own_rows[owner_of(n, worker)] : w->states;
+    const float *rows = w->own_rows[owner_of(n, worker)];
     product_stage(&e->router, &x, n, worker, w->scores, line, NULL, 0.0f);
     meet(worker, n);
     for (int r = take(worker); r >= 0; r = take(worker))
@@ -104,7 +105,7 @@ static void experts_stage(const Stack *m, const Layer *layer, const Work *w, int
         const int at = i < routed * blocks ? i / blocks : routed;
         const Mlp *mlp = e->each + g.which[at];
         if (at != last) x = rows_of_expert(m, w, &g, at, mlp, rows, n, thread);
-        gated_block(m, mlp, &x, g.first[at + 1] - g.first[at], i - at * blocks, w->inner + g.first[at] * inner, block);
+        gated_block(m, mlp, &x, g.first[at + 1] - g.first[at], i - at * blocks, w->inner + g.first[at] * inner, inner, block);
         last = at;
     }
     meet(worker, g.number);
@@ -125,13 +126,8 @@ static void experts_stage(const Stack *m, const Layer *layer, const Work *w, int
                 for (long o = 0; o < size; o++) sums[g.row[first + r] * BLOCK + o] += g.portion[first + r] * block[r * BLOCK + o];
         }
         for (int r = 0; r < n; r++)
-            for (long o = 0; o < size; o++) {
-                const float sum = sums[r * BLOCK + o];
-                if (layer->mlp_out_norm) w->added[r * hidden + from + o] = sum;
-                else w->states[r * hidden + from + o] += m->residual * sum;
-            }
+            for (long o = 0; o < size; o++) w->states[r * hidden + from + o] += m->residual * sums[r * BLOCK + o];
     }
-    if (layer->mlp_out_norm) add_normed(m, w, layer->mlp_out_norm, n, worker);
 }
 
 #endif

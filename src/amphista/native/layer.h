@@ -48,7 +48,7 @@ typedef struct {
     const Mlp *each;         /* [num_experts + has_shared] */
     const float *correction; /* [num_experts] added to scores where the best are chosen, or NULL */
     int32_t num_experts, top_k, by_sigmoid, is_normed, has_shared; /* is_normed: those chosen are divided by their sum */
-    float scale;                                               /* what they are multiplied by then */
+    float least, more, scale; /* their sum is at least so much, and more by this; what they are multiplied by then */
 } Experts;
 
 typedef struct {
@@ -111,10 +111,10 @@ typedef struct {
     int num_parts;
     long most_seen;
     /* Of experts: what the router says of each row [rows][scores], which it takes and how much of each [rows][top_k],
-     * inputs of their last products [lines][inner], and of each thread the rows of one, and which rows take which. */
+     * inputs of their last products [lines][line], and of each thread the rows of one, and which rows take which. */
     float *scores, *portions, *prepared, *steps, **own_gathered;
     int32_t *taken, **own_groups;
-    long most_scores, most_taken;
+    long most_scores, most_taken, line;
 } Work;
 
 INLINE int blocks_of(long outputs) { return (int)((outputs + BLOCK - 1) / BLOCK); }
@@ -140,6 +140,7 @@ static Work lay_out(const Stack *m, const Batch *f, long rows, long widest, Room
         experts = most_of(experts, e->num_experts);
         w.most_scores = most_of(w.most_scores, padded(e->router.outputs));
         w.most_taken = most_of(w.most_taken, e->top_k + e->has_shared);
+        for (int i = 0; i < e->num_experts + e->has_shared; i++) w.line = most_of(w.line, padded(e->each[i].gate.outputs));
     }
     const long lines = rows * most_of(w.most_taken, 1);
     widest = most_of(most_of(widest, hidden), most_of(inner, attended));
@@ -147,7 +148,7 @@ static Work lay_out(const Stack *m, const Batch *f, long rows, long widest, Room
     w.qkv = take_room(room, 4 * rows * (heads + 2 * m->key_heads) * size);
     w.queries = take_room(room, 4 * rows * heads * queries_size(m));
     w.mixed = take_room(room, 4 * rows * attended);
-    w.inner = take_room(room, 4 * lines * inner);
+    w.inner = take_room(room, 4 * most_of(rows * inner, lines * w.line));
     w.added = take_room(room, 4 * rows * hidden);
     w.position = take_room(room, 4 * rows);
     w.depth = take_room(room, 4 * rows);
@@ -165,7 +166,7 @@ static Work lay_out(const Stack *m, const Batch *f, long rows, long widest, Room
     w.scores = take_room(room, 4 * rows * w.most_scores);
     w.taken = take_room(room, 4 * lines);
     w.portions = take_room(room, 4 * lines);
-    w.prepared = take_room(room, 4 * lines * inner);
+    w.prepared = take_room(room, 4 * lines * w.line);
     w.steps = take_room(room, 4 * lines);
     w.own_gathered = own_room(room, threads, 4 * rows * hidden);
     w.own_groups = own_room(room, threads, 4 * (2 * lines + 3 * (experts + 2)));
@@ -271,14 +272,14 @@ static void product_stage(const Product *p, const Rows *x, int n, Worker *worker
 INLINE vec gelu_slope(vec x) { return x * (1.5957691216f + 0.0713548163f * x * x); }
 
 /* One block of what an MLP multiplies its last weight by, of n rows: to [n][stride], zeros behind the last one. */
-static void gated_block(const Stack *m, const Mlp *mlp, const Rows *x, int n, int b, float *to, float *block) {
+static void gated_block(const Stack *m, const Mlp *mlp, const Rows *x, int n, int b, float *to, long stride, float *block) {
     float *gates = block, *ups = block + (long)n * BLOCK;
     const long size = mlp->gate.outputs, first = (long)b * BLOCK, count = block_size(size, first);
     const long end = first + count == size ? padded(size) : first + count;
     multiply(&mlp->gate, x, n, first, count, gates, BLOCK);
     multiply(&mlp->up, x, n, first, count, ups, BLOCK);
     for (int r = 0; r < n; r++) {
-        float *row = to + r * padded(m->inner);
+        float *row = to + r * stride;
         for (long o = 0; o < BLOCK; o += LANES) { /* beyond `count` is padding, or nobody's */
             vec gate = load(gates + r * BLOCK + o), up = load(ups + r * BLOCK + o);
             if (m->gate_limit) {
@@ -462,23 +463,21 @@ static void project(const Stack *m, const Layer *layer, const Work *w, int n, Wo
     product_stage(qkv, &x, n, worker, w->qkv, qkv->outputs, NULL, 0.0f);
 }
 
-/* Adds w->added of n rows, normed, to the states, once all of it is there. */
-static void add_normed(const Stack *m, const Work *w, const float *norm, int n, Worker *worker) {
+/* Adds a product of n rows, normed if there is a norm, to the states. */
+static void join_stage(const Stack *m, const Work *w, const Product *p, const Rows *x, const float *norm, int n,
+                       Worker *worker) {
     const long hidden = padded(m->hidden);
     float *normed = w->own_rows[worker->thread];
+    if (!norm) {
+        product_stage(p, x, n, worker, w->states, hidden, w->own_block[worker->thread], m->residual);
+        return;
+    }
+    product_stage(p, x, n, worker, w->added, hidden, NULL, 0.0f);
     meet(worker, 0);
     for (int r = worker->thread; r < n; r += worker->team) {
         norm_row(w->added + r * hidden, norm, m->hidden, m->eps, normed);
         for (long i = 0; i < m->hidden; i++) w->states[r * hidden + i] += m->residual * normed[i];
     }
-}
-
-/* Adds a product of n rows, normed if there is a norm, to the states. */
-static void join_stage(const Stack *m, const Work *w, const Product *p, const Rows *x, const float *norm, int n,
-                       Worker *worker) {
-    float *block = norm ? NULL : w->own_block[worker->thread];
-    product_stage(p, x, n, worker, norm ? w->added : w->states, padded(m->hidden), block, m->residual);
-    if (norm) add_normed(m, w, norm, n, worker);
 }
 
 #include "experts.h"
@@ -496,7 +495,7 @@ static void widen(const Stack *m, const Layer *layer, const Work *w, int n, Work
     }
     x = ready(m, w, n, w->states, hidden, layer->mlp_norm, reads_rows(&layer->mlp), worker, blocks);
     for (int b = take(worker); b >= 0; b = take(worker))
-        gated_block(m, &layer->mlp, &x, n, b, w->inner, w->own_block[worker->thread]);
+        gated_block(m, &layer->mlp, &x, n, b, w->inner, inner, w->own_block[worker->thread]);
     x = ready(m, w, n, w->inner, inner, NULL, down, worker, blocks_of(down->outputs));
     join_stage(m, w, down, &x, layer->mlp_out_norm, n, worker);
 }

@@ -26,7 +26,7 @@ class _Experts(ctypes.Structure):
         ("each", ctypes.POINTER(_Mlp)),
         ("correction", Address),
         *((name, ctypes.c_int32) for name in ("num_experts", "top_k", "by_sigmoid", "is_normed", "has_shared")),
-        ("scale", ctypes.c_float),
+        *((name, ctypes.c_float) for name in ("least", "more", "scale")),
     ]
 
 
@@ -78,7 +78,8 @@ class NativeExperts:
 
     router: [X, D], or [X + 1, D] where its last output says how much of the shared one a row takes. each: X, the shared
     one behind them, if there is one. correction: [X], added to scores where the best are chosen. by_sigmoid: scores are
-    no softmax; is_normed: those chosen are divided by their sum; scale: what they are multiplied by then.
+    no softmax; is_normed: those chosen are divided by their sum, which is at least `least`, and `more`; scale: what
+    they are multiplied by then.
     """
 
     router: Weight
@@ -88,6 +89,8 @@ class NativeExperts:
     by_sigmoid: bool = False
     is_normed: bool = True
     has_shared: bool = False
+    least: float = 0.0
+    more: float = 0.0
     scale: float = 1.0
 
     @property
@@ -106,6 +109,8 @@ class NativeExperts:
             self.by_sigmoid,
             self.is_normed,
             self.has_shared,
+            self.least,
+            self.more,
             self.scale,
         )
         held += [each, record]

@@ -32,6 +32,7 @@ BLOCKS = (
     {"experts", "gate", "shared_experts"},
 )
 BY_SIGMOID = {"Dots1TopkRouter", "Glm4MoeTopkRouter"}
+MORE = 1e-20  # than their sum is what theirs are divided by
 IN_FLOAT32 = {*BY_SIGMOID, "Ernie4_5_MoeTopKRouter"}  # whatever the type of weights
 
 
@@ -125,6 +126,8 @@ class Experts:
     by_sigmoid: bool
     is_normed: bool
     has_shared: bool
+    least: float
+    more: float
     scale: float
 
     @classmethod
@@ -137,9 +140,11 @@ class Experts:
         ]
         shared = getattr(block, "shared_expert", None) or getattr(block, "shared_experts", None)
         rows = [router.weight.detach()]
+        if shared is not None and shared.down_proj.in_features == 0:
+            shared = None
         if shared is not None:
             each.append(Mlp.of(shared, product))
-        if hasattr(block, "shared_expert_gate"):
+        if shared is not None and hasattr(block, "shared_expert_gate"):
             rows.append(rows_of(block.shared_expert_gate, torch.arange(1)).detach())
         statics = getattr(router, "moe_statics", router)
         correction = getattr(statics, "e_score_correction_bias", None)
@@ -154,6 +159,8 @@ class Experts:
             by_sigmoid=type(router).__name__ in BY_SIGMOID,
             is_normed=bool(getattr(router, "norm_topk_prob", True)),
             has_shared=shared is not None,
+            least=float(getattr(router, "norm_min", 0.0)),
+            more=MORE if type(router).__name__ in BY_SIGMOID else 0.0,
             scale=float(getattr(router, "routed_scaling_factor", 1.0)),
         )
 
@@ -186,7 +193,7 @@ class Experts:
         taken = wanted.topk(self.top_k, dim=-1).indices
         portions = scores.gather(1, taken)
         if self.is_normed:
-            portions = portions / portions.sum(dim=-1, keepdim=True)
+            portions = portions / (portions.sum(dim=-1, keepdim=True).clamp(min=self.least) + self.more)
         portions = portions * self.scale
         if not self.has_shared:
             return taken, portions
@@ -203,5 +210,7 @@ class Experts:
             self.by_sigmoid,
             self.is_normed,
             self.has_shared,
+            self.least,
+            self.more,
             self.scale,
         )

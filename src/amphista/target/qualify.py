@@ -59,7 +59,7 @@ DTYPES = {  # by device
 ATTENTION = ({"q_proj", "k_proj", "v_proj", "o_proj"}, {"qkv_proj", "o_proj"})
 MLP = ({"gate_proj", "up_proj", "down_proj"}, {"gate_up_proj", "down_proj"})
 NO_WEIGHTS = {"act_fn", "activation_fn", "resid_attn_dropout", "resid_mlp_dropout"}
-SHARED = ("shared_expert", "shared_experts")
+SHARED, SHARED_GATE = ("shared_expert", "shared_experts"), "shared_expert_gate"
 LINEAR = {nn.Linear, BlockedLinear}
 EMBEDDINGS = {f"{kind.__module__}.{kind.__qualname__}" for kind in (nn.Embedding, BlockedEmbedding)} | {
     f"transformers.models.{family}.modeling_{family}.{name}TextScaledWordEmbedding"
@@ -148,6 +148,7 @@ def _module_reason(model: Any) -> str | None:
             if reason is not None:
                 return reason
             blocks[1:] = [(part, MLP) for name, part in block.named_children() if name in SHARED]
+            linear += [part for name, part in block.named_children() if name == SHARED_GATE]
         for part, forms in blocks:
             names = _children(part) - {"q_norm", "k_norm"}
             if names not in forms:
@@ -174,6 +175,8 @@ def _experts_reason(model: Any, block: Any) -> str | None:
     parts = {type(part) for part in (block, block.experts, router_of(block))} - {BlockedExperts}
     if _children(block) not in BLOCKS or any(part.__module__ != type(model).__module__ for part in parts):
         return "a layer of it has parts that are not the family's"
+    if getattr(getattr(block, SHARED_GATE, None), "bias", None) is not None:
+        return "the gate of its shared expert has a bias"
     return "its experts are chosen within groups" if chooses_within_groups(router_of(block)) else None
 
 

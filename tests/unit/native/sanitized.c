@@ -56,7 +56,7 @@ static const Experts *experts(int kind) {
     for (int i = 0; i < 6; i++) each[i] = mlp(kind, i < 5 ? INNER : 35, 70 + i);
     Experts *e = keep_it(malloc(sizeof(Experts)));
     *e = (Experts){.router = product(kind == BFLOAT16 ? BFLOAT16 : FLOAT32, 6, HIDDEN, 80), .each = each, .correction = vector(5), .num_experts = 5,
-                   .top_k = 2, .by_sigmoid = 1, .is_normed = 1, .has_shared = 1, .scale = 1.5f};
+                   .top_k = 2, .by_sigmoid = 1, .is_normed = 1, .has_shared = 1, .least = 0.1f, .scale = 1.5f};
     return e;
 }
 

@@ -9,7 +9,9 @@ from transformers import AutoModelForImageTextToText, Gemma3Config
 
 from amphista.cache.static import KVCache
 from amphista.errors import TargetError
+from amphista.kernels.linear import TorchLinear
 from amphista.target import qualify
+from amphista.target.experts import Experts
 from amphista.target.loading import load_target
 from amphista.target.qualify import why_not_fast
 from amphista.target.target import Target
@@ -134,6 +136,24 @@ def _half_experts(model):
     model.model.layers[1].mlp.experts.half()
 
 
+def _biased_gate(model):
+    model.model.layers[1].mlp.shared_expert_gate = nn.Linear(32, 1)
+
+
+def _adapted_gate(model):
+    gate = model.model.layers[1].mlp.shared_expert_gate
+    gate.__class__ = type("Linear", (nn.Linear,), {"__module__": "somebody.adapters"})
+
+
+@pytest.mark.parametrize(
+    ("change", "said"), [(_biased_gate, "shared expert has a bias"), (_adapted_gate, "not a plain linear layer")]
+)
+def test_the_gate_of_a_shared_expert_is_a_plain_one(change, said):
+    model = tiny_model("qwen2_moe")
+    change(model)
+    assert said in why_not_fast(model)
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [
@@ -156,6 +176,11 @@ def test_a_router_may_be_of_its_own_type():
     model.model.layers[1].mlp.gate.float()
     target = Target(model)
     assert target.speed_up(), target.why_stock
+
+
+def test_routers_multiply_in_float32_where_the_family_does():
+    block = tiny_model("glm4_moe", dtype=torch.bfloat16).model.layers[1].mlp
+    assert Experts.of(block, TorchLinear).router.weight.dtype is torch.float32
 
 
 def test_clipped_queries_stay_stock():
