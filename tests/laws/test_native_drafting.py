@@ -12,6 +12,7 @@ import random
 from functools import cache
 from itertools import pairwise
 
+import numpy as np
 import pytest
 import torch
 
@@ -86,7 +87,7 @@ def distance(ours: Candidates, theirs: Candidates) -> float:
         return math.inf
     parts = [(ours.log_probs, theirs.log_probs)]
     if ours.below is not None and theirs.below is not None:
-        if ours.below.ranks != theirs.below.ranks:
+        if not np.array_equal(ours.below.ranks, theirs.below.ranks):
             return math.inf
         parts.append((ours.below.log_probs, theirs.below.log_probs))
     return max(float((torch.tensor(mine) - torch.tensor(other)).abs().max()) for mine, other in parts)

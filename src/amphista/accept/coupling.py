@@ -58,32 +58,28 @@ def coupled(
         parts = (candidates.tokens, candidates.log_probs, noises, weights)
         tokens, log_probs = _best_first(*parts, num_ranks)
         return replace(candidates, tokens=tokens, log_probs=log_probs)
-    ranks, given = _best_below(below, noises, weights)  # tokens keep their places, which others name
+    ordered = _best_below(below, noises, weights)  # tokens keep their places, which others name
     if len(set(map(len, candidates.tokens))) == 1:
         log_probs = _noised(np.array(candidates.log_probs), np.array(noises), weights[:, None]).tolist()
     else:
         each = zip(candidates.log_probs, noises, weights, strict=True)
         log_probs = [_noised(np.array(values), noise, weight).tolist() for values, noise, weight in each]
-    return replace(candidates, log_probs=log_probs, below=replace(below, ranks=ranks, log_probs=given))
+    return replace(candidates, log_probs=log_probs, below=ordered)
 
 
-def _best_below(
-    below: ConditionalRanks, noises: Sequence[Floats], weights: Floats
-) -> tuple[list[list[list[int]]], list[list[list[float]]]]:
-    """What stands below each token in the order of its log p, and these. noises: of the tokens of each depth."""
-    number = len(below.ranks)
-    if number and len({(len(places), len(row)) for places in below.ranks for row in places}) == 1:  # all at once
-        places, noise = np.array(below.ranks), np.array(noises[1 : 1 + number])
-        of_places = np.take_along_axis(noise[:, None], places, -1)
-        noised = _noised(np.array(below.log_probs), of_places, weights[1 : 1 + number, None, None])
-        return _in_order(places, noised)
-    ranks, given = [], []
+def _best_below(below: ConditionalRanks, noises: Sequence[Floats], weights: Floats) -> ConditionalRanks:
+    """What stands below each token in the order of its log p. noises: of the tokens of each depth."""
+    if isinstance(below.ranks, np.ndarray):
+        depths = slice(1, 1 + len(below.ranks))
+        of_places = np.take_along_axis(np.array(noises[depths])[:, None], below.ranks, -1)
+        log_probs = np.asarray(below.log_probs, dtype=np.float64)
+        ranks, given = _in_order(below.ranks, _noised(log_probs, of_places, weights[depths, None, None]))
+        return replace(below, ranks=ranks, log_probs=given)
+    ordered = []
     for k, (some, values) in enumerate(zip(below.ranks, below.log_probs, strict=True), 1):
         weighed = np.repeat(weights[k], len(some))
-        ordered = _best_first(some, values, [noises[k][row] for row in some], weighed)
-        ranks.append(ordered[0])
-        given.append(ordered[1])
-    return ranks, given
+        ordered.append(_best_first(some, values, [noises[k][list(row)] for row in some], weighed))
+    return replace(below, ranks=[ranks for ranks, _ in ordered], log_probs=[given for _, given in ordered])
 
 
 def coupled_graft(graft: NgramDraft | None, chooser: Chooser, position: int) -> NgramDraft | None:
@@ -119,13 +115,14 @@ def _best_first(
         each = [_best_first(items[n], log_probs[n], noises[n], weights[n], most) for n in rows]
         return [row for (row,), _ in each], [values for _, (values,) in each]
     noised = _noised(np.array(log_probs), np.array(noises), weights[:, None])
-    return _in_order(np.array(items, dtype=np.int64), noised, most)
+    ordered, values = _in_order(np.array(items, dtype=np.int64), noised, most)
+    return ordered.tolist(), values.tolist()
 
 
-def _in_order(items: NDArray[np.int64], noised: Floats, most: int | None = None) -> tuple[Any, Any]:
-    """Items [..., R] in the order of their log p, and these, as lists; of each row at most so many."""
+def _in_order(items: NDArray[Any], noised: Floats, most: int | None = None) -> tuple[NDArray[Any], Floats]:
+    """Items [..., R] in the order of their log p, and these; of each row at most so many."""
     order = np.argsort(-noised, axis=-1, kind="stable")[..., :most]
-    return np.take_along_axis(items, order, -1).tolist(), np.take_along_axis(noised, order, -1).tolist()
+    return np.take_along_axis(items, order, -1), np.take_along_axis(noised, order, -1)
 
 
 def _noised(log_probs: Floats, noise: Floats, weight: Floats) -> Floats:

@@ -25,11 +25,12 @@ class Ranked(NamedTuple):
 
     def candidates(self, max_depths: Sequence[int]) -> list[Candidates]:
         """The same for trees to grow from, of as many heads as each sequence has use for."""
-        return candidates_of([part.tolist() for part in self if part is not None], max_depths)
+        parts = [part.numpy(force=True) for part in self if part is not None]
+        return candidates_of([part.tolist() for part in parts[:2]] + parts[2:], max_depths)
 
 
 def candidates_of(parts: Sequence[Any], max_depths: Sequence[int]) -> list[Candidates]:
-    """The same of the parts as lists; those of paths only where heads know them."""
+    """The same of the parts as lists, and as arrays those of paths, only where heads know them."""
     found = []
     for depth, (tokens, log_probs, *below) in zip(max_depths, zip(*parts, strict=True), strict=True):
         paths = ConditionalRanks(*(part[: depth - 1] for part in below)) if below and depth > 1 else None

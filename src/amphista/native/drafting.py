@@ -249,7 +249,7 @@ class NativeHeads:
     def run(self, fed: Sequence[Fed], turns: Tensor | None, query: DraftQuery | None = None) -> list[Any]:
         """Feed and ask in one call. turns: rotary table, complex64 [positions, E / 2].
 
-        -> token ids and log-probabilities [B][depth][R], and where heads know paths, `ConditionalRanks` as lists.
+        -> token ids and log-probabilities [B][depth][R], and where heads know paths, `ConditionalRanks` as arrays.
         """
         ids: list[int] = []
         spans, hidden, features = [], [], []
@@ -283,7 +283,7 @@ class NativeHeads:
         if code:
             raise NativeError(f"the C step refuses a draft: {WRONG.get(code, code)}")
         del places
-        return [part.tolist() for part in found]
+        return [part.tolist() for part in found[:2]] + found[2:]
 
     def _answers(self, draft: _Draft, query: DraftQuery, num_sequences: int) -> list[np.ndarray[Any, Any]]:
         """Room for what will be found."""

@@ -6,7 +6,12 @@ asked in rounds says nothing else: what stands at a depth then belongs to one to
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 
 @dataclass(frozen=True)
@@ -32,17 +37,32 @@ def with_forced(graft: NgramDraft | None, forced: list[int]) -> NgramDraft | Non
     return NgramDraft(graft.tokens, [0.0] * length + graft.log_probs[length:], length)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ConditionalRanks:
     """The children of each token: below `tokens[k][i]`, the j-th best is `tokens[k + 1][ranks[k][i][j]]`.
 
-    Its natural log-probability, given `tokens[k][i]` above it, is `log_probs[k][i][j]`; best first. is_whole: nothing
-    is on offer at these depths but what stands below some token here.
+    Its natural log-probability, given `tokens[k][i]` above it, is `log_probs[k][i][j]`; best first. Both are lists, or
+    arrays where there are as many below each: trees ask for few of them. is_whole: nothing is on offer at these depths
+    but what stands below some token here.
     """
 
-    ranks: list[list[list[int]]]
-    log_probs: list[list[list[float]]]
+    ranks: Sequence[Sequence[Sequence[int]]] | NDArray[Any]
+    log_probs: Sequence[Sequence[Sequence[float]]] | NDArray[Any]
     is_whole: bool = False
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, ConditionalRanks) and self._listed() == other._listed()
+
+    def _listed(self) -> tuple[object, ...]:
+        parts = (part.tolist() if isinstance(part, np.ndarray) else part for part in (self.ranks, self.log_probs))
+        return *parts, self.is_whole
+
+    def children(self, depth: int, rank: int) -> tuple[list[int], list[float]]:
+        """Of the token of this rank at a depth, from 0: their ranks and log-probabilities."""
+        ranks, log_probs = self.ranks[depth][rank], self.log_probs[depth][rank]
+        if isinstance(ranks, np.ndarray) and isinstance(log_probs, np.ndarray):
+            return ranks.tolist(), log_probs.tolist()
+        return list(ranks), list(log_probs)
 
 
 @dataclass(frozen=True)

@@ -74,8 +74,8 @@ class ChildCandidates:
         if self._paths is None or parent_rank == NO_RANK:
             offers = list(map(ChildCandidate, tokens, self._log_probs[depth - 1], repeat(False), count()))
             return offers if self._paths is None else sorted(offers, key=lambda offer: -offer.log_prob)
-        ranks, log_probs = self._paths.ranks[depth - 2][parent_rank], self._paths.log_probs[depth - 2][parent_rank]
-        return [ChildCandidate(tokens[rank], value, False, rank) for rank, value in zip(ranks, log_probs, strict=True)]
+        below = zip(*self._paths.children(depth - 2, parent_rank), strict=True)
+        return [ChildCandidate(tokens[rank], value, False, rank) for rank, value in below]
 
     def _graft_rank(self, depth: int) -> int:
         """That of the graft's token at a depth."""
