@@ -140,7 +140,8 @@ static Work lay_out(const Stack *m, const Batch *f, long rows, long widest, Room
         experts = most_of(experts, e->num_experts);
         w.most_scores = most_of(w.most_scores, padded(e->router.outputs));
         w.most_taken = most_of(w.most_taken, e->top_k + e->has_shared);
-        for (int i = 0; i < e->num_experts + e->has_shared; i++) w.line = most_of(w.line, padded(e->each[i].gate.outputs));
+        w.line = most_of(w.line, padded(e->each[0].gate.outputs)); /* that of all but the shared one */
+        if (e->has_shared) w.line = most_of(w.line, padded(e->each[e->num_experts].gate.outputs));
     }
     const long lines = rows * most_of(w.most_taken, 1);
     widest = most_of(most_of(widest, hidden), most_of(inner, attended));

@@ -178,6 +178,17 @@ def test_a_router_may_be_of_its_own_type():
     assert target.speed_up(), target.why_stock
 
 
+def test_norms_may_be_of_their_own_type():
+    """As gpt-oss's are where its weights are bfloat16."""
+    model = tiny_model("gpt_oss", dtype=torch.bfloat16)
+    for module in model.modules():
+        if type(module).__name__ == "GptOssRMSNorm":
+            module.float()
+    target = Target(model)
+    assert target.speed_up(native=True), target.why_stock
+    assert target.path in ("native", "fast")
+
+
 def test_routers_multiply_in_float32_where_the_family_does():
     block = tiny_model("glm4_moe", dtype=torch.bfloat16).model.layers[1].mlp
     assert Experts.of(block, TorchLinear).router.weight.dtype is torch.float32
