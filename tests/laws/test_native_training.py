@@ -8,7 +8,7 @@ import torch
 from amphista.drafter import frozen_head
 from amphista.drafter.frozen_head import Aims, FrozenHead
 from amphista.drafter.layers import RMSNorm
-from amphista.kernels.parts import Norm, gated
+from amphista.kernels.parts import Gate, Norm
 from amphista.native import training as native
 
 SIZES = [1, 3, 16, 63, 64, 130, 1000]
@@ -117,7 +117,7 @@ def test_a_targets_rows_are_normed_and_activated_in_c_as_in_float64(monkeypatch,
     norm = Norm((torch.randn(2 * shape[1], generator=generator)).bfloat16(), 1e-5)
     gate, up = rows.double().chunk(2, -1)
     wanted = {
-        gated: torch.nn.functional.silu(gate) * up,
+        Gate(): torch.nn.functional.silu(gate) * up,
         norm: torch.nn.functional.rms_norm(rows.double(), (rows.shape[1],), norm.weight.double(), 1e-5),
     }
     for compute, exact in wanted.items():
@@ -135,5 +135,5 @@ def test_rows_that_need_a_gradient_or_are_of_another_kind_stay_with_torch():
     assert native.passes(rows, 32) and not native.passes(rows.float(), 32) and not native.passes(rows, 40)
     assert not native.passes(rows[:, :32], 16) and not native.passes(rows.clone().requires_grad_(), 32)
     kept = rows.clone().requires_grad_()
-    gated(Norm(torch.ones(64).bfloat16(), 1e-5)(kept)).sum().backward()
+    Gate()(Norm(torch.ones(64).bfloat16(), 1e-5)(kept)).sum().backward()
     assert kept.grad is not None and kept.grad.abs().sum() > 0

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import threading
 
+import numpy as np
 import pytest
 import torch
 
@@ -113,6 +114,8 @@ def worst_offer(drafter, target, num_ranks=6) -> float:
                 return 1.0
             for mine, other in zip(ours.log_probs, theirs.log_probs, strict=True):
                 worst = max(worst, *(abs(a - b) for a, b in zip(mine, other, strict=True)))
+            if ours.below is not None:
+                worst = max(worst, float(np.abs(np.subtract(ours.below.log_probs, theirs.below.log_probs)).max()))
         at = (at + size) % 20
         if keep < 99:
             for each, state in zip(pair, states, strict=True):
@@ -144,7 +147,7 @@ def test_with_a_calibration(exact):
 
 def test_states_take_turns(exact):
     """Rows and features of one move out when another is fed or asked, and are the same when it comes back."""
-    for name in ("amphista-full", "amphista-one-stage", "amphista-no-stages", "medusa-shared"):
+    for name in ("amphista-full", "amphista-one-stage", "amphista-no-stages", "medusa-shared", "medusa-paths"):
         drafter = real_drafters(exact)[name]
         around, (hidden, ids) = CapturedDrafter(drafter), history(exact)
         pairs = [(drafter.start(), drafter.start()) for _ in range(3)]
@@ -152,9 +155,10 @@ def test_states_take_turns(exact):
             for shift, (ours, theirs) in enumerate(pairs):
                 rows = slice(10 * shift + turn, 10 * shift + turn + 2)
                 around.commit(ours, hidden[rows], ids[rows]), drafter.commit(theirs, hidden[rows], ids[rows])
-            for ours, theirs in pairs:
-                mine, other = around.draft(ours, 5), drafter.draft(theirs, 5)
-                assert mine.tokens == other.tokens
+            for mine, other in [(around.draft(ours, 5), drafter.draft(theirs, 5)) for ours, theirs in pairs]:
+                assert mine.tokens == other.tokens and (mine.below is None) == (drafter.path is None)
+                if mine.below is not None:
+                    np.testing.assert_allclose(mine.below.log_probs, other.below.log_probs, atol=1e-5)
 
 
 def test_recording_leaves_the_features_of_others(exact, monkeypatch):

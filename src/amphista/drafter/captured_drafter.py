@@ -93,7 +93,7 @@ class AskRegion:
 
     def candidates(self, max_depth: int | None) -> Candidates:
         """What was found, of the first `max_depth` heads, on the host."""
-        parts = self.offers.cpu().split(self._sizes)
+        parts = self.offers.to("cpu", copy=True).split(self._sizes)  # what is asked next is written over these
         token_ids, log_probs, *below = (part.view(1, *shape) for part, shape in zip(parts, self._shapes, strict=True))
         if below:
             below[0] = below[0].long()

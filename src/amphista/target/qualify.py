@@ -59,6 +59,7 @@ DTYPES = {  # by device
 ATTENTION = ({"q_proj", "k_proj", "v_proj", "o_proj"}, {"qkv_proj", "o_proj"})
 MLP = ({"gate_proj", "up_proj", "down_proj"}, {"gate_up_proj", "down_proj"})
 NO_WEIGHTS = {"act_fn", "activation_fn", "resid_attn_dropout", "resid_mlp_dropout"}
+EXACT_NORM = "GptOssRMSNorm"  # float32 whatever the other weights are, as some routers
 SHARED, SHARED_GATE = ("shared_expert", "shared_experts"), "shared_expert_gate"
 LINEAR = {nn.Linear, BlockedLinear}
 EMBEDDINGS = {f"{kind.__module__}.{kind.__qualname__}" for kind in (nn.Embedding, BlockedEmbedding)} | {
@@ -115,9 +116,10 @@ def _attention_reason(model: Any) -> str | None:
 
 def _tensor_reason(model: Any) -> str | None:
     blocks = [block for layer in model.get_decoder().layers if has_experts(block := _mlp_of(layer))]
-    apart = [module for module in model.modules() if type(module).__name__.endswith("RMSNorm")]  # may be float32
+    apart = [module for module in model.modules() if type(module).__name__ == EXACT_NORM]
     apart += [router_of(block) for block in blocks]
-    left_out = {id(part) for module in apart for part in module.parameters()}
+    exact = [part for module in apart for part in module.parameters() if part.dtype is torch.float32]
+    left_out = {id(part) for part in exact}
     weights = list(model.parameters())
     dtypes, devices = {w.dtype for w in weights if id(w) not in left_out}, {w.device for w in weights}
     if len(dtypes) > 1 or len(devices) > 1:

@@ -209,7 +209,7 @@ class EarlyLayers(Protocol):
 class SharedWeights:
     """The target's frozen embedding and LM head, lent to drafters; the same wherever a drafter is copied to.
 
-    early_layers: lent, too, where the target is on its fast path, and its attention caps no scores.
+    early_layers: lent, too, where the target is on its fast path, and its attention has neither caps nor sinks.
     """
 
     def __init__(self, embedding: nn.Module, lm_head: nn.Linear, transform: LogitTransform) -> None:

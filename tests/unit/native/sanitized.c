@@ -66,10 +66,12 @@ static int differs(int kind, int window) {
         layers[l] = (Layer){.attention_norm = vector(HIDDEN), .query_norm = l ? vector(SIZE) : NULL,
                             .key_norm = l ? vector(SIZE) : NULL, .mlp_norm = vector(HIDDEN),
                             .qkv = product(kind, QKV, HIDDEN, 10 + l), .output = product(kind, HIDDEN, HEADS * SIZE, 20 + l),
-                            .mlp = mlp(kind, INNER, 30 + l), .experts = l ? experts(kind) : NULL, .window = window};
+                            .mlp = mlp(kind, INNER, 30 + l), .experts = l ? experts(kind) : NULL,
+                            .sinks = l ? vector(HEADS) : NULL, .window = window};
     const int coarse = kind == BFLOAT16;
-    const Stack stack = {.layers = layers, .num_layers = LAYERS, .hidden = HIDDEN, .heads = HEADS, .key_heads = KEY_HEADS,
-                         .head_size = SIZE, .inner = INNER, .cache_kind = coarse, .eps = 1e-5f, .scale = 0.3f};
+    Stack stack = {.layers = layers, .num_layers = LAYERS, .hidden = HIDDEN, .heads = HEADS, .key_heads = KEY_HEADS,
+                         .head_size = SIZE, .inner = INNER, .cache_kind = coarse, .eps = 1e-5f, .scale = 0.3f, .gate_slope = 1.0f};
+    stack.gate_limit = window ? 1.5f : 0.0f;
     Model model = {.stack = stack, .norm = vector(HIDDEN), .embedding = product(coarse ? BFLOAT16 : FLOAT32, VOCAB, HIDDEN, 2),
                    .head = product(kind, VOCAB, HIDDEN, 3)};
     const int counts[] = {6, 1, 2}, committed[] = {17, 0, 20};
@@ -148,7 +150,7 @@ static int drafts_differ(int kind, int own, int depth) {
     int32_t *ids = keep_it(malloc(4 * DRAFTED));
     for (int i = 0; i < DRAFTED; i++) ids[i] = i + 3;
     const Stack stack = {.layers = layers, .num_layers = LAYERS, .hidden = HIDDEN, .heads = HEADS, .key_heads = KEY_HEADS,
-                         .head_size = SIZE, .inner = INNER, .cache_kind = coarse, .eps = 1e-5f, .scale = 0.3f};
+                         .head_size = SIZE, .inner = INNER, .cache_kind = coarse, .eps = 1e-5f, .scale = 0.3f, .gate_slope = 1.0f};
     Stack slots = stack;
     slots.layers = encoder, slots.num_layers = 1, slots.inner = 31;
     const Heads heads = {.stages = stack, .encoder = slots, .fusing = stages, .embedding_norm = vector(HIDDEN),
