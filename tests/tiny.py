@@ -149,7 +149,21 @@ FAMILIES = {
         **SIZES, moe_num_experts=7, moe_k=3, moe_intermediate_size=20, moe_layer_start_index=1, use_bias=False
     ),
     "gpt_oss": lambda: GptOssConfig(
-        **SIZES, head_dim=8, num_local_experts=5, num_experts_per_tok=2, sliding_window=WINDOW, swiglu_limit=0.7
+        **SIZES,
+        head_dim=8,
+        num_local_experts=5,
+        num_experts_per_tok=2,
+        sliding_window=WINDOW,
+        swiglu_limit=0.7,
+        rope_parameters={
+            "rope_type": "yarn",
+            "rope_theta": 10000.0,
+            "factor": 4.0,
+            "beta_fast": 32.0,
+            "beta_slow": 1.0,
+            "truncate": False,
+            "original_max_position_embeddings": 128,
+        },
     ),
     "gpt_neox": lambda: GPTNeoXConfig(**WITHOUT_KV_HEADS),
     "gpt2": lambda: GPT2Config(

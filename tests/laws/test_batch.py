@@ -491,8 +491,8 @@ def _neighbours_cache(monkeypatch):
     monkeypatch.setattr(
         lean,
         "_mixed",
-        lambda attention, projected, caches: mixed(
-            attention, projected, [Wrong(*pair) for pair in zip(caches, [*caches[1:], caches[0]], strict=True)]
+        lambda attention, projected, caches, *more: mixed(
+            attention, projected, [Wrong(*pair) for pair in zip(caches, [*caches[1:], caches[0]], strict=True)], *more
         ),
     )
     of_all = Layout.of_all.__func__

@@ -100,8 +100,8 @@ class EarlyExit(SequentialHeads[DraftedPaths | TextPaths]):
         if shared.early_layers is None:
             raise ConfigError(
                 "an early-exit drafter runs layers of the target, which are lent on its fast path alone, and not where "
-                "attention scores are capped (Gemma 2) or have sinks (gpt-oss): load a model of another family that has "
-                "one (docs/families.md) with fast=True, or take another drafter"
+                "attention scores are capped (Gemma 2) or have sinks (gpt-oss): load a model of another family that "
+                "has one (docs/families.md) with fast=True, or take another drafter"
             )
         self.num_early = config.exit_layer or max(1, spec.num_layers // 3)
         number = self.num_early if config.rank else 0

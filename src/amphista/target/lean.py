@@ -300,11 +300,12 @@ def _mixed(
 ) -> Tensor:
     """Queries [N, H, E], new keys and values [N, J, E] of all spans -> [N, H * E], each span on its own rows; sinks
     [H]."""
+    more = () if sinks is None else (sinks,)
     if len(attention) == 1:
-        return attention[0](*projected, caches[0], sinks)
+        return attention[0](*projected, caches[0], *more)
     sizes = [one.shape[1] for one in attention]
     parts = zip(attention, caches, *(part.split_with_sizes(sizes) for part in projected), strict=True)
-    return torch.cat([one(*rows, cache, sinks) for one, cache, *rows in parts])
+    return torch.cat([one(*rows, cache, *more) for one, cache, *rows in parts])
 
 
 @dataclass(frozen=True)
