@@ -93,8 +93,10 @@ static void experts_stage(const Stack *m, const Layer *layer, const Work *w, int
     const float *rows = w->own_rows[owner_of(n, worker)];
     product_stage(&e->router, &x, n, worker, w->scores, line, NULL, 0.0f);
     meet(worker, n);
-    for (int r = take(worker); r >= 0; r = take(worker))
-        choose_experts(e, w->scores + (MUTANT(FIRST_ROWS_EXPERTS) ? 0 : r) * line, w->taken + (long)r * each, w->portions + (long)r * each);
+    for (int r = take(worker); r >= 0; r = take(worker)) {
+        const long read = MUTANT(FIRST_ROWS_EXPERTS) ? 0 : r, at = (long)r * each;
+        choose_experts(e, w->scores + read * line, w->taken + at, w->portions + at);
+    }
     meet(worker, 0);
     const Groups g = group_rows(e, w, n, thread);
     const int routed = g.number - e->has_shared, blocks = blocks_of(e->each[0].gate.outputs);

@@ -100,7 +100,7 @@ def _config_reason(whole: Any, config: Any) -> str | None:
         return "it is quantised"
     if getattr(config, "use_bidirectional_attention", None):
         return "its attention looks ahead"
-    if getattr(config, "clip_qkv", None) is not None:
+    if config.model_type == "olmoe" and config.clip_qkv is not None:
         return "its queries, keys and values are clipped"
     unknown = {rope.get("rope_type", "default") for rope in rotations(config)} - ROPE_TYPES
     return f"its rotary positions are of type {min(unknown)}" if unknown else None

@@ -196,6 +196,7 @@ def test_routers_multiply_in_float32_where_the_family_does():
 
 def test_clipped_queries_stay_stock():
     assert "clipped" in why_not_fast(tiny_model("olmoe", clip_qkv=0.5))
+    assert why_not_fast(tiny_model("llama", clip_qkv=0.5)) is None  # which does not read it
 
 
 def test_a_subclass_of_the_family_stays_stock():
