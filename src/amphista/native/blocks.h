@@ -50,6 +50,8 @@ INLINE float from_half(const uint8_t *from) {
 INLINE vec from_halves(const uint8_t *from) {
 #if LANES == 16
     return (vec)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)from));
+#elif LANES == 8
+    return (vec)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)from));
 #else
     vec all = {0};
     for (int lane = 0; lane < LANES; lane++) all[lane] = from_half(from + 2 * lane);
@@ -57,15 +59,16 @@ INLINE vec from_halves(const uint8_t *from) {
 #endif
 }
 
-typedef uint8_t lane_bytes __attribute__((vector_size(LANES)));
-
 /* LANES bytes as whole numbers. */
 INLINE ivec whole(const uint8_t *from) {
+#if LANES == 16
+    return (ivec)_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)from));
+#elif LANES == 8
+    return (ivec)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)from));
+#else
+    typedef uint8_t lane_bytes __attribute__((vector_size(LANES)));
     lane_bytes bytes;
     memcpy(&bytes, from, sizeof bytes);
-#if LANES == 16
-    return (ivec)_mm512_cvtepu8_epi32((__m128i)bytes);
-#else
     return __builtin_convertvector(bytes, ivec);
 #endif
 }
@@ -73,6 +76,8 @@ INLINE ivec whole(const uint8_t *from) {
 INLINE ivec whole_signed(const uint8_t *from) {
 #if LANES == 16
     return (ivec)_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)from));
+#elif LANES == 8
+    return (ivec)_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)from));
 #else
     return (whole(from) << 24) >> 24;
 #endif

@@ -15,7 +15,7 @@
 
 #if defined(__AVX512F__) && defined(__AVX512BW__)
 #define LANES 16
-#elif defined(__AVX2__) && defined(__FMA__)
+#elif defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
 #define LANES 8
 #else
 #define LANES 4
@@ -50,6 +50,9 @@ INLINE vec select_vec(ivec mask, vec yes, vec no) { return (vec)(((ivec)yes & ma
 #else
 #define HOLD(value) (void)0
 #endif
+
+/* Has what lies at a pointer loaded where it is used: compilers would keep it from an earlier use, where no register is free. */
+#define SAME_PLACE(pointer) __asm__ volatile("" : "+r"(pointer))
 
 /* Has numbers that go to all lanes loaded: spread from a register they take units that products need. */
 #if defined(__AVX512F__)
@@ -144,18 +147,15 @@ INLINE four sums(vec a, vec b, vec c, vec d) {
     all = _mm512_add_ps(all, _mm512_shuffle_ps(all, all, 0xb1));
     return (four)_mm512_castps512_ps128(_mm512_maskz_compress_ps(0x1111, all));
 #else
-    four e, f, g, h;
 #if LANES == 8
-    e = (four)_mm_add_ps(_mm256_castps256_ps128((__m256)a), _mm256_extractf128_ps((__m256)a, 1));
-    f = (four)_mm_add_ps(_mm256_castps256_ps128((__m256)b), _mm256_extractf128_ps((__m256)b, 1));
-    g = (four)_mm_add_ps(_mm256_castps256_ps128((__m256)c), _mm256_extractf128_ps((__m256)c, 1));
-    h = (four)_mm_add_ps(_mm256_castps256_ps128((__m256)d), _mm256_extractf128_ps((__m256)d, 1));
+    const __m256 ab = _mm256_hadd_ps((__m256)a, (__m256)b), cd = _mm256_hadd_ps((__m256)c, (__m256)d);
+    const __m256 all = _mm256_hadd_ps(ab, cd); /* of both halves */
+    return (four)_mm_add_ps(_mm256_castps256_ps128(all), _mm256_extractf128_ps(all, 1));
 #else
-    e = a, f = b, g = c, h = d;
-#endif
-    const four r0 = {e[0], f[0], g[0], h[0]}, r1 = {e[1], f[1], g[1], h[1]};
-    const four r2 = {e[2], f[2], g[2], h[2]}, r3 = {e[3], f[3], g[3], h[3]};
+    const four r0 = {a[0], b[0], c[0], d[0]}, r1 = {a[1], b[1], c[1], d[1]};
+    const four r2 = {a[2], b[2], c[2], d[2]}, r3 = {a[3], b[3], c[3], d[3]};
     return (r0 + r1) + (r2 + r3);
+#endif
 #endif
 }
 

@@ -21,7 +21,7 @@
 #include "blocks.h"
 #include "tiles.h"
 
-enum { ABREAST = 16, PACKED_ROWS = 8, LEAST_PACKED_TILE_ROWS = 4 };
+enum { ABREAST = 16, PACKED_ROWS = 8, WORD_ROWS = 4, LEAST_PACKED_TILE_ROWS = 4 };
 enum { PACKED_AHEAD = 24, MOST_READY = 128 }; /* stretches: asked for so early; unpacked at most for several groups of rows */
 #define LEAST_REACH 0x1p-110f /* of a stretch: so that its step is no subnormal number */
 enum { FINE = 32, COARSE = 64 }; /* added to the kind of the blocks */
@@ -41,10 +41,6 @@ INLINE int bits_of(int kind) {
 }
 /* Bits of the lowest plane. */
 INLINE int low_bits(int kind) { return bits_of(kind) == 8 ? 8 : bits_of(kind) < 4 ? 2 : 4; }
-/* What is taken off a number as it is multiplied; of uneven kinds, which are looked up, what they are raised by. */
-INLINE int zero_of(int kind) {
-    return kind == Q8_0 || is_uneven(kind) ? 128 : kind == Q6_K ? 32 : kind == Q5_0 ? 16 : kind == Q4_0 ? 8 : kind == Q3_K ? 4 : 0;
-}
 /* Stretches whose terms lie together. */
 INLINE int stretches_of(int kind) { return kind >= Q4_K ? 8 : 1; }
 /* Bytes of one stretch's own terms; 0 of a kind that is not packed. */
@@ -66,10 +62,33 @@ INLINE long numbers_at(int kind, long s) {
 INLINE long terms_at(int kind, long s) {
     return s / stretches_of(kind) * group_bytes(kind) + block_terms_bytes(kind) + s % stretches_of(kind) * terms_bytes(kind);
 }
-INLINE long row_bytes(long inputs, int digits) { return inputs / STRETCH * (digits * STRETCH + (long)sizeof(Share32)); }
 
 #if LANES == 16 && defined(__AVX512VNNI__)
-enum { CAN_PACK = 1 };
+enum { CAN_PACK = 1, HAS_WORDS = 0 };
+#elif LANES == 8
+enum { CAN_PACK = 1, HAS_WORDS = 1 }; /* numbers of 8 bits are multiplied in 16: of the rows' only digit there is a copy so wide */
+#else
+enum { CAN_PACK = 0, HAS_WORDS = 0 };
+#endif
+
+/* Whether a kind's numbers, of 8 bits, are multiplied as words. */
+INLINE int reads_words(int kind) { return HAS_WORDS && (bits_of(kind) == 8 || is_uneven(kind)); }
+/* What is taken off a number as it is multiplied; of uneven kinds, which are looked up, what they are raised by. */
+INLINE int zero_of(int kind) {
+    return reads_words(kind) ? 0 : kind == Q8_0 || is_uneven(kind) ? 128 : kind == Q6_K ? 32 : kind == Q5_0 ? 16 : kind == Q4_0 ? 8 : kind == Q3_K ? 4 : 0;
+}
+/* Whether rows in so many digits are quicker than in float32. */
+INLINE int is_worth_packing(int kind, int digits) { return CAN_PACK && terms_bytes(kind) && !(digits == 2 && reads_words(kind)); }
+/* Bytes of a stretch of a row behind its digits. */
+INLINE long words_bytes(int digits) { return HAS_WORDS && digits == 1 ? 2 * STRETCH : 0; }
+INLINE long row_bytes(long inputs, int digits) {
+    return inputs / STRETCH * (digits * STRETCH + words_bytes(digits) + (long)sizeof(Share32));
+}
+/* Where a stretch of `rows` rows has its words, and its shares. */
+INLINE long words_at(int digits, int rows) { return (long)rows * digits * STRETCH; }
+INLINE long shares_at(int digits, int rows) { return rows * (digits * STRETCH + words_bytes(digits)); }
+
+#if LANES >= 8
 
 /* Where float16 of a block of 256 lie that its terms are multiples of. */
 INLINE long block_terms_in_file(int kind) { return kind == Q6_K ? 208 : kind == Q3_K ? 108 : kind == Q2_K ? 80 : 0; }
@@ -125,138 +144,256 @@ static void pack_any(int kind, const uint8_t *w, long inputs, int outputs, uint8
     switch (kind) { PACKED_KINDS(PACK); }
 }
 
-/* The sums of two vectors, beside each other. */
-INLINE __m128i both_sums(__m512i first, __m512i second) {
-    const __m256i a = _mm256_add_epi32(_mm512_castsi512_si256(first), _mm512_extracti64x4_epi64(first, 1));
-    const __m256i b = _mm256_add_epi32(_mm512_castsi512_si256(second), _mm512_extracti64x4_epi64(second, 1));
-    const __m256i pairs = _mm256_hadd_epi32(a, b);
-    const __m128i sums = _mm_add_epi32(_mm256_castsi256_si128(pairs), _mm256_extracti128_si256(pairs, 1));
-    return _mm_hadd_epi32(sums, sums);
+/* What both ways to multiply whole numbers need of the processor. */
+#if LANES == 16
+INLINE vec fused(vec a, vec b, vec c) { return (vec)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
+INLINE ivec nearest(vec value) { return (ivec)_mm512_cvtps_epi32((__m512)value); }
+INLINE ivec masked_or(ivec q, ivec bits, ivec mask) { /* q | (bits & mask) */
+    return (ivec)_mm512_ternarylogic_epi32((__m512i)q, (__m512i)bits, (__m512i)mask, 0xf8);
 }
+INLINE ivec look_up(const int8_t *sixteen, ivec q) {
+    const __m128i raised = _mm_xor_si128(_mm_loadu_si128((const __m128i *)sixteen), _mm_set1_epi8((char)128));
+    return (ivec)_mm512_shuffle_epi8(_mm512_broadcast_i32x4(raised), (__m512i)q);
+}
+INLINE void store_bytes(uint8_t *to, ivec value) { _mm_storeu_si128((__m128i *)to, _mm512_cvtepi32_epi8((__m512i)value)); }
+INLINE int whole_sum(ivec value) { return _mm512_reduce_add_epi32((__m512i)value); }
+#else
+INLINE vec fused(vec a, vec b, vec c) { return (vec)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c); }
+INLINE ivec nearest(vec value) { return (ivec)_mm256_cvtps_epi32((__m256)value); }
+INLINE ivec masked_or(ivec q, ivec bits, ivec mask) { return q | (bits & mask); }
+INLINE ivec look_up(const int8_t *sixteen, ivec q) {
+    return (ivec)_mm256_shuffle_epi8(_mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)sixteen)), (__m256i)q);
+}
+INLINE void store_bytes(uint8_t *to, ivec value) {
+    const __m256i lowest = _mm256_setr_epi8(0, 4, 8, 12, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1,
+                                            0, 4, 8, 12, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1);
+    const __m256i bytes = _mm256_shuffle_epi8((__m256i)value, lowest);
+    _mm_storel_epi64((__m128i *)to, _mm_unpacklo_epi32(_mm256_castsi256_si128(bytes), _mm256_extracti128_si256(bytes, 1)));
+}
+INLINE void store_words(uint8_t *to, ivec value) { /* of numbers that fit */
+    const __m256i pairs = _mm256_packs_epi32((__m256i)value, (__m256i)value);
+    _mm_storeu_si128((__m128i *)to, _mm256_castsi256_si128(_mm256_permute4x64_epi64(pairs, 0x08)));
+}
+INLINE int whole_sum(ivec value) {
+    const __m128i four = _mm_add_epi32(_mm256_castsi256_si128((__m256i)value), _mm256_extracti128_si256((__m256i)value, 1));
+    const __m128i two = _mm_hadd_epi32(four, four);
+    return _mm_cvtsi128_si32(_mm_hadd_epi32(two, two));
+}
+#endif
 
 /* One of `rows` rows, `inputs` numbers, as digits; what is not finite makes all its products NaN. */
 static void digits_of(const float *from, long inputs, int digits, int row, int rows, uint8_t *to) {
     const float levels = digits == 1 ? 0x7f : 0x7f7f;
     for (long i = 0; i < inputs; i += STRETCH, to += rows * row_bytes(STRETCH, digits)) {
-        const vec both[2] = {load(from + i), load(from + i + LANES)};
-        const float reach = largest(larger(magnitude(both[0]), magnitude(both[1]))), all = sum(both[0] + both[1]);
-        const float most = reach > LEAST_REACH ? reach : LEAST_REACH, scale = levels / most;
-        Share32 share = {.step = most * (1 / levels)};
-        __m512i whole[2];
-        for (int h = 0; h < 2; h++) {
-            whole[h] = _mm512_cvtps_epi32((__m512)(both[h] * scale));
-            uint8_t *at = to + row * STRETCH + h * LANES;
+        vec part[VECTORS], most = {0}, total = {0};
+        for (int v = 0; v < VECTORS; v++) {
+            part[v] = load(from + i + v * LANES);
+            most = larger(magnitude(part[v]), most);
+            total += part[v];
+        }
+        const float found = largest(most), reach = found > LEAST_REACH ? found : LEAST_REACH, scale = levels / reach;
+        const float all = sum(total);
+        Share32 share = {.step = reach * (1 / levels)};
+        ivec whole[VECTORS];
+        for (int v = 0; v < VECTORS; v++) {
+            whole[v] = nearest(part[v] * scale);
+            uint8_t *at = to + row * STRETCH + v * LANES;
             if (digits == 1) {
-                _mm_storeu_si128((__m128i *)at, _mm512_cvtepi32_epi8(whole[h]));
+                store_bytes(at, whole[v]);
+#if LANES == 8
+                store_words(to + words_at(1, rows) + 2 * (row * STRETCH + v * LANES), whole[v]);
+#endif
                 continue;
             }
-            const __m512i zeros = _mm512_set1_epi32(0x8080), pair = _mm512_xor_si512(_mm512_add_epi32(whole[h], zeros), zeros);
-            _mm_storeu_si128((__m128i *)at, _mm512_cvtepi32_epi8(_mm512_srli_epi32(pair, 8))); /* each from -128 to 127 */
-            _mm_storeu_si128((__m128i *)(at + rows * STRETCH), _mm512_cvtepi32_epi8(pair));
+            const uvec pair = ((uvec)whole[v] + 0x8080u) ^ 0x8080u;
+            store_bytes(at, (ivec)(pair >> 8)); /* each from -128 to 127 */
+            store_bytes(at + rows * STRETCH, (ivec)pair);
         }
-        const __m128i halves = both_sums(whole[0], whole[1]);
-        const int first = _mm_cvtsi128_si32(halves), second = _mm_extract_epi32(halves, 1);
+#if LANES == 16
+        const int first = whole_sum(whole[0]), second = whole_sum(whole[1]);
+#else
+        const int first = whole_sum(whole[0] + whole[1]), second = whole_sum(whole[2] + whole[3]);
+#endif
         if (!(all - all == 0)) share.step = all - all;
         share.sum = share.step * (float)(first + second);
         share.sums[0] = share.step * (float)first, share.sums[1] = share.step * (float)second;
-        memcpy(to + rows * digits * STRETCH + row * (long)sizeof share, &share, sizeof share);
+        memcpy(to + shares_at(digits, rows) + row * (long)sizeof share, &share, sizeof share);
     }
 }
 
-/* 16 whole numbers of 8 bits as float32. */
-INLINE __m512 from_bytes(const uint8_t *from) {
-    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)from)));
-}
+/* Whether something is added to what a stretch's numbers give. */
+INLINE int has_more(int kind) { return has_minima(kind) || !reads_words(kind); }
 
-/* Scales and minima of 16 outputs of stretch `s`, of each part that has its own. `kind` is a constant. */
-INLINE void load_terms(const int kind, const uint8_t *w, long s, __m512 *scales, __m512 *minima) {
-    const uint8_t *halves = kind >= Q4_K ? w + s / 8 * group_bytes(kind) : w + terms_at(kind, s), *terms = w + terms_at(kind, s);
+/* Scales and minima of LANES outputs of stretch `s`, from `o` on, of each part that has its own. `kind` is a constant. */
+INLINE void load_terms(const int kind, const uint8_t *w, long s, const int o, vec *scales, vec *minima) {
+    const uint8_t *halves = (kind >= Q4_K ? w + s / 8 * group_bytes(kind) : w + terms_at(kind, s)) + 2 * o;
+    const uint8_t *terms = w + terms_at(kind, s) + o;
     const int parts = scales_of(kind);
     for (int k = 0; k < parts; k++) {
-        scales[k] = (__m512)from_halves(halves);
-        if (kind >= Q4_K) scales[k] *= from_bytes(terms + k * ABREAST);
+        scales[k] = from_halves(halves);
+        if (kind >= Q4_K) scales[k] *= __builtin_convertvector(whole_signed(terms + k * ABREAST), vec);
         if (!has_minima(kind)) minima[k] = scales[k] * (float)-zero_of(kind);
-        else minima[k] = (__m512)from_halves(halves + 2 * ABREAST);
-        if (kind >= Q4_K && has_minima(kind)) minima[k] *= from_bytes(terms + (parts + k) * ABREAST);
+        else minima[k] = from_halves(halves + 2 * ABREAST);
+        if (kind >= Q4_K && has_minima(kind)) minima[k] *= __builtin_convertvector(whole_signed(terms + (parts + k) * ABREAST), vec);
     }
 }
 
 /* Bits of a line's numbers from a plane of `bits`, shifted to `to`; what comes along from beside them is for the caller
  * to mask. */
-INLINE __m512i from_plane(const uint8_t *plane, const int bits, const int line, const int to) {
-    typedef uint16_t words __attribute__((vector_size(64)));
+INLINE ivec from_plane(const uint8_t *plane, const int bits, const int line, const int to) {
+    typedef uint16_t words __attribute__((vector_size(4 * LANES)));
     const int shift = to - line / bits * bits;
-    const words there = (words)_mm512_loadu_si512(plane + 64 * (line % bits));
-    return (__m512i)(shift < 0 ? there >> (-shift & 15) : there << (shift & 15));
+    words there;
+    memcpy(&there, plane + 64 * (line % bits), sizeof there);
+    return (ivec)(shift < 0 ? there >> (-shift & 15) : there << (shift & 15));
 }
 
-/* The numbers of 16 outputs of stretch `s`, a byte each. `kind` is a constant. */
-INLINE void load_numbers(const int kind, const uint8_t *w, long s, __m512i *q) {
-    const int low = low_bits(kind), more = bits_of(kind) - low, together = stretches_of(kind);
-    const __m512i lowest = _mm512_set1_epi8((char)((1 << low) - 1)), above = _mm512_set1_epi8((char)(((1 << more) - 1) << low));
-    const __m128i sixteen = _mm_xor_si128(_mm_loadu_si128((const __m128i *)UNEVEN), _mm_set1_epi8((char)128));
-    const __m512i spread = _mm512_broadcast_i32x4(sixteen);
-    /* a line begun by one stretch and ended by the next is asked for by both: one that nobody asks for holds up all behind it */
-    const uint8_t *numbers = w + numbers_at(kind, s), *ahead = numbers + PACKED_AHEAD / together * group_bytes(kind);
+/* Asks for the stretch that comes PACKED_AHEAD behind `s`. A line begun by one stretch and ended by the next is asked for
+ * by both: one that nobody asks for holds up all behind it. */
+INLINE void ask_for_stretch(const int kind, const uint8_t *w, long s) {
+    const int together = stretches_of(kind);
+    const uint8_t *ahead = w + numbers_at(kind, s) + PACKED_AHEAD / together * group_bytes(kind);
     for (long at = together == 1 ? -head_bytes(kind) : 0; at < number_bytes(kind); at += 64) __builtin_prefetch(ahead + at, 0, 2);
     ahead = w + (s + PACKED_AHEAD) / together * group_bytes(kind);
     for (long at = s % together * 64; together > 1 && at < head_bytes(kind); at += 64 * together) __builtin_prefetch(ahead + at, 0, 2);
+}
+
+/* The numbers of LANES outputs of stretch `s`, from `o` on, a byte each: [8 lines]. `kind` is a constant. */
+INLINE void load_numbers(const int kind, const uint8_t *w, long s, const int o, ivec *q) {
+    const int low = low_bits(kind), more = bits_of(kind) - low;
+    const uint8_t *numbers = w + numbers_at(kind, s) + 4 * o;
+    const ivec lowest = (ivec){0} + ((1 << low) - 1) * 0x01010101, above = (ivec){0} + (((1 << more) - 1) << low) * 0x01010101;
 #pragma GCC unroll 8
     for (int line = 0; line < 8; line++) {
         q[line] = from_plane(numbers, low, line, 0);
-        if (low < 8) q[line] = _mm512_and_si512(q[line], lowest);
-        if (is_uneven(kind)) q[line] = _mm512_shuffle_epi8(spread, q[line]);
-        if (more) q[line] = _mm512_ternarylogic_epi32(q[line], from_plane(numbers + 64 * low, more, line, low), above, 0xf8); /* q | (b & c) */
+        if (low < 8) q[line] &= lowest;
+        if (is_uneven(kind)) q[line] = look_up(UNEVEN, q[line]);
+        if (more) q[line] = masked_or(q[line], from_plane(numbers + 64 * low, more, line, low), above);
     }
 }
 
 /* A total with what a stretch adds to it, `parts` of which have scales of their own: the dots of its digits, whatever
  * their number. */
-INLINE __m512 add_stretch(__m512 total, const int parts, const __m512i *whole, const uint8_t *shares, int row,
-                          const __m512 *scales, const __m512 *minima) {
+INLINE vec add_stretch(const int kind, vec total, const ivec *whole, const uint8_t *shares, int row, const vec *scales,
+                       const vec *minima) {
+    const int parts = scales_of(kind);
     Share32 share;
     memcpy(&share, shares + row * (long)sizeof share, sizeof share);
     for (int k = 0; k < parts; k++)
-        total = _mm512_fmadd_ps(_mm512_cvtepi32_ps(whole[k]), _mm512_mul_ps(scales[k], _mm512_set1_ps(share.step)), total);
-    for (int k = 0; k < parts; k++)
-        total = _mm512_fmadd_ps(minima[k], _mm512_set1_ps(parts == 1 ? share.sum : share.sums[k]), total);
+        total = fused(__builtin_convertvector(whole[k], vec), scales[k] * all(share.step), total);
+    for (int k = 0; k < parts && has_more(kind); k++)
+        total = fused(minima[k], all(parts == 1 ? share.sum : share.sums[k]), total);
     return total;
 }
 
-INLINE __m512i of_two_digits(__m512i high, __m512i low) { return _mm512_add_epi32(_mm512_slli_epi32(high, 8), low); }
+INLINE ivec of_two_digits(ivec high, ivec low) { return (high << 8) + low; }
+
+/* Dots of lines `from` to `end` of LANES outputs with one digit of a row. `kind` is a constant. */
+INLINE ivec digit_dots(const int kind, const ivec *q, const int from, const int end, const uint8_t *row) {
+    ivec total = {0};
+#if LANES == 16
+    (void)kind;
+#pragma GCC unroll 8
+    for (int k = from; k < end; k++) {
+        int32_t digits;
+        memcpy(&digits, row + 4 * k, sizeof digits);
+        total = (ivec)_mm512_dpbusd_epi32((__m512i)total, (__m512i)q[k], _mm512_set1_epi32(digits));
+    }
+#else
+    const int together = bits_of(kind) <= 4 ? 8 : bits_of(kind) == 5 ? 4 : 2; /* lines whose pairs' sums fit 16 bits */
+    SAME_PLACE(row);
+#pragma GCC unroll 8
+    for (int k = from; k < end; k += together) {
+        __m256i pairs = _mm256_setzero_si256();
+#pragma GCC unroll 8
+        for (int line = k; line < k + together; line++) {
+            if (line >= end) break;
+            int32_t digits;
+            memcpy(&digits, row + 4 * line, sizeof digits);
+            const __m256i found = _mm256_maddubs_epi16((__m256i)q[line], _mm256_set1_epi32(digits));
+            pairs = line == k ? found : _mm256_add_epi16(pairs, found);
+            HOLD(pairs); /* in this order: sorted anew, the sums would need more registers than there are */
+        }
+        total += (ivec)_mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
+    }
+#endif
+    return total;
+}
+
+#if LANES == 8
+/* Dots of 8 outputs of stretch `s`, from `o` on, with `count` (a constant) rows of words: found[rows]. */
+INLINE void word_dots(const int kind, const uint8_t *w, long s, const int o, const uint8_t *words, const int count, ivec *found) {
+    const uint8_t *numbers = w + numbers_at(kind, s) + 4 * o;
+    __m256i total[WORD_ROWS][2];
+    for (int r = 0; r < count; r++) total[r][0] = total[r][1] = _mm256_setzero_si256();
+#pragma GCC unroll 8
+    for (int line = 0; line < 8; line++) {
+        __m256i wide[2];
+        const ivec q = is_uneven(kind) ? look_up(UNEVEN, from_plane(numbers, 4, line, 0) & 0x0f0f0f0f) : (ivec){0};
+        for (int k = 0; k < 2; k++) {
+            const __m128i four = is_uneven(kind) ? _mm256_extracti128_si256((__m256i)q, k) : _mm_loadu_si128((const __m128i *)(numbers + 64 * line) + k);
+            wide[k] = _mm256_cvtepi8_epi16(four);
+            HOLD(wide[k]);
+        }
+        SAME_PLACE(words);
+        for (int r = 0; r < count; r++) {
+            int64_t four_words;
+            memcpy(&four_words, words + 2 * (r * STRETCH + 4 * line), sizeof four_words);
+            for (int k = 0; k < 2; k++) {
+                total[r][k] = _mm256_add_epi32(total[r][k], _mm256_madd_epi16(wide[k], _mm256_set1_epi64x(four_words)));
+                HOLD(total[r][k]);
+            }
+        }
+    }
+    for (int r = 0; r < count; r++) /* of 4 outputs two sums each */
+        found[r] = (ivec)_mm256_permute4x64_epi64(_mm256_hadd_epi32(total[r][0], total[r][1]), 0xd8);
+}
+#endif
 
 /* Dots of 16 outputs with `count` (a constant) of `rows` rows. `kind` and `digits` are constants. */
 INLINE void packed_vectors(const int kind, const int digits, const uint8_t *w, const uint8_t *x, int first, const int count, int rows,
                            long stretches, float (*out)[ABREAST]) {
     const int parts = scales_of(kind);
-    __m512 total[PACKED_ROWS], scales[2], minima[2];
-    for (int r = 0; r < count; r++) total[r] = _mm512_setzero_ps();
+    vec total[PACKED_ROWS][ABREAST / LANES];
+    for (int r = 0; r < count; r++)
+        for (int h = 0; h < ABREAST / LANES; h++) total[r][h] = (vec){0};
     for (long s = 0; s < stretches; s++, x += rows * row_bytes(STRETCH, digits)) {
-        __m512i q[8];
-        load_terms(kind, w, s, scales, minima);
-        load_numbers(kind, w, s, q);
         const uint8_t *high = x + first * STRETCH, *low = high + rows * STRETCH;
-        const uint8_t *shares = x + rows * digits * STRETCH + first * (long)sizeof(Share32);
-        for (int r = 0; r < count; r++) {
-            __m512i whole[2], sums[2];
+        const uint8_t *shares = x + shares_at(digits, rows) + first * (long)sizeof(Share32);
+        ask_for_stretch(kind, w, s);
 #pragma GCC unroll 2
-            for (int part = 0; part < parts; part++) {
-#pragma GCC unroll 2
-                for (int d = 0; d < digits; d++) {
-                    sums[d] = _mm512_setzero_si512();
-#pragma GCC unroll 8
-                    for (int k = part * 8 / parts; k < (part + 1) * 8 / parts; k++) {
-                        int32_t four_digits;
-                        memcpy(&four_digits, (d ? low : high) + r * STRETCH + 4 * k, sizeof four_digits);
-                        sums[d] = _mm512_dpbusd_epi32(sums[d], q[k], _mm512_set1_epi32(four_digits));
-                    }
+        for (int h = 0; h < ABREAST / LANES; h++) {
+            vec scales[2], minima[2];
+            ivec q[8];
+            load_terms(kind, w, s, h * LANES, scales, minima);
+#if LANES == 8
+            if (reads_words(kind)) {
+                const uint8_t *words = x + words_at(digits, rows) + 2 * first * STRETCH;
+                for (int r = 0; r < count; r += WORD_ROWS) {
+                    ivec whole[WORD_ROWS];
+                    word_dots(kind, w, s, h * LANES, words + 2 * r * STRETCH, count - r < WORD_ROWS ? count - r : WORD_ROWS, whole);
+                    for (int k = 0; k < WORD_ROWS && r + k < count; k++)
+                        total[r + k][h] = add_stretch(kind, total[r + k][h], whole + k, shares, r + k, scales, minima);
                 }
-                whole[part] = digits == 1 ? sums[0] : of_two_digits(sums[0], sums[1]);
+                continue;
             }
-            total[r] = add_stretch(total[r], parts, whole, shares, r, scales, minima);
+#endif
+            load_numbers(kind, w, s, h * LANES, q);
+            for (int r = 0; r < count; r++) {
+                ivec whole[2], sums[2];
+#pragma GCC unroll 2
+                for (int part = 0; part < parts; part++) {
+#pragma GCC unroll 2
+                    for (int d = 0; d < digits; d++)
+                        sums[d] = digit_dots(kind, q, part * 8 / parts, (part + 1) * 8 / parts, (d ? low : high) + r * STRETCH);
+                    whole[part] = digits == 1 ? sums[0] : of_two_digits(sums[0], sums[1]);
+                }
+                total[r][h] = add_stretch(kind, total[r][h], whole, shares, r, scales, minima);
+            }
         }
     }
-    for (int r = 0; r < count; r++) _mm512_storeu_ps(out[r], total[r]);
+    for (int r = 0; r < count; r++)
+        for (int h = 0; h < ABREAST / LANES; h++) store(out[r] + h * LANES, total[r][h]);
 }
 
 #ifdef HAVE_TILES
@@ -283,7 +420,7 @@ INLINE void packed_vectors(const int kind, const int digits, const uint8_t *w, c
  * long for what was just written, and so does who reads what they just found: a stretch is unpacked UNDER_WAY
  * stretches before it is multiplied, its sums are stored behind the next product and added to the totals behind one
  * more. ready: all its stretches unpacked, or NULL. */
-INLINE void packed_tiles(const int kind, const int digits, const uint8_t *w, const __m512i *ready, const uint8_t *x, int rows,
+INLINE void packed_tiles(const int kind, const int digits, const uint8_t *w, const ivec *ready, const uint8_t *x, int rows,
                          long stretches, float (*out)[ABREAST]) {
     const int others_rows = digits * rows > TILE_ROWS ? digits * rows - TILE_ROWS : 0;
     const uint8_t first = (uint8_t)(digits * rows - others_rows), other = (uint8_t)(others_rows ? others_rows : 1);
@@ -291,13 +428,16 @@ INLINE void packed_tiles(const int kind, const int digits, const uint8_t *w, con
     const uint16_t bytes[8] = {STRETCH, STRETCH, 64, 64, 64, 64, 64, 64};
     set_tiles(digits * rows + 4 * TILE_ROWS, counts, bytes);
     enum { UNDER_WAY = 2 };
-    __m512i wide[2 * UNDER_WAY][8], sums[2][2 * TILE_ROWS];
-    __m512 scales[2], minima[2], total[TILE_ROWS];
-    for (int r = 0; r < TILE_ROWS; r++) total[r] = _mm512_setzero_ps();
+    ivec wide[2 * UNDER_WAY][8], sums[2][2 * TILE_ROWS];
+    vec scales[2], minima[2], total[TILE_ROWS];
+    for (int r = 0; r < TILE_ROWS; r++) total[r] = (vec){0};
     const long ldx = rows * row_bytes(STRETCH, digits);
     for (long s = 0; s < stretches + UNDER_WAY + 2; s++) {
         const long t = s - UNDER_WAY, u = t - 2;
-        if (s < stretches && !ready) load_numbers(kind, w, s, wide[s % (2 * UNDER_WAY)]);
+        if (s < stretches && !ready) {
+            ask_for_stretch(kind, w, s);
+            load_numbers(kind, w, s, 0, wide[s % (2 * UNDER_WAY)]);
+        }
         if (t >= 0 && t < stretches) {
             const uint8_t *at = x + t * ldx;
             if (t & 1) MULTIPLY_TILES(3, 6, 7);
@@ -308,19 +448,19 @@ INLINE void packed_tiles(const int kind, const int digits, const uint8_t *w, con
             else STORE_TILES(6, 7, sums[1]);
         }
         if (u < 0) continue;
-        const __m512i *found = sums[u & 1];
-        load_terms(kind, w, u, scales, minima);
+        const ivec *found = sums[u & 1];
+        load_terms(kind, w, u, 0, scales, minima);
 #pragma GCC unroll 16
         for (int r = 0; r < rows; r++) {
-            const __m512i whole = digits == 1 ? found[r] : of_two_digits(found[r], found[rows + r]);
-            total[r] = add_stretch(total[r], 1, &whole, x + u * ldx + rows * digits * STRETCH, r, scales, minima);
+            const ivec whole = digits == 1 ? found[r] : of_two_digits(found[r], found[rows + r]);
+            total[r] = add_stretch(kind, total[r], &whole, x + u * ldx + shares_at(digits, rows), r, scales, minima);
         }
     }
 #pragma GCC unroll 16
-    for (int r = 0; r < rows; r++) _mm512_storeu_ps(out[r], total[r]);
+    for (int r = 0; r < rows; r++) store(out[r], total[r]);
 }
 #else
-INLINE void packed_tiles(const int kind, const int digits, const uint8_t *w, const __m512i *ready, const uint8_t *x, int rows,
+INLINE void packed_tiles(const int kind, const int digits, const uint8_t *w, const ivec *ready, const uint8_t *x, int rows,
                          long stretches, float (*out)[ABREAST]) {
     (void)kind, (void)digits, (void)w, (void)ready, (void)x, (void)rows, (void)stretches, (void)out;
 }
@@ -330,18 +470,21 @@ INLINE void packed_tiles(const int kind, const int digits, const uint8_t *w, con
 INLINE void packed_dots(const int kind, const int digits, const uint8_t *weight, const uint8_t *x, int n, int group, long inputs,
                         long first, long count, float *out, long ldo) {
     const long stretches = inputs / STRETCH;
-    __m512i unpacked[MOST_READY][8];
+    ivec unpacked[MOST_READY][8];
     const int has_tiles = may_use_tiles && scales_of(kind) == 1, is_ready = has_tiles && n > group && stretches <= MOST_READY;
     for (long o = first / ABREAST * ABREAST; o < first + count; o += ABREAST) {
         const uint8_t *w = weight + o / ABREAST * packed_bytes(kind, stretches);
         const long before = o < first ? first - o : 0, end = first + count - o < ABREAST ? first + count - o : ABREAST;
-        for (long s = 0; s < stretches && is_ready; s++) load_numbers(kind, w, s, unpacked[s]);
+        for (long s = 0; s < stretches && is_ready; s++) {
+            ask_for_stretch(kind, w, s);
+            load_numbers(kind, w, s, 0, unpacked[s]);
+        }
         for (int r = 0; r < n; r += group) {
             const int rows = n - r < group ? n - r : group;
             const uint8_t *at = x + r * row_bytes(inputs, digits);
             float found[TILE_ROWS][ABREAST];
             if (has_tiles && rows >= LEAST_PACKED_TILE_ROWS) {
-                const __m512i *ready = is_ready ? unpacked[0] : NULL;
+                const ivec *ready = is_ready ? unpacked[0] : NULL;
                 switch (is_common(kind) ? rows : 0) { /* where their number is a constant, totals stay in registers */
 #define ALL_ROWS(count) case count: packed_tiles(kind, digits, w, ready, at, count, stretches, found); break
                     ALL_ROWS(4); ALL_ROWS(5); ALL_ROWS(6); ALL_ROWS(7); ALL_ROWS(8); ALL_ROWS(16);
@@ -369,12 +512,11 @@ INLINE void packed_dots(const int kind, const int digits, const uint8_t *weight,
 static void any_packed_dots(int kind, const uint8_t *w, const uint8_t *x, int n, int group, long inputs, long first, long count,
                             float *out, long ldo) {
 #define PACKED_DOTS(kind)                                                                                              \
-    case FINE + kind: packed_dots(kind, 2, w, x, n, group, inputs, first, count, out, ldo); break;                     \
+    case FINE + kind: if (is_worth_packing(kind, 2)) packed_dots(kind, 2, w, x, n, group, inputs, first, count, out, ldo); break; \
     case COARSE + kind: packed_dots(kind, 1, w, x, n, group, inputs, first, count, out, ldo); break
     switch (kind) { PACKED_KINDS(PACKED_DOTS); }
 }
 #else
-enum { CAN_PACK = 0 };
 INLINE void pack_any(int kind, const uint8_t *w, long inputs, int outputs, uint8_t *to) {
     (void)kind, (void)w, (void)inputs, (void)outputs, (void)to;
 }
