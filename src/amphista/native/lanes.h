@@ -51,6 +51,16 @@ INLINE vec select_vec(ivec mask, vec yes, vec no) { return (vec)(((ivec)yes & ma
 #define HOLD(value) (void)0
 #endif
 
+/* total + a * b, rounded once, where the total is: where 16 registers hold 12 totals, compilers would move some to memory. */
+INLINE vec add_product(vec total, vec a, vec b) {
+#if LANES == 8
+    __asm__("vfmadd231ps %2, %1, %0" : "+x"(total) : "x"(a), "x"(b));
+    return total;
+#else
+    return total + a * b;
+#endif
+}
+
 /* Has what lies at a pointer loaded where it is used: compilers would keep it from an earlier use, where no register is free. */
 #define SAME_PLACE(pointer) __asm__ volatile("" : "+r"(pointer))
 

@@ -369,6 +369,7 @@ INLINE void packed_vectors(const int kind, const int digits, const uint8_t *w, c
 #if LANES == 8
             if (reads_words(kind)) {
                 const uint8_t *words = x + words_at(digits, rows) + 2 * first * STRETCH;
+#pragma GCC unroll 2
                 for (int r = 0; r < count; r += WORD_ROWS) {
                     ivec whole[WORD_ROWS];
                     word_dots(kind, w, s, h * LANES, words + 2 * r * STRETCH, count - r < WORD_ROWS ? count - r : WORD_ROWS, whole);

@@ -23,6 +23,8 @@ enum { TILE = 4, BLOCK = 32, LEVELS = 127, ZERO = 128, WIDE_INPUTS = 1 << 14, AH
 enum { FLOAT_ROWS = 6, BF16_ROWS = 6, INT8_ROWS = 8, BLOCK_ROWS = 8 };
 #elif LANES == 16
 enum { FLOAT_ROWS = 6, BF16_ROWS = 4, INT8_ROWS = 8, BLOCK_ROWS = 8 };
+#elif LANES == 8
+enum { FLOAT_ROWS = 3, BF16_ROWS = 2, INT8_ROWS = 4, BLOCK_ROWS = 1 };
 #else
 enum { FLOAT_ROWS = 2, BF16_ROWS = 2, INT8_ROWS = 1, BLOCK_ROWS = 1 };
 #endif
@@ -81,6 +83,19 @@ INLINE void float_tile(const float *w, long ldw, int valid, const float *x, long
     const char *ahead = (const char *)w + bytes_ahead(TILE * ldw * (long)sizeof *w, rows);
     long i = 0;
     for (; i + LANES <= len; i += LANES, ahead += TILE * sizeof(vec)) {
+#if LANES == 8 /* of 16 registers 12 hold the totals: rows stay in three, weights take turns in the last */
+        vec row[FLOAT_ROWS];
+        for (int r = 0; r < rows; r++) {
+            row[r] = load(x + r * ldx + i);
+            HOLD(row[r]);
+        }
+        for (int o = 0; o < TILE; o++) {
+            vec part = load(weight[o] + i);
+            HOLD(part);
+            ask_ahead(ahead + o * sizeof(vec), rows);
+            for (int r = 0; r < rows; r++) total[o][r] = add_product(total[o][r], part, row[r]);
+        }
+#else
         vec part[TILE];
         for (int o = 0; o < TILE; o++) {
             part[o] = load(weight[o] + i);
@@ -92,6 +107,7 @@ INLINE void float_tile(const float *w, long ldw, int valid, const float *x, long
             HOLD(row);
             for (int o = 0; o < TILE; o++) total[o][r] += part[o] * row;
         }
+#endif
     }
     if (i < len && !MUTANT(DROP_ODD)) {
         for (int r = 0; r < rows; r++) {
@@ -110,13 +126,25 @@ INLINE void float_tile(const float *w, long ldw, int valid, const float *x, long
     }
 }
 
+/* The first or second number of each lane, widened. */
+INLINE vec one_of_pairs(uvec pairs, const int odd) {
+    if (!odd) return (vec)(pairs << 16);
+#if LANES == 8 /* no register is free for the mask */
+    static const uvec high = {0xffff0000u, 0xffff0000u, 0xffff0000u, 0xffff0000u, 0xffff0000u, 0xffff0000u, 0xffff0000u, 0xffff0000u};
+    __asm__("vpand %1, %0, %0" : "+x"(pairs) : "m"(high));
+    return (vec)pairs;
+#else
+    return (vec)(pairs & 0xffff0000u);
+#endif
+}
+
 /* Adds the products of each lane's two numbers. */
 INLINE vec add_pairs(vec total, uvec w, uvec x) {
 #if LANES == 16 && defined(__AVX512BF16__)
     return (vec)_mm512_dpbf16_ps((__m512)total, (__m512bh)w, (__m512bh)x);
 #else
-    total += (vec)(w << 16) * (vec)(x << 16);
-    return total + (vec)(w & 0xffff0000u) * (vec)(x & 0xffff0000u);
+    total += one_of_pairs(w, 0) * one_of_pairs(x, 0);
+    return total + one_of_pairs(w, 1) * one_of_pairs(x, 1);
 #endif
 }
 
@@ -131,6 +159,21 @@ INLINE void bf16_tile(const uint16_t *w, long ldw, int valid, const uint16_t *x,
     const char *ahead = (const char *)w + bytes_ahead(TILE * ldw * (long)sizeof *w, rows);
     long i = 0;
     for (; i + 2 * LANES <= len; i += 2 * LANES, ahead += TILE * sizeof(vec)) {
+#if LANES == 8 /* as of float32: the first numbers of all pairs, then the second, which is the order of add_pairs, too */
+        for (int odd = 0; odd < 2; odd++) {
+            vec row[BF16_ROWS];
+            for (int r = 0; r < rows; r++) {
+                row[r] = one_of_pairs(*(const any_uvec *)(x + r * ldx + i), odd);
+                HOLD(row[r]);
+            }
+            for (int o = 0; o < TILE; o++) {
+                vec part = one_of_pairs(*(const any_uvec *)(weight[o] + i), odd);
+                HOLD(part);
+                if (odd) ask_ahead(ahead + o * sizeof(vec), rows);
+                for (int r = 0; r < rows; r++) total[o][r] = add_product(total[o][r], part, row[r]);
+            }
+        }
+#else
         uvec part[TILE];
         for (int o = 0; o < TILE; o++) {
             part[o] = *(const any_uvec *)(weight[o] + i);
@@ -142,6 +185,7 @@ INLINE void bf16_tile(const uint16_t *w, long ldw, int valid, const uint16_t *x,
             HOLD(row);
             for (int o = 0; o < TILE; o++) total[o][r] = add_pairs(total[o][r], part[o], row);
         }
+#endif
     }
     if (i < len && !MUTANT(DROP_ODD)) {
         for (int r = 0; r < rows; r++) {
@@ -256,21 +300,28 @@ INLINE void int8_tile(const int8_t *w, const int32_t *offsets, const uint8_t *x,
         for (int half = 0; half < 2; half++) _mm512_storeu_si512(out[r] + 16 * half, total[r][half]);
 #elif defined(__AVX2__)
     (void)offsets; /* |x| <= 127 times w with x's sign: pairs of products fit 16 bits, so nothing saturates */
-    for (int r = 0; r < rows; r++) {
-        __m256i total[4];
-        for (int part = 0; part < 4; part++) total[part] = _mm256_setzero_si256();
+    for (int part = 0; part < 4; part += 2) {
+        __m256i total[INT8_ROWS][2];
+        for (int r = 0; r < rows; r++) total[r][0] = total[r][1] = _mm256_setzero_si256();
         for (long s = 0; s < steps; s++) {
-            int32_t numbers;
-            memcpy(&numbers, x + r * ldx + 4 * s, sizeof numbers);
-            __m256i row = _mm256_xor_si256(_mm256_set1_epi32(numbers), _mm256_set1_epi8((char)ZERO));
-            __m256i size = _mm256_abs_epi8(row);
-            for (int part = 0; part < 4; part++) {
-                __m256i weight = _mm256_loadu_si256((const __m256i *)(w + 128 * s + 32 * part));
-                __m256i pairs = _mm256_maddubs_epi16(size, _mm256_sign_epi8(weight, row));
-                total[part] = _mm256_add_epi32(total[part], _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+            __m256i weight[2];
+            for (int k = 0; k < 2; k++) {
+                weight[k] = _mm256_loadu_si256((const __m256i *)(w + 128 * s + 32 * (part + k)));
+                HOLD(weight[k]);
+            }
+            for (int r = 0; r < rows; r++) {
+                int32_t numbers;
+                memcpy(&numbers, x + r * ldx + 4 * s, sizeof numbers);
+                __m256i row = _mm256_xor_si256(_mm256_set1_epi32(numbers), _mm256_set1_epi8((char)ZERO));
+                __m256i size = _mm256_abs_epi8(row);
+                for (int k = 0; k < 2; k++) {
+                    __m256i pairs = _mm256_maddubs_epi16(size, _mm256_sign_epi8(weight[k], row));
+                    total[r][k] = _mm256_add_epi32(total[r][k], _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+                }
             }
         }
-        for (int part = 0; part < 4; part++) _mm256_storeu_si256((__m256i *)(out[r] + 8 * part), total[part]);
+        for (int r = 0; r < rows; r++)
+            for (int k = 0; k < 2; k++) _mm256_storeu_si256((__m256i *)(out[r] + 8 * (part + k)), total[r][k]);
     }
 #else
     (void)offsets;
