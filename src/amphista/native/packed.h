@@ -329,12 +329,12 @@ INLINE void word_dots(const int kind, const uint8_t *w, long s, const int o, con
 #pragma GCC unroll 8
     for (int line = 0; line < 8; line++) {
         __m256i wide[2];
-        const ivec q = is_uneven(kind) ? look_up(UNEVEN, from_plane(numbers, 4, line, 0) & 0x0f0f0f0f) : (ivec){0};
-        for (int k = 0; k < 2; k++) {
-            const __m128i four = is_uneven(kind) ? _mm256_extracti128_si256((__m256i)q, k) : _mm_loadu_si128((const __m128i *)(numbers + 64 * line) + k);
-            wide[k] = _mm256_cvtepi8_epi16(four);
-            HOLD(wide[k]);
-        }
+        ivec q = from_plane(numbers, low_bits(kind), line, 0);
+        if (is_uneven(kind)) q = look_up(UNEVEN, q & 0x0f0f0f0f);
+        wide[0] = _mm256_cvtepi8_epi16(_mm256_castsi256_si128((__m256i)q));
+        wide[1] = _mm256_cvtepi8_epi16(_mm256_extracti128_si256((__m256i)q, 1));
+        HOLD(wide[0]);
+        HOLD(wide[1]);
         SAME_PLACE(words);
         for (int r = 0; r < count; r++) {
             int64_t four_words;

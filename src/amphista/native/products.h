@@ -112,7 +112,7 @@ INLINE void float_tile(const float *w, long ldw, int valid, const float *x, long
     if (i < len && !MUTANT(DROP_ODD)) {
         for (int r = 0; r < rows; r++) {
             vec row = load_part(x + r * ldx + i, len - i);
-            for (int o = 0; o < TILE; o++) total[o][r] += load_part(weight[o] + i, len - i) * row;
+            for (int o = 0; o < TILE; o++) total[o][r] = add_product(total[o][r], load_part(weight[o] + i, len - i), row);
         }
     }
     for (int r = 0; r < rows; r++) {
@@ -143,8 +143,8 @@ INLINE vec add_pairs(vec total, uvec w, uvec x) {
 #if LANES == 16 && defined(__AVX512BF16__)
     return (vec)_mm512_dpbf16_ps((__m512)total, (__m512bh)w, (__m512bh)x);
 #else
-    total += one_of_pairs(w, 0) * one_of_pairs(x, 0);
-    return total + one_of_pairs(w, 1) * one_of_pairs(x, 1);
+    total = add_product(total, one_of_pairs(w, 0), one_of_pairs(x, 0));
+    return add_product(total, one_of_pairs(w, 1), one_of_pairs(x, 1));
 #endif
 }
 
