@@ -88,7 +88,7 @@ INLINE long row_bytes(long inputs, int digits) {
 INLINE long words_at(int digits, int rows) { return (long)rows * digits * STRETCH; }
 INLINE long shares_at(int digits, int rows) { return rows * (digits * STRETCH + words_bytes(digits)); }
 
-#if LANES >= 8
+#if LANES == 8 || (LANES == 16 && defined(__AVX512VNNI__))
 
 /* Where float16 of a block of 256 lie that its terms are multiples of. */
 INLINE long block_terms_in_file(int kind) { return kind == Q6_K ? 208 : kind == Q3_K ? 108 : kind == Q2_K ? 80 : 0; }
