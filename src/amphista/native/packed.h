@@ -13,7 +13,8 @@
  * [16 outputs][4 inputs], cut into planes of bits, first of the low ones and then of what is above them: a byte of a plane
  * holds those of several lines. A plane of 2 bits is [2][16 outputs][4 inputs], line 0 in the lowest bits of the first,
  * line 1 in those of the second, line 2 above line 0.
- * Rows: for up to 16 at a time and each stretch [digits][rows][32], the high digits first, then Shares [rows].
+ * Rows: for up to 16 at a time and each stretch [digits][rows][32], the high digits first, then of AVX2 the only digit as
+ * words [rows][32], then Shares [rows].
  */
 #ifndef AMPHISTA_PACKED_H
 #define AMPHISTA_PACKED_H
@@ -66,7 +67,7 @@ INLINE long terms_at(int kind, long s) {
 #if LANES == 16 && defined(__AVX512VNNI__)
 enum { CAN_PACK = 1, HAS_WORDS = 0 };
 #elif LANES == 8
-enum { CAN_PACK = 1, HAS_WORDS = 1 }; /* numbers of 8 bits are multiplied in 16: of the rows' only digit there is a copy so wide */
+enum { CAN_PACK = 1, HAS_WORDS = 1 }; /* pairs of products of 8 bits do not fit 16: such numbers are multiplied as words */
 #else
 enum { CAN_PACK = 0, HAS_WORDS = 0 };
 #endif
