@@ -72,7 +72,7 @@ def test_drafters_of_half_precision_decode(target, drafters, name, dtype):
         drafter.commit(state, hidden[rows].to(dtype), next_ids[rows])
     logits = decoded(drafter, state, next_ids, len(IDS))
     error = (logits.float() - expected[-1]).norm() / expected[-1].norm()
-    assert 0 < float(error) < 0.1  # norms, sums and attention round, too
+    assert 0 < float(error) < (0.15 if dtype == torch.bfloat16 else 0.02)  # norms, sums and attention round, too
 
 
 @pytest.mark.parametrize("name", HEADS)
