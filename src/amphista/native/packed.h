@@ -13,8 +13,7 @@
  * [16 outputs][4 inputs], cut into planes of bits, first of the low ones and then of what is above them: a byte of a plane
  * holds those of several lines. A plane of 2 bits is [2][16 outputs][4 inputs], line 0 in the lowest bits of the first,
  * line 1 in those of the second, line 2 above line 0.
- * Rows: for up to 16 at a time and each stretch [digits][rows][32], the high digits first, then of AVX2 the only digit as
- * words [rows][32], then Shares [rows].
+ * Rows: for up to 16 at a time and each stretch [digits][rows][32], the high digits first, then Shares [rows].
  */
 #ifndef AMPHISTA_PACKED_H
 #define AMPHISTA_PACKED_H
@@ -22,7 +21,7 @@
 #include "blocks.h"
 #include "tiles.h"
 
-enum { ABREAST = 16, PACKED_ROWS = 8, WORD_ROWS = 4, LEAST_PACKED_TILE_ROWS = 4 };
+enum { ABREAST = 16, PACKED_ROWS = 8, LEAST_PACKED_TILE_ROWS = 4 };
 enum { PACKED_AHEAD = 24, MOST_READY = 128 }; /* stretches: asked for so early; unpacked at most for several groups of rows */
 #define LEAST_REACH 0x1p-110f /* of a stretch: so that its step is no subnormal number */
 enum { FINE = 32, COARSE = 64 }; /* added to the kind of the blocks */
@@ -64,30 +63,24 @@ INLINE long terms_at(int kind, long s) {
     return s / stretches_of(kind) * group_bytes(kind) + block_terms_bytes(kind) + s % stretches_of(kind) * terms_bytes(kind);
 }
 
-#if LANES == 16 && defined(__AVX512VNNI__)
-enum { CAN_PACK = 1, HAS_WORDS = 0 };
-#elif LANES == 8
-enum { CAN_PACK = 1, HAS_WORDS = 1 }; /* pairs of products of 8 bits do not fit 16: such numbers are multiplied as words */
+#if LANES == 8 || (LANES == 16 && defined(__AVX512VNNI__))
+enum { CAN_PACK = 1 };
 #else
-enum { CAN_PACK = 0, HAS_WORDS = 0 };
+enum { CAN_PACK = 0 };
 #endif
 
-/* Whether a kind's numbers, of 8 bits, are multiplied as words. */
-INLINE int reads_words(int kind) { return HAS_WORDS && (bits_of(kind) == 8 || is_uneven(kind)); }
+/* Whether numbers are multiplied as they are, their signs given to the row's: of 8 bits, raised to have none, AVX2's sums of
+ * two products would not fit 16 bits. */
+INLINE int has_signs(int kind) { return LANES == 8 && (bits_of(kind) == 8 || is_uneven(kind)); }
 /* What is taken off a number as it is multiplied; of uneven kinds, which are looked up, what they are raised by. */
 INLINE int zero_of(int kind) {
-    return reads_words(kind) ? 0 : kind == Q8_0 || is_uneven(kind) ? 128 : kind == Q6_K ? 32 : kind == Q5_0 ? 16 : kind == Q4_0 ? 8 : kind == Q3_K ? 4 : 0;
+    return has_signs(kind) ? 0 : kind == Q8_0 || is_uneven(kind) ? 128 : kind == Q6_K ? 32 : kind == Q5_0 ? 16 : kind == Q4_0 ? 8 : kind == Q3_K ? 4 : 0;
 }
-/* Whether rows in so many digits are quicker than in float32. */
-INLINE int is_worth_packing(int kind, int digits) { return CAN_PACK && terms_bytes(kind) && !(digits == 2 && reads_words(kind)); }
-/* Bytes of a stretch of a row behind its digits. */
-INLINE long words_bytes(int digits) { return HAS_WORDS && digits == 1 ? 2 * STRETCH : 0; }
-INLINE long row_bytes(long inputs, int digits) {
-    return inputs / STRETCH * (digits * STRETCH + words_bytes(digits) + (long)sizeof(Share32));
-}
-/* Where a stretch of `rows` rows has its words, and its shares. */
-INLINE long words_at(int digits, int rows) { return (long)rows * digits * STRETCH; }
-INLINE long shares_at(int digits, int rows) { return rows * (digits * STRETCH + words_bytes(digits)); }
+/* Whether rows in so many digits are quicker than in float32: two digits of numbers with signs are not. */
+INLINE int is_worth_packing(int kind, int digits) { return CAN_PACK && terms_bytes(kind) && !(digits == 2 && has_signs(kind)); }
+INLINE long row_bytes(long inputs, int digits) { return inputs / STRETCH * (digits * STRETCH + (long)sizeof(Share32)); }
+/* Where a stretch of `rows` rows has its shares. */
+INLINE long shares_at(int digits, int rows) { return (long)rows * digits * STRETCH; }
 
 #if LANES == 8 || (LANES == 16 && defined(__AVX512VNNI__))
 
@@ -171,10 +164,6 @@ INLINE void store_bytes(uint8_t *to, ivec value) {
     const __m256i bytes = _mm256_shuffle_epi8((__m256i)value, lowest);
     _mm_storel_epi64((__m128i *)to, _mm_unpacklo_epi32(_mm256_castsi256_si128(bytes), _mm256_extracti128_si256(bytes, 1)));
 }
-INLINE void store_words(uint8_t *to, ivec value) { /* of numbers that fit */
-    const __m256i pairs = _mm256_packs_epi32((__m256i)value, (__m256i)value);
-    _mm_storeu_si128((__m128i *)to, _mm256_castsi256_si128(_mm256_permute4x64_epi64(pairs, 0x08)));
-}
 INLINE int whole_sum(ivec value) {
     const __m128i four = _mm_add_epi32(_mm256_castsi256_si128((__m256i)value), _mm256_extracti128_si256((__m256i)value, 1));
     const __m128i two = _mm_hadd_epi32(four, four);
@@ -201,9 +190,6 @@ static void digits_of(const float *from, long inputs, int digits, int row, int r
             uint8_t *at = to + row * STRETCH + v * LANES;
             if (digits == 1) {
                 store_bytes(at, whole[v]);
-#if LANES == 8
-                store_words(to + words_at(1, rows) + 2 * (row * STRETCH + v * LANES), whole[v]);
-#endif
                 continue;
             }
             const uvec pair = ((uvec)whole[v] + 0x8080u) ^ 0x8080u;
@@ -223,7 +209,7 @@ static void digits_of(const float *from, long inputs, int digits, int row, int r
 }
 
 /* Whether something is added to what a stretch's numbers give. */
-INLINE int has_more(int kind) { return has_minima(kind) || !reads_words(kind); }
+INLINE int has_more(int kind) { return has_minima(kind) || !has_signs(kind); }
 
 /* Scales and minima of LANES outputs of stretch `s`, from `o` on, of each part that has its own. `kind` is a constant. */
 INLINE void load_terms(const int kind, const uint8_t *w, long s, const int o, vec *scales, vec *minima) {
@@ -322,32 +308,24 @@ INLINE ivec digit_dots(const int kind, const ivec *q, const int from, const int 
 }
 
 #if LANES == 8
-/* Dots of 8 outputs of stretch `s`, from `o` on, with `count` (a constant) rows of words: found[rows]. */
-INLINE void word_dots(const int kind, const uint8_t *w, long s, const int o, const uint8_t *words, const int count, ivec *found) {
+/* Dots of 8 outputs of stretch `s`, from `o` on, with `count` (a constant) rows of one digit: found[rows]. */
+INLINE void signed_dots(const int kind, const uint8_t *w, long s, const int o, const uint8_t *rows, const int count, ivec *found) {
     const uint8_t *numbers = w + numbers_at(kind, s) + 4 * o;
-    __m256i total[WORD_ROWS][2];
-    for (int r = 0; r < count; r++) total[r][0] = total[r][1] = _mm256_setzero_si256();
+    for (int r = 0; r < count; r++) found[r] = (ivec){0};
 #pragma GCC unroll 8
     for (int line = 0; line < 8; line++) {
-        __m256i wide[2];
         ivec q = from_plane(numbers, low_bits(kind), line, 0);
         if (is_uneven(kind)) q = look_up(UNEVEN, q & 0x0f0f0f0f);
-        wide[0] = _mm256_cvtepi8_epi16(_mm256_castsi256_si128((__m256i)q));
-        wide[1] = _mm256_cvtepi8_epi16(_mm256_extracti128_si256((__m256i)q, 1));
-        HOLD(wide[0]);
-        HOLD(wide[1]);
-        SAME_PLACE(words);
+        const __m256i sizes = _mm256_abs_epi8((__m256i)q);
+        SAME_PLACE(rows);
         for (int r = 0; r < count; r++) {
-            int64_t four_words;
-            memcpy(&four_words, words + 2 * (r * STRETCH + 4 * line), sizeof four_words);
-            for (int k = 0; k < 2; k++) {
-                total[r][k] = _mm256_add_epi32(total[r][k], _mm256_madd_epi16(wide[k], _mm256_set1_epi64x(four_words)));
-                HOLD(total[r][k]);
-            }
+            int32_t digits;
+            memcpy(&digits, rows + r * STRETCH + 4 * line, sizeof digits);
+            const __m256i pairs = _mm256_maddubs_epi16(sizes, _mm256_sign_epi8(_mm256_set1_epi32(digits), (__m256i)q));
+            found[r] += (ivec)_mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
+            HOLD(found[r]);
         }
     }
-    for (int r = 0; r < count; r++) /* of 4 outputs two sums each */
-        found[r] = (ivec)_mm256_permute4x64_epi64(_mm256_hadd_epi32(total[r][0], total[r][1]), 0xd8);
 }
 #endif
 
@@ -368,15 +346,11 @@ INLINE void packed_vectors(const int kind, const int digits, const uint8_t *w, c
             ivec q[8];
             load_terms(kind, w, s, h * LANES, scales, minima);
 #if LANES == 8
-            if (reads_words(kind)) {
-                const uint8_t *words = x + words_at(digits, rows) + 2 * first * STRETCH;
-#pragma GCC unroll 2
-                for (int r = 0; r < count; r += WORD_ROWS) {
-                    ivec whole[WORD_ROWS];
-                    word_dots(kind, w, s, h * LANES, words + 2 * r * STRETCH, count - r < WORD_ROWS ? count - r : WORD_ROWS, whole);
-                    for (int k = 0; k < WORD_ROWS && r + k < count; k++)
-                        total[r + k][h] = add_stretch(kind, total[r + k][h], whole + k, shares, r + k, scales, minima);
-                }
+            if (has_signs(kind)) {
+                ivec whole[PACKED_ROWS];
+                signed_dots(kind, w, s, h * LANES, high, count, whole);
+                for (int r = 0; r < count; r++)
+                    total[r][h] = add_stretch(kind, total[r][h], whole + r, shares, r, scales, minima);
                 continue;
             }
 #endif
