@@ -1,8 +1,7 @@
 /* What queries of one key head see: scores of keys, their exponentials, sums of values so weighted.
  *
  * Keys and values are rows of `size` numbers, float32 or bfloat16; a query is one as prepare() leaves it, `wide` words of
- * 4 bytes. A score has the same bits wherever it is worked out: LANES keys are turned so that each has a lane, which runs
- * along the words one by one, even and odd ones apart; or, of vectors that are quick to add up, its lanes are added by
+ * 4 bytes. A score has the same bits wherever it is worked out: its vectors are summed in their order, then their lanes by
  * the same tree for each.
  */
 #ifndef AMPHISTA_ATTENTION_H
@@ -13,7 +12,7 @@
 #include "products.h"
 
 enum { WIDENED = 32, MOST_WIDENED = 128 }; /* rows of values at once, and their size */
-enum { SCORED = 4, AHEAD_OF_CACHE = 4096 }; /* queries that read keys together; bytes: how early rows are asked for */
+enum { AHEAD_OF_CACHE = 4096 }; /* bytes: how early rows are asked for */
 #if LANES == 16
 enum { MIX_VECTORS = 4 };
 #else
@@ -26,7 +25,7 @@ typedef struct {
     long size, wide;
 } Cached;
 
-/* Numbers of 4 bytes that n queries take as rows, and LANES keys turned. */
+/* Numbers of 4 bytes that n queries take as rows, and LANES keys. */
 INLINE long queries_room(long n, long wide) { return (n + LANES) * wide; }
 
 /* Adds the products of each word's number, or two numbers of 16 bits. */
@@ -34,9 +33,9 @@ INLINE vec add_words(const int kind, vec total, uvec w, uvec x) {
     return kind == FLOAT32 ? total + (vec)w * (vec)x : add_pairs(total, w, x);
 }
 
-#if LANES == 16
-/* The sums of 16 vectors' lanes, side by side. */
+/* The sums of LANES vectors' lanes, side by side. */
 INLINE vec sums_of(const vec *v) {
+#if LANES == 16
     __m512 twos[8], fours[4], eights[2];
     for (int i = 0; i < 8; i++) {
         const __m512 a = (__m512)v[2 * i], b = (__m512)v[2 * i + 1];
@@ -49,14 +48,22 @@ INLINE vec sums_of(const vec *v) {
 #define HALVES_ADDED(a, b) _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd))
     for (int i = 0; i < 2; i++) eights[i] = HALVES_ADDED(fours[2 * i], fours[2 * i + 1]);
     return (vec)HALVES_ADDED(eights[0], eights[1]);
+#elif LANES == 8
+#define ADDED(at) _mm256_hadd_ps((__m256)v[at], (__m256)v[at + 1])
+    const __m256 low = _mm256_hadd_ps(ADDED(0), ADDED(2)), high = _mm256_hadd_ps(ADDED(4), ADDED(6)); /* of both halves */
+    return (vec)_mm256_add_ps(_mm256_permute2f128_ps(low, high, 0x20), _mm256_permute2f128_ps(low, high, 0x31));
+#else
+    return sums(v[0], v[1], v[2], v[3]);
+#endif
 }
 
 /* Scores of one query with `num` keys, one after the other; of others 0. `kind` and `num` are constants, and for heads of
  * many models `size`. */
 INLINE void score_keys(const int kind, const int num, const long size, const char *keys, const float *query, float *out) {
-    const long bytes = size * (kind == FLOAT32 ? 4 : 2), whole = bytes / 64 * 64, rest = size - whole / (kind == FLOAT32 ? 4 : 2);
+    const long each = kind == FLOAT32 ? 4 : 2, step = sizeof(vec), bytes = size * each, whole = bytes / step * step;
+    const long rest = size - whole / each;
     vec parts[LANES] = {{0}};
-    for (long at = 0; at < whole; at += 64) {
+    for (long at = 0; at < whole; at += step) {
         const uvec x = (uvec)load(query + at / 4);
 #pragma GCC unroll 16
         for (int k = 0; k < num; k++) parts[k] = add_words(kind, parts[k], *(const any_uvec *)(keys + k * bytes + at), x);
@@ -92,63 +99,10 @@ INLINE void score_block(const Cached *c, const any_word *const *keys, long valid
     if (c->kind == FLOAT32) { SCORE_KIND(FLOAT32) }
     else { SCORE_KIND(BFLOAT16) }
 }
-#else
-/* The words of LANES keys side by side, an even number: behind their own zeros. */
-static long turn_keys(const Cached *c, const any_word *const *keys, uint32_t *columns) {
-    const long whole = c->kind == FLOAT32 ? c->size : c->size / 2, has_half = c->kind != FLOAT32 && c->size % 2;
-    const long words = (whole + has_half + 1) / 2 * 2;
-    uvec *to = (uvec *)columns;
-    for (long i = 0; i + 4 <= whole; i += 4) turn_words(keys, i, to + i);
-    for (long i = whole / 4 * 4; i < words; i++)
-        for (int lane = 0; lane < LANES; lane++)
-            if (i < whole) to[i][lane] = keys[lane][i];
-            else to[i][lane] = i == whole && has_half ? *(const any_half *)(keys[lane] + i) : 0;
-    return words;
-}
-
-/* Scores of `n` (a constant) queries with LANES keys, turned. `kind` is a constant. */
-INLINE void score_few(const int kind, const uint32_t *columns, long words, const float *queries, long wide, const int n,
-                      float *out, long ldo) {
-    vec even[SCORED], odd[SCORED];
-    for (int q = 0; q < n; q++) even[q] = odd[q] = (vec){0};
-    for (long i = 0; i < words; i += 2) {
-        uvec first = (uvec)load((const float *)columns + i * LANES), second = (uvec)load((const float *)columns + (i + 1) * LANES);
-        HOLD(first);
-        HOLD(second);
-        for (int q = 0; q < n; q++) {
-            even[q] = add_words(kind, even[q], first, (uvec)all(queries[q * wide + i]));
-            odd[q] = add_words(kind, odd[q], second, (uvec)all(queries[q * wide + i + 1]));
-        }
-    }
-    for (int q = 0; q < n; q++) store(out + q * ldo, even[q] + odd[q]);
-}
-
-/* Scores of n queries [n][wide] with LANES keys. */
-static void score_block(const Cached *c, const any_word *const *keys, long valid, const float *queries, int n, uint32_t *columns,
-                        float *out, long ldo) {
-    (void)valid;
-    const long words = turn_keys(c, keys, columns);
-    for (int q = 0; q < n; q += SCORED) {
-        const float *from = queries + q * c->wide;
-        float *to = out + q * ldo;
-#define SCORE(kind, number) score_few(kind, columns, words, from, c->wide, number, to, ldo)
-#define SCORE_KIND(kind)                                                                                               \
-    switch (n - q) {                                                                                                   \
-        case 1: SCORE(kind, 1); break;                                                                                 \
-        case 2: SCORE(kind, 2); break;                                                                                 \
-        case 3: SCORE(kind, 3); break;                                                                                 \
-        default: SCORE(kind, 4);                                                                                       \
-    }
-        if (c->kind == FLOAT32) SCORE_KIND(FLOAT32)
-        else SCORE_KIND(BFLOAT16)
-    }
-}
-#endif
-
 /* Scores of n queries [n][wide] with `count` keys: cache rows from `first` on or, of these, rows[at]. Whole vectors are
- * stored: there is room behind. columns: room for LANES keys. */
+ * stored: there is room behind. room: for LANES keys. */
 static void score(const Cached *c, const char *keys, int64_t first, const int32_t *rows, long count, const float *queries,
-                  int n, uint32_t *columns, float *out, long ldo) {
+                  int n, uint32_t *room, float *out, long ldo) {
     const long bytes = c->size * (c->kind == FLOAT32 ? 4 : 2);
     for (long at = 0; at < count; at += LANES) {
         const any_word *key[LANES];
@@ -158,7 +112,7 @@ static void score(const Cached *c, const char *keys, int64_t first, const int32_
         }
         for (long byte = 0; byte < LANES * bytes && !rows; byte += 64)
             __builtin_prefetch((const char *)key[0] + AHEAD_OF_CACHE + byte, 0, 2);
-        score_block(c, key, count - at, queries, n, columns, out + at, ldo);
+        score_block(c, key, count - at, queries, n, room, out + at, ldo);
     }
 }
 

@@ -396,7 +396,7 @@ static void attend(const Stack *m, const Layer *layer, int l, const Batch *f, co
     const int64_t at_prefix = (int64_t)(head / (m->heads / m->key_heads)) * f->prefix_rows;
     const Cached c = {m->cache_kind, size, wide};
     float *scores = w->own_scores[thread], *mix = w->own_mix[thread], *queries = mix + n * wide;
-    uint32_t *columns = (uint32_t *)(queries + n * wide);
+    uint32_t *room = (uint32_t *)(queries + n * wide);
     int32_t *path = w->own_path[thread];
     const int position = w->position[part->row], reach = layer->window + MUTANT(WIDE_WINDOW);
     const int first = layer->window && position >= reach ? position - reach + 1 : 0; /* parts of windows are one row */
@@ -407,15 +407,15 @@ static void attend(const Stack *m, const Layer *layer, int l, const Batch *f, co
     for (int r = 0; r < part->count; r++)
         memcpy(queries + r * num_heads * wide, w->queries + ((long)(part->row + r) * m->heads + head) * wide,
                (size_t)(num_heads * wide) * sizeof *queries);
-    score(&c, keys, first, NULL, committed, queries, (int)n, columns, scores, ldw);
+    score(&c, keys, first, NULL, committed, queries, (int)n, room, scores, ldw);
     for (int r = 0; r < part->count; r++) {
         const int count = path_of(f, w, span, part->row + r, skipped, path);
         const long prefix = prefix_of(f, part->row + r);
         float *own = scores + r * num_heads * ldw;
         const float *query = queries + r * num_heads * wide;
-        score(&c, keys, span->committed, path, count, query, num_heads, columns, own + committed, ldw);
+        score(&c, keys, span->committed, path, count, query, num_heads, room, own + committed, ldw);
         if (prefix)
-            score(&c, f->prefix_keys[l], at_prefix, NULL, prefix, query, num_heads, columns, own + committed + count, ldw);
+            score(&c, f->prefix_keys[l], at_prefix, NULL, prefix, query, num_heads, room, own + committed + count, ldw);
         for (int h = 0; h < num_heads && m->score_cap; h++) cap_row(own + h * ldw, committed + count + prefix, m->score_cap);
         for (int h = 0; h < num_heads; h++) { /* the sum lies at the end of the line, behind the padding */
             const long seen = committed + count + prefix;
