@@ -98,7 +98,7 @@ def forward_of(name: str, type_name: str, flags: tuple[str, ...]) -> tuple[Nativ
     target = Target(model, name=name)
     with pytest.MonkeyPatch.context() as patch:
         if flags != FLAGS["native"]:  # weights must not be packed for another build than the one that reads them
-            patch.setattr(Weight, "packed_size", lambda weight, flags=None, is_coarse=False: 0)
+            patch.setattr(Weight, "packed_size", lambda weight, flags=None: 0)
         lean = LeanModel(model, product=RoundedLinear if type_name == "int8" else PlainLinear)
     return NativeForward(lean, windows_of(lean, target.spec.max_positions), flags=flags), target
 

@@ -1,7 +1,7 @@
 /* Blocks of 2 to 8 bits packed for products of whole numbers.
  *
  * A row is cut into stretches of 32 numbers, each a whole number times a step of the stretch's own. FINE: of 16 bits, in
- * two digits to the base 256. COARSE: of 8 bits, one digit, as in llama.cpp. Digits times a block's numbers are sums of
+ * two digits to the base BASE. COARSE: of 8 bits, one digit, as in llama.cpp. Digits times a block's numbers are sums of
  * whole numbers, which vectors and matrix units work out alike, whatever the order; scales and minima follow in float32,
  * stretch by stretch. So a row's product has the same bits whatever is beside it. Minima are times the sum of the *rounded*
  * numbers: what rounding takes from both parts of a weight then mostly cancels.
@@ -69,6 +69,9 @@ enum { CAN_PACK = 1 };
 enum { CAN_PACK = 0 };
 #endif
 
+/* Of two digits of a row. AVX2 negates digits, and -128 has no negative: to this base there is none. */
+enum { BASE = LANES == 8 ? 254 : 256 };
+
 /* Whether numbers are multiplied as they are, their signs given to the row's: of 8 bits, raised to have none, AVX2's sums of
  * two products would not fit 16 bits. */
 INLINE int has_signs(int kind) { return LANES == 8 && (bits_of(kind) == 8 || is_uneven(kind)); }
@@ -76,8 +79,7 @@ INLINE int has_signs(int kind) { return LANES == 8 && (bits_of(kind) == 8 || is_
 INLINE int zero_of(int kind) {
     return has_signs(kind) ? 0 : kind == Q8_0 || is_uneven(kind) ? 128 : kind == Q6_K ? 32 : kind == Q5_0 ? 16 : kind == Q4_0 ? 8 : kind == Q3_K ? 4 : 0;
 }
-/* Whether rows in so many digits are quicker than in float32: two digits of numbers with signs are not. */
-INLINE int is_worth_packing(int kind, int digits) { return CAN_PACK && terms_bytes(kind) && !(digits == 2 && has_signs(kind)); }
+INLINE int can_pack(int kind) { return CAN_PACK && terms_bytes(kind); }
 INLINE long row_bytes(long inputs, int digits) { return inputs / STRETCH * (digits * STRETCH + (long)sizeof(Share32)); }
 /* Where a stretch of `rows` rows has its shares. */
 INLINE long shares_at(int digits, int rows) { return (long)rows * digits * STRETCH; }
@@ -173,7 +175,7 @@ INLINE int whole_sum(ivec value) {
 
 /* One of `rows` rows, `inputs` numbers, as digits; what is not finite makes all its products NaN. */
 static void digits_of(const float *from, long inputs, int digits, int row, int rows, uint8_t *to) {
-    const float levels = digits == 1 ? 0x7f : 0x7f7f;
+    const float levels = digits == 1 ? 127 : 127 * BASE + BASE / 2 - 1;
     for (long i = 0; i < inputs; i += STRETCH, to += rows * row_bytes(STRETCH, digits)) {
         vec part[VECTORS], most = {0}, total = {0};
         for (int v = 0; v < VECTORS; v++) {
@@ -192,9 +194,13 @@ static void digits_of(const float *from, long inputs, int digits, int row, int r
                 store_bytes(at, whole[v]);
                 continue;
             }
-            const uvec pair = ((uvec)whole[v] + 0x8080u) ^ 0x8080u;
-            store_bytes(at, (ivec)(pair >> 8)); /* each from -128 to 127 */
-            store_bytes(at + rows * STRETCH, (ivec)pair);
+#if LANES == 8
+            const ivec high = nearest(__builtin_convertvector(whole[v], vec) * (1.0f / BASE)), low = whole[v] - high * BASE;
+#else
+            const ivec low = (ivec)(((uvec)whole[v] + 0x8080u) ^ 0x8080u), high = (ivec)((uvec)low >> 8); /* each from -128 to 127 */
+#endif
+            store_bytes(at, high);
+            store_bytes(at + rows * STRETCH, low);
         }
 #if LANES == 16
         const int first = whole_sum(whole[0]), second = whole_sum(whole[1]);
@@ -273,7 +279,7 @@ INLINE vec add_stretch(const int kind, vec total, const ivec *whole, const uint8
     return total;
 }
 
-INLINE ivec of_two_digits(ivec high, ivec low) { return (high << 8) + low; }
+INLINE ivec of_two_digits(ivec high, ivec low) { return (high << 8) - (256 - BASE) * high + low; }
 
 /* Dots of lines `from` to `end` of LANES outputs with one digit of a row. `kind` is a constant. */
 INLINE ivec digit_dots(const int kind, const ivec *q, const int from, const int end, const uint8_t *row) {
@@ -308,24 +314,30 @@ INLINE ivec digit_dots(const int kind, const ivec *q, const int from, const int 
 }
 
 #if LANES == 8
-/* Dots of 8 outputs of stretch `s`, from `o` on, with `count` (a constant) rows of one digit: found[rows]. */
-INLINE void signed_dots(const int kind, const uint8_t *w, long s, const int o, const uint8_t *rows, const int count, ivec *found) {
-    const uint8_t *numbers = w + numbers_at(kind, s) + 4 * o;
-    for (int r = 0; r < count; r++) found[r] = (ivec){0};
+/* Dots of 8 outputs of stretch `s`, from `o` on, with all digits of `count` (a constant) of `rows` rows: whole[row]. */
+INLINE void signed_dots(const int kind, const int digits, const uint8_t *w, long s, const int o, const uint8_t *x, const int count, int rows,
+                        ivec *whole) {
+    const uint8_t *numbers = w + numbers_at(kind, s) + 4 * o, *row[2] = {x, x + rows * STRETCH};
+    ivec found[2][PACKED_ROWS];
+    for (int d = 0; d < digits; d++)
+        for (int r = 0; r < count; r++) found[d][r] = (ivec){0};
 #pragma GCC unroll 8
     for (int line = 0; line < 8; line++) {
         ivec q = from_plane(numbers, low_bits(kind), line, 0);
         if (is_uneven(kind)) q = look_up(UNEVEN, q & 0x0f0f0f0f);
         const __m256i sizes = _mm256_abs_epi8((__m256i)q);
-        SAME_PLACE(rows);
-        for (int r = 0; r < count; r++) {
-            int32_t digits;
-            memcpy(&digits, rows + r * STRETCH + 4 * line, sizeof digits);
-            const __m256i pairs = _mm256_maddubs_epi16(sizes, _mm256_sign_epi8(_mm256_set1_epi32(digits), (__m256i)q));
-            found[r] += (ivec)_mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
-            HOLD(found[r]);
+        for (int d = 0; d < digits; d++) {
+            SAME_PLACE(row[d]);
+            for (int r = 0; r < count; r++) {
+                int32_t four_digits;
+                memcpy(&four_digits, row[d] + r * STRETCH + 4 * line, sizeof four_digits);
+                const __m256i pairs = _mm256_maddubs_epi16(sizes, _mm256_sign_epi8(_mm256_set1_epi32(four_digits), (__m256i)q));
+                found[d][r] += (ivec)_mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
+                HOLD(found[d][r]);
+            }
         }
     }
+    for (int r = 0; r < count; r++) whole[r] = digits == 1 ? found[0][r] : of_two_digits(found[0][r], found[1][r]);
 }
 #endif
 
@@ -348,7 +360,10 @@ INLINE void packed_vectors(const int kind, const int digits, const uint8_t *w, c
 #if LANES == 8
             if (has_signs(kind)) {
                 ivec whole[PACKED_ROWS];
-                signed_dots(kind, w, s, h * LANES, high, count, whole);
+                const int most = PACKED_ROWS / digits;
+#pragma GCC unroll 2
+                for (int r = 0; r < count; r += most)
+                    signed_dots(kind, digits, w, s, h * LANES, high + r * STRETCH, count - r < most ? count - r : most, rows, whole + r);
                 for (int r = 0; r < count; r++)
                     total[r][h] = add_stretch(kind, total[r][h], whole + r, shares, r, scales, minima);
                 continue;
@@ -488,7 +503,7 @@ INLINE void packed_dots(const int kind, const int digits, const uint8_t *weight,
 static void any_packed_dots(int kind, const uint8_t *w, const uint8_t *x, int n, int group, long inputs, long first, long count,
                             float *out, long ldo) {
 #define PACKED_DOTS(kind)                                                                                              \
-    case FINE + kind: if (is_worth_packing(kind, 2)) packed_dots(kind, 2, w, x, n, group, inputs, first, count, out, ldo); break; \
+    case FINE + kind: packed_dots(kind, 2, w, x, n, group, inputs, first, count, out, ldo); break; \
     case COARSE + kind: packed_dots(kind, 1, w, x, n, group, inputs, first, count, out, ldo); break
     switch (kind) { PACKED_KINDS(PACKED_DOTS); }
 }

@@ -24,10 +24,9 @@ void amphista_product(const Product *p, const float *rows, int64_t n, float *out
     }
 }
 
-/* Bytes of blocks of a kind as packed.h has them, for rows in so many digits; 0 where that is not quicker, or not for
- * this kind. */
-int64_t amphista_packed_size(int kind, int64_t outputs, int64_t inputs, int digits) {
-    if (is_packed(kind) || !is_worth_packing(kind, digits)) return 0;
+/* Bytes of blocks of a kind as packed.h has them; 0 where that is not quicker, or not for this kind. */
+int64_t amphista_packed_size(int kind, int64_t outputs, int64_t inputs) {
+    if (is_packed(kind) || !can_pack(kind)) return 0;
     return (outputs + ABREAST - 1) / ABREAST * packed_bytes(kind, inputs / STRETCH);
 }
 

@@ -108,12 +108,11 @@ class Weight:
         bias = None if bias is None else bias.detach().float().clone()
         return cls(outputs, inputs, BLOCK_KINDS[size], blocks.contiguous(), bias=bias)
 
-    def packed_size(self, flags: tuple[str, ...] | None = None, *, is_coarse: bool = False) -> int:
+    def packed_size(self, flags: tuple[str, ...] | None = None) -> int:
         """Bytes of its blocks as products of whole numbers read them; 0 where that is not quicker."""
         size = load(flags).amphista_packed_size
         size.restype = ctypes.c_int64
-        sizes = ctypes.c_int64(self.num_outputs), ctypes.c_int64(self.num_inputs)
-        return int(size(self.kind, *sizes, 1 if is_coarse else 2))
+        return int(size(self.kind, ctypes.c_int64(self.num_outputs), ctypes.c_int64(self.num_inputs)))
 
     def packed(
         self, arena: Arena | None = None, flags: tuple[str, ...] | None = None, *, is_coarse: bool = False
@@ -122,7 +121,7 @@ class Weight:
 
         is_coarse: for rows of 8 bits, not of 16.
         """
-        library, size = load(flags), self.packed_size(flags, is_coarse=is_coarse)
+        library, size = load(flags), self.packed_size(flags)
         if not size:
             return self
         place = torch.empty(size, dtype=torch.uint8) if arena is None else arena.empty(size)

@@ -198,7 +198,7 @@ def check_coarse(model: nn.Module) -> None:
         weights = [module.native] if isinstance(module, BlockedLinear) else []
         if isinstance(module, BlockedExperts):
             weights = [part[0] for part in module.weights]
-        if not name.endswith(NOT_ROUNDED) and not all(weight.packed_size(is_coarse=True) for weight in weights):
+        if not name.endswith(NOT_ROUNDED) and not all(weight.packed_size() for weight in weights):
             raise NativeError(f"whole numbers of 8 bits are not multiplied by the blocks of {name} here")
 
 

@@ -104,7 +104,7 @@ class RoundedLinear(NativeLinear):
 def _rounded(weight: Tensor, bias: Tensor | None) -> Weight:
     """In blocks where whole numbers are quick at these and blocks can hold it, else with one scale an output."""
     try:
-        if Weight.in_8_bit_blocks(weight[:1]).packed_size(is_coarse=True):  # one row tells
+        if Weight.in_8_bit_blocks(weight[:1]).packed_size():  # one row tells
             return Weight.in_8_bit_blocks(weight, bias).packed(ARENA, is_coarse=True)
     except NativeError:
         pass

@@ -104,7 +104,7 @@ static int blocks_differ(int kind, int packs) {
     const int inputs = block_numbers(kind) == 256 ? 512 : 320;
     const size_t bytes = (size_t)(OUTPUTS * inputs / block_numbers(kind) * block_bytes(kind));
     Product p = {.weight = keep_it(filled(bytes, 1, 7)), .kind = kind, .outputs = OUTPUTS, .inputs = inputs};
-    const int64_t last = OUTPUTS - 1, size = packs ? amphista_packed_size(kind, OUTPUTS, inputs, packs == COARSE ? 1 : 2) : 0;
+    const int64_t last = OUTPUTS - 1, size = packs ? amphista_packed_size(kind, OUTPUTS, inputs) : 0;
     if (packs) {
         if (!size) return 0;
         uint8_t *to = keep_it(malloc((size_t)size));

@@ -18,7 +18,7 @@ ROWS = [1, 2, 7, 16, 33]
 def scheme(request, monkeypatch):
     """Weights of 8 bits share scales in blocks where the processor is quick at these; elsewhere each output's do."""
     if request.param == "outputs":
-        monkeypatch.setattr(Weight, "packed_size", lambda weight, flags=None, is_coarse=False: 0)
+        monkeypatch.setattr(Weight, "packed_size", lambda weight, flags=None: 0)
     elif not RoundedLinear(torch.ones(1, 32)).native.is_packed:
         pytest.skip("whole numbers are not quicker on this processor")
     return request.param
