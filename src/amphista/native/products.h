@@ -274,6 +274,11 @@ static void bf16_tiles(const Product *p, const Rows *rows, int n, long first, lo
 
 /* -- 8 bits ------------------------------------------------------------------------------------------------------- */
 
+INLINE void ask_for_line(const char *line, const int rows) {
+    if (rows <= 2) __builtin_prefetch(line + INT8_AHEAD, 0, 3);
+    else __builtin_prefetch(line + 3 * INT8_AHEAD, 0, 2);
+}
+
 /* Whole-number dots of one block of outputs with `rows` rows (a constant) of unsigned numbers, ZERO taken off. */
 INLINE void int8_tile(const int8_t *w, const int32_t *offsets, const uint8_t *x, long ldx, const int rows, long steps,
                       int32_t (*out)[BLOCK]) {
@@ -283,11 +288,7 @@ INLINE void int8_tile(const int8_t *w, const int32_t *offsets, const uint8_t *x,
         for (int half = 0; half < 2; half++) total[r][half] = _mm512_loadu_si512(offsets + 16 * half);
     for (long s = 0; s < steps; s++) {
         __m512i low = _mm512_loadu_si512(w + 128 * s), high = _mm512_loadu_si512(w + 128 * s + 64);
-        for (int line = 0; line < 2; line++) {
-            const char *ahead = (const char *)w + 128 * s + 64 * line;
-            if (rows <= 2) __builtin_prefetch(ahead + INT8_AHEAD, 0, 3);
-            else __builtin_prefetch(ahead + 3 * INT8_AHEAD, 0, 2);
-        }
+        for (int line = 0; line < 2; line++) ask_for_line((const char *)w + 128 * s + 64 * line, rows);
         for (int r = 0; r < rows; r++) {
             int32_t numbers;
             memcpy(&numbers, x + r * ldx + 4 * s, sizeof numbers);
@@ -305,6 +306,7 @@ INLINE void int8_tile(const int8_t *w, const int32_t *offsets, const uint8_t *x,
         for (int r = 0; r < rows; r++) total[r][0] = total[r][1] = _mm256_setzero_si256();
         for (long s = 0; s < steps; s++) {
             __m256i weight[2];
+            for (int line = 0; line < 2 && !part; line++) ask_for_line((const char *)w + 128 * s + 64 * line, rows);
             for (int k = 0; k < 2; k++) {
                 weight[k] = _mm256_loadu_si256((const __m256i *)(w + 128 * s + 32 * (part + k)));
                 HOLD(weight[k]);
