@@ -12,10 +12,14 @@ LONGEST_MATCH = 16  # matches beyond are told apart no further
 
 
 class NgramIndex:
-    """The n-grams of `tokens`, all of them up to the last one."""
+    """The n-grams of `tokens`, all of them up to the last one.
+
+    repeats: whether each token is what had followed where the text before it stood last; None where that was new.
+    """
 
     def __init__(self) -> None:
         self.tokens: list[int] = []
+        self.repeats: list[bool | None] = []
         self._last: list[dict[tuple[int, ...], int]] = [{} for _ in SIZES]  # n-gram -> where it ended last
         self._before = [-1] * len(SIZES)  # where the text's last n-gram ended before, or -1
 
@@ -25,7 +29,8 @@ class NgramIndex:
     def extend(self, tokens: Sequence[int]) -> None:
         """Add tokens at the end."""
         for token in tokens:
-            at = len(self.tokens)
+            at, place = len(self.tokens), self._place()
+            self.repeats.append(None if place < 0 else self.tokens[place + 1] == token)
             self.tokens.append(token)
             for n, (size, last) in enumerate(zip(SIZES, self._last, strict=True)):
                 gram = tuple(self.tokens[max(0, at + 1 - size) :])  # shorter near the start, and like no other then
@@ -35,8 +40,7 @@ class NgramIndex:
     def match(self) -> tuple[int, int] | None:
         """(index, length): the most recent earlier place of the longest n-gram that the text ends with, and how many
         tokens up to it equal the text's last ones, at most LONGEST_MATCH."""
-        end = len(self.tokens) - 1
-        place = next((before for before in self._before if before >= 0), -1)
+        end, place = len(self.tokens) - 1, self._place()
         if place < 0:
             return None
         length = 1
@@ -45,6 +49,10 @@ class NgramIndex:
         return place, length
 
     def continuation(self, place: int, num_tokens: int) -> list[int]:
-        """What followed the token at `place`; where that reaches the text's end, it repeats itself."""
+        """Where the tokens are that followed the one at `place`; behind the text's end they come once more."""
         period = len(self.tokens) - 1 - place
-        return [self.tokens[place + 1 + ahead % period] for ahead in range(num_tokens)]
+        return [place + 1 + ahead % period for ahead in range(num_tokens)]
+
+    def _place(self) -> int:
+        """The most recent earlier place of the longest n-gram that the text ends with, or -1."""
+        return next((before for before in self._before if before >= 0), -1)

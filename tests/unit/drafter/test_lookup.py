@@ -17,8 +17,15 @@ TEXT = [1, 2, 3, 4, 5, 6, 7, 8, 9, 1, 2, 3]
 def test_it_proposes_what_followed_before():
     graft = Lookup().propose(TEXT, 4)
     assert graft.tokens == [4, 5, 6, 7]
-    expected = [PRIOR[3], PRIOR[4], PRIOR[4], PRIOR[6]]  # 3 tokens agree, then 4, 5, 6
+    expected = [PRIOR[None][3], PRIOR[None][4], PRIOR[None][4], PRIOR[None][6]]  # 3 tokens agree, then 4, 5, 6
     assert [math.exp(value) for value in graft.log_probs] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(("before", "repeats"), [(7, None), (3, True), (4, False)])
+def test_what_came_as_it_had_come_before_is_likelier(before, repeats):
+    text = [1, 2, before, 8, 9, 1, 2, 3, 5, 6, 1, 2] if repeats is not None else [8, 9, 1, 2, 3, 5, 6, 1, 2]
+    graft = Lookup().propose(text, 1)
+    assert graft.tokens == [3] and math.exp(graft.log_probs[0]) == pytest.approx(PRIOR[repeats][2])
 
 
 @pytest.mark.parametrize(("text", "depth"), [([1, 2, 3], 4), ([], 4), ([7], 4), (TEXT, 0)])
@@ -34,20 +41,22 @@ def test_outcomes_move_the_likelihood():
     lookup = Lookup()
     lookup.propose(TEXT, 4)
     lookup.propose([*TEXT, 4, 5, 0], 4)  # right at agreeing lengths 3 and 4, wrong at 5
-    assert lookup.likelihood(3) == pytest.approx((1 + PRIOR_WEIGHT * PRIOR[3]) / (1 + PRIOR_WEIGHT))
+    prior = PRIOR[None]
+    assert lookup.likelihood(3) == pytest.approx((1 + PRIOR_WEIGHT * prior[3]) / (1 + PRIOR_WEIGHT))
     assert (
         lookup.likelihood(4)
         == lookup.likelihood(5)
-        == pytest.approx((1 + PRIOR_WEIGHT * PRIOR[4]) / (2 + PRIOR_WEIGHT))
+        == pytest.approx((1 + PRIOR_WEIGHT * prior[4]) / (2 + PRIOR_WEIGHT))
     )
-    assert lookup.likelihood(2) == PRIOR[2] and lookup.likelihood(6) == PRIOR[6]
+    assert lookup.likelihood(2) == prior[2] and lookup.likelihood(6) == prior[6]
+    assert lookup.likelihood(3, True) == PRIOR[True][3]
 
 
 def test_what_lies_behind_a_mistake_teaches_nothing():
     lookup = Lookup()
     lookup.propose(TEXT, 4)
     lookup.propose([*TEXT, 0, 5, 6, 7], 4)
-    assert lookup.likelihood(4) == PRIOR[4] and lookup.likelihood(3) < PRIOR[3]
+    assert lookup.likelihood(4) == PRIOR[None][4] and lookup.likelihood(3) < PRIOR[None][3]
 
 
 def test_likelihood_meets_the_truth():
@@ -66,7 +75,9 @@ def test_likelihood_meets_the_truth():
 
 
 def test_priors_rise():
-    assert list(PRIOR) == sorted(PRIOR) and list(PRIOR.values()) == sorted(PRIOR.values())
+    for prior in PRIOR.values():
+        assert list(prior) == sorted(prior) and list(prior.values()) == sorted(prior.values())
+    assert all(PRIOR[False][start] < PRIOR[None][start] < PRIOR[True][start] for start in PRIOR[None])
 
 
 # -- beside heads -----------------------------------------------------------------------------------------------------

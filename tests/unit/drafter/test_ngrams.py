@@ -51,16 +51,25 @@ def test_a_continuation_that_reaches_the_end_repeats_itself():
     index = NgramIndex()
     index.extend([5, 1, 2, 1, 2])
     place, _ = index.match()
-    assert place == 2 and index.continuation(place, 5) == [1, 2, 1, 2, 1]
+    assert place == 2 and index.continuation(place, 5) == [3, 4, 3, 4, 3]
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_repeats_are_the_tokens_that_had_followed_before(seed):
+    tokens, index = texts(seed), NgramIndex()
+    index.extend(tokens)
+    matches = [match_plainly(tokens[:count]) for count in range(len(tokens))]
+    expected = [match and tokens[match[0] + 1] == token for match, token in zip(matches, tokens, strict=True)]
+    assert index.repeats == expected and {None, False, True} == set(expected)
 
 
 def test_a_token_costs_the_same_however_long_the_text_is():
-    """No step reads the text again: what a token adds are its own n-grams."""
+    """No step reads the text again: what a token adds are its own n-grams, and whether it came before."""
     index = NgramIndex()
     index.extend(texts(1, 500))
     text, index.tokens = index.tokens, Unread(index.tokens)
     index.extend([3])
-    assert index.tokens.num_read <= sum(SIZES), len(text)
+    assert index.tokens.num_read <= sum(SIZES) + 1, len(text)
 
 
 class Unread(list):
