@@ -26,10 +26,10 @@ def drafters(target):
     return real_drafters(target)
 
 
-def training_logits(target, drafter):
+def training_logits(target, drafter, dtype=torch.float32):
     """Hidden states and next tokens of some rows, what heads say of them, and those of a text that goes on behind."""
     ids = IDS + BEHIND
-    hidden = training_rows(target, drafter, ids)[:, :-1]
+    hidden = training_rows(target, drafter, ids)[:, :-1].to(dtype)
     next_ids = torch.tensor([ids[1:]])
     with torch.no_grad():
         states = drafter.head_states(hidden, next_ids, torch.arange(len(IDS)))
@@ -64,15 +64,17 @@ def test_training_logits_equal_decoding_logits(target, drafters, name, pieces, f
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("name", HEADS)
 def test_drafters_of_half_precision_decode(target, drafters, name, dtype):
-    """A target in half precision makes its drafter so, too: committed in pieces, close to what float32 says."""
+    """A target in half precision makes its drafter so, too: committed in pieces, as close to what float32 says as it is
+    in its training form."""
     hidden, next_ids, expected = training_logits(target, drafters[name])
-    drafter = copy.deepcopy(drafters[name]).to(dtype).freeze()
-    state = started(target, drafter, IDS)
+    drafter = copy.deepcopy(drafters[name]).to(dtype)
+    _, _, trained = training_logits(target, drafter, dtype)
+    state = started(target, drafter.freeze(), IDS)
     for rows in (slice(0, 5), slice(5, 6), slice(6, 12)):
         drafter.commit(state, hidden[rows].to(dtype), next_ids[rows])
     logits = decoded(drafter, state, next_ids, len(IDS))
-    error = (logits.float() - expected[-1]).norm() / expected[-1].norm()
-    assert 0 < float(error) < (0.15 if dtype == torch.bfloat16 else 0.02)  # norms, sums and attention round, too
+    errors = [float((found.float() - expected[-1]).norm() / expected[-1].norm()) for found in (logits, trained[-1])]
+    assert 0 < errors[0] < 2 * errors[1] < 1
 
 
 @pytest.mark.parametrize("name", HEADS)
