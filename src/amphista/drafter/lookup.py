@@ -6,8 +6,8 @@ deeper than they are.
 
 How likely a token of the chain is: a token d deep behind a match of m tokens is right about as often as one behind a
 match of m + d - 1, for by then so many are known to agree; and more often if it came as it had come before, less often
-if it had come otherwise. PRIOR is that share on 231 greedy and sampled answers of the default target to training
-prompts; each request moves it by its own outcomes.
+if it had come otherwise. PRIOR is that share on answers of the default target to training prompts, where it falls that
+of both neighbours (benchmarks/lab/lookup_shares.py); each request moves it by its own outcomes.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from amphista.tree.candidates import NgramDraft
 
 LOOKUP = "lookup"
 PRIOR = {  # by whether it repeats what came before it, from that many agreeing tokens on
-    None: {1: 0.28, 2: 0.52, 3: 0.64, 4: 0.7, 6: 0.79, 9: 0.88, 12: 0.89, 16: 0.94},
-    True: {1: 0.35, 2: 0.73, 3: 0.77, 4: 0.87, 6: 0.92, 9: 0.94, 12: 0.96, 16: 0.99},
-    False: {1: 0.12, 2: 0.31, 3: 0.38, 4: 0.55, 6: 0.63, 9: 0.68, 12: 0.76, 16: 0.89},
+    None: {1: 0.25, 2: 0.51, 3: 0.63, 4: 0.73, 6: 0.77, 9: 0.77, 12: 0.89, 16: 0.94},
+    True: {1: 0.38, 2: 0.75, 3: 0.81, 4: 0.81, 6: 0.89, 9: 0.96, 12: 0.96, 16: 0.99},
+    False: {1: 0.13, 2: 0.29, 3: 0.4, 4: 0.49, 6: 0.63, 9: 0.68, 12: 0.76, 16: 0.77},
 }
 PRIOR_WEIGHT = 10  # outcomes of the request that weigh as much as the prior
 DEEPEST = 16
