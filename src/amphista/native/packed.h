@@ -1,7 +1,7 @@
 /* Blocks of 2 to 8 bits packed for products of whole numbers.
  *
  * A row is cut into stretches of 32 numbers, each a whole number times a step of the stretch's own. FINE: of 16 bits, in
- * two digits to the base BASE. COARSE: of 8 bits, one digit, as in llama.cpp. Digits times a block's numbers are sums of
+ * two digits. COARSE: of 8 bits, one digit, as in llama.cpp. Digits times a block's numbers are sums of
  * whole numbers, which vectors and matrix units work out alike, whatever the order; scales and minima follow in float32,
  * stretch by stretch. So a row's product has the same bits whatever is beside it. Minima are times the sum of the *rounded*
  * numbers: what rounding takes from both parts of a weight then mostly cancels.
@@ -69,15 +69,12 @@ enum { CAN_PACK = 1 };
 enum { CAN_PACK = 0 };
 #endif
 
-/* Of two digits of a row. AVX2 negates digits, and -128 has no negative: to this base there is none. */
-enum { BASE = LANES == 8 ? 254 : 256 };
-
-/* Whether numbers are multiplied as they are, their signs given to the row's: of 8 bits, raised to have none, AVX2's sums of
- * two products would not fit 16 bits. */
-INLINE int has_signs(int kind) { return LANES == 8 && (bits_of(kind) == 8 || is_uneven(kind)); }
+/* Whether numbers are multiplied as they are, in 16 bits, with words of the row: of 8 bits, AVX2's sums of two products with a
+ * digit would not fit 16 bits. */
+INLINE int is_in_words(int kind) { return LANES == 8 && (bits_of(kind) == 8 || is_uneven(kind)); }
 /* What is taken off a number as it is multiplied; of uneven kinds, which are looked up, what they are raised by. */
 INLINE int zero_of(int kind) {
-    return has_signs(kind) ? 0 : kind == Q8_0 || is_uneven(kind) ? 128 : kind == Q6_K ? 32 : kind == Q5_0 ? 16 : kind == Q4_0 ? 8 : kind == Q3_K ? 4 : 0;
+    return is_in_words(kind) ? 0 : kind == Q8_0 || is_uneven(kind) ? 128 : kind == Q6_K ? 32 : kind == Q5_0 ? 16 : kind == Q4_0 ? 8 : kind == Q3_K ? 4 : 0;
 }
 INLINE int can_pack(int kind) { return CAN_PACK && terms_bytes(kind); }
 INLINE long row_bytes(long inputs, int digits) { return inputs / STRETCH * (digits * STRETCH + (long)sizeof(Share32)); }
@@ -175,7 +172,7 @@ INLINE int whole_sum(ivec value) {
 
 /* One of `rows` rows, `inputs` numbers, as digits; what is not finite makes all its products NaN. */
 static void digits_of(const float *from, long inputs, int digits, int row, int rows, uint8_t *to) {
-    const float levels = digits == 1 ? 127 : 127 * BASE + BASE / 2 - 1;
+    const float levels = digits == 1 ? 127 : 127 * 256 + 127;
     for (long i = 0; i < inputs; i += STRETCH, to += rows * row_bytes(STRETCH, digits)) {
         vec part[VECTORS], most = {0}, total = {0};
         for (int v = 0; v < VECTORS; v++) {
@@ -194,11 +191,7 @@ static void digits_of(const float *from, long inputs, int digits, int row, int r
                 store_bytes(at, whole[v]);
                 continue;
             }
-#if LANES == 8
-            const ivec high = nearest(__builtin_convertvector(whole[v], vec) * (1.0f / BASE)), low = whole[v] - high * BASE;
-#else
             const ivec low = (ivec)(((uvec)whole[v] + 0x8080u) ^ 0x8080u), high = (ivec)((uvec)low >> 8); /* each from -128 to 127 */
-#endif
             store_bytes(at, high);
             store_bytes(at + rows * STRETCH, low);
         }
@@ -215,7 +208,7 @@ static void digits_of(const float *from, long inputs, int digits, int row, int r
 }
 
 /* Whether something is added to what a stretch's numbers give. */
-INLINE int has_more(int kind) { return has_minima(kind) || !has_signs(kind); }
+INLINE int has_more(int kind) { return has_minima(kind) || !is_in_words(kind); }
 
 /* Scales and minima of LANES outputs of stretch `s`, from `o` on, of each part that has its own. `kind` is a constant. */
 INLINE void load_terms(const int kind, const uint8_t *w, long s, const int o, vec *scales, vec *minima) {
@@ -279,7 +272,7 @@ INLINE vec add_stretch(const int kind, vec total, const ivec *whole, const uint8
     return total;
 }
 
-INLINE ivec of_two_digits(ivec high, ivec low) { return (high << 8) - (256 - BASE) * high + low; }
+INLINE ivec of_two_digits(ivec high, ivec low) { return (high << 8) + low; }
 
 /* Dots of lines `from` to `end` of LANES outputs with one digit of a row. `kind` is a constant. */
 INLINE ivec digit_dots(const int kind, const ivec *q, const int from, const int end, const uint8_t *row) {
@@ -314,30 +307,39 @@ INLINE ivec digit_dots(const int kind, const ivec *q, const int from, const int 
 }
 
 #if LANES == 8
-/* Dots of 8 outputs of stretch `s`, from `o` on, with all digits of `count` (a constant) of `rows` rows: whole[row]. */
-INLINE void signed_dots(const int kind, const int digits, const uint8_t *w, long s, const int o, const uint8_t *x, const int count, int rows,
-                        ivec *whole) {
-    const uint8_t *numbers = w + numbers_at(kind, s) + 4 * o, *row[2] = {x, x + rows * STRETCH};
-    ivec found[2][PACKED_ROWS];
-    for (int d = 0; d < digits; d++)
-        for (int r = 0; r < count; r++) found[d][r] = (ivec){0};
+/* Where four numbers of a row's stretch lie among its words. */
+INLINE int words_at(const int line) { return line / 2 % 2 * 16 + line / 4 * 8 + line % 2 * 4; }
+
+/* The numbers of a row's stretch in 16 bits, each four of them as 0, 2, 1, 3: so meet them the even bytes of a weight and
+ * then the odd ones. */
+INLINE void words_of(const int digits, const uint8_t *high, const uint8_t *low, int16_t *to) {
+    const __m256i order = _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 2, 1, 3, 4, 6, 5, 7, 8, 10, 9, 11, 12, 14, 13, 15));
+    const __m256i lower = _mm256_shuffle_epi8(_mm256_loadu_si256((const __m256i *)(digits == 1 ? high : low)), order);
+    __m256i upper = _mm256_cmpgt_epi8(_mm256_setzero_si256(), lower); /* a digit below zero takes 1 from what is above it */
+    if (digits == 2) upper = _mm256_add_epi8(upper, _mm256_shuffle_epi8(_mm256_loadu_si256((const __m256i *)high), order));
+    _mm256_storeu_si256((__m256i *)to, _mm256_unpacklo_epi8(lower, upper));
+    _mm256_storeu_si256((__m256i *)(to + 16), _mm256_unpackhi_epi8(lower, upper));
+}
+
+/* Dots of 8 outputs of stretch `s`, from `o` on, with the words of `count` (a constant) rows: whole[row]. */
+INLINE void word_dots(const int kind, const uint8_t *w, long s, const int o, const int16_t (*words)[STRETCH], const int count, ivec *whole) {
+    const uint8_t *numbers = w + numbers_at(kind, s) + 4 * o;
+    for (int r = 0; r < count; r++) whole[r] = (ivec){0};
 #pragma GCC unroll 8
     for (int line = 0; line < 8; line++) {
         ivec q = from_plane(numbers, low_bits(kind), line, 0);
         if (is_uneven(kind)) q = look_up(UNEVEN, q & 0x0f0f0f0f);
-        const __m256i sizes = _mm256_abs_epi8((__m256i)q);
-        for (int d = 0; d < digits; d++) {
-            SAME_PLACE(row[d]);
-            for (int r = 0; r < count; r++) {
-                int32_t four_digits;
-                memcpy(&four_digits, row[d] + r * STRETCH + 4 * line, sizeof four_digits);
-                const __m256i pairs = _mm256_maddubs_epi16(sizes, _mm256_sign_epi8(_mm256_set1_epi32(four_digits), (__m256i)q));
-                found[d][r] += (ivec)_mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
-                HOLD(found[d][r]);
-            }
+        const __m256i even = _mm256_srai_epi16(_mm256_slli_epi16((__m256i)q, 8), 8), odd = _mm256_srai_epi16((__m256i)q, 8);
+        SAME_PLACE(words);
+        for (int r = 0; r < count; r++) {
+            int32_t first, second;
+            memcpy(&first, words[r] + words_at(line), sizeof first);
+            memcpy(&second, words[r] + words_at(line) + 2, sizeof second);
+            whole[r] += (ivec)_mm256_madd_epi16(even, _mm256_set1_epi32(first));
+            whole[r] += (ivec)_mm256_madd_epi16(odd, _mm256_set1_epi32(second));
+            HOLD(whole[r]);
         }
     }
-    for (int r = 0; r < count; r++) whole[r] = digits == 1 ? found[0][r] : of_two_digits(found[0][r], found[1][r]);
 }
 #endif
 
@@ -352,18 +354,19 @@ INLINE void packed_vectors(const int kind, const int digits, const uint8_t *w, c
         const uint8_t *high = x + first * STRETCH, *low = high + rows * STRETCH;
         const uint8_t *shares = x + shares_at(digits, rows) + first * (long)sizeof(Share32);
         ask_for_stretch(kind, w, s);
+#if LANES == 8
+        int16_t words[PACKED_ROWS][STRETCH];
+        for (int r = 0; r < count && is_in_words(kind); r++) words_of(digits, high + r * STRETCH, low + r * STRETCH, words[r]);
+#endif
 #pragma GCC unroll 2
         for (int h = 0; h < ABREAST / LANES; h++) {
             vec scales[2], minima[2];
             ivec q[8];
             load_terms(kind, w, s, h * LANES, scales, minima);
 #if LANES == 8
-            if (has_signs(kind)) {
+            if (is_in_words(kind)) {
                 ivec whole[PACKED_ROWS];
-                const int most = PACKED_ROWS / digits;
-#pragma GCC unroll 2
-                for (int r = 0; r < count; r += most)
-                    signed_dots(kind, digits, w, s, h * LANES, high + r * STRETCH, count - r < most ? count - r : most, rows, whole + r);
+                word_dots(kind, w, s, h * LANES, words, count, whole);
                 for (int r = 0; r < count; r++)
                     total[r][h] = add_stretch(kind, total[r][h], whole + r, shares, r, scales, minima);
                 continue;
