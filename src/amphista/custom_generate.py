@@ -73,7 +73,7 @@ def generate(
 
 def _refuse(config: Any, ids: Tensor | None, settings: dict[str, Any]) -> None:
     """Raise RequestError for arguments that are no settings, and for settings that ask for more than token ids."""
-    names = [name for name, value in settings.items() if value is not None and value is not False]
+    names = [name for name, value in settings.items() if value is not None and value is not False and value != []]
     names += [name for name in UNSUPPORTED if getattr(config, name, None)]
     if names:
         raise _unsupported(names)
@@ -125,7 +125,7 @@ def _params(config: Any, num_columns: int, target: Target, seed: int | None) -> 
         settings["min_tokens"] = max(0, (config.min_length or 0) - num_columns)
     if settings.get("stop") and settings.get("min_tokens"):
         raise _unsupported(["stop_strings with a least length"])  # there they may end an answer before it, here not
-    ends = [] if config.eos_token_id is None else _ids(config.eos_token_id)
+    ends = [] if config.eos_token_id is None else [end for end in _ids(config.eos_token_id) if end >= 0]  # -1: none
     if set(ends) != target.eos_ids:
         settings |= {"ignore_eos": True, "stop_token_ids": ends}
     return SamplingParams(**settings, seed=int(torch.randint(2**53, ())) if seed is None else seed)

@@ -121,6 +121,8 @@ class LLM:
             raise RequestError(f"unknown setting {unknown[0]!r}: expected one of {', '.join(sorted(known))}")
         if {"max_tokens", "max_new_tokens"} <= settings.keys():
             raise RequestError("max_tokens and max_new_tokens are the same setting: give one of them")
+        if settings.get("logprobs", True) in (False, None):  # takes back what lies below
+            settings.setdefault("top_logprobs", 0)
         if params == "model":
             return SamplingParams(**{**model_settings(self.target), **settings})
         if not isinstance(params, SamplingParams | None):
@@ -264,12 +266,16 @@ class Conversation:
     def stream(self, turn: str | Sequence[Message], *, params: Params = None, **settings: Any) -> Stream:
         """Start the next turn: a user's text, or messages. Both it and the answer are history once the stream has ended
         or is closed, which a further turn does; a turn closed before its first token leaves nothing behind."""
+        params, held = self.llm.params(params, **settings), self.messages
+        messages, ids = self._with_turn(turn), self.prompt_ids(turn)
+        self.llm.engine.check(ids, params)  # a turn that is refused ends no other
         if self._stream is not None:
             self._stream.close()
-        messages, ids = self._with_turn(turn), self.prompt_ids(turn)
+        if self.messages is not held:  # that turn is history now
+            messages, ids = self._with_turn(turn), self.prompt_ids(turn)
         self._stream = self.llm.stream_ids(
             ids,
-            self.llm.params(params, **settings),
+            params,
             lambda answer: self._close_turn(messages, answer),
             after=self._stream,
         )

@@ -22,7 +22,7 @@ from amphista.engine.request import Request, State
 from amphista.engine.scheduler import Limits
 from amphista.engine.step import StepResult
 from amphista.llm import LLM
-from amphista.serve.answers import TokenTexts, completion_logprobs
+from amphista.serve.answers import TokenTexts, completion_logprobs, prompt_logprobs
 from amphista.serve.schema import ChatRequest, CompletionRequest
 from amphista.serve.service import Service
 from amphista.serve.worker import Worker
@@ -218,10 +218,49 @@ def test_a_prompts_own_log_probabilities(served, client):
         )
         assert choice.text == "".join(told.tokens) and len(told.tokens) == len(ids) + 1
         assert told.text_offset == [len("".join(told.tokens[:n])) for n in range(len(told.tokens))]
+    end = min(served.llm.target.eos_ids)
+    ended = {**asked, "extra_body": {"logit_bias": {str(end): 100}}}
+    (choice,) = client.completions.create(prompt=prompts[1], **ended).choices
+    assert choice.finish_reason == "stop" and choice.text == "Twice"
+    assert len(choice.logprobs.tokens) == len(prompts[1]) + 1, "the end is scored, too"
+    chat = client.chat.completions.create(model="tiny", messages=ASKED, logprobs=True, extra_body=ended["extra_body"])
+    assert chat.choices[0].logprobs.content == []
     chunks = list(client.completions.create(prompt=prompts, **{**asked, "max_tokens": 9}, stream=True))
     mine = [chunk.choices[0] for chunk in chunks if chunk.choices[0].index == 0]
     tokens = [token for choice in mine if choice.logprobs for token in choice.logprobs.tokens]
     assert "".join(tokens) == "".join(choice.text for choice in mine) and len(tokens) > len(prompts[0]) + 1
+
+
+def test_log_probabilities_of_prompts_hold_up_nobody(served, monkeypatch):
+    loops = []
+
+    def noted(*asked):
+        loops.append(asyncio._get_running_loop())
+        return prompt_logprobs(*asked)
+
+    monkeypatch.setattr("amphista.serve.shapes.prompt_logprobs", noted)
+    asked = {"prompt": "Once", "max_tokens": 2, "echo": True, "logprobs": 1}
+    for stream in (False, True):
+        with served.client() as client:
+            assert client.post("/v1/completions", json={**asked, "stream": stream}).status_code == 200
+    assert loops == [None, None], "the thread that answers everybody does other things"
+
+
+def test_no_tokens_but_what_is_known_of_the_prompt(served):
+    asked = {"prompt": "Once", "max_tokens": 0, "echo": True, "logprobs": 1}
+    said = served.post("/v1/completions", asked).json()
+    (choice,) = said["choices"]
+    assert choice["text"] == "Once" and choice["finish_reason"] == "length"
+    assert len(choice["logprobs"]["tokens"]) == said["usage"]["prompt_tokens"] == said["usage"]["total_tokens"]
+    with served.client() as client:
+        text = client.post("/v1/completions", json={**asked, "stream": True}).text
+    chunks = [json.loads(line[6:])["choices"][0] for line in text.splitlines() if line.startswith("data: {")]
+    assert "".join(chunk["text"] for chunk in chunks) == "Once"
+    error = served.post("/v1/completions", {**asked, "echo": False}).json()["error"]
+    assert "without echo" in error["message"]
+    longest = served.server._service.max_len
+    said = served.post("/v1/completions", {"prompt": [5] * (longest - 3), "ignore_eos": True}).json()
+    assert said["usage"]["completion_tokens"] == 3, "fewer than by default where there is no room for more"
 
 
 def test_stops_and_limits(served, client):
@@ -275,6 +314,8 @@ def test_what_is_told_of_tokens_of_one_name_is_the_best():
     record = TokenLogprob(1, -0.5, {1: -0.5, 2: -3.0})
     text = SimpleNamespace(token_bytes=lambda token_id, is_first: b"the", special_ids=())
     assert completion_logprobs(TokenTexts(text, is_first=True), [record])["top_logprobs"] == [{"the": -0.5}]
+    record = TokenLogprob(3, -4.0, {})
+    assert completion_logprobs(TokenTexts(text, is_first=True), [record])["top_logprobs"] == [{"the": -4.0}]
 
 
 def test_a_prefix_is_read_once(served):
@@ -466,7 +507,9 @@ GOOD = '<tool_call>{"name": "weather", "arguments": {"days": 3}}</tool_call>'
         ("Sure: <tool_call>f()</tool_call> then", "Sure: <tool_call>f()</tool_call> then", 0),
         (GOOD[:30], GOOD[:30], 0),
         (f"Sure: {GOOD} and {GOOD[:40]}", f"Sure:  and {GOOD[:40]}", 1),
-        ("<tool_call>[7]</tool_call>", "", 1),
+        ("<tool_call>[7]</tool_call>", "<tool_call>[7]</tool_call>", 0),
+        ('<tool_call>{"arguments": {}}</tool_call>', '<tool_call>{"arguments": {}}</tool_call>', 0),
+        ('<tool_call>[{"name": "weather"}, {"name": "time"}]</tool_call>', "", 2),
     ],
 )
 def test_a_call_that_is_none_or_cut_off_is_text(said, text, num_calls):
@@ -476,6 +519,41 @@ def test_a_call_that_is_none_or_cut_off_is_text(said, text, num_calls):
     piece, _ = reading(llm, llm.target.text.encode(said), parser=parser)
     assert piece.text.split() == text.split() and len(piece.tool_calls) == num_calls
     assert piece.finish_reason is not None
+
+
+def test_thoughts_are_told_apart_with_and_without_tools():
+    llm = talkative_llm(TOOL_TEMPLATE)
+    thought = {"open": "<think>", "close": "</think>", "content": "text"}
+    fields = {"reasoning_content": thought, **CALLS["fields"]}
+    llm.target.text.tokenizer.response_template = {**CALLS, "fields": fields}
+    form = {"type": "grammar", "syntax": "regex", "definition": "<think>hm[a-c]</think>ok[a-c]"}
+    call = {"type": "grammar", "syntax": "regex", "definition": GOOD.replace("{", r"\{").replace("}", r"\}")}
+    asked = {"seed": 1, "max_tokens": 60}
+    with serving(llm) as served:
+        for tools in (TOOLS, None):
+            message = served.chat(**asked, response_format=form, tools=tools)["choices"][0]["message"]
+            assert message["reasoning_content"].startswith("hm") and message["content"].startswith("ok")
+        message = served.chat(seed=1, max_tokens=100, response_format=call)["choices"][0]["message"]
+        assert message["content"] == GOOD and "tool_calls" not in message, "nobody asked for one"
+        told = {"text": {"format": form}, "seed": 1, "include": ["message.output_text.logprobs"]}
+        thoughts, said = served.post("/v1/responses", {"input": "x", "max_output_tokens": 60, **told}).json()["output"]
+        (part,) = said["content"]
+        assert thoughts["content"][0]["text"].startswith("hm")
+        assert "".join(one["token"] for one in part["logprobs"]) == part["text"]
+
+
+def test_a_form_that_can_be_read_in_ever_more_ways_ends_its_own_answer(served, monkeypatch):
+    """Its masks would take longer and longer, and every other answer with them. Of few tokens they reach less far."""
+    monkeypatch.setattr("amphista.serve.grammar.MAX_ITEMS", 500)
+    definition = 'start: e\ne: e e e | "a" e | e "b" | ""'
+    (a,) = served.llm.target.text.encode_part("a")
+    asked = {
+        "response_format": {"type": "grammar", "syntax": "lark", "definition": definition},
+        "logit_bias": {str(a): 100},
+        "max_tokens": 60,
+    }
+    error = served.post("/v1/chat/completions", {"messages": ASKED, **asked}).json()["error"]
+    assert "cannot be followed" in error["message"]
 
 
 @pytest.mark.parametrize("with_calls", [True, False])

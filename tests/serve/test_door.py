@@ -123,6 +123,11 @@ BAD = {
     "modalities": [["text", "audio"]],
     "stop_token_ids": [[900], ["x"]],
     "amphista": [{"drafter": "other"}],
+    "guided_json": [{"type": "object"}],
+    "grammar": ['root ::= "a"'],
+    "repeat_penalty": [1.1],
+    "allowed_token_ids": [[1]],
+    "include_stop_str_in_output": [True],
 }  # fmt: skip
 
 
@@ -150,6 +155,7 @@ def test_what_is_neutral_is_taken(served):
         "user": "u", "safety_identifier": "s", "metadata": {"a": "b"}, "store": True, "service_tier": "auto",
         "parallel_tool_calls": False, "reasoning_effort": "low", "verbosity": "low", "modalities": ["text"],
         "temperature": None, "stop": None, "tools": None, "something_new": {"x": 1}, "seed": -1, "functions": None,
+        "repeat_penalty": 1.0, "skip_special_tokens": True, "n_predict": -1, "guided_json": None, "bad_words": [],
     }  # fmt: skip
     assert served.chat(**neutral)["choices"]
     body = {"prompt": "x", "max_tokens": 2, "n": 2, "best_of": 2}

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, GenerationConfig
+from transformers import AutoModelForCausalLM, GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
 from amphista.drafter.checkpoint import save_drafter
@@ -83,6 +83,8 @@ def test_greedy_tokens_are_those_of_transformers_in_fewer_forwards(generate, mod
         {"max_new_tokens": 30, "eos_token_id": [3, 100, 101, 102, 103, 104, 105]},
         {"generation_config": GenerationConfig(max_new_tokens=12, eos_token_id=EOS)},
         {"max_new_tokens": 60, "eos_token_id": None},
+        {"max_new_tokens": 60, "eos_token_id": -1},
+        {"max_new_tokens": 9, "logits_processor": LogitsProcessorList(), "stopping_criteria": StoppingCriteriaList()},
     ],
     ids=str,
 )

@@ -47,6 +47,23 @@ def prefills(monkeypatch):
 # -- prompts ----------------------------------------------------------------------------------------------------------
 
 
+def test_a_turn_that_is_refused_ends_no_other(llm):
+    conversation = llm.conversation()
+    pieces = conversation.stream("a", max_tokens=12, ignore_eos=True)
+    steps = pieces.steps()
+    next(steps)
+    for settings in ({"max_tokens": 0}, {"stop_token_ids": [10**6]}):
+        with pytest.raises(RequestError):
+            conversation.stream("b", **settings)
+    assert not list(conversation.messages) and list(steps) and len(pieces.answer.token_ids) == 12
+    assert len(conversation.messages) == 2
+
+
+def test_log_probabilities_may_be_taken_back(llm):
+    params = llm.params(SamplingParams(logprobs=3), logprobs=False)
+    assert not params.logprobs and not params.top_logprobs
+
+
 def test_a_list_of_prompts_gives_a_list_of_answers(llm):
     ids = llm.prompt_ids("one")
     alone = [llm.generate(text, **FEW).token_ids for text in ("one", "two")]

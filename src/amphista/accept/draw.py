@@ -54,7 +54,8 @@ def draw_all(rows: Sequence[Drawn]) -> list[int]:
 
 def _drawing(row: Drawn, scores: Scores) -> noise.Drawing:
     how, address = row.sampling, scores.__array_interface__["data"][0]
-    return noise.Drawing(address, row.seed, row.position, how.temperature, how.top_p, how.min_p, max(0, how.top_k))
+    top_k = min(max(0, how.top_k), scores.size)
+    return noise.Drawing(address, row.seed, row.position, how.temperature, how.top_p, how.min_p, top_k)
 
 
 def _draw(row: Drawn) -> int:

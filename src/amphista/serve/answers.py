@@ -6,7 +6,7 @@ import codecs
 import json
 import math
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,7 +17,7 @@ from amphista.engine.request import State
 from amphista.engine.sequence import Sequence as Decoded
 from amphista.engine.step import StepResult
 from amphista.errors import UnavailableError
-from amphista.target.text import IncrementalText, Text
+from amphista.target.text import THOUGHTS, IncrementalText, Text
 
 MAX_TOLD_NODES = 64
 
@@ -31,6 +31,7 @@ class Piece:
     logprobs: list[TokenLogprob] = field(default_factory=list)
     tool_calls: list[dict[str, Any]] = field(default_factory=list)
     reasoning: str = ""
+    num_thought: int = 0  # the first so many of `logprobs` belong to thoughts
     steps: list[dict[str, Any]] = field(default_factory=list)
     finish_reason: str | None = None
 
@@ -58,8 +59,9 @@ class Reader:
         is_plain = self._parser is None and not self.sequence.is_traced  # nobody asks which token a text is of
         for result in results:
             piece.token_ids += result.token_ids
-            piece.logprobs += [record for record in result.logprobs if record.token_id not in ends]
-            if not is_plain:
+            if is_plain:
+                piece.logprobs += result.logprobs
+            else:
                 self._take(result, piece)
         if is_plain:
             token_ids = [token for result in results for token in result.token_ids if token not in ends]
@@ -75,7 +77,8 @@ class Reader:
         """Its text, token by token."""
         ends = self.sequence.end_ids
         texts = ["" if token in ends else self._reader.push(token) for token in result.token_ids]
-        for text in texts:
+        for number, text in enumerate(texts):
+            piece.logprobs += result.logprobs[number : number + 1]
             self._add(text, piece)
         if self.sequence.is_traced:
             pairs = zip(texts, result.sources, strict=True)
@@ -122,46 +125,53 @@ class Reader:
     def _parse(self, parse: Callable[[], list[dict[str, Any]]], piece: Piece) -> None:
         """Note what the parser finds; a call that is none, or was cut off, is text like all that follows."""
         try:
-            events = parse()
+            self._note_events(parse(), piece)
         except Exception:  # whatever a template's forms make of what a model writes
             piece.text += self._parsed[self._num_told :]
             self._parser = None
-        else:
-            self._note_events(events, piece)
 
     def _note_events(self, events: list[dict[str, Any]], piece: Piece) -> None:
         """A call is told once it is whole; text and reasoning as they come."""
         for event in events:
             if event["type"] == "region_close" and event["field"] == "tool_calls":
-                values = event["value"] if isinstance(event["value"], list) else [event["value"]]
-                piece.tool_calls += [self._call(value) for value in values]
+                piece.tool_calls += self._calls(event["value"])
                 self._num_told = len(self._parsed)
             elif event["type"] == "region_chunk" and event["field"] == "content":
                 piece.text += event["text"]
                 self._note_told(event["text"])
-            elif event["type"] == "region_chunk" and event["field"] in ("reasoning_content", "thinking"):
+            elif event["type"] == "region_chunk" and event["field"] in THOUGHTS:
                 piece.reasoning += event["text"]
                 self._note_told(event["text"])
+            elif event["type"] == "region_close" and event["field"] in THOUGHTS:
+                piece.num_thought = len(piece.logprobs)
 
     def _note_told(self, text: str) -> None:
         """Told is what was parsed, to the end of this text: nothing but marks lies before it."""
         at = self._parsed.find(text, self._num_told)
         self._num_told = max(self._num_told, at + len(text))
 
-    def _call(self, value: Any) -> dict[str, Any]:
-        function = value.get("function", value) if isinstance(value, dict) else {}
-        function = function if isinstance(function, dict) else {"name": function}
-        arguments = function.get("arguments", {})
-        self._num_calls += 1
-        return {
-            "index": self._num_calls - 1,
-            "id": f"call_{secrets.token_hex(12)}",
-            "type": "function",
-            "function": {
-                "name": str(function.get("name", "")),
-                "arguments": arguments if isinstance(arguments, str) else json.dumps(arguments),
-            },
-        }
+    def _calls(self, value: Any) -> list[dict[str, Any]]:
+        """raises what shows that a value is no call, or not a list of some."""
+        calls: list[dict[str, Any]] = []
+        for function in _functions(value):
+            arguments = function.get("arguments", {})
+            told = arguments if isinstance(arguments, str) else json.dumps(arguments)
+            call = {"index": self._num_calls + len(calls), "id": f"call_{secrets.token_hex(12)}", "type": "function"}
+            calls.append(call | {"function": {"name": function["name"], "arguments": told}})
+        self._num_calls += len(calls)
+        return calls
+
+
+def _functions(value: Any) -> list[dict[str, Any]]:
+    """Each that is called, with its name."""
+    if isinstance(value, list):
+        return [function for one in value for function in _functions(one)]
+    if isinstance(value, dict) and "function" in value:
+        return _functions(value["function"])
+    function = {"name": value} if isinstance(value, str) else value
+    if not function["name"] or not isinstance(function["name"], str):
+        raise ValueError("a call without a name")
+    return [function]
 
 
 class TokenTexts:
@@ -196,8 +206,8 @@ class TokenTexts:
         return begin
 
 
-def chat_logprobs(texts: TokenTexts, records: Sequence[TokenLogprob]) -> dict[str, Any]:
-    """As chat completions tell them."""
+def chat_logprobs(texts: TokenTexts, records: Sequence[TokenLogprob], ends: Container[int]) -> dict[str, Any]:
+    """As chat completions tell them: without the token that ends an answer."""
 
     def told(token_id: int, logprob: float) -> dict[str, Any]:
         held = texts.bytes_of(token_id)
@@ -205,6 +215,8 @@ def chat_logprobs(texts: TokenTexts, records: Sequence[TokenLogprob]) -> dict[st
 
     content = []
     for record in records:
+        if record.token_id in ends:
+            continue
         best = [told(*other) for other in record.top.items()]
         content.append({**told(record.token_id, record.logprob), "top_logprobs": best})
         texts.passed(record.token_id)
@@ -212,12 +224,14 @@ def chat_logprobs(texts: TokenTexts, records: Sequence[TokenLogprob]) -> dict[st
 
 
 def completion_logprobs(texts: TokenTexts, records: Sequence[TokenLogprob]) -> dict[str, Any]:
-    """As completions tell them; of tokens with the same name the best."""
+    """As completions tell them, the token that ends an answer among them: who scores an end needs it. Of tokens with
+    the same name the best is told, the chosen one with the others."""
     told: dict[str, list[Any]] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
     for record in records:
         tops: dict[str, float] = {}
         for token_id, logprob in record.top.items():
             tops.setdefault(texts.name(token_id), _finite(logprob))
+        tops.setdefault(texts.name(record.token_id), _finite(record.logprob))
         told["tokens"].append(texts.name(record.token_id))
         told["token_logprobs"].append(_finite(record.logprob))
         told["top_logprobs"].append(tops)
@@ -238,11 +252,11 @@ def _finite(logprob: float) -> float:
     return max(logprob, -9999.0)
 
 
-def usage(sequences: Sequence[Decoded], num_choices: int = 1) -> dict[str, Any]:
-    """Tokens of all answers, `num_choices` to each prompt, which have read it once."""
+def usage(sequences: Sequence[Decoded], num_choices: int = 1, *, is_told: bool = True) -> dict[str, Any]:
+    """Tokens of all answers, `num_choices` to each prompt, which have read it once. is_told: whether answers are."""
     firsts = sequences[::num_choices]
     num_prompt = sum(sequence.num_prompt for sequence in firsts)
-    num_output = sum(sequence.num_output for sequence in sequences)
+    num_output = sum(sequence.num_output for sequence in sequences) if is_told else 0
     num_cached = sum(sequence.stats.num_cached_tokens for sequence in firsts)
     return {
         "prompt_tokens": num_prompt,

@@ -14,13 +14,14 @@ from typing import Any
 
 import llguidance.hf
 import numpy as np
-from llguidance import LLMatcher, LLTokenizer
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 from numpy.typing import NDArray
 
 from amphista.errors import RequestError, first_line
 from amphista.target.target import Target
 
 MAX_BYTES = 64 * 1024
+MAX_ITEMS = 5000  # of a step: where a form may be read in many ways, each further token would take longer
 SPACING: Any = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 
 
@@ -78,7 +79,7 @@ class Grammars:
             return None
         if len(grammar.encode()) > MAX_BYTES:
             raise RequestError(f"response_format: the grammar is too long, expected at most {MAX_BYTES // 1024} KiB")
-        matcher = LLMatcher(self._tokenizer, grammar, log_level=0)
+        matcher = LLMatcher(self._tokenizer, grammar, log_level=0, limits=LLParserLimits(step_max_items=MAX_ITEMS))
         if matcher.is_error():
             raise RequestError(f"response_format: {first_line(matcher.get_error())}")
         return lambda: Matched(matcher.deep_copy(), self._target.spec.vocab_size)

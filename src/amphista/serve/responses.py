@@ -290,7 +290,8 @@ class ResponseShape:
         part, told = self._items[-1]["content"][0], {}
         part["text"] += text
         if piece is not None:
-            told["logprobs"] = chat_logprobs(self._texts, piece.logprobs)["content"]
+            records, ends = piece.logprobs[piece.num_thought :], self._call.sequences[0].end_ids
+            told["logprobs"] = chat_logprobs(self._texts, records, ends)["content"]
             part["logprobs"] += told["logprobs"]
         yield self._event(f"response.{KINDS[kind]}.delta", **self._place(), delta=text, **told)
 

@@ -1,6 +1,7 @@
 """What may be asked of the server, as OpenAI spells it; pydantic checks it before anything else sees it.
 
-Fields not named here are taken and mean nothing. Those of type `Refused` would change the answer if they were ignored.
+Fields not named here are taken and mean nothing. Those of type `Refused`, and those in `foreign`, would change the answer
+if they were ignored.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from pydantic import (
 )
 
 from amphista.engine.params import SamplingParams
+from amphista.serve.foreign import refuse_foreign
 
 MAX_CHOICES = 32  # of one request, prompts times n
 MAX_PARTS = 2048  # of a conversation, or of one message: to check many small ones would hold up everybody
@@ -203,8 +205,13 @@ class Sampled(Body):
 
     @property
     def num_asked(self) -> int | None:
-        """Tokens an answer may have, None: as many as there is room for."""
+        """Tokens an answer may have."""
         return self.max_tokens
+
+    @property
+    def num_by_default(self) -> int | None:
+        """How many where nobody asks, if there is room for them; None: as many as there is room for."""
+        return None
 
     @property
     def num_top_logprobs(self) -> int | None:
@@ -235,6 +242,12 @@ class Sampled(Body):
             seed=seed,
             max_new_tokens=max_new_tokens,
         )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _is_not_foreign(cls, body: Any) -> Any:
+        refuse_foreign(body)
+        return body
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
@@ -295,15 +308,16 @@ class CompletionRequest(Sampled):
         | Annotated[list[TokenId], listed(MAX_IDS, 1)]
         | Annotated[list[TokenIds], listed(MAX_IDS, 1)]
     )
+    max_tokens: Annotated[Whole, Field(ge=0, lt=2**31)] | None = None
     logprobs: Annotated[Whole, Field(ge=0, le=20)] | None = None
     echo: bool | None = None
     best_of: Whole | None = None
     suffix: Refused = None
 
     @property
-    def num_asked(self) -> int | None:
-        """OpenAI's default is 16."""
-        return 16 if self.max_tokens is None else self.max_tokens
+    def num_by_default(self) -> int:
+        """OpenAI's."""
+        return 16
 
     @property
     def num_top_logprobs(self) -> int | None:
@@ -330,6 +344,8 @@ class CompletionRequest(Sampled):
             raise ValueError(f"best_of is {self.best_of}, expected n ({self.num_choices}): answers are not ranked")
         if len(self.prompts) * self.num_choices > MAX_CHOICES:
             raise ValueError(f"{len(self.prompts)} prompts with n = {self.num_choices}: at most {MAX_CHOICES} answers")
+        if self.max_tokens == 0 and not self.echo:
+            raise ValueError("max_tokens is 0, which asks for nothing without echo: expected at least 1")
         return self
 
 

@@ -82,7 +82,7 @@ class Call:
             for index, (request, reader) in enumerate(self.readers.items()):
                 mine = [update for update in updates if update.request is request]
                 if mine and not (piece := reader.read(mine)).is_empty:
-                    found.append((index, piece))
+                    found.append((index, Piece(finish_reason="length") if self.body.num_asked == 0 else piece))
         return found
 
 
@@ -147,8 +147,9 @@ class Service:
                 raise ApiError(400, message, param="tools")
             tools = None
         prompt = await self.rendered(lambda: self._prompt(body, tools))
-        parse = (lambda: self.text.response_parser(prompt, tools or [])) if tools else (lambda: None)
-        return await self._call("chatcmpl", body, [prompt], tenant, parse)
+        return await self._call(
+            "chatcmpl", body, [prompt], tenant, lambda: self.text.response_parser(prompt, tools or [])
+        )
 
     async def complete(self, body: CompletionRequest, tenant: int) -> Call:
         """Start answers to prompts as they are."""
@@ -217,7 +218,7 @@ class Service:
         seed = fresh_seed() if body.seed is None else body.seed % 2**64
         readers = []
         for prompt in prompts:
-            max_new_tokens = self._num_new_tokens(len(prompt), body.num_asked)
+            max_new_tokens = max(1, self._num_new_tokens(len(prompt), body.num_asked, body.num_by_default))
             for index in range(body.num_choices):
                 params = body.params((seed + index) % 2**64, max_new_tokens)
                 sequence, parser = self.llm.engine.new_sequence(prompt, params), parse()
@@ -240,14 +241,14 @@ class Service:
         readers_of = dict(zip(ticket.requests, readers, strict=True))
         return Call(name, self.name, seed if body.seed is None else body.seed, body, ticket, readers_of, self.traced)
 
-    def _num_new_tokens(self, num_prompt: int, asked: int | None) -> int:
-        """What is asked for, or all there is room for. raises ApiError."""
+    def _num_new_tokens(self, num_prompt: int, asked: int | None, default: int | None) -> int:
+        """What is asked for, or what there is room for. raises ApiError."""
         room = self.max_len - num_prompt
         if room < 1 or (asked or 0) > room:
             text = f"the prompt has {num_prompt} tokens" + ("" if asked is None else f", its answer may have {asked}")
             message = f"{text}: together they must not be more than {self.max_len - (asked is None)}"
             raise ApiError(400, message, param="max_tokens", code="context_length_exceeded")
-        return room if asked is None else asked
+        return min(room if default is None else default, room) if asked is None else asked
 
     async def _grammar(self, body: Sampled) -> Any:
         """What makes the answers' matchers, where they must have a form."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
@@ -39,7 +40,8 @@ class Shape:
         for index, piece in await self._call.rest():
             _join(wholes[index], piece)
         kind = "chat.completion" if self._is_chat else "text_completion"
-        choices = [self._choice(index, piece) for index, piece in enumerate(wholes)]
+        # log-probabilities of long prompts take seconds, for which nobody else would be answered
+        choices = await asyncio.to_thread(lambda: [self._choice(index, piece) for index, piece in enumerate(wholes)])
         return {**self._head(kind), **self._prompt_ids(), "choices": choices, **self._tail()}
 
     async def chunks(self) -> AsyncIterator[dict[str, Any] | None]:
@@ -54,7 +56,9 @@ class Shape:
             if not pieces:
                 yield None
             for index, piece in pieces:
-                for choice in self._deltas(index, piece):
+                is_long = self._call.body.tells_prompt and not self._has_begun[index]
+                deltas = asyncio.to_thread(self._deltas, index, piece) if is_long else None
+                for choice in self._deltas(index, piece) if deltas is None else await deltas:
                     yield {**head, **once, "choices": [choice]}
                     once = {}
         if has_usage:
@@ -69,8 +73,8 @@ class Shape:
         return {"prompt_token_ids": self._call.sequences[0].prompt_ids} if self._call.body.return_token_ids else {}
 
     def _tail(self) -> dict[str, Any]:
-        sequences = self._call.sequences
-        return {"usage": usage(sequences, self._call.body.num_choices), **timings(sequences)}
+        sequences, body = self._call.sequences, self._call.body
+        return {"usage": usage(sequences, body.num_choices, is_told=body.num_asked != 0), **timings(sequences)}
 
     def _deltas(self, index: int, piece: Piece) -> list[dict[str, Any]]:
         """The role goes first, the reason last and alone."""
@@ -80,7 +84,8 @@ class Shape:
             delta = {"role": "assistant", "content": ""}
             choices.append({"index": index, "delta": delta, "logprobs": None, "finish_reason": None})
         self._has_begun[index] = True
-        if not piece.is_empty or piece.token_ids:  # the end token, and what was held back with it
+        # the end token, and what was held back with it
+        if not piece.is_empty or piece.token_ids or (is_first and self._echoed[index]):
             choices.append(self._choice(index, piece, is_delta=True, is_first=is_first))
         if reason is not None:
             last = {"index": index, "logprobs": None, "finish_reason": reason}
@@ -92,7 +97,8 @@ class Shape:
         tells = self._call.body.num_top_logprobs is not None
         if self._is_chat:
             choice["delta" if is_delta else "message"] = _message(piece, is_delta=is_delta)
-            choice["logprobs"] = chat_logprobs(self._texts[index], piece.logprobs) if tells else None
+            ends = self._call.sequences[index].end_ids
+            choice["logprobs"] = chat_logprobs(self._texts[index], piece.logprobs, ends) if tells else None
         else:
             choice["text"] = self._echoed[index] * is_first + piece.text
             choice["logprobs"] = self._completion_logprobs(index, piece, is_first=is_first) if tells else None

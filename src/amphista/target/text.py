@@ -23,6 +23,7 @@ Message = Mapping[str, Any]
 PRINTABLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]  # bytes that stand for themselves in names
 BYTES = {chr(byte): byte for byte in PRINTABLE}  # of byte-level tokens (GPT-2's), by the characters of their names
 BYTES |= {chr(256 + n): byte for n, byte in enumerate(byte for byte in range(256) if byte not in PRINTABLE)}
+THOUGHTS = ("reasoning_content", "thinking")  # fields of an answer, as templates name them
 REPLACEMENT = "\ufffd"  # what a decoder prints for bytes that are not yet a whole character
 MAX_OPEN = 16  # tokens that may wait for a character to end; none has more than 4 bytes
 CHARACTER_BYTES = 4
@@ -140,6 +141,17 @@ class Text:
 
     def token_bytes(self, token_id: int, *, is_first: bool = False) -> bytes:
         """What a token stands for, a part of a character too."""
+        key = (token_id, is_first)
+        if key not in self._bytes:
+            self._bytes[key] = self._bytes_of(token_id, is_first=is_first)
+        return self._bytes[key]
+
+    @cached_property
+    def _bytes(self) -> dict[tuple[int, bool], bytes]:
+        """Of tokens that were asked about: of a prompt with its best tokens there are thousands."""
+        return {}
+
+    def _bytes_of(self, token_id: int, *, is_first: bool) -> bytes:
         if token_id in self.byte_tokens:
             return bytes([self.byte_tokens[token_id]])
         text = self.token_text(token_id, is_first=is_first)
@@ -161,11 +173,17 @@ class Text:
         return any(re.search(r"\btools\b", text) for text in texts)
 
     def response_parser(self, prompt_ids: Sequence[int], tools: Sequence[Mapping[str, Any]]) -> Any:
-        """What finds calls of tools in an answer (`transformers`' ResponseParser); None where this tokenizer does not
-        say how they look."""
-        if getattr(self.tokenizer, "response_template", None) is None:
+        """What finds thoughts in an answer and, where there are tools, calls of them (`transformers`' ResponseParser);
+        None where this tokenizer does not say how they look."""
+        template = getattr(self.tokenizer, "response_template", None)
+        if template is None:
             return None
-        return self.tokenizer.get_response_parser(prefix=self.decode_exactly(prompt_ids), tools=list(tools))
+        if not tools:
+            fields = {name: field for name, field in template.get("fields", {}).items() if name != "tool_calls"}
+            if not fields.keys() & set(THOUGHTS):
+                return None
+            template = template | {"fields": fields}
+        return self.tokenizer.get_response_parser(template, prefix=self.decode_exactly(prompt_ids), tools=list(tools))
 
     def encode_part(self, text: str) -> list[int]:
         """Token ids of rendered text, nothing added."""
