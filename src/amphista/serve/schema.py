@@ -1,7 +1,7 @@
 """What may be asked of the server, as OpenAI spells it; pydantic checks it before anything else sees it.
 
-Fields not named here are taken and mean nothing. Those of type `Refused`, and those in `foreign`, would change the answer
-if they were ignored.
+Fields not named here are taken and mean nothing. Those of type `Refused`, and those in `foreign`, would change the
+answer if they were ignored.
 """
 
 from __future__ import annotations
