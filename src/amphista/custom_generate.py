@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from amphista.engine.batch import Batch, Job
-from amphista.engine.model_defaults import settings_of
+from amphista.engine.model_defaults import ids_of, settings_of
 from amphista.engine.params import SamplingParams
 from amphista.errors import RequestError, TargetError
 from amphista.llm import LLM, choose_drafter
@@ -125,21 +125,17 @@ def _params(config: Any, num_columns: int, target: Target, seed: int | None) -> 
         settings["min_tokens"] = max(0, (config.min_length or 0) - num_columns)
     if settings.get("stop") and settings.get("min_tokens"):
         raise _unsupported(["stop_strings with a least length"])  # there they may end an answer before it, here not
-    ends = [] if config.eos_token_id is None else [end for end in _ids(config.eos_token_id) if end >= 0]  # -1: none
+    ends = [end for end in ids_of(config.eos_token_id) if end >= 0]  # -1: none
     if set(ends) != target.eos_ids:
         settings |= {"ignore_eos": True, "stop_token_ids": ends}
     return SamplingParams(**settings, seed=int(torch.randint(2**53, ())) if seed is None else seed)
-
-
-def _ids(value: Any) -> list[int]:
-    return torch.as_tensor(value).reshape(-1).tolist()
 
 
 def _without_padding(ids: Tensor, mask: Tensor | None, config: Any) -> list[list[int]]:
     """Token ids of each prompt; without a mask, pad tokens that end nothing are padding, as in transformers."""
     pad = config.pad_token_id
     if mask is None:
-        is_padding = pad is not None and pad not in _ids([] if config.eos_token_id is None else config.eos_token_id)
+        is_padding = pad is not None and pad not in ids_of(config.eos_token_id)
         mask = ids != pad if is_padding else torch.ones_like(ids)
     return [row[kept.bool()].tolist() for row, kept in zip(ids, mask, strict=True)]
 
@@ -147,7 +143,7 @@ def _without_padding(ids: Tensor, mask: Tensor | None, config: Any) -> list[list
 def _with_padding(ids: Tensor, answers: Sequence[list[int]], config: Any) -> Tensor:
     pad = config.pad_token_id
     if pad is None:
-        pad = 0 if config.eos_token_id is None else _ids(config.eos_token_id)[0]
+        pad = 0 if config.eos_token_id is None else ids_of(config.eos_token_id)[0]
     longest = max(map(len, answers))
     return torch.cat([ids, ids.new_tensor([answer + [pad] * (longest - len(answer)) for answer in answers])], dim=1)
 

@@ -482,6 +482,29 @@ def test_calibration_is_made_on_the_rows_it_is_for(target):
     assert measured["greedy"]["positions"] == measured["sampled"]["positions"] == 3 * 7
 
 
+@pytest.mark.parametrize("temperatures", [[1e-5, 1e-7], [1.0, 0.2, 0.2]])
+def test_calibration_takes_answers_of_any_temperatures_in_any_order(target, temperatures):
+    drafter = drafter_for(target)
+    rows = [TokenRow(str(at), "a", ROW.token_ids, ROW.answers, at) for at in temperatures]
+    hidden = HiddenStates(target, rows, None)
+    found = [calibrate(drafter, some, hidden, LossConfig())[0].sampled for some in (rows, rows[::-1])]
+    assert found[0] == found[1] and all(0.6 / 0.2 <= value <= 100 for value in found[0])
+
+
+def test_a_draft_vocabulary_without_any_held_out_token_is_calibrated(target):
+    drafter = drafter_for(target, draft_vocab=2)
+    drafter.set_draft_ids(torch.tensor([1, 2]))
+    assert 0 < calibrate(drafter, [ROW], HiddenStates(target, [ROW], None), LossConfig())[0].coverage < 0.01
+
+
+def test_held_out_answers_of_one_token_are_refused_before_training(target, tmp_path):
+    path = tmp_path / "answers.jsonl"
+    lines = [{"id": str(i), "prompt_ids": PROMPT, "answer_ids": [9]} for i in range(20)]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with pytest.raises(DataError, match="has a second token"):
+        Trainer(target, config_for(path), tmp_path / "run", lambda line: None)
+
+
 def test_a_store_without_its_states_is_filled_again(target, tmp_path):
     """Marks whose states are gone must not pass zeros for hidden states."""
     first = HiddenStates(target, [ROW], tmp_path).get([ROW])[0]

@@ -366,6 +366,20 @@ def test_the_models_own_settings_give_the_tokens_of_stock_generate(settings):
     assert plain != theirs or "min_new_tokens" in settings
 
 
+def test_an_end_token_among_the_models_bad_words_ends_an_answer_as_in_stock_generate():
+    import torch
+
+    model = configured()
+    prompt = torch.tensor([[5, 17, 230, 44, 9]])
+    plain = model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=12)[0, 5:].tolist()
+    end, never = plain[4], next(token for token in range(300) if token not in plain)
+    model.generation_config.update(eos_token_id=[257, end], bad_words_ids=[[end], [never]])
+    theirs = model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=12)[0, 5:].tolist()
+    assert theirs[-1] == end and len(theirs) < 12
+    answer = LLM(Target(model, Text(byte_tokenizer()))).generate(prompt[0].tolist(), params="model", max_tokens=12)
+    assert answer.token_ids == theirs
+
+
 # -- the hub ----------------------------------------------------------------------------------------------------------
 
 

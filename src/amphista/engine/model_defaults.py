@@ -9,6 +9,8 @@ from __future__ import annotations
 import logging
 from typing import Any
 
+import torch
+
 from amphista.target.target import Target
 
 OURS = {  # its name -> ours
@@ -102,9 +104,15 @@ def settings_of(config: Any) -> tuple[dict[str, Any], list[str]]:
         settings = {name: value for name, value in settings.items() if name not in SAMPLED_ONLY}
     words = asked.get("bad_words_ids", [])
     if words and all(len(word) == 1 for word in words):
-        banned = [token for word in asked.pop("bad_words_ids") for token in word]
+        ends = ids_of(config.eos_token_id)  # which `generate` leaves out, too: an answer may end
+        banned = [token for word in asked.pop("bad_words_ids") for token in word if token not in ends]
         settings["suppress_tokens"] = [*settings.get("suppress_tokens", ()), *banned]
     return settings, [name for name in asked if name not in OURS]
+
+
+def ids_of(value: Any) -> list[int]:
+    """A generation_config's token ids, which may be one, several or None."""
+    return [] if value is None else torch.as_tensor(value).reshape(-1).tolist()
 
 
 def _shown(value: Any) -> str:

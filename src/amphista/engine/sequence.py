@@ -44,7 +44,7 @@ class Sequence:
     are ended and cut. chunk_len: how many tokens of its prompt the next step may read. drafts: whether anything is
     proposed for it; else it is decoded plainly, in whatever batch. is_traced: whether its steps tell their trees.
     prompt_logprobs: those of its prompt's tokens but the first, as far as it is read; an empty list asks for them, and
-    then it must read its prompt itself: no rows may be adopted.
+    then it must read its prompt itself: no rows may be adopted. cut_off: the loop that was cut off its end.
     """
 
     token_ids: list[int]
@@ -65,6 +65,7 @@ class Sequence:
     finish_reason: FinishReason | None = None
     logprobs: list[TokenLogprob] = field(default_factory=list)
     prompt_logprobs: list[TokenLogprob] | None = None
+    cut_off: list[int] = field(default_factory=list)
 
     @property
     def prompt_ids(self) -> list[int]:
@@ -167,7 +168,9 @@ class Sequence:
         self.chooser.extend(tokens)
         self.stops, self.watch, self.finish_reason = ending.stops, ending.watch, ending.reason
         if ending.reason is FinishReason.LOOP:
-            del self.token_ids[self.num_prompt + loop_free_length(self.output_ids) :]
+            end = self.num_prompt + loop_free_length(self.output_ids)
+            self.cut_off = self.token_ids[end:]  # first: broken off in between, `restore` drops what stands twice
+            del self.token_ids[end:]
 
     def snapshot(self) -> tuple[Any, ...]:
         """What `restore` needs."""
@@ -186,6 +189,8 @@ class Sequence:
         num_tokens, num_rows, unfed, num_logprobs, stats, state = snapshot
         self.finish_reason = None
         self.stops, self.watch, self.chooser.output = state
+        self.token_ids += self.cut_off  # a loop begins in an earlier step
+        self.cut_off = []
         del self.token_ids[num_tokens:], self.logprobs[num_logprobs:]
         self.rows.unfed[:] = unfed
         self.rows.cache.trim(num_rows)

@@ -42,8 +42,7 @@ def cache_folder() -> Path:
 
 def find_compiler() -> list[str]:
     """The command of $CC, or of the first compiler there is."""
-    if os.environ.get("CC"):
-        command = os.environ["CC"].split()
+    if command := os.environ.get("CC", "").split():
         if shutil.which(command[0]) is None:
             raise NativeError(f"there is no C compiler {command[0]!r}, which CC names")
         return command
@@ -58,9 +57,9 @@ def build(flags: Sequence[str] = BEST_FLAGS, folder: Path | None = None) -> Path
     compiler = find_compiler()
     folder = folder or cache_folder()
     path = folder / f"step-{_identity(compiler, flags)}.so"
-    if path.is_file():
-        return path
     try:
+        if path.is_file():
+            return path
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".building-", dir=folder) as aside:
             built = Path(aside) / path.name
@@ -72,14 +71,20 @@ def build(flags: Sequence[str] = BEST_FLAGS, folder: Path | None = None) -> Path
 
 
 def _compile(command: list[str]) -> None:
-    try:
-        result = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_SECONDS)
-    except subprocess.TimeoutExpired as error:
-        raise NativeError(f"{command[0]} took more than {TIMEOUT_SECONDS} s") from error
+    result = _run(command)
     if result.returncode != 0:
         lines = result.stderr.strip().splitlines() or [f"exit code {result.returncode}"]
         line = next((line for line in lines if "error" in line), lines[0])
         raise NativeError(f"{command[0]} cannot build the C step: {line}")
+
+
+def _run(command: Sequence[str]) -> subprocess.CompletedProcess[str]:
+    try:
+        return subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=TIMEOUT_SECONDS)
+    except subprocess.TimeoutExpired as error:
+        raise NativeError(f"{command[0]} took more than {TIMEOUT_SECONDS} s") from error
+    except OSError as error:
+        raise NativeError(f"{command[0]} cannot be run: {error.strerror or error}") from error
 
 
 def base_flags(compiler: Sequence[str]) -> tuple[str, ...]:
@@ -90,13 +95,14 @@ def base_flags(compiler: Sequence[str]) -> tuple[str, ...]:
 
 @functools.cache
 def _version(compiler: tuple[str, ...]) -> str:
-    command = [*compiler, "--version"]
-    return subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_SECONDS).stdout
+    return _run([*compiler, "--version"]).stdout
 
 
 def _identity(compiler: Sequence[str], flags: Sequence[str]) -> str:
     version = _version(tuple(compiler))
-    digest = hashlib.sha256("\0".join([*compiler, version, *base_flags(compiler), *flags, _processor()]).encode())
+    digest = hashlib.sha256(
+        "\0".join([*compiler, version, *base_flags(compiler), *flags, _processor()]).encode(errors="replace")
+    )
     for source in sorted([*SOURCES.glob("*.c"), *SOURCES.glob("*.h")]):
         digest.update(source.read_bytes())
     return digest.hexdigest()[:20]
@@ -126,16 +132,38 @@ def leave_team() -> None:
 
 @functools.cache
 def load(flags: tuple[str, ...] | None = None, folder: Path | None = None) -> ctypes.CDLL:
-    """The library, built where it is not yet. None: the best flags that the compiler takes. raises NativeError."""
-    if flags is None:
-        try:
-            path = build(BEST_FLAGS, folder)
-        except NativeError as error:
-            if isinstance(error.__cause__, subprocess.TimeoutExpired):
-                raise  # the other would take as long
-            path = build(WITHOUT_OPENMP, folder)
-    else:
-        path = build(flags, folder)
+    """The library, built where it is not yet. None: the best flags that the compiler takes. raises NativeError.
+
+    One that cannot be loaded (empty behind a power cut) is put aside and built once more. It lies there for as long as
+    the new one cannot be loaded either, as where nothing may run: else every start would build in vain.
+    """
+    path = _built(flags, folder)
+    aside = path.with_suffix(".damaged")
+    try:
+        return _opened(path)
+    except NativeError:
+        if aside.exists():
+            raise
+    with suppress(OSError):
+        path.replace(aside)
+    library = _opened(_built(flags, folder))
+    with suppress(OSError):
+        aside.unlink()
+    return library
+
+
+def _built(flags: tuple[str, ...] | None, folder: Path | None) -> Path:
+    if flags is not None:
+        return build(flags, folder)
+    try:
+        return build(BEST_FLAGS, folder)
+    except NativeError as error:
+        if isinstance(error.__cause__, subprocess.TimeoutExpired):
+            raise  # the other would take as long
+        return build(WITHOUT_OPENMP, folder)
+
+
+def _opened(path: Path) -> ctypes.CDLL:
     try:
         return ctypes.CDLL(str(path))
     except OSError as error:

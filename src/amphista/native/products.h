@@ -572,15 +572,19 @@ INLINE int digits_of_rows(const Product *p) {
     return digits;
 }
 
-/* n rows [n][stride], zeros behind their numbers, rounded to 8 bits. */
+/* n rows [n][stride], zeros behind their numbers, rounded to 8 bits; what is not finite makes all products NaN. */
 static void level_rows(const float *from, long stride, int n, long size, uint8_t *numbers, float *steps) {
     typedef uint8_t bytes __attribute__((vector_size(LANES)));
     for (int r = 0; r < n; r++) {
-        vec most = {0};
-        for (long i = 0; i < size; i += LANES) most = larger(magnitude(load(from + r * stride + i)), most);
+        vec most = {0}, zeros = {0};
+        for (long i = 0; i < size; i += LANES) {
+            const vec part = load(from + r * stride + i);
+            most = larger(magnitude(part), most);
+            zeros += part * 0.0f; /* NaN of what is not finite, where `most` leaves NaN out */
+        }
         const float reach = largest(most), least = 1.17549435e-38f * LEVELS;
-        steps[r] = (reach < least ? least : reach) * (1.0f / LEVELS);
-        const float inverse = 1.0f / steps[r];
+        const float step = (reach < least ? least : reach) * (1.0f / LEVELS), inverse = 1.0f / step;
+        steps[r] = step + sum(zeros);
         for (long i = 0; i < size; i += LANES) {
             vec scaled = load(from + r * stride + i) * inverse + (ZERO + 0.5f);
             bytes rounded = __builtin_convertvector(__builtin_convertvector(scaled, ivec), bytes);

@@ -17,7 +17,8 @@ import sys
 import tempfile
 import urllib.request
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -92,10 +93,21 @@ def packaged_file(target: PackagedTarget, progress: Progress) -> Path:
     """The file of a packaged target, placed by hand or fetched on first use."""
     path = packaged_path(target)
     if not path.is_file():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".fetching-", dir=path.parent) as temporary:
+        with _writing(path.parent), tempfile.TemporaryDirectory(prefix=".fetching-", dir=path.parent) as temporary:
             _download(target, Path(temporary), progress).replace(path)
     return path
+
+
+@contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    """Make a folder to write into; raises TargetError where it cannot be written."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        yield
+    except OSError as error:
+        raise TargetError(
+            f"{folder} cannot be written ({error.strerror or error}): name another folder by AMPHISTA_CACHE"
+        ) from error
 
 
 def packaged_path(target: PackagedTarget) -> Path:
@@ -228,23 +240,23 @@ def convert(
         return folder
     _refuse_damaged(gguf_file, file_sha256(gguf_file), sha256)
     progress(f"converting {gguf_file.name} once into {folder} ({'some seconds' if save else 'half a minute'})")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=".converting-", dir=folder.parent))
-    try:
-        (save or _save_as_transformers)(gguf_file, temporary)
-        files = {path.name: file_sha256(path) for path in sorted(temporary.iterdir())}
-        stamps = {name: _stamp(temporary / name) for name in files}
-        manifest = {"gguf_sha256": sha256, "files": files, "stamps": stamps}
-        (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1))
-        if folder.exists() and not is_whole(folder):
-            shutil.rmtree(folder)
+    with _writing(folder.parent):
+        temporary = Path(tempfile.mkdtemp(prefix=".converting-", dir=folder.parent))
         try:
-            temporary.rename(folder)
-        except OSError:
-            if not is_whole(folder):  # another process may have finished the same conversion first
-                raise
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+            (save or _save_as_transformers)(gguf_file, temporary)
+            files = {path.name: file_sha256(path) for path in sorted(temporary.iterdir())}
+            stamps = {name: _stamp(temporary / name) for name in files}
+            manifest = {"gguf_sha256": sha256, "files": files, "stamps": stamps}
+            (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1))
+            if folder.exists() and not is_whole(folder):
+                shutil.rmtree(folder)
+            try:
+                temporary.rename(folder)
+            except OSError:
+                if not is_whole(folder):  # another process may have finished the same conversion first
+                    raise
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
     return folder
 
 

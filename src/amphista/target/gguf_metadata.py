@@ -25,6 +25,16 @@ INNER_SIZES = {  # of experts
     "expert_feed_forward_length": "moe_intermediate_size",
     "expert_shared_feed_forward_length": "shared_expert_intermediate_size",
 }
+UNREAD = {  # what no configuration takes, and the values that change nothing
+    "logit_scale": (0, 1),
+    "residual_scale": (0, 1),
+    "embedding_scale": (0, 1),
+    "expert_weights_scale": (0, 1),
+    "attention.scale": (0,),
+    "attention.clamp_kqv": (0,),
+    **dict.fromkeys(CAPS, (0,)),
+}
+WHOLE_HEADS = {"qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "gemma2", "gemma3_text", "gpt_oss"}  # all of them rotated
 KNOWN = {"factor": "factor", "original_context_length": "original_max_position_embeddings"}
 
 
@@ -54,10 +64,35 @@ def complete(reader: Any, config: Any) -> None:
     if config.model_type in LAYERS_OF_27B:  # by size, as llama.cpp does: no file says it
         is_27b = config.num_hidden_layers == LAYERS_OF_27B[config.model_type]
         config.query_pre_attn_scalar = config.hidden_size // config.num_attention_heads if is_27b else config.head_dim
+    _refuse_settings(reader, config)
+
+
+def _refuse_settings(reader: Any, config: Any) -> None:
+    """Raise TargetError for a setting that is not read and without which the file would be another model."""
+    neutral: dict[str, tuple[Any, ...]] = {name: (*v, getattr(config, name, None)) for name, v in UNREAD.items()}
+    if heads := getattr(config, "num_attention_heads", 0):
+        size = getattr(config, "head_dim", None) or config.hidden_size // heads
+        neutral["attention.scale"] += (getattr(config, "query_pre_attn_scalar", size) ** -0.5, size**-0.5)
+        if config.model_type in WHOLE_HEADS:
+            neutral["rope.dimension_count"] = (0, size)
+    for name, entry in reader.fields.items():
+        values = neutral.get(name.partition(".")[2])
+        if values is None:
+            continue
+        value = entry.contents()
+        if not any(one is not None and np.allclose(value, one, rtol=1e-3) for one in values):
+            raise TargetError(
+                f"the file says {name} = {value}, which is not read here, and would be another model without: use the "
+                "model's transformers folder"
+            )
 
 
 def _turn_as_phi3(reader: Any, config: Any) -> None:
-    """Which part of a head is rotated, and longrope's factors (arXiv 2402.13753), which lie among the tensors."""
+    """How far back is seen, which part of a head is rotated, and longrope's factors (arXiv 2402.13753), which lie among
+    the tensors."""
+    window = reader.fields.get("phi3.attention.sliding_window")
+    if window is not None:
+        config.sliding_window = int(window.contents()) or None  # 0: Phi-4, which sees all
     rope = dict(config.rope_parameters)
     said = {name.partition(".rope.")[2]: entry.contents() for name, entry in reader.fields.items() if ".rope." in name}
     head_size = config.hidden_size // config.num_attention_heads

@@ -12,14 +12,15 @@ Shapes: K heads, R ranks, M rows, N draft vocabulary.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from statistics import median_low
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from amphista.drafter.base import Calibration
+from amphista.drafter.base import HEAD_TEMPERATURES, Calibration
 from amphista.drafter.scoring import ScoringDrafter
-from amphista.train.dataset import HiddenStates, batches_of, coverage
+from amphista.train.dataset import HiddenStates, batches_of, check_measurable, coverage
 from amphista.train.head_loss import draft_labels
 from amphista.train.losses import LossConfig
 from amphista.train.token_row import TokenRow
@@ -29,20 +30,26 @@ GRID = torch.arange(0.6, 3.01, 0.05)
 MAX_POSITIONS = 2048  # a head's temperature is known to about a grid step by then; the rest is left out evenly
 ROWS_AT_ONCE = 64  # rows that stay in a processor's cache while all temperatures are tried on them
 SAMPLED_AT = 0.7  # the temperature of the sampled answers, when rows do not say
+LEAST_COVERAGE = 1e-3  # where none of these answers' tokens is in the draft vocabulary, another's may be
 
 
 def calibrate(
     drafter: ScoringDrafter, rows: Sequence[TokenRow], hidden: HiddenStates, loss_config: LossConfig
 ) -> tuple[Calibration, dict[str, Any]]:
-    """(calibration, what was measured with it), for a drafter on held-out rows."""
+    """(calibration, what was measured with it), for a drafter on held-out rows.
+
+    Of several temperatures the sampled answers count as of the middle one. raises DataError where heads have nothing to
+    guess.
+    """
+    check_measurable(rows)
     was_training = drafter.training
     drafter.eval()
     greedy_rows = [row for row in rows if row.temperature == 0] or list(rows)
     sampled_rows = [row for row in rows if row.temperature] or list(rows)
-    at = next((row.temperature for row in sampled_rows if row.temperature), SAMPLED_AT)
+    at = _within_bounds(median_low([row.temperature for row in rows if row.temperature] or [SAMPLED_AT]))
     greedy = head_temperatures(drafter, greedy_rows, hidden)
-    sampled = [t / at for t in head_temperatures(drafter, sampled_rows, hidden)]
-    covered = coverage(rows, drafter.draft_ids)
+    sampled = [_within_bounds(t / at) for t in head_temperatures(drafter, sampled_rows, hidden)]
+    covered = max(coverage(rows, drafter.draft_ids), LEAST_COVERAGE)
     drafter.calibration = Calibration(greedy=greedy, sampled=sampled, coverage=covered)
     measured: dict[str, Validation] = {
         "greedy": validate(drafter, greedy_rows, hidden, loss_config),
@@ -53,6 +60,12 @@ def calibrate(
     drafter.train(was_training)
     record = {name: _recorded(v) for name, v in measured.items()}
     return calibration, record
+
+
+def _within_bounds(temperature: float) -> float:
+    """As a calibration may hold it: answers sampled near 0 would have heads divided by thousands."""
+    least, most = HEAD_TEMPERATURES
+    return min(max(temperature, least), most)
 
 
 def _recorded(part: Validation) -> dict[str, Any]:

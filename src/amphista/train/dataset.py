@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -61,7 +62,17 @@ def split_rows(rows: Sequence[TokenRow], share: float, seed: int) -> tuple[list[
             f"{len(rows)} rows with a validation share of {share} leave {len(training)} to train on and "
             f"{len(validation)} to validate on: give more rows or another share"
         )
+    check_measurable(validation)
     return training, validation
+
+
+def check_measurable(rows: Sequence[TokenRow]) -> None:
+    """Raise DataError where no head has anything to guess: the target itself chooses an answer's first token."""
+    if not any(mark and mark == following for row in rows for mark, following in pairwise(row.answers)):
+        raise DataError(
+            f"none of the answers of {len(rows)} held-out rows has a second token, the first that a head can guess: "
+            "give more rows or longer answers"
+        )
 
 
 def frequent_tokens(rows: Sequence[TokenRow], size: int, always: Sequence[int]) -> Tensor:

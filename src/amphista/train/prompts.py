@@ -15,6 +15,7 @@ warning), so each conversation is rendered message by message. A template that r
 from __future__ import annotations
 
 import logging
+import sys
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
@@ -56,10 +57,12 @@ def read_rows(
         for row, where in _rows_in(path, text, eos_ids, fingerprint, missed):
             check_ids(row, where, vocab_size)
             cut = cut_row(row, max_len)
-            if cut.num_answer_tokens:
+            if any(cut.answers[1:]):  # the first token of all follows nothing
                 rows.append(_with_own_id(cut, seen))
             else:
-                missed.add(path, f"{where} has no answer tokens within its first {max_len} tokens")
+                missed.add(
+                    path, f"{where} has no answer tokens within its first {max_len} tokens, or but the very first"
+                )
     if not rows:
         raise DataError(f"no answer tokens in {', '.join(map(str, paths))}. {missed.sentence()}")
     if missed.count and left_out is None:
@@ -106,8 +109,8 @@ def _rows_of(record: dict[str, Any], default_id: str, text: Text | None, eos_ids
         if not answer:
             raise DataError("has no answer tokens")
         temperature = record.get("temperature")
-        if not isinstance(temperature, int | float | None) or isinstance(temperature, bool):
-            raise DataError(f"has the temperature {temperature!r}: expected a number")
+        if temperature is not None and not _is_temperature(temperature):
+            raise DataError(f"has the temperature {temperature!r}: expected a finite number, at least 0")
         return token_rows(name, [([*prompt, *answer], [0] * len(prompt) + [1] * len(answer))], temperature)
     if "messages" in record:
         messages = record["messages"]
@@ -119,6 +122,10 @@ def _rows_of(record: dict[str, Any], default_id: str, text: Text | None, eos_ids
             raise DataError("has no answer tokens: no turn of it is an assistant's")
         return token_rows(name, marked, None)
     raise DataError(f"has neither prompt_ids and answer_ids nor messages (its keys: {', '.join(record) or 'none'})")
+
+
+def _is_temperature(value: Any) -> bool:
+    return type(value) in (int, float) and 0 <= value <= sys.float_info.max
 
 
 def _are_ids(value: Any) -> bool:

@@ -264,5 +264,5 @@ def count_hits(ranked: RankedHeads, batch: PaddedBatch, hits: Tensor, counts: Te
         index = batch.answer_rows.aims(k).cpu()
         wanted = next_ids[index + k + 1]
         offered = ranked.ranked_tokens(k, index, next_ids[index + k])
-        hits[k] += (offered == wanted[:, None]).float().sum(0)
+        hits[k, : offered.shape[1]] += (offered == wanted[:, None]).float().sum(0)  # a tiny draft vocabulary has fewer
         counts[k] += index.numel()

@@ -172,6 +172,22 @@ def test_a_step_broken_off_has_done_nothing():
     assert take(found, tokens_of("YZ")) == 2 and found.finish_reason is FinishReason.STOP
 
 
+def test_a_step_that_cuts_a_loop_off_and_is_broken_off_has_done_nothing():
+    found = sequence(max_new_tokens=50)
+    found.watch = LoopWatch()
+    loop = [1, 2] * 12
+    take(found, loop[:20])
+    filled(found.rows, 22)
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt), whole_step([found]):
+            take(found, loop[20:])
+            assert found.output_ids == [1, 2] and found.finish_reason is FinishReason.LOOP
+            raise KeyboardInterrupt
+        assert found.output_ids == loop[:20] and found.finish_reason is None
+    take(found, loop[20:])
+    assert found.output_ids == [1, 2]
+
+
 def test_looking_for_the_end_changes_nothing():
     found = sequence(stop=("XYZ",), max_new_tokens=50)
     found.watch = LoopWatch()

@@ -105,6 +105,47 @@ def test_a_compiler_that_writes_rubbish_is_not_loaded(tmp_path, monkeypatch):
         load(folder=tmp_path / "cache")
 
 
+@pytest.mark.parametrize("text", ["#!/nowhere/sh\n", "exit 1\n", "#!/bin/sh\nprintf 'error \\351\\n' >&2; exit 1\n"])
+def test_a_compiler_that_cannot_be_run_or_read_says_so(text, tmp_path, monkeypatch):
+    odd = tmp_path / "cc-odd"
+    odd.write_text(text)
+    odd.chmod(0o755)
+    monkeypatch.setenv("CC", str(odd))
+    with pytest.raises(NativeError, match=r"cannot be run|error \ufffd"):
+        load(folder=tmp_path / "cache")
+
+
+def test_a_blank_cc_names_no_compiler(monkeypatch):
+    monkeypatch.setenv("PATH", "/nowhere")
+    monkeypatch.setenv("CC", " ")
+    with pytest.raises(NativeError, match=r"looked for \$CC"):
+        find_compiler()
+
+
+@pytest.mark.parametrize("damaged", [b"", b"junk"])
+def test_a_damaged_library_is_built_again(damaged, tmp_path):
+    compiler()
+    path = build(FAST, tmp_path)
+    path.write_bytes(damaged)
+    load.__wrapped__(FAST, tmp_path)
+    assert [found.name for found in tmp_path.iterdir()] == [path.name]
+
+
+def test_a_library_that_can_never_be_loaded_is_built_once_more_only(tmp_path, monkeypatch):
+    builds = []
+
+    def built(flags, folder):
+        builds.append(flags)
+        (tmp_path / "step.so").write_text("junk")
+        return tmp_path / "step.so"
+
+    monkeypatch.setattr("amphista.native.build.build", built)
+    for count in (2, 3):
+        with pytest.raises(NativeError, match="cannot be loaded"):
+            load.__wrapped__(FAST, tmp_path)
+        assert len(builds) == count
+
+
 def test_a_build_that_takes_too_long_is_not_tried_twice(tmp_path, monkeypatch):
     tried, run = [], subprocess.run
 

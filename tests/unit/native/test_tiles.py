@@ -73,3 +73,13 @@ def test_torch_multiplies_by_the_same_units_in_turn_with_us():
         for (a, b), c in zip(pairs, before, strict=True):
             assert torch.equal(product.multiply(rows), wanted)
             assert torch.equal(a @ b, c)
+
+
+@pytest.mark.parametrize("broken", [float("nan"), float("inf"), -float("inf")])
+def test_in_8_bits_a_row_that_is_not_finite_gives_nothing_finite(broken):
+    _, product, rows = shaped((70, 40), Weight.of_8_bits)
+    for count in (1, 5, 33):
+        spoilt = rows[:count].clone()
+        spoilt[0, 37] = broken
+        found = product.multiply(spoilt)
+        assert found[0].isnan().all() and torch.equal(found[1:], product.multiply(rows[:count])[1:])

@@ -270,6 +270,17 @@ def test_a_tensor_that_the_family_has_not(tmp_path, caplog):
         ({"say": lambda writer: writer.add_rope_scaling_type(RopeScalingType.LONGROPE)}, "rope.scaling.type longrope"),
         ({"say": lambda writer: (scaled(writer, "yarn"), writer.add_rope_scaling_yarn_log_mul(0.1))}, "yarn_log_mul"),
         ({"say": lambda writer: (scaled(writer, "linear"), divided(writer))}, "linear, rope_freqs.weight"),
+        ({"say": lambda writer: writer.add_logit_scale(4.0)}, r"llama.logit_scale = 4.0, which is not read"),
+        ({"say": lambda writer: writer.add_clamp_kqv(8.0)}, "llama.attention.clamp_kqv = 8.0"),
+        ({"say": lambda writer: writer.add_attention_scale(0.5)}, "llama.attention.scale = 0.5"),
+        (
+            {"architecture": "gemma3", "say": lambda writer: writer.add_final_logit_softcapping(30.0)},
+            "gemma3.final_logit_softcapping = 30.0",
+        ),
+        (
+            {"architecture": "qwen2", "say": lambda writer: writer.add_rope_dimension_count(32)},
+            "qwen2.rope.dimension_count = 32",
+        ),
     ],
 )
 def test_a_file_that_would_be_another_model_is_refused(changes, message, tmp_path):
@@ -278,6 +289,19 @@ def test_a_file_that_would_be_another_model_is_refused(changes, message, tmp_pat
     for dtype in (None, "float32", None):
         with pytest.raises(TargetError, match=message):
             load_target(str(path), dtype=dtype)
+
+
+def neutral(writer):
+    writer.add_logit_scale(1.0)
+    writer.add_residual_scale(0.0)
+    writer.add_attention_scale(0.125)
+    writer.add_clamp_kqv(0.0)
+    writer.add_rope_dimension_count(64)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen2"])
+def test_settings_that_change_nothing_are_no_obstacle(architecture, tmp_path):
+    assert load_target(str(write_gguf(tmp_path / "same.gguf", mixed, architecture, say=neutral))).path == "native-gguf"
 
 
 ORIGINAL = {"original_max_position_embeddings": 128}
@@ -382,6 +406,20 @@ def test_phi3_is_rotated_as_its_file_says(tmp_path):
     ):
         target = load_target(path, **settings)
         assert target.spec.max_positions == 256 and "original context" in target.spec.limited_by
+        found = target.prefill(tokens, target.new_cache()).logits[-1]
+        torch.testing.assert_close(found, expected, atol=1e-3 if settings else 2e-2, rtol=0)
+
+
+@pytest.mark.parametrize("window", [8, 0])
+def test_phi3_sees_as_far_back_as_its_file_says(window, tmp_path):
+    say = lambda writer: writer.add_sliding_window(window)  # noqa: E731
+    path, tokens = str(write_gguf(tmp_path / "window.gguf", mixed, "phi3", say=say)), [5, 17, 230, 9] * 10
+    plain = load_target(str(write_gguf(tmp_path / "plain.gguf", mixed, "phi3")), fast=False, dtype="float32")
+    model = plain.stock()._model
+    model.config.sliding_window = window or None
+    expected = model(input_ids=torch.tensor([tokens])).logits[0, -1]
+    for settings in ({}, {"dtype": "float32"}):
+        target = load_target(path, **settings)
         found = target.prefill(tokens, target.new_cache()).logits[-1]
         torch.testing.assert_close(found, expected, atol=1e-3 if settings else 2e-2, rtol=0)
 

@@ -124,6 +124,14 @@ def test_a_damaged_gguf_file_is_refused(converted, source, tmp_path):
     assert converted == []
 
 
+def test_a_cache_that_cannot_be_written_is_named_and_how_to_name_another(source, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("AMPHISTA_CACHE", str(tmp_path / "file"))
+    for find in (lambda: gguf_target_folder(source, silent), lambda: packaged_target_folder(PACKAGED, silent)):
+        with pytest.raises(TargetError, match=r"file.* cannot be written .*AMPHISTA_CACHE"):
+            find()
+
+
 def test_a_folder_per_file_content(converted, source, tmp_path):
     first = gguf_target_folder(source, silent)
     source.write_bytes(CONTENT + b"!")

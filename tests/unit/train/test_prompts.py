@@ -36,6 +36,7 @@ GOOD = {"id": "a", "prompt_ids": [1], "answer_ids": [2, 3]}
 BAD = {
     '{"id": "x", "prompt_ids": [1], "answer_ids": []}': "line 2 has no answer tokens",
     '{"id": "x", "prompt_ids": [1, 1, 1, 1, 1, 1, 1, 1], "answer_ids": [2]}': "has no answer tokens within its first 8",
+    '{"prompt_ids": [], "answer_ids": [1]}': "line 2 has no answer tokens .* or but the very first",
     '{"id": "x", "text": "hello"}': "line 2 has neither",
     "{}": "line 2 has neither .*none",
     "{broken": "line 2 is not JSON",
@@ -44,6 +45,10 @@ BAD = {
     '{"prompt_ids": null, "answer_ids": [1]}': "line 2 has other things than lists of token ids",
     '{"prompt_ids": [1], "answer_ids": [1.5]}': "line 2 has other things than lists of token ids",
     '{"prompt_ids": [1], "answer_ids": [1], "temperature": "hot"}': "line 2 has the temperature 'hot'",
+    '{"prompt_ids": [1], "answer_ids": [1], "temperature": true}': "line 2 has the temperature True",
+    '{"prompt_ids": [1], "answer_ids": [1], "temperature": -0.7}': "line 2 has the temperature -0.7",
+    '{"prompt_ids": [1], "answer_ids": [1], "temperature": NaN}': "line 2 has the temperature nan",
+    '{"prompt_ids": [1], "answer_ids": [1], "temperature": 1e999}': "line 2 has the temperature inf",
     '{"messages": []}': "line 2 has other things than objects",
     '{"messages": [{"role": "user", "content": 3}]}': "line 2 has other things than objects",
     '{"messages": [{"role": "user", "content": "Hi"}]}': "line 2 has no answer tokens",
