@@ -128,6 +128,7 @@ BAD = {
     "repeat_penalty": [1.1],
     "allowed_token_ids": [[1]],
     "include_stop_str_in_output": [True],
+    "add_generation_prompt": [False],
 }  # fmt: skip
 
 
@@ -156,8 +157,11 @@ def test_what_is_neutral_is_taken(served):
         "parallel_tool_calls": False, "reasoning_effort": "low", "verbosity": "low", "modalities": ["text"],
         "temperature": None, "stop": None, "tools": None, "something_new": {"x": 1}, "seed": -1, "functions": None,
         "repeat_penalty": 1.0, "skip_special_tokens": True, "n_predict": -1, "guided_json": None, "bad_words": [],
+        "top_n_sigma": -1, "xtc_probability": 0.0,
     }  # fmt: skip
     assert served.chat(**neutral)["choices"]
+    begun = [*ASKED, {"role": "assistant", "content": "Well,"}]
+    assert served.chat(messages=begun, continue_final_message=True, add_generation_prompt=False)["choices"]
     body = {"prompt": "x", "max_tokens": 2, "n": 2, "best_of": 2}
     assert len(served.post("/v1/completions", body).json()["choices"]) == 2
     for bad in ({"best_of": 3}, {"suffix": "x"}, {"prompt": []}, {"prompt": ""}):
