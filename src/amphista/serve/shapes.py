@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Sequence
+from functools import partial
 from typing import Any
 
 from amphista.serve.answers import (
@@ -40,7 +41,7 @@ class Shape:
         for index, piece in await self._call.rest():
             _join(wholes[index], piece)
         kind = "chat.completion" if self._is_chat else "text_completion"
-        # log-probabilities of long prompts take seconds, for which nobody else would be answered
+        # those of long prompts, with log-probabilities, take seconds, for which nobody else would be answered
         choices = await asyncio.to_thread(lambda: [self._choice(index, piece) for index, piece in enumerate(wholes)])
         return {**self._head(kind), **self._prompt_ids(), "choices": choices, **self._tail()}
 
@@ -56,9 +57,9 @@ class Shape:
             if not pieces:
                 yield None
             for index, piece in pieces:
-                is_long = self._call.body.tells_prompt and not self._has_begun[index]
-                deltas = asyncio.to_thread(self._deltas, index, piece) if is_long else None
-                for choice in self._deltas(index, piece) if deltas is None else await deltas:
+                told = partial(self._deltas, index, piece)
+                is_long = self._call.body.tells_prompt and not self._has_begun[index]  # as in `whole`
+                for choice in await asyncio.to_thread(told) if is_long else told():
                     yield {**head, **once, "choices": [choice]}
                     once = {}
         if has_usage:
